@@ -1,0 +1,29 @@
+"""The tensor operations behind a TENGraD step: Triton kernels with their definitions in PyTorch beside them.
+
+Every public name here is an op of ``torch.library``. On CPU tensors (and in float64) it runs its definition, the
+``*_reference`` function of the same signature; on CUDA tensors it launches the Triton kernel.
+
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
+"""
+
+from .cholesky import cholesky, cholesky_inverse, cholesky_solve
+from .gram import gram, gram_rows
+from .reuse import expand, expand_rows, expand_rows_update_, expand_update_, project, project_rows, update_
+from .sample_grads import conv_sample_grads, sample_grads
+
+__all__ = [
+    "cholesky",
+    "cholesky_inverse",
+    "cholesky_solve",
+    "conv_sample_grads",
+    "expand",
+    "expand_rows",
+    "expand_rows_update_",
+    "expand_update_",
+    "gram",
+    "gram_rows",
+    "project",
+    "project_rows",
+    "sample_grads",
+    "update_",
+]
