@@ -1,0 +1,75 @@
+"""A run from its data to its figures: every optimizer in turn, an epoch at a time into the run folder."""
+
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from tengrad_triton.recipes import machine
+from tengrad_triton.recipes.data import load
+from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
+from tengrad_triton.recipes.figures import draw
+from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.report import epoch_line, progress_bar, summary_table
+from tengrad_triton.recipes.run import History, RunFolder, add_events, check_free
+from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.train import Job, fit, rows_of
+
+
+def start(settings: Settings, out: Path | None, console: Console) -> None:
+    """Train into a new folder, which is made only once data, model and optimizers are known to fit together."""
+    path = out or Path("runs") / f"{settings.dataset}-{settings.model}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_free(path)
+    job = _job(settings, console)
+    _train_all(job, RunFolder.create(path, settings), console)
+
+
+def resume(settings: Settings, run: RunFolder, console: Console) -> None:
+    """Train on from the last whole epoch in a folder."""
+    _train_all(_job(settings, console), run, console)
+
+
+def _job(settings: Settings, console: Console) -> Job:
+    device = machine.chosen_device(settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    data = load(settings.dataset, settings.data, settings.train_limit, settings.test_limit, console)
+    job = Job(settings, data.to(device), device)
+    for name in settings.optimizer:
+        try:
+            job.build(name)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
+    return job
+
+
+def _train_all(job: Job, run: RunFolder, console: Console) -> None:
+    settings = job.settings
+    history: History = {name: rows_of(run.load_checkpoint(name)) for name in settings.optimizer}
+    run.add_session(machine.describe(job.device))
+    console.print(f"{settings.model} on {settings.dataset}, {len(job.data.train)} images -> {run.path}")
+    try:
+        for name in settings.optimizer:
+            _train_one(job, name, run, history, console)
+    except KeyboardInterrupt as stop:
+        raise InterruptedRunError(f"interrupted: go on with `tengrad-triton train --resume {run.path}`") from stop
+    run.write_metrics(history)
+    draw(history, run.path)
+    console.print(summary_table(history))
+
+
+def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, console: Console) -> None:
+    epochs = job.settings.epochs
+    with (
+        closing(run.events(name, history[name])) as events,
+        progress_bar(console, name, epochs, len(job.data.train)) as watch,
+    ):
+        for state in fit(job, name, run.load_checkpoint(name), watch):
+            run.save_checkpoint(name, state)
+            history[name] = rows_of(state)
+            run.write_metrics(history)
+            add_events(events, history[name][-1])
+            if not console.is_terminal:
+                console.print(epoch_line(history[name][-1], epochs), soft_wrap=True)

@@ -1,0 +1,95 @@
+"""The optimizers of the recipes: one frozen dataclass of settings each, which builds it.
+
+The defaults suit the default run (digits, a narrow 3C1F, batches of 128). A new optimizer is a dataclass here, its name
+in `OptimizerName` and a field of `Settings`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import torch
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
+
+from tengrad_triton.fisher import Fisher
+from tengrad_triton.plan import Representation
+
+OptimizerName = Literal["tengrad", "sgd", "adamw"]
+
+
+class OptimizerSettings(Protocol):
+    """What every optimizer's settings can do."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return the optimizer of all parameters; raises `ValueError` on settings that it cannot take."""
+
+
+@Parameter(group="TENGraD")
+@dataclass(frozen=True, kw_only=True)
+class TengradSettings:
+    """TENGraD: exact natural-gradient steps, layer by layer."""
+
+    lr: PositiveFloat = 0.003
+    "Learning rate."
+    damping: PositiveFloat = 0.1
+    "What is added to the Fisher matrix's diagonal before it is inverted."
+    refresh_every: PositiveInt = 100
+    "Steps between two captures of the curvature, which the steps in between reuse."
+    momentum: NonNegativeFloat = 0.9
+    "Momentum."
+    weight_decay: NonNegativeFloat = 0.001
+    "Weight decay."
+    fisher: Fisher = "sampled"
+    "Whose labels the Fisher matrix uses: drawn from the model, the data's own, or all of them."
+    representation: Literal["auto"] | Representation = "auto"
+    "How a layer's curvature is stored."
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return TENGraD over all parameters."""
+        from tengrad_triton.optimizer import TENGraD  # noqa: PLC0415
+
+        return TENGraD(
+            model,
+            lr=self.lr,
+            damping=self.damping,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            refresh_every=self.refresh_every,
+            fisher=self.fisher,
+            representation=self.representation,
+        )
+
+
+@Parameter(group="SGD")
+@dataclass(frozen=True, kw_only=True)
+class SgdSettings:
+    """torch's SGD with momentum."""
+
+    lr: PositiveFloat = 0.03
+    "Learning rate."
+    momentum: NonNegativeFloat = 0.9
+    "Momentum."
+    weight_decay: NonNegativeFloat = 0.001
+    "Weight decay."
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return SGD over all parameters."""
+        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+@Parameter(group="AdamW")
+@dataclass(frozen=True, kw_only=True)
+class AdamwSettings:
+    """torch's AdamW."""
+
+    lr: PositiveFloat = 0.001
+    "Learning rate."
+    betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.9, 0.999)
+    "Decay rates of the running means of the gradient and of its square."
+    weight_decay: NonNegativeFloat = 0.01
+    "Decoupled weight decay."
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return AdamW over all parameters."""
+        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)

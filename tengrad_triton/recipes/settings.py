@@ -1,0 +1,71 @@
+"""The settings of a run: what the command line takes, and what settings.json keeps."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt, PositiveInt, ResolvedExistingDirectory
+
+from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.models import ModelName
+from tengrad_triton.recipes.optimizers import (
+    AdamwSettings,
+    OptimizerName,
+    OptimizerSettings,
+    SgdSettings,
+    TengradSettings,
+)
+
+
+def _each_once(_: type, names: tuple[str, ...]) -> None:
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"got {' '.join(names) or 'nothing'}, expected at least one optimizer, and each of them once")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that the numbers of a run depend on, but for the machine and the versions."""
+
+    optimizer: Annotated[
+        tuple[OptimizerName, ...], Parameter(consume_multiple=True, negative=(), validator=_each_once)
+    ] = ("tengrad", "sgd", "adamw")
+    "Optimizers to train with, one after the other, from the same weights and in the same order of the data."
+    model: ModelName = "3c1f"
+    "Three convolutions and two linear layers, or a perceptron with two hidden layers."
+    width: PositiveInt = 32
+    "Channels of a convolution, or units of a hidden layer (the paper's 3c1f has 128)."
+    dataset: DatasetName = "digits"
+    "Data set: digits ship with scikit-learn, the others come from the Hugging Face hub or from --data."
+    data: ResolvedExistingDirectory | None = None
+    "Folder with train-*.parquet and test-*.parquet to read the data set from, instead of the hub."
+    train_limit: PositiveInt | None = None
+    "Train on the first so many images only."
+    test_limit: PositiveInt | None = None
+    "Test on the first so many images only."
+    epochs: PositiveInt = 10
+    "Passes over the training set."
+    batch_size: PositiveInt = 128
+    "Images a step."
+    seed: NonNegativeInt = 0
+    "Seed of the weights, of the order of the data and of the labels that TENGraD draws."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to train; auto takes the GPU if there is one."
+    threads: PositiveInt | None = None
+    "CPU threads; as many as torch takes by itself if not given."
+    tengrad: TengradSettings = field(default_factory=TengradSettings)
+    sgd: SgdSettings = field(default_factory=SgdSettings)
+    adamw: AdamwSettings = field(default_factory=AdamwSettings)
+
+    def of(self, name: OptimizerName) -> OptimizerSettings:
+        """Return the settings of one optimizer."""
+        settings: OptimizerSettings = getattr(self, name)
+        return settings
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as JSON has them; what was not given is left out."""
+        given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        plain: dict[str, Any] = json.loads(json.dumps(given, default=str))
+        return plain

@@ -1,0 +1,136 @@
+"""The training loop: one optimizer, epoch by epoch, from a seed or from a checkpoint."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tengrad_triton.recipes.models import MODELS
+from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.run import Row
+from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.splits import Data
+
+EVAL_BATCH = 500
+
+State = dict[str, Any]  # what torch.save keeps: the model, the optimizer, the random numbers and the rows so far
+Watch = Callable[[int, Tensor], None]  # takes the epoch, and the sums over its images so far: see `Totals`
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all optimizers of a run share; `data` is on `device`."""
+
+    settings: Settings
+    data: Data
+    device: torch.device
+
+    def build(self, name: OptimizerName) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return the model with its first weights, which depend on the seed alone, and a new optimizer of it."""
+        torch.manual_seed(self.settings.seed)
+        _, channels, height, width = self.data.train.images.shape
+        model = MODELS[self.settings.model]((channels, height, width), self.data.classes, self.settings.width).to(
+            self.device
+        )
+        return model, self.settings.of(name).build(model)
+
+
+def fit(job: Job, name: OptimizerName, state: State | None, watch: Watch) -> Iterator[State]:
+    """Yield the state after each epoch that is left, until the last one or until the loss is not finite."""
+    model, optimizer = job.build(name)
+    rows = [] if state is None else _restore(model, optimizer, state, job.device)
+    with closing(optimizer) if hasattr(optimizer, "close") else nullcontext():
+        while len(rows) < job.settings.epochs and not diverged(rows):
+            rows.append(_one_epoch(job, name, model, optimizer, len(rows) + 1, watch))
+            yield _state(model, optimizer, rows, job.device)
+
+
+def rows_of(state: State | None) -> list[Row]:
+    """Return the epochs that a state has behind it."""
+    return [] if state is None else [Row(**row) for row in state["rows"]]
+
+
+def diverged(rows: list[Row]) -> bool:
+    """Tell whether the last epoch ended with a loss that is not a number: going on would be a waste."""
+    return bool(rows) and not math.isfinite(rows[-1].train_loss)
+
+
+def _one_epoch(
+    job: Job, name: OptimizerName, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, watch: Watch
+) -> Row:
+    start = _now(job.device)
+    train = _train(job, model, optimizer, epoch, watch)
+    middle = _now(job.device)
+    test = _evaluate(job, model)
+    end = _now(job.device)
+    return Row(name, epoch, *train, *test, train_seconds=middle - start, eval_seconds=end - middle)
+
+
+def _train(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, watch: Watch
+) -> tuple[float, float]:
+    """Return the mean loss and the accuracy over the epoch, each image seen with the weights of its step."""
+    model.train()
+    totals_3 = torch.zeros(3, dtype=torch.float64, device=job.device)
+    settings = job.settings
+    for images, labels in job.data.batches("train", settings.batch_size, shuffle_seed=settings.seed + epoch):
+        optimizer.zero_grad()
+        output = model(images)
+        loss = cross_entropy(output, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        totals_3 += _totals(output.detach(), labels, loss.detach())
+        watch(epoch, totals_3)
+    return _means(totals_3)
+
+
+@torch.no_grad()
+def _evaluate(job: Job, model: nn.Module) -> tuple[float, float]:
+    model.eval()
+    totals_3 = torch.zeros(3, dtype=torch.float64, device=job.device)
+    for images, labels in job.data.batches("test", EVAL_BATCH):
+        output = model(images)
+        totals_3 += _totals(output, labels, cross_entropy(output, labels))
+    return _means(totals_3)
+
+
+def _totals(output: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
+    """Return [sum of the losses, right answers, images] of a batch, on its device: reading them here would stop it."""
+    hits = (output.argmax(1) == labels).sum()
+    return torch.stack((loss.double() * len(labels), hits.double(), loss.new_tensor(len(labels)).double()))
+
+
+def _means(totals_3: Tensor) -> tuple[float, float]:
+    loss, hits, images = totals_3.tolist()
+    return loss / images, hits / images
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], device: torch.device) -> State:
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, device: torch.device) -> list[Row]:
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+    return rows_of(state)
