@@ -1,1 +1,8 @@
-"""x."""
+"""Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels."""
+
+from tengrad_triton.fisher import Likelihood
+from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
+from tengrad_triton.optimizer import TENGraD
+
+__version__ = "0.1.0"
+__all__ = ["Canonical", "Explicit", "Likelihood", "Outer", "TENGraD", "canonical"]

@@ -1,0 +1,71 @@
+"""The blocks of the Fisher matrix: what one module owns directly, and who is left to plain SGD.
+
+A shared parameter belongs to the first module that owns it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tengrad_triton.layers import why_no_rule
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parameters that one module owns, in one group.
+
+    Attributes:
+        name: the module's name in the model.
+        layer: the module itself.
+        parameters: by their names within the module.
+        group: the index of their parameter group.
+        why_sgd: why no rule covers them, or None where one does.
+    """
+
+    name: str
+    layer: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    group: int
+    why_sgd: str | None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of those parameters that have one, by their names within the module."""
+        return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+
+    def label(self, parameter: str) -> str:
+        """Return the parameter's full name."""
+        return f"{self.name}.{parameter}" if self.name else parameter
+
+
+def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Return a block for every module that owns parameters of ``groups``, and one for those of no module.
+
+    Raises:
+        ValueError: a module's parameters are in different groups.
+    """
+    group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
+    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    blocks = []
+    for name, module in model.named_modules():
+        own = {label: p for label, p in module.named_parameters(recurse=False) if p in group_of}
+        if not own:
+            continue
+        indices = {group_of.pop(p) for p in own.values()}
+        if len(indices) > 1:
+            raise ValueError(
+                f"{', '.join(own)} of {name or type(module).__name__!r} are in different parameter groups; they form "
+                "one block of the Fisher matrix: put them into one group"
+            )
+        shared = [label for label, p in own.items() if owners[p] > 1]
+        why = f"{shared[0]} is shared with another module" if shared else why_no_rule(module)
+        blocks.append(Block(name, module, own, indices.pop(), why))
+    strangers = {index: [p for p, i in group_of.items() if i == index] for index in set(group_of.values())}
+    for index, parameters in strangers.items():
+        labels = {str(k): parameter for k, parameter in enumerate(parameters)}
+        blocks.append(Block(f"group {index}", model, labels, index, "not a parameter of the model"))
+    return blocks

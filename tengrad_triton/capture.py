@@ -1,0 +1,249 @@
+"""What a refresh needs from one forward and backward pass: every layer's inputs and output derivatives, by hooks.
+
+The hooks stand on the model only while a refresh is due. A forward without gradients passes them unseen; a forward that
+no backward follows leaves nothing behind; copies and pickles of the model carry hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from tengrad_triton.fisher import Fisher, Likelihood
+
+
+@dataclass
+class Use:
+    """One call of a layer: its input, where its output stands in the graph, and what came back to it."""
+
+    x: Tensor
+    edge: GradientEdge | None
+    version: int
+    grad_y: Tensor | None = None
+
+    def input(self, name: str) -> Tensor:
+        """Return the input, unless something wrote into it since the forward."""
+        if self.x._version != self.version:
+            raise RuntimeError(
+                f"the input of layer {name!r} was modified in place between its forward and optimizer.step(); "
+                "step first, or give the model a copy"
+            )
+        return self.x
+
+
+@dataclass
+class Record:
+    """One forward of the model: the number of samples, and every use of every layer in it."""
+
+    samples: int
+    uses: dict[str, list[Use]] = field(default_factory=dict)
+    misfits: dict[str, str] = field(default_factory=dict)
+    followed: bool = False
+
+
+class Capture:
+    """Hooks on a model that record the forwards which a backward follows, for the layers named.
+
+    Args:
+        model: the module that the training loop calls.
+        layers: the layers to record, by name.
+        fisher: ``"sampled"`` takes the derivatives of the likelihood at labels drawn from the model's own output, in
+            one extra backward pass that computes no parameter's gradient; ``"empirical"`` takes those of the loss.
+        likelihood: where labels are drawn from.
+        generator: draws them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        fisher: Fisher,
+        likelihood: Likelihood,
+        generator: torch.Generator,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._fisher = fisher
+        self._likelihood = likelihood
+        self._generator = generator
+        self._open: Record | None = None
+        self._handles: list[RemovableHandle] = []
+        self.records: list[Record] = []
+
+    @property
+    def armed(self) -> bool:
+        """Whether the hooks stand on the model."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Put the hooks on the model, in front of everyone else's."""
+        if self.armed:
+            return
+        pre, post = _Hook(self._before_model), _Hook(self._after_model)
+        self._handles = [
+            self._model.register_forward_pre_hook(pre, with_kwargs=True),
+            self._model.register_forward_hook(post, with_kwargs=True),
+        ]
+        for name, layer in self._layers.items():
+            hook = _Hook(self._after_layer, name)
+            self._handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+
+    def disarm(self) -> None:
+        """Take the hooks off the model and forget what was recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._open = [], None
+        self.records.clear()
+
+    def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        self._open = None
+        if torch.is_grad_enabled():
+            first = next(
+                (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None
+            )
+            self._open = Record(samples=-1 if first is None else len(first))
+
+    def _after_layer(self, name: str, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        record = self._open
+        if record is None or not isinstance(y, Tensor) or not y.requires_grad:
+            return None
+        # An in-place operation on a view would rewrite the graph behind the edge; a copy keeps it whole.
+        replaced = y.clone() if y._is_view() else None
+        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)).detach()
+        if len(x) == record.samples:
+            use = Use(x, get_gradient_edge(y if replaced is None else replaced), x._version)
+            record.uses.setdefault(name, []).append(use)
+        else:
+            record.misfits[name] = f"its input has {len(x)} rows where the batch has {record.samples}"
+        return replaced
+
+    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        record, self._open = self._open, None
+        result = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
+        if record is None or result is None:
+            return
+        _check_batch(record, result)
+        self._look_for_strangers(record, result)
+        if self._fisher == "sampled":
+            self._derive(record, output)
+        else:
+            _listen(record)
+        # The graph alone holds the record until a backward reaches it.
+        result.register_hook(lambda grad: self._follow(record))
+
+    def _derive(self, record: Record, output: Any) -> None:
+        """Fill in the derivatives at drawn labels: one backward pass by the layers' outputs only."""
+        target = self._likelihood.sample(tree_map_only(Tensor, Tensor.detach, output), self._generator)
+        nll = self._likelihood.nll(output, target)
+        ends = [(use, use.edge) for uses in record.uses.values() for use in uses if use.edge is not None]
+        grads = torch.autograd.grad(nll, [edge for _, edge in ends], retain_graph=True, allow_unused=True)
+        for (use, _), grad in zip(ends, grads, strict=True):
+            use.grad_y, use.edge = grad, None
+
+    def _look_for_strangers(self, record: Record, output: Tensor) -> None:
+        """Note the layers whose parameters the graph reaches more often than the layers were called."""
+        reached = _leaves_reached(output)
+        for name, uses in record.uses.items():
+            for label, parameter in self._layers[name].named_parameters(recurse=False):
+                if reached[id(parameter)] > len(uses):
+                    record.misfits[name] = f"its {label} is used outside of it too"
+
+    def _follow(self, record: Record) -> None:
+        if self.armed and not record.followed:
+            record.followed = True
+            self.records.append(record)
+
+    def rows(self) -> Iterator[tuple[str, list[list[tuple[Tensor, Tensor]]]]]:
+        """Yield every layer recorded in all forwards: for each forward, (x, grad_y) of each use.
+
+        ``grad_y`` is the derivative of each sample's own loss. Where it comes from a mean loss it is multiplied by the
+        number of samples of all forwards, because the gradient of the step is the mean over all of them.
+        """
+        scale = sum(record.samples for record in self.records) if self._fisher == "empirical" else 1
+        for name in self._layers:
+            forwards = [
+                [(u.input(name), scale * u.grad_y) for u in record.uses.get(name, []) if u.grad_y is not None]
+                for record in self.records
+            ]
+            if forwards and all(forwards) and not any(name in record.misfits for record in self.records):
+                yield name, forwards
+
+    def why_missing(self, name: str) -> str:
+        """Return why `rows` does not yield a layer."""
+        misfits = (record.misfits[name] for record in self.records if name in record.misfits)
+        return next(misfits, "not called by the model's forward")
+
+
+def _leaves_reached(output: Tensor) -> Counter[int]:
+    """Count how many edges of the graph behind ``output`` end in each leaf, by the leaf's id."""
+    reached: Counter[int] = Counter()
+    seen, stack = set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for successor, _ in node.next_functions:
+            leaf = getattr(successor, "variable", None)
+            if leaf is not None:
+                reached[id(leaf)] += 1
+            else:
+                stack.append(successor)
+    return reached
+
+
+def _listen(record: Record) -> None:
+    """Have the backward of the loss leave each layer's output derivative in the record."""
+
+    def keep(use: Use, index: int) -> Callable[[Any], None]:
+        def hook(grads: Any) -> None:
+            grad = grads[index]
+            if grad is not None:
+                # The very tensor, not a detached one: autograd lends a gradient on only while nobody else holds it.
+                own = grad.detach() if grad.requires_grad else grad
+                use.grad_y = own if use.grad_y is None else use.grad_y + own
+
+        return hook
+
+    for uses in record.uses.values():
+        for use in uses:
+            edge, use.edge = use.edge, None
+            if edge is not None:
+                edge.node.register_prehook(keep(use, edge.output_nr))
+
+
+def _check_batch(record: Record, output: Tensor) -> None:
+    samples = len(output) if output.dim() else 0
+    if record.samples < 0:
+        record.samples = samples
+    if samples != record.samples:
+        raise ValueError(
+            f"the model's output has {samples} rows where its input has {record.samples}: TENGraD needs one output row "
+            "a sample, along the first dimension"
+        )
+
+
+class _Hook:
+    """A hook for this model only: copies and pickles of the model get one that does nothing."""
+
+    def __init__(self, method: Callable[..., Any], *bound: Any) -> None:
+        self._method = weakref.WeakMethod(method)
+        self._bound = bound
+
+    def __call__(self, *args: Any) -> Any:
+        method = self._method()
+        return None if method is None else method(*self._bound, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The exit of a null context takes any arguments and returns None; it unpickles without this package.
+        return getattr, (contextlib.nullcontext(), "__exit__")

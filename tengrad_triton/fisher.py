@@ -1,0 +1,97 @@
+"""Which rows J has: the likelihoods whose labels are drawn, and the names the optimizer takes.
+
+F is the Gauss-Newton matrix of the loss that the likelihood names, with torch's ``reduction="mean"``: with damping and
+learning rate going to 0 and 1 a step is the Gauss-Newton step of that very loss.
+
+Dimensions: N samples, C classes, D outputs of a sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Fisher = Literal["sampled", "empirical"]
+FISHERS: tuple[Fisher, ...] = ("sampled", "empirical")
+
+
+@runtime_checkable
+class Likelihood(Protocol):
+    """What the model's output says about its targets."""
+
+    def sample(self, output: Any, generator: torch.Generator) -> Any:
+        """Draw a target for every sample from the model's own distribution."""
+
+    def nll(self, output: Any, target: Any) -> Tensor:
+        """Return the negative log-likelihood, summed over the samples: a scalar whose gradients are J's rows."""
+
+
+class Categorical:
+    """Logits [N, C] of one label a sample: the loss is `torch.nn.functional.cross_entropy`."""
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+        _expect(output, output.dim() == 2, "categorical", "logits of shape [N, C], one label a sample")
+        return torch.multinomial(output.float().softmax(1), 1, generator=generator).squeeze(1)
+
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+        return F.cross_entropy(output, target, reduction="sum")
+
+
+class Gaussian:
+    """Means [N, …] of D outputs a sample: the loss is `torch.nn.functional.mse_loss`, so each variance is D / 2."""
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+        _expect(output, output.dim() >= 1, "gaussian", "means of shape [N, ...]")
+        noise = torch.empty_like(output).normal_(generator=generator)
+        return output + noise * (_outputs(output) / 2) ** 0.5
+
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+        return (output - target).square().sum() / _outputs(output)
+
+
+class Bernoulli:
+    """Logits [N, …] of D yes-or-no outputs a sample: `torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    That loss averages over the D outputs, so the derivatives are scaled by D^-½: the mean of their outer products is
+    then the Gauss-Newton matrix of the loss.
+    """
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+        _expect(output, output.dim() >= 1, "bernoulli", "logits of shape [N, ...]")
+        return torch.bernoulli(output.sigmoid(), generator=generator)
+
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+        return F.binary_cross_entropy_with_logits(output, target, reduction="sum") * _outputs(output) ** -0.5
+
+
+LIKELIHOODS: dict[str, Likelihood] = {"categorical": Categorical(), "gaussian": Gaussian(), "bernoulli": Bernoulli()}
+
+
+def likelihood_of(choice: str | Likelihood) -> Likelihood:
+    """Return the likelihood of that name, or the object itself."""
+    if isinstance(choice, str):
+        if choice not in LIKELIHOODS:
+            raise ValueError(
+                f"likelihood must be one of {', '.join(LIKELIHOODS)} or an object with sample and nll, got {choice!r}"
+            )
+        return LIKELIHOODS[choice]
+    if not isinstance(choice, Likelihood):
+        raise TypeError(
+            f"likelihood must have sample(output, generator) and nll(output, target), got {type(choice).__name__}"
+        )
+    return choice
+
+
+def _outputs(output: Tensor) -> int:
+    return max(1, output[0].numel())
+
+
+def _expect(output: Any, fits: bool, name: str, expected: str) -> None:
+    if not fits:
+        raise ValueError(
+            f"likelihood={name!r} expects {expected}; the model returned {tuple(output.shape)}. "
+            "Choose the likelihood of your loss, or pass an object with sample and nll"
+        )

@@ -1,0 +1,153 @@
+"""The per-sample gradients J of one parameter, stored so that gram, project and expand are cheap.
+
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tengrad_triton.layers import Explicit, Outer, Windows, matrix_view
+from tengrad_triton.plan import Geometry, Representation
+from tengrad_triton.update import Rule
+
+_CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
+
+Uses = Sequence[Sequence[Outer | Explicit]]
+"""What each micro-batch of a step contributes to one parameter: a list a micro-batch, an entry a use within it."""
+
+
+class Jacobian(Protocol):
+    """Rows J_n of one parameter, N of them; ``ops`` is the namespace of the kernels that do the work."""
+
+    def gram(self, ops: Any) -> Tensor:
+        """Return k_NN with K[n, m] = ⟨J_n, J_m⟩."""
+
+    def project(self, v: Tensor, ops: Any) -> Tensor:
+        """Return y_N with y_n = ⟨J_n, v⟩ for a parameter-shaped ``v``."""
+
+    def expand_update_(self, param: Tensor, momentum: Tensor, grad: Tensor, w_N: Tensor, rule: Rule, ops: Any) -> None:
+        """Step ``param`` in place along (grad − Σ_n w_n J_n) / divisor, by the update rule."""
+
+    def pack(self) -> dict[str, Any]:
+        """Return tensors and plain numbers from which `unpack` makes the same object."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """J itself, a row of K numbers a sample: every product is one pass over memory."""
+
+    j_NK: Tensor
+
+    def gram(self, ops: Any) -> Tensor:  # noqa: D102
+        return ops.gram_rows(self.j_NK)
+
+    def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
+        return ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(self.j_NK.dtype))
+
+    def expand_update_(self, param: Tensor, momentum: Tensor, grad: Tensor, w_N: Tensor, rule: Rule, ops: Any) -> None:  # noqa: D102
+        views = (matrix_view(param), matrix_view(momentum), matrix_view(grad))
+        ops.expand_rows_update_(*views, self.j_NK, w_N, rule.divisor, rule.settings, rule.nesterov)
+
+    def pack(self) -> dict[str, Any]:  # noqa: D102
+        return {"j_NK": self.j_NK}
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        return self.j_NK.nbytes
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What the layer saw, a, and the derivatives of its output, g: J_n = Σ_p g_np a_npᵀ is never kept."""
+
+    outer: Outer
+
+    def _a_NGPI(self) -> Tensor:
+        a = self.outer.a
+        return a.unfold() if isinstance(a, Windows) else a
+
+    def gram(self, ops: Any) -> Tensor:
+        """Return k_NN by the cheaper way: from pairs of positions, or from J_n of some outputs at a time."""
+        geometry = geometry_of(self.outer)
+        if not geometry.prefers_rows:
+            return ops.gram([self._a_NGPI()], [self.outer.g_NGPO])[0]
+        chunks = -(-geometry.per_sample_bytes // _CHUNK_BYTES)
+        parts = (Outer(self.outer.a, g).sample_grads(ops) for g in self.outer.g_NGPO.chunk(chunks, dim=3))
+        return sum((ops.gram_rows(j_NK) for j_NK in parts), start=self.outer.g_NGPO.new_zeros(()))
+
+    def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
+        g_NGPO = self.outer.g_NGPO
+        v_GOI = matrix_view(v).reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(g_NGPO.dtype)
+        return ops.project(self._a_NGPI(), g_NGPO, v_GOI)
+
+    def expand_update_(self, param: Tensor, momentum: Tensor, grad: Tensor, w_N: Tensor, rule: Rule, ops: Any) -> None:  # noqa: D102
+        views = (matrix_view(param), matrix_view(momentum), matrix_view(grad))
+        factors = (self._a_NGPI(), self.outer.g_NGPO)
+        ops.expand_update_(*views, *factors, w_N, rule.divisor, rule.settings, rule.nesterov)
+
+    def pack(self) -> dict[str, Any]:  # noqa: D102
+        a = self.outer.a
+        return {"a": dict(vars(a)) if isinstance(a, Windows) else a, "g_NGPO": self.outer.g_NGPO}
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        a = self.outer.a
+        return (a.x_NCHW if isinstance(a, Windows) else a).nbytes + self.outer.g_NGPO.nbytes
+
+
+def unpack(packed: Mapping[str, Any], like: Tensor) -> Jacobian:
+    """Return what `Jacobian.pack` described, on the device of ``like``."""
+
+    def move(value: Any) -> Any:
+        return value.to(like.device) if isinstance(value, Tensor) else value
+
+    if "j_NK" in packed:
+        return PerSample(move(packed["j_NK"]))
+    a = packed["a"]
+    a = Windows(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
+    return Factored(Outer(a, move(packed["g_NGPO"])))
+
+
+def geometry_of(outer: Outer) -> Geometry:
+    """Return the sizes that the choice of a representation looks at."""
+    n, groups, positions, outputs = outer.g_NGPO.shape
+    a, itemsize = outer.a, outer.g_NGPO.itemsize
+    inputs, stored = (a.inputs, a.x_NCHW.nbytes) if isinstance(a, Windows) else (a.shape[-1], a.nbytes)
+    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes)
+
+
+def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobian:
+    """Return the rows of one parameter: uses within a micro-batch add up, micro-batches follow each other."""
+    if representation == "factored" and all(isinstance(use, Outer) for batch in uses for use in batch):
+        return Factored(_joined(uses))  # type: ignore[arg-type]
+    return PerSample(torch.cat([_added([_rows(use, ops) for use in batch]) for batch in uses]))
+
+
+def _rows(use: Outer | Explicit, ops: Any) -> Tensor:
+    return use.sample_grads(ops) if isinstance(use, Outer) else use.j_NK.flatten(1)
+
+
+def _added(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.stack(tuple(rows)).sum(0)
+
+
+def _joined(uses: Sequence[Sequence[Outer]]) -> Outer:
+    """Return one outer product for all uses: along P within a micro-batch, along N between them (P padded by zeros)."""
+    if len(uses) == 1 and len(uses[0]) == 1:
+        return uses[0][0]
+    unfolded = [[use.a.unfold() if isinstance(use.a, Windows) else use.a for use in batch] for batch in uses]
+    a = [torch.cat(batch, dim=2) for batch in unfolded]
+    g = [torch.cat([use.g_NGPO for use in batch], dim=2) for batch in uses]
+    positions = max(part.shape[2] for part in a)
+    return Outer(*(torch.cat([F.pad(t, (0, 0, 0, positions - t.shape[2])) for t in parts]) for parts in (a, g)))

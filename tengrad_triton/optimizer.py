@@ -1,0 +1,272 @@
+"""TENGraD as a torch optimizer: groups, schedule, refresh and step, state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton.backend import kernels_of
+from tengrad_triton.blocks import Block, find_blocks
+from tengrad_triton.capture import Capture
+from tengrad_triton.fisher import Fisher, Likelihood, likelihood_of
+from tengrad_triton.kernels import update_
+from tengrad_triton.plan import MAX_BYTES, Representation
+from tengrad_triton.refresh import gather, jacobians_of
+from tengrad_triton.state import pack_curvature, unpack_curvature
+from tengrad_triton.summary import Summary, summarize
+from tengrad_triton.update import Rule, settings_of
+from tengrad_triton.validation import check_group, check_refresh_every, check_settings
+from tengrad_triton.woodbury import Curvature, curvature
+
+Schedule = Callable[[int], float]
+T = TypeVar("T")
+
+
+class TENGraD(torch.optim.Optimizer):
+    """Natural gradient descent with exact Fisher blocks (Soori et al. 2021), at close to the cost of SGD.
+
+    Every layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity, from the
+    per-sample gradients J of the N samples of one batch:
+
+        d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
+
+    J and the factored N×N system are refreshed every ``refresh_every`` steps and reused in between (docs/math.md).
+
+    Args:
+        model: the module that the training loop calls. Samples are the first dimension of its inputs and its output.
+        params: parameters or groups of them; all of the model's by default. Groups may have their own ``lr``,
+            ``damping``, ``momentum``, ``nesterov``, ``weight_decay`` and ``decoupled_weight_decay``; a layer's
+            parameters must share a group.
+        lr: the learning rate, a number or a 0-dim tensor.
+        damping: α > 0, or a function of the step. Read when the curvature is refreshed.
+        momentum: of the momentum buffer, in [0, 1).
+        nesterov: whether to look ahead along the momentum.
+        weight_decay: λ ≥ 0; added to the natural gradient as λ θ.
+        decoupled_weight_decay: shrink θ by 1 − lr λ instead.
+        refresh_every: steps from one refresh of the curvature to the next, or a function of the step.
+        fisher: ``"sampled"`` (labels drawn from the model's own distribution: the Fisher matrix) or ``"empirical"``
+            (the loss's own derivatives; the loss must be a mean over the samples).
+        likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, or an object with ``sample(output, generator)``
+            and ``nll(output, target)``; only the sampled Fisher reads it.
+        blocks: ``"layer"``, a block for what each module owns directly.
+        representation: ``"auto"`` (per weight, by the analytic rule), ``"factored"``, ``"per_sample"``, or a mapping
+            from the names of weights to one of these two.
+        unsupported: what parameters get that no rule covers: ``"sgd"``, the plain step and one warning, or ``"error"``.
+        backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
+        max_bytes: how much the stored J may take, where the representation is chosen automatically.
+        seed: of the generator that draws labels; torch's initial seed by default.
+
+    Raises:
+        ValueError: a setting is out of range or unknown; the message says which, and what was expected.
+        TypeError: a setting has the wrong type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 1e-2,
+        *,
+        damping: float | Schedule = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled_weight_decay: bool = False,
+        refresh_every: int | Callable[[int], int] = 100,
+        fisher: Fisher = "sampled",
+        likelihood: str | Likelihood = "categorical",
+        blocks: Literal["layer"] = "layer",
+        representation: Literal["auto"] | Representation | Mapping[str, Representation] = "auto",
+        unsupported: Literal["sgd", "error"] = "sgd",
+        backend: Literal["auto", "torch"] = "auto",
+        max_bytes: int = MAX_BYTES,
+        seed: int | None = None,
+    ) -> None:
+        words = {"fisher": fisher, "blocks": blocks, "unsupported": unsupported, "backend": backend}
+        check_settings(model, refresh_every, max_bytes, representation, **words)
+        self.model, self.refresh_every = model, refresh_every
+        self._fisher, self._likelihood = fisher, likelihood_of(likelihood)
+        self._by_hand = None if representation == "auto" else representation
+        self._max_bytes, self._unsupported, self._ops = max_bytes, unsupported, kernels_of(backend)
+        self._generator = torch.Generator(next(model.parameters()).device)
+        self._generator.manual_seed(torch.initial_seed() if seed is None else seed)
+        self._steps = 0  # taken so far
+        self._age = 0  # steps taken with the present curvature
+        self._curvature: Curvature | None = None
+        self._schedules: list[Schedule | None] = []  # of the damping, by group
+        self._warned: set[str] = set()
+        self._blocks: list[Block] = []
+        self._capture = Capture(model, {}, self._fisher, self._likelihood, self._generator)
+        self._built = False
+        defaults = {
+            "lr": lr,
+            "damping": damping,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self._rebuild()
+
+    # Groups and blocks
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its parameters take part from the next step on, which refreshes the curvature."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        schedule = group["damping"] if callable(group["damping"]) else None
+        try:
+            if schedule is not None:
+                group["damping"] = schedule(self._steps)
+            check_group(group)
+            if self._built:
+                self._rebuild()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._schedules.append(schedule)
+
+    def _rebuild(self) -> None:
+        """Find the blocks, and have the next step refresh."""
+        blocks = find_blocks(self.model, self.param_groups)
+        self._report({block.name: block.why_sgd for block in blocks if block.why_sgd})
+        self.close()
+        covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
+        self._blocks, self._curvature, self._built = blocks, None, True
+        self._capture = Capture(self.model, covered, self._fisher, self._likelihood, self._generator)
+        self._capture.arm()
+
+    def _report(self, uncovered: Mapping[str, str]) -> None:
+        """Say once which blocks no rule covers."""
+        news = {name: why for name, why in uncovered.items() if name not in self._warned}
+        if not news:
+            return
+        listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in news.items())
+        if self._unsupported == "error":
+            raise ValueError(f"no exact rule covers {listed}; with unsupported='sgd' they take the plain SGD step")
+        self._warned.update(news)
+        warnings.warn(f"no exact rule covers {listed}: their parameters take the plain SGD step", stacklevel=3)
+
+    def close(self) -> None:
+        """Take all hooks off the model. A step that is due for a refresh is an error from then on."""
+        self._capture.disarm()
+
+    # The step
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and forget the batches that they came from."""
+        self._capture.records.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
+        """Take one step; refresh the curvature first where that is due. Without any gradient it does nothing.
+
+        Raises:
+            RuntimeError: a refresh is due, and no forward and backward of the model was seen since the last step.
+                Parameters and state are as before then, as after any other error.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = {block.name: block.gradients() for block in self._blocks}
+        if not any(grads.values()):
+            return loss
+        curvature, age = self._curvature, self._age
+        if curvature is None or self._refresh_is_due():
+            curvature, age = self._refreshed(), 0
+        updates = self._updates(curvature, grads, curvature.solve(grads, self._ops))
+        for update in updates:  # all that can fail has been done
+            update()
+        self._curvature, self._age, self._steps = curvature, age + 1, self._steps + 1
+        self._rearm()
+        return loss
+
+    def _refresh_is_due(self) -> bool:
+        every = self.refresh_every
+        if callable(every):
+            check_refresh_every(every := every(self._steps))
+        return self._curvature is None or self._age >= every
+
+    def _rearm(self) -> None:
+        """Leave the hooks on the model only where the next step refreshes."""
+        self._capture.records.clear()
+        if self._refresh_is_due():
+            self._capture.arm()
+        else:
+            self._capture.disarm()
+
+    def _refreshed(self) -> Curvature:
+        """Return the curvature of the batches since the last step."""
+        uses, missing = gather(self._blocks, self._capture)
+        self._report(missing)
+        for group, schedule in zip(self.param_groups, self._schedules, strict=True):
+            if schedule is not None:
+                group["damping"] = schedule(self._steps)
+                check_group(group)
+        jacobians = jacobians_of(uses, self._by_hand, self._max_bytes, self._ops)
+        dampings = {block.name: self.param_groups[block.group]["damping"] for block in self._blocks}
+        failures = {} if self._curvature is None else self._curvature.failures()
+        return curvature(jacobians, dampings, failures, self._ops)
+
+    def _updates(
+        self, curvature: Curvature, grads: Mapping[str, Mapping[str, Tensor]], solved: Mapping[str, Tensor]
+    ) -> list[Callable[[], None]]:
+        """Return the update of every parameter that has a gradient: along its natural gradient, or by plain SGD."""
+        updates: list[Callable[[], None]] = []
+        divisors = curvature.divisors()
+        for block in self._blocks:
+            group, rows = self.param_groups[block.group], curvature.blocks.get(block.name, {})
+            for label, grad in grads[block.name].items():
+                parameter = block.parameters[label]
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                settings = settings_of(group, like=parameter)
+                tensors = (parameter, self.state[parameter]["momentum_buffer"], grad)
+                if label in rows:
+                    rule = Rule(settings, divisors[block.name], group["nesterov"])
+                    updates.append(partial(rows[label].expand_update_, *tensors, solved[block.name], rule, self._ops))
+                else:
+                    updates.append(partial(update_, *tensors, settings, group["nesterov"]))
+        return updates
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that `step` reads: torch's entries, and the curvature with its age and the generator of labels."""
+        tengrad = {
+            "steps": self._steps,
+            "age": self._age,
+            "refresh_every": None if callable(self.refresh_every) else self.refresh_every,
+            "generator": self._generator.get_state(),
+            "curvature": pack_curvature(self._curvature),
+        }
+        return {**super().state_dict(), "tengrad": tengrad}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken, in mid-interval too.
+
+        Raises:
+            ValueError: the state is of another model or another optimizer; nothing has changed then.
+        """
+        if "tengrad" not in state_dict:
+            raise ValueError(f"expected a state_dict of TENGraD with 'tengrad' in it, got {sorted(state_dict)}")
+        saved = state_dict["tengrad"]
+        restored = unpack_curvature(saved["curvature"], self._blocks)
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
+        if saved["refresh_every"] is not None and not callable(self.refresh_every):
+            self.refresh_every = saved["refresh_every"]
+        self._generator.set_state(saved["generator"].cpu())
+        self._rearm()
+
+    def summary(self) -> Summary:
+        """Return a row for every parameter: its block, representation, kernels and bytes; printable."""
+        return summarize(self._blocks, self._curvature)

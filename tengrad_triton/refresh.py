@@ -1,0 +1,96 @@
+"""From recorded batches to every block's J: the canonical form of each use, and a representation for each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.blocks import Block
+from tengrad_triton.capture import Capture
+from tengrad_triton.jacobian import Uses, geometry_of, jacobian_of
+from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
+from tengrad_triton.plan import Representation, choose
+from tengrad_triton.woodbury import BlockJacobian
+
+BlockUses = Mapping[str, Uses]
+"""What the recorded batches contribute to each parameter of a block."""
+
+
+def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUses], dict[str, str]]:
+    """Return the uses of every covered block, and why the others have none.
+
+    Raises:
+        RuntimeError: nothing was recorded.
+        ValueError: a rule returned rows of another size than its parameter.
+    """
+    covered = {block.name: block for block in blocks if block.why_sgd is None}
+    if covered and not capture.records:
+        raise RuntimeError(
+            "the curvature is due for a refresh, and no forward and backward of the model was seen since the last "
+            "step: call model(inputs) itself, with gradients, before loss.backward() and optimizer.step()"
+        )
+    gathered: dict[str, BlockUses] = {}
+    missing: dict[str, str] = {}
+    rows = dict(capture.rows())
+    for name, block in covered.items():
+        if name not in rows:
+            missing[name] = capture.why_missing(name)
+            continue
+        forms = [[_canonical(block, x, grad_y) for x, grad_y in forward] for forward in rows[name]]
+        trained = [label for label, parameter in block.parameters.items() if parameter.requires_grad]
+        unknown = [label for label in trained if label not in forms[0][0]]
+        if unknown:
+            missing[name] = f"the rule for {type(block.layer).__name__} says nothing of {unknown[0]}"
+        else:
+            gathered[name] = {label: [[form[label] for form in forward] for forward in forms] for label in trained}
+    return gathered, missing
+
+
+def _canonical(block: Block, x: Tensor, grad_y: Tensor) -> Canonical:
+    form = canonical(block.layer, _widened(x), _widened(grad_y))
+    for label, parameter in block.parameters.items():
+        if label in form and _entries(form[label]) != parameter.numel():
+            raise ValueError(
+                f"the rule for {type(block.layer).__name__} returned rows of {_entries(form[label])} entries for "
+                f"{block.label(label)!r}, which has {parameter.numel()}"
+            )
+    return form
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return half precision as float32: a Gram matrix needs its digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def _entries(use: Outer | Explicit) -> int:
+    if isinstance(use, Explicit):
+        return use.j_NK[0].numel()
+    geometry = geometry_of(use)
+    return geometry.groups * geometry.inputs * geometry.outputs
+
+
+def jacobians_of(
+    gathered: Mapping[str, BlockUses],
+    by_hand: Representation | Mapping[str, Representation] | None,
+    max_bytes: int,
+    ops: Any,
+) -> dict[str, BlockJacobian]:
+    """Return every block's J, each parameter in the representation chosen for it."""
+    uses = {(name, label): use for name, block in gathered.items() for label, use in block.items()}
+    outers = {_label(key): use[0][0] for key, use in uses.items() if isinstance(use[0][0], Outer)}
+    geometries = {label: geometry_of(outer) for label, outer in outers.items() if isinstance(outer, Outer)}
+    chosen = choose(geometries, by_hand, max_bytes)
+    return {
+        name: {
+            label: jacobian_of(use, chosen.get(_label((name, label)), "per_sample"), ops)
+            for label, use in block.items()
+        }
+        for name, block in gathered.items()
+    }
+
+
+def _label(key: tuple[str, str]) -> str:
+    return ".".join(part for part in key if part)

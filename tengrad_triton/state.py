@@ -1,0 +1,44 @@
+"""The curvature as plain tensors and numbers, so that a checkpoint loads with ``torch.load(weights_only=True)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tengrad_triton.blocks import Block
+from tengrad_triton.jacobian import unpack
+from tengrad_triton.woodbury import Curvature
+
+
+def pack_curvature(curvature: Curvature | None) -> dict[str, Any] | None:
+    """Return a curvature as nested dictionaries of tensors and numbers."""
+    if curvature is None:
+        return None
+    tensors = ("inverse_LNN", "divisor_L", "failures_L")
+    blocks = {name: {label: rows.pack() for label, rows in block.items()} for name, block in curvature.blocks.items()}
+    return {"blocks": blocks, **{name: getattr(curvature, name) for name in tensors}}
+
+
+def unpack_curvature(packed: Mapping[str, Any] | None, blocks: Sequence[Block]) -> Curvature | None:
+    """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``blocks``.
+
+    Raises:
+        ValueError: it belongs to other blocks than these.
+    """
+    if packed is None:
+        return None
+    known = {block.name: block for block in blocks}
+    strangers = [name for name in packed["blocks"] if name not in known]
+    if strangers:
+        raise ValueError(
+            f"the state holds curvature of {', '.join(strangers)}, and this optimizer's blocks are "
+            f"{', '.join(known) or 'none'}: it was saved for another model"
+        )
+    restored, device = {}, torch.device("cpu")
+    for name, rows in packed["blocks"].items():
+        parameters = known[name].parameters
+        restored[name] = {label: unpack(packed_rows, parameters[label]) for label, packed_rows in rows.items()}
+        device = next(iter(parameters.values())).device
+    return Curvature(restored, *(packed[name].to(device) for name in ("inverse_LNN", "divisor_L", "failures_L")))

@@ -1,0 +1,63 @@
+"""What an optimizer does with every parameter, as rows and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+from tengrad_triton.blocks import Block
+from tengrad_triton.jacobian import Factored
+from tengrad_triton.woodbury import Curvature
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: who preconditions it, and what is kept for that."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    block: str
+    representation: str
+    kernels: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A row for every parameter; ``failures`` counts the factorizations that failed. ``print`` shows a table."""
+
+    rows: tuple[Row, ...]
+    failures: int
+
+    def __str__(self) -> str:
+        titles = tuple(field.name for field in fields(Row))
+        cells = [titles, *(tuple(str(cell) for cell in astuple(row)) for row in self.rows)]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        total = sum(row.bytes for row in self.rows)
+        lines.append(f"{len(self.rows)} parameters, {total / 2**20:.1f} MiB kept between refreshes")
+        if self.failures:
+            lines.append(f"{self.failures} factorizations failed: those blocks' damping was raised")
+        return "\n".join(lines)
+
+
+def summarize(blocks: Sequence[Block], curvature: Curvature | None) -> Summary:
+    """Return the summary of ``blocks`` under the present curvature, if there is one yet."""
+    rows = tuple(_row(block, label, curvature) for block in blocks for label in block.parameters)
+    return Summary(rows, 0 if curvature is None else int(curvature.failures_L.sum()))
+
+
+def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
+    name, shape = block.label(label), tuple(block.parameters[label].shape)
+    if block.why_sgd is not None:
+        return Row(name, shape, "-", f"sgd ({block.why_sgd})", "update_", 0)
+    if curvature is None:
+        return Row(name, shape, block.name or ".", "chosen at the first refresh", "-", 0)
+    rows = curvature.blocks.get(block.name, {}).get(label)
+    if rows is None:
+        return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
+    factored = isinstance(rows, Factored)
+    used = "gram, project, expand_update_" if factored else "gram_rows, project_rows, expand_rows_update_"
+    return Row(name, shape, block.name or ".", "factored" if factored else "per_sample", used, rows.nbytes)
