@@ -6,12 +6,20 @@ Every public name here is an op of ``torch.library``. On CPU tensors (and in flo
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
 """
 
+from . import reuse, reuse_rows, update
 from .cholesky import cholesky, cholesky_inverse, cholesky_solve
 from .gram import gram, gram_rows
-from .reuse import expand, expand_rows, expand_rows_update_, expand_update_, project, project_rows, update_
+from .reuse import expand, project
+from .reuse_rows import expand_rows, project_rows
 from .sample_grads import conv_sample_grads, sample_grads
+from .spec import KernelSpec
+from .update import expand_rows_update_, expand_update_, update_
+
+SPECS: tuple[KernelSpec, ...] = (*reuse.SPECS, *reuse_rows.SPECS, *update.SPECS)
 
 __all__ = [
+    "SPECS",
+    "KernelSpec",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
