@@ -61,6 +61,7 @@ def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | No
         help="Exact natural-gradient steps for PyTorch.",
         config=config,
         suppress_keyboard_interrupt=False,
+        help_format="plaintext",
     )
     app.version = version("tengrad-triton")
     app.command(train)

@@ -41,7 +41,7 @@ class Digits:
         if folder is not None:
             raise UsageError(f"digits come with scikit-learn, got --data {folder}: drop it or choose another --dataset")
         # Imported here because scikit-learn takes a second to import, and only these need it.
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # noqa: PLC0415
+        from sklearn.datasets import load_digits  # noqa: PLC0415
 
         pixels, labels = load_digits(return_X_y=True)
         rows = slice(self.train_size) if part == "train" else slice(self.train_size, None)

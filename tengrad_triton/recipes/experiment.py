@@ -15,7 +15,7 @@ from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.report import epoch_line, progress_bar, summary_table
 from tengrad_triton.recipes.run import History, RunFolder, add_events, check_free
 from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.train import Job, fit, rows_of
+from tengrad_triton.recipes.train import Job, diverged, fit, rows_of, warm_up
 
 
 def start(settings: Settings, out: Path | None, console: Console) -> None:
@@ -23,12 +23,14 @@ def start(settings: Settings, out: Path | None, console: Console) -> None:
     path = out or Path("runs") / f"{settings.dataset}-{settings.model}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(path)
     job = _job(settings, console)
-    _train_all(job, RunFolder.create(path, settings), console)
+    warm_up_seconds = _warm_up(job)
+    _train_all(job, RunFolder.create(path, settings), warm_up_seconds, console)
 
 
 def resume(settings: Settings, run: RunFolder, console: Console) -> None:
     """Train on from the last whole epoch in a folder."""
-    _train_all(_job(settings, console), run, console)
+    job = _job(settings, console)
+    _train_all(job, run, _warm_up(job), console)
 
 
 def _job(settings: Settings, console: Console) -> Job:
@@ -36,27 +38,35 @@ def _job(settings: Settings, console: Console) -> Job:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     data = load(settings.dataset, settings.data, settings.train_limit, settings.test_limit, console)
-    job = Job(settings, data.to(device), device)
-    for name in settings.optimizer:
+    return Job(settings, data.to(device), device)
+
+
+def _warm_up(job: Job) -> dict[OptimizerName, float]:
+    """Return what each optimizer's warm-up took; raises `UsageError` if one cannot take its settings."""
+    seconds: dict[OptimizerName, float] = {}
+    for name in job.settings.optimizer:
         try:
-            job.build(name)
+            seconds[name] = warm_up(job, name)
         except ValueError as error:
-            raise UsageError(f"{name}: {error}") from error
-    return job
+            raise UsageError(f"{name}: {error}: see the --{name} flags") from error
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"{name}: {error}: lower --batch-size or --width") from error
+    return seconds
 
 
-def _train_all(job: Job, run: RunFolder, console: Console) -> None:
+def _train_all(job: Job, run: RunFolder, warm_up_seconds: dict[OptimizerName, float], console: Console) -> None:
     settings = job.settings
     history: History = {name: rows_of(run.load_checkpoint(name)) for name in settings.optimizer}
-    run.add_session(machine.describe(job.device))
-    console.print(f"{settings.model} on {settings.dataset}, {len(job.data.train)} images -> {run.path}")
+    run.add_session(machine.describe(job.device) | {"warm_up_seconds": warm_up_seconds})
+    title = f"{settings.model}, width {settings.width}, on {len(job.data.train)} images of {settings.dataset}"
+    console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
     try:
         for name in settings.optimizer:
             _train_one(job, name, run, history, console)
     except KeyboardInterrupt as stop:
         raise InterruptedRunError(f"interrupted: go on with `tengrad-triton train --resume {run.path}`") from stop
     run.write_metrics(history)
-    draw(history, run.path)
+    draw(history, title, run.path)
     console.print(summary_table(history))
 
 
@@ -73,3 +83,5 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
             add_events(events, history[name][-1])
             if not console.is_terminal:
                 console.print(epoch_line(history[name][-1], epochs), soft_wrap=True)
+    if diverged(history[name]):
+        console.print(f"{name} diverged in epoch {len(history[name])}: lower --{name}.lr", style="bold red")

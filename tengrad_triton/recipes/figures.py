@@ -1,6 +1,6 @@
 """Loss and accuracy of all optimizers of a run, by epoch and by time."""
 
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -14,10 +14,11 @@ STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")
 MARKERS = 12  # a curve, whatever its number of epochs
 
 
-def draw(history: History, folder: Path) -> None:
+def draw(history: History, title: str, folder: Path) -> None:
     """Write loss.png and accuracy.png."""
     for quantity, label, scale in (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100)):
         figure = _figure(history, quantity, label, scale)
+        figure.suptitle(title)
         with replacing(folder / f"{quantity}.png") as temporary:
             figure.savefig(temporary, format="png")
 
@@ -26,7 +27,7 @@ def _figure(history: History, quantity: str, label: str, scale: int) -> Figure:
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
     by_epoch, by_time = panels
-    for (color, marker), (name, rows) in zip(STYLES, history.items(), strict=False):
+    for (color, marker), (name, rows) in zip(cycle(STYLES), history.items(), strict=False):
         epochs = [row.epoch for row in rows]
         seconds = list(accumulate(row.train_seconds for row in rows))
         for part, line in (("test", "-"), ("train", "--")):

@@ -74,7 +74,7 @@ def _opened(part: Part, folder: Path | None, hub: str) -> Iterator["Dataset"]:
 def _reported(origin: str) -> Iterator[None]:
     """Turn what can go wrong with files and the network into a `UsageError`, instead of log lines and a traceback."""
     from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]  # noqa: PLC0415
-    from pyarrow import ArrowException  # type: ignore[import-untyped]  # noqa: PLC0415
+    from pyarrow import ArrowException  # noqa: PLC0415
 
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -117,7 +117,7 @@ def _decoded(rows: "Dataset", column: str, mode: str, origin: str, console: Cons
     shape_HW: tuple[int, ...] | None = None
     decoded: list[Tensor] = []
     starts = range(0, len(images), CHUNK)
-    for start in track(starts, f"decoding {origin}", console=console, transient=True):
+    for start in track(starts, f"decoding {origin}", console=console, transient=True, disable=not console.is_terminal):
         for row, image in enumerate(images[start : start + CHUNK][column], start):
             pixels = np.array(image)
             shape_HW = shape_HW or pixels.shape

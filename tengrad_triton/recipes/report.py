@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tengrad_triton.recipes.run import History, Row
-from tengrad_triton.recipes.train import Watch, diverged
+from tengrad_triton.recipes.train import Watch
 
 REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait, so it is read no more often than an eye can follow
 
@@ -52,18 +52,18 @@ def epoch_line(row: Row, epochs: int) -> str:
 
 
 def summary_table(history: History) -> Table:
-    """Return a row an optimizer; an epoch's time is the median, because the first one also warms the machine up."""
-    table = Table(caption="time is that of training alone; an epoch's is the median of all epochs")
+    """Return a row an optimizer; an epoch's time is the median, because other programs disturb single ones."""
+    table = Table(caption="Times are those of training, after a warm-up; an epoch's is the median.")
     table.add_column("optimizer")
-    for heading in ("test accuracy", "best (epoch)", "train loss", "time", "an epoch", "SGD's times"):
-        table.add_column(heading, justify="right")
+    for heading in ("test acc.", "best (epoch)", "train loss", "time", "an epoch", "× SGD"):
+        table.add_column(heading, justify="right", no_wrap=True)
     epoch_seconds = {name: median(row.train_seconds for row in rows) for name, rows in history.items() if rows}
     for name, seconds in epoch_seconds.items():
         rows = history[name]
         best = max(rows, key=lambda row: row.test_accuracy)
         ratio = f"{seconds / epoch_seconds['sgd']:.2f}" if "sgd" in epoch_seconds else "-"
         table.add_row(
-            f"{name} (diverged)" if diverged(rows) else name,
+            name,
             f"{rows[-1].test_accuracy:.2%}",
             f"{best.test_accuracy:.2%} ({best.epoch})",
             f"{rows[-1].train_loss:.4f}",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeInt, PositiveInt, ResolvedExistingDirectory
+from cyclopts.types import PositiveInt, ResolvedExistingDirectory
+from cyclopts.validators import Number
 
 from tengrad_triton.recipes.data import DatasetName
 from tengrad_triton.recipes.models import ModelName
@@ -30,7 +31,8 @@ class Settings:
     """Everything that the numbers of a run depend on, but for the machine and the versions."""
 
     optimizer: Annotated[
-        tuple[OptimizerName, ...], Parameter(consume_multiple=True, negative=(), validator=_each_once)
+        tuple[OptimizerName, ...],
+        Parameter(consume_multiple=True, negative=(), validator=_each_once, show_default=" ".join),
     ] = ("tengrad", "sgd", "adamw")
     "Optimizers to train with, one after the other, from the same weights and in the same order of the data."
     model: ModelName = "3c1f"
@@ -49,7 +51,7 @@ class Settings:
     "Passes over the training set."
     batch_size: PositiveInt = 128
     "Images a step."
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))] = 0
     "Seed of the weights, of the order of the data and of the labels that TENGraD draws."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Where to train; auto takes the GPU if there is one."

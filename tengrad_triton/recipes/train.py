@@ -41,6 +41,21 @@ class Job:
         return model, self.settings.of(name).build(model)
 
 
+def warm_up(job: Job, name: OptimizerName) -> float:
+    """Take two steps with a model that is then forgotten, and return the seconds they took.
+
+    Kernels are compiled and libraries loaded here, out of every optimizer's time; and an optimizer that cannot train
+    this model says so before anything is written. The second step is TENGraD's first with reused curvature.
+    """
+    start = _now(job.device)
+    model, optimizer = job.build(name)
+    size = job.settings.batch_size
+    with closing(optimizer) if hasattr(optimizer, "close") else nullcontext():
+        for _, (images, labels) in zip(range(2), job.data.batches("train", size), strict=False):
+            _step(model, optimizer, images, labels)
+    return _now(job.device) - start
+
+
 def fit(job: Job, name: OptimizerName, state: State | None, watch: Watch) -> Iterator[State]:
     """Yield the state after each epoch that is left, until the last one or until the loss is not finite."""
     model, optimizer = job.build(name)
@@ -80,14 +95,19 @@ def _train(
     totals_3 = torch.zeros(3, dtype=torch.float64, device=job.device)
     settings = job.settings
     for images, labels in job.data.batches("train", settings.batch_size, shuffle_seed=settings.seed + epoch):
-        optimizer.zero_grad()
-        output = model(images)
-        loss = cross_entropy(output, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        totals_3 += _totals(output.detach(), labels, loss.detach())
+        totals_3 += _step(model, optimizer, images, labels)
         watch(epoch, totals_3)
     return _means(totals_3)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+    """Return the batch's totals, from before the step."""
+    optimizer.zero_grad()
+    output = model(images)
+    loss = cross_entropy(output, labels)
+    loss.backward()
+    optimizer.step()
+    return _totals(output.detach(), labels, loss.detach())
 
 
 @torch.no_grad()
