@@ -2,8 +2,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The two products that every step takes with factored per-sample gradients: project (J v) and expand (Jᵀ w).
 
-V and w are float32, and so is the arithmetic, whatever the factors are stored in: with P = 1 both products read or
-write a whole parameter and are bound by that. With many positions prefer explicit gradients (`reuse_rows`).
+With P = 1 both products read or write a whole parameter and are bound by that, so the arithmetic is float32 whatever
+the factors are stored in. They are widened on the host: for sm_100 Triton 3.7 turns an ieee dot into a tf32 one where
+the kernel itself widens an operand. With many positions prefer explicit gradients (`reuse_rows`).
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, S partial sums; in a parameter's view
 O outputs of all groups, K kernel pixels and I inputs of a pixel.
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .spec import (
-    TRITON_TYPES,
     Config,
     Constants,
     KernelSpec,
@@ -78,35 +78,31 @@ def _project_kernel(
         i = chunk * CHUNK + start + tl.arange(0, BLOCK_I)
         a = tl.load(a_ptr + i[None, :], mask=inside[:, None] & (i < INPUTS)[None, :], other=0.0)
         v = load_tile(v_ptr + group * stride_vg, o, i, stride_vo, OUTPUTS, INPUTS)
-        total = tl.dot(a.to(tl.float32), tl.trans(v.to(tl.float32)), total, input_precision="ieee")
+        total = tl.dot(a, tl.trans(v), total, input_precision="ieee")
     g = tl.load(g_ptr + o[None, :], mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0.0)
     slot = group * tl.num_programs(0) + tl.program_id(0)
-    tl.store(part_ptr + slot * (N * P) + rows, tl.sum(total * g.to(tl.float32), 1), mask=inside)
+    tl.store(part_ptr + slot * (N * P) + rows, tl.sum(total * g, 1), mask=inside)
 
 
-_PROJECT = {
-    dtype: Config(
-        kernel=_project_kernel,
-        types=f"{entries} {entries} *fp32 *fp32 " + 12 * "i32 ",
-        constants={"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": _CHUNK},
-        unaligned=("P",),
-        num_stages=3,
-        async_copies=True,
-    )
-    for dtype, entries in TRITON_TYPES.items()
-}
+_PROJECT = Config(
+    kernel=_project_kernel,
+    types=4 * "*fp32 " + 12 * "i32 ",
+    constants={"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": _CHUNK},
+    unaligned=("P",),
+    num_stages=3,
+    async_copies=True,
+)
 
 
 def _project(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
-    a_NGPI, g_NGPO, v_GOI = rows_contiguous(a_NGPI), rows_contiguous(g_NGPO), rows_contiguous(v_GOI.float())
+    a_NGPI, g_NGPO, v_GOI = (rows_contiguous(widen(x)) for x in (a_NGPI, g_NGPO, v_GOI))
     n, groups, p, inputs = a_NGPI.shape
     outputs = g_NGPO.shape[3]
-    config = _PROJECT[a_NGPI.dtype]
-    splits = cdiv(outputs, config.block("O")) * cdiv(inputs, _CHUNK)
+    splits = cdiv(outputs, _PROJECT.block("O")) * cdiv(inputs, _CHUNK)
     part_SNP = torch.empty(groups * splits, n, p, dtype=torch.float32, device=a_NGPI.device)
     strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3], *v_GOI.stride()[:2])
-    grid = (splits, cdiv(n * p, config.block("R")), groups)
-    config.launch(grid, a_NGPI, g_NGPO, v_GOI, part_SNP, n, p, inputs, outputs, *strides)
+    grid = (splits, cdiv(n * p, _PROJECT.block("R")), groups)
+    _PROJECT.launch(grid, a_NGPI, g_NGPO, v_GOI, part_SNP, n, p, inputs, outputs, *strides)
     return part_SNP.sum((0, 2))
 
 
@@ -143,27 +139,24 @@ def _expand_kernel(
 
 
 EXPAND_TILE: Constants = {"BLOCK_R": 32, "BLOCK_O": 64, "BLOCK_I": 64}
-_EXPAND = {
-    dtype: Config(
-        kernel=_expand_kernel,
-        types=f"{entries} {entries} *fp32 *fp32 " + 10 * "i32 ",
-        constants=EXPAND_TILE,
-        unaligned=("P",),
-        num_stages=3,
-    )
-    for dtype, entries in TRITON_TYPES.items()
-}
+_EXPAND = Config(
+    kernel=_expand_kernel,
+    types=4 * "*fp32 " + 10 * "i32 ",
+    constants=EXPAND_TILE,
+    unaligned=("P",),
+    num_stages=3,
+    async_copies=True,
+)
 
 
 def _expand(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
-    a_NGPI, g_NGPO, w_N = rows_contiguous(a_NGPI), rows_contiguous(g_NGPO), w_N.float().contiguous()
+    a_NGPI, g_NGPO, w_N = (rows_contiguous(widen(x)) for x in (a_NGPI, g_NGPO, w_N))
     n, groups, p, inputs = a_NGPI.shape
     outputs = g_NGPO.shape[3]
-    config = _EXPAND[a_NGPI.dtype]
     u_GOI = torch.empty(groups, outputs, inputs, dtype=torch.float32, device=a_NGPI.device)
     strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3])
-    grid = (cdiv(outputs, config.block("O")), cdiv(inputs, config.block("I")), groups)
-    config.launch(grid, a_NGPI, g_NGPO, w_N, u_GOI, n, p, inputs, outputs, *strides)
+    grid = (cdiv(outputs, _EXPAND.block("O")), cdiv(inputs, _EXPAND.block("I")), groups)
+    _EXPAND.launch(grid, a_NGPI, g_NGPO, w_N, u_GOI, n, p, inputs, outputs, *strides)
     return u_GOI
 
 
@@ -193,7 +186,7 @@ SPECS = (
         examples={name: partial(_project_example, shape=shape) for name, shape in _SHAPES.items()},
         flops=lambda a_NGPI, g_NGPO, v_GOI: 2 * a_NGPI.numel() * g_NGPO.shape[3],
         bytes=lambda a_NGPI, g_NGPO, v_GOI: nbytes(a_NGPI, g_NGPO, v_GOI) + 4 * a_NGPI.shape[0],
-        configs=tuple(_PROJECT.values()),
+        configs=(_PROJECT,),
     ),
     KernelSpec(
         name="expand",
@@ -204,6 +197,6 @@ SPECS = (
         bytes=lambda a_NGPI, g_NGPO, w_N: (
             nbytes(a_NGPI, g_NGPO, w_N) + 4 * a_NGPI.shape[1] * a_NGPI.shape[3] * g_NGPO.shape[3]
         ),
-        configs=tuple(_EXPAND.values()),
+        configs=(_EXPAND,),
     ),
 )

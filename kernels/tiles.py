@@ -34,8 +34,7 @@ def weighted_outer(
         a = tl.load(a_ptr + a_at, mask=inside & (i < INPUTS)[None, :], other=0.0)
         g = tl.load(g_ptr + g_at, mask=inside & (o < OUTPUTS)[None, :], other=0.0)
         w = tl.load(w_ptr + n, mask=rows < N * P, other=0.0)
-        scaled = g.to(tl.float32) * w[:, None]
-        total = tl.dot(tl.trans(scaled), a.to(tl.float32), total, input_precision="ieee")
+        total = tl.dot(tl.trans(g * w[:, None]), a, total, input_precision="ieee")
     return total
 
 
