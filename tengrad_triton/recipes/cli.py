@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InterruptedRunError as stop:
         return _end(130, str(stop))
     except KeyboardInterrupt:
-        return _end(130, "interrupted before training: nothing was written")
+        return _end(130, "interrupted before training began")
     except ModuleNotFoundError as error:
         return _end(2, f"{error}: the command line needs more packages: pip install 'tengrad-triton[train]'")
     return 0

@@ -12,10 +12,12 @@ from tengrad_triton.recipes.data import load
 from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 from tengrad_triton.recipes.figures import draw
 from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.report import epoch_line, progress_bar, summary_table
+from tengrad_triton.recipes.report import Report, summary_table
 from tengrad_triton.recipes.run import History, RunFolder, add_events, check_free
 from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.train import Job, diverged, fit, rows_of, warm_up
+from tengrad_triton.recipes.train import Job, WarmUp, diverged, fit, rows_of, warm_up
+
+WarmUps = dict[OptimizerName, WarmUp]
 
 
 def start(settings: Settings, out: Path | None, console: Console) -> None:
@@ -23,8 +25,8 @@ def start(settings: Settings, out: Path | None, console: Console) -> None:
     path = out or Path("runs") / f"{settings.dataset}-{settings.model}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(path)
     job = _job(settings, console)
-    warm_up_seconds = _warm_up(job)
-    _train_all(job, RunFolder.create(path, settings), warm_up_seconds, console)
+    warm_ups = _warm_up(job)
+    _train_all(job, RunFolder.create(path, settings), warm_ups, console)
 
 
 def resume(settings: Settings, run: RunFolder, console: Console) -> None:
@@ -41,23 +43,27 @@ def _job(settings: Settings, console: Console) -> Job:
     return Job(settings, data.to(device), device)
 
 
-def _warm_up(job: Job) -> dict[OptimizerName, float]:
-    """Return what each optimizer's warm-up took; raises `UsageError` if one cannot take its settings."""
-    seconds: dict[OptimizerName, float] = {}
+def _warm_up(job: Job) -> WarmUps:
+    """Return each optimizer's warm-up; raises `UsageError` if one cannot take its settings."""
+    done: WarmUps = {}
     for name in job.settings.optimizer:
         try:
-            seconds[name] = warm_up(job, name)
+            done[name] = warm_up(job, name)
         except ValueError as error:
             raise UsageError(f"{name}: {error}: see the --{name} flags") from error
         except torch.OutOfMemoryError as error:
             raise UsageError(f"{name}: {error}: lower --batch-size or --width") from error
-    return seconds
+    return done
 
 
-def _train_all(job: Job, run: RunFolder, warm_up_seconds: dict[OptimizerName, float], console: Console) -> None:
+def _train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> None:
     settings = job.settings
     history: History = {name: rows_of(run.load_checkpoint(name)) for name in settings.optimizer}
-    run.add_session(machine.describe(job.device) | {"warm_up_seconds": warm_up_seconds})
+    seconds = {name: warm.seconds for name, warm in warm_ups.items()}
+    run.add_session(machine.describe(job.device) | {"warm_up_seconds": seconds})
+    for name, warm in warm_ups.items():
+        if warm.summary is not None:
+            run.write_text(f"{name}-summary.txt", warm.summary)
     title = f"{settings.model}, width {settings.width}, on {len(job.data.train)} images of {settings.dataset}"
     console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
     try:
@@ -74,14 +80,13 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
     epochs = job.settings.epochs
     with (
         closing(run.events(name, history[name])) as events,
-        progress_bar(console, name, epochs, len(job.data.train)) as watch,
+        Report.of(console, name, epochs, len(job.data.train)) as report,
     ):
-        for state in fit(job, name, run.load_checkpoint(name), watch):
+        for state in fit(job, name, run.load_checkpoint(name), report.step):
             run.save_checkpoint(name, state)
             history[name] = rows_of(state)
             run.write_metrics(history)
             add_events(events, history[name][-1])
-            if not console.is_terminal:
-                console.print(epoch_line(history[name][-1], epochs), soft_wrap=True)
+            report.epoch(history[name][-1])
     if diverged(history[name]):
         console.print(f"{name} diverged in epoch {len(history[name])}: lower --{name}.lr", style="bold red")

@@ -4,64 +4,75 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import median
+from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from tengrad_triton.recipes.run import History, Row
-from tengrad_triton.recipes.train import Watch
 
 REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait, so it is read no more often than an eye can follow
 
 
-@contextmanager
-def progress_bar(console: Console, name: str, epochs: int, images: int) -> Iterator[Watch]:
-    """Give a function that moves a bar over all epochs of one optimizer, with the running loss and accuracy."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        TextColumn("{task.fields[quality]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{name:8}", total=epochs * images, quality="")
-        drawn = 0.0
+class Report:
+    """The progress of one optimizer: a bar over all its epochs on a terminal, a line an epoch elsewhere."""
 
-        def watch(epoch: int, totals_3: Tensor) -> None:
-            nonlocal drawn
-            if progress.disable or time.monotonic() - drawn < REDRAW_SECONDS:
-                return
-            loss, hits, seen = totals_3.tolist()
-            quality = f"epoch {epoch}/{epochs}  loss {loss / seen:.3f}  {hits / seen:.1%}"
-            progress.update(task, completed=(epoch - 1) * images + seen, quality=quality)
-            drawn = time.monotonic()
+    def __init__(self, progress: Progress, name: str, epochs: int, images: int) -> None:
+        self._progress, self._epochs, self._images = progress, epochs, images
+        self._task = progress.add_task(f"{name:8}", total=epochs * images, quality="")
+        self._drawn = time.monotonic()
 
-        yield watch
+    @classmethod
+    @contextmanager
+    def of(cls, console: Console, name: str, epochs: int, images: int) -> Iterator[Self]:
+        """Show the bar for as long as the block lasts."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TextColumn("{task.fields[quality]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            yield cls(progress, name, epochs, images)
 
+    def step(self, epoch: int, totals_3: Tensor) -> None:
+        """Move the bar; takes what `train.Watch` is given."""
+        if self._progress.disable or time.monotonic() - self._drawn < REDRAW_SECONDS:
+            return
+        loss, hits, seen = totals_3.tolist()
+        self._draw(epoch, int(seen), loss / seen, hits / seen)
+        self._drawn = time.monotonic()
 
-def epoch_line(row: Row, epochs: int) -> str:
-    """Return what one epoch came to."""
-    return (
-        f"{row.optimizer:8} epoch {row.epoch}/{epochs}  train loss {row.train_loss:.4f}, accuracy "
-        f"{row.train_accuracy:.2%}  test loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2%}  "
-        f"{row.train_seconds:.2f} s"
-    )
+    def epoch(self, row: Row) -> None:
+        """Show what an epoch came to: the training's loss and accuracy on the bar, and those of the test in a line."""
+        if self._progress.disable:
+            line = (
+                f"{row.optimizer:8} epoch {row.epoch}/{self._epochs}  "
+                f"train loss {row.train_loss:.4f}, accuracy {row.train_accuracy:.2%}  "
+                f"test loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2%}  {row.train_seconds:.2f} s"
+            )
+            self._progress.console.print(line, soft_wrap=True)
+        self._draw(row.epoch, self._images, row.train_loss, row.train_accuracy)
+
+    def _draw(self, epoch: int, seen: int, loss: float, accuracy: float) -> None:
+        quality = f"epoch {epoch}/{self._epochs}  loss {loss:.3f}  {accuracy:.1%}"
+        self._progress.update(self._task, completed=(epoch - 1) * self._images + seen, quality=quality)
 
 
 def summary_table(history: History) -> Table:
     """Return a row an optimizer; an epoch's time is the median, because other programs disturb single ones."""
-    table = Table(caption="Times are those of training, after a warm-up; an epoch's is the median.")
-    table.add_column("optimizer")
+    table = Table(box=SIMPLE_HEAD, caption="Times are those of training, after a warm-up; an epoch's is the median.")
+    table.add_column("optimizer", no_wrap=True)
     for heading in ("test acc.", "best (epoch)", "train loss", "time", "an epoch", "× SGD"):
         table.add_column(heading, justify="right", no_wrap=True)
     epoch_seconds = {name: median(row.train_seconds for row in rows) for name, rows in history.items() if rows}
     for name, seconds in epoch_seconds.items():
         rows = history[name]
         best = max(rows, key=lambda row: row.test_accuracy)
-        ratio = f"{seconds / epoch_seconds['sgd']:.2f}" if "sgd" in epoch_seconds else "-"
         table.add_row(
             name,
             f"{rows[-1].test_accuracy:.2%}",
@@ -69,6 +80,6 @@ def summary_table(history: History) -> Table:
             f"{rows[-1].train_loss:.4f}",
             f"{sum(row.train_seconds for row in rows):.1f} s",
             f"{seconds:.2f} s",
-            ratio,
+            f"{seconds / epoch_seconds['sgd']:.2f}" if "sgd" in epoch_seconds else "-",
         )
     return table

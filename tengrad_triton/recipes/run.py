@@ -70,8 +70,12 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Write one JSON file; a number that is not finite raises `ValueError`, because JSON has none."""
+        self.write_text(name, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file."""
         with replacing(self.path / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
 
     def read_json(self, name: str) -> Any:
         """Read one JSON file; raises `UsageError` if it is not there or damaged."""
@@ -93,8 +97,7 @@ class RunFolder:
         writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        with replacing(self.path / "metrics.csv") as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8")
+        self.write_text("metrics.csv", text.getvalue())
         self.write_json("metrics.json", [{key: _or_null(value) for key, value in row.items()} for row in rows])
 
     def events(self, name: OptimizerName, rows: list[Row]) -> "SummaryWriter":

@@ -20,7 +20,7 @@ from tengrad_triton.recipes.splits import Data
 EVAL_BATCH = 500
 
 State = dict[str, Any]  # what torch.save keeps: the model, the optimizer, the random numbers and the rows so far
-Watch = Callable[[int, Tensor], None]  # takes the epoch, and the sums over its images so far: see `Totals`
+Watch = Callable[[int, Tensor], None]  # takes the epoch, and the sums over its images so far: see `_totals`
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,16 @@ class Job:
         return model, self.settings.of(name).build(model)
 
 
-def warm_up(job: Job, name: OptimizerName) -> float:
-    """Take two steps with a model that is then forgotten, and return the seconds they took.
+@dataclass(frozen=True)
+class WarmUp:
+    """How long an optimizer's first steps took, and what it says about each parameter, if it says anything."""
+
+    seconds: float
+    summary: str | None
+
+
+def warm_up(job: Job, name: OptimizerName) -> WarmUp:
+    """Take two steps with a model that is then forgotten.
 
     Kernels are compiled and libraries loaded here, out of every optimizer's time; and an optimizer that cannot train
     this model says so before anything is written. The second step is TENGraD's first with reused curvature.
@@ -53,7 +61,8 @@ def warm_up(job: Job, name: OptimizerName) -> float:
     with closing(optimizer) if hasattr(optimizer, "close") else nullcontext():
         for _, (images, labels) in zip(range(2), job.data.batches("train", size), strict=False):
             _step(model, optimizer, images, labels)
-    return _now(job.device) - start
+        seconds = _now(job.device) - start
+        return WarmUp(seconds, str(optimizer.summary()) if hasattr(optimizer, "summary") else None)
 
 
 def fit(job: Job, name: OptimizerName, state: State | None, watch: Watch) -> Iterator[State]:
