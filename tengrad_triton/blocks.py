@@ -33,6 +33,10 @@ class Block:
     group: int
     why_sgd: str | None
 
+    def trained(self) -> list[str]:
+        """Return the names of those parameters that are not frozen at present."""
+        return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients of those parameters that have one, by their names within the module."""
         return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
@@ -61,7 +65,7 @@ def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[B
                 f"{', '.join(own)} of {name or type(module).__name__!r} are in different parameter groups; they form "
                 "one block of the Fisher matrix: put them into one group"
             )
-        shared = [label for label, p in own.items() if owners[p] > 1]
+        shared = [label for label, p in module.named_parameters(recurse=False) if owners[p] > 1]
         why = f"{shared[0]} is shared with another module" if shared else why_no_rule(module)
         blocks.append(Block(name, module, own, indices.pop(), why))
     strangers = {index: [p for p, i in group_of.items() if i == index] for index in set(group_of.values())}

@@ -143,9 +143,11 @@ class Capture:
 
     def _derive(self, record: Record, output: Any) -> None:
         """Fill in the derivatives at drawn labels: one backward pass by the layers' outputs only."""
+        ends = [(use, use.edge) for uses in record.uses.values() for use in uses if use.edge is not None]
+        if not ends:
+            return
         target = self._likelihood.sample(tree_map_only(Tensor, Tensor.detach, output), self._generator)
         nll = self._likelihood.nll(output, target)
-        ends = [(use, use.edge) for uses in record.uses.values() for use in uses if use.edge is not None]
         grads = torch.autograd.grad(nll, [edge for _, edge in ends], retain_graph=True, allow_unused=True)
         for (use, _), grad in zip(ends, grads, strict=True):
             use.grad_y, use.edge = grad, None

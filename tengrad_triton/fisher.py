@@ -8,6 +8,7 @@ Dimensions: N samples, C classes, D outputs of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -33,7 +34,7 @@ class Categorical:
     """Logits [N, C] of one label a sample: the loss is `torch.nn.functional.cross_entropy`."""
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        _expect(output, output.dim() == 2, "categorical", "logits of shape [N, C], one label a sample")
+        _expect(output, "categorical", "logits of shape [N, C], one label a sample", dims=(2,))
         return torch.multinomial(output.float().softmax(1), 1, generator=generator).squeeze(1)
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
@@ -44,7 +45,7 @@ class Gaussian:
     """Means [N, …] of D outputs a sample: the loss is `torch.nn.functional.mse_loss`, so each variance is D / 2."""
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        _expect(output, output.dim() >= 1, "gaussian", "means of shape [N, ...]")
+        _expect(output, "gaussian", "means of shape [N, ...]")
         noise = torch.empty_like(output).normal_(generator=generator)
         return output + noise * (_outputs(output) / 2) ** 0.5
 
@@ -60,7 +61,7 @@ class Bernoulli:
     """
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        _expect(output, output.dim() >= 1, "bernoulli", "logits of shape [N, ...]")
+        _expect(output, "bernoulli", "logits of shape [N, ...]")
         return torch.bernoulli(output.sigmoid(), generator=generator)
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
@@ -89,9 +90,11 @@ def _outputs(output: Tensor) -> int:
     return max(1, output[0].numel())
 
 
-def _expect(output: Any, fits: bool, name: str, expected: str) -> None:
-    if not fits:
-        raise ValueError(
-            f"likelihood={name!r} expects {expected}; the model returned {tuple(output.shape)}. "
-            "Choose the likelihood of your loss, or pass an object with sample and nll"
+def _expect(output: Any, name: str, expected: str, dims: Container[int] = range(1, 64)) -> None:
+    way_out = "choose the likelihood of your loss, or pass an object with sample and nll"
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"likelihood={name!r} expects {expected}; the model returned {type(output).__name__}: {way_out}"
         )
+    if output.dim() not in dims:
+        raise ValueError(f"likelihood={name!r} expects {expected}; the model returned {tuple(output.shape)}: {way_out}")

@@ -26,7 +26,7 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
         RuntimeError: nothing was recorded.
         ValueError: a rule returned rows of another size than its parameter.
     """
-    covered = {block.name: block for block in blocks if block.why_sgd is None}
+    covered = {block.name: block for block in blocks if block.why_sgd is None and block.trained()}
     if covered and not capture.records:
         raise RuntimeError(
             "the curvature is due for a refresh, and no forward and backward of the model was seen since the last "
@@ -40,12 +40,13 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
             missing[name] = capture.why_missing(name)
             continue
         forms = [[_canonical(block, x, grad_y) for x, grad_y in forward] for forward in rows[name]]
-        trained = [label for label, parameter in block.parameters.items() if parameter.requires_grad]
-        unknown = [label for label in trained if label not in forms[0][0]]
+        unknown = [label for label in block.trained() if label not in forms[0][0]]
         if unknown:
             missing[name] = f"the rule for {type(block.layer).__name__} says nothing of {unknown[0]}"
         else:
-            gathered[name] = {label: [[form[label] for form in forward] for forward in forms] for label in trained}
+            gathered[name] = {
+                label: [[form[label] for form in forward] for forward in forms] for label in block.trained()
+            }
     return gathered, missing
 
 

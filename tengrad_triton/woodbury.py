@@ -61,10 +61,9 @@ def curvature(
 ) -> Curvature:
     """Factor K + N α I for every block, in one batch; ``failures`` are those of each block so far.
 
-    Where the factorization fails (rounding made K indefinite, or it is not finite), that block takes the gradient over
-    its largest possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F), or no
-    step along the gradient where that is not finite. Each failure raises the block's damping tenfold from the next
-    refresh on. No value is read back from the device.
+    Where the factorization fails because rounding made K indefinite, that block takes the gradient over its largest
+    possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
+    raises the block's damping tenfold from the next refresh on. No value is read back from the device.
     """
     if not blocks:
         return Curvature(blocks, *(torch.empty(shape) for shape in ((0, 0, 0), (0,), (0,))))
@@ -76,7 +75,6 @@ def curvature(
     healthy_L = pivot_L > 0  # false for NaN too
     inverse_LNN = torch.where(healthy_L[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)
     bound_L = damping_L + k_LNN.diagonal(dim1=1, dim2=2).sum(1) / samples
-    bound_L = torch.where(bound_L.isfinite(), bound_L, torch.inf)
     return Curvature(blocks, inverse_LNN, torch.where(healthy_L, damping_L, bound_L), failures_L + ~healthy_L)
 
 

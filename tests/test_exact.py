@@ -29,7 +29,9 @@ class Flat(nn.Module):
         for _ in range(self.calls):
             x = self.between(self.layer(x))
         flat = x.flatten(1)
-        return torch.stack([(flat * (k + 1 + torch.arange(flat.shape[1]).to(x)).sin()).sum(1) for k in range(CLASSES)], 1)
+        return torch.stack(
+            [(flat * (k + 1 + torch.arange(flat.shape[1]).to(x)).sin()).sum(1) for k in range(CLASSES)], 1
+        )
 
 
 @dataclass
