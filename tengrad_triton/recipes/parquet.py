@@ -42,8 +42,6 @@ class ParquetImages:
         with _opened(part, folder, self.hub) as table:
             image, label = (_column(table, names, origin) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
             rows = table.select(range(len(table) if limit is None else min(limit, len(table))))
-            if len(rows) == 0:
-                raise UsageError(f"{origin}: no rows: expected at least one image")
             labels_N = _labels(rows, label, self.classes, origin)
             return Split(_decoded(rows, image, self.mode, origin, console), labels_N)
 
@@ -67,7 +65,9 @@ def _opened(part: Part, folder: Path | None, hub: str) -> Iterator["Dataset"]:
             datasets.disable_progress_bars()
             stack.callback(datasets.enable_progress_bars)
         cache = stack.enter_context(tempfile.TemporaryDirectory())
-        yield datasets.load_dataset("parquet", data_files={part: files}, split=part, cache_dir=cache)
+        # Not load_dataset("parquet", ...), which is the same reader but tells the hub of every use: without a network,
+        # a wait for its name server.
+        yield datasets.Dataset.from_parquet(files, cache_dir=cache)
 
 
 @contextmanager

@@ -65,7 +65,11 @@ class Report:
 
 def summary_table(history: History) -> Table:
     """Return a row an optimizer; an epoch's time is the median, because other programs disturb single ones."""
-    table = Table(box=SIMPLE_HEAD, caption="Times are those of training, after a warm-up; an epoch's is the median.")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        caption="Times are those of training, after a warm-up; an epoch's is the median.",
+    )
     table.add_column("optimizer", no_wrap=True)
     for heading in ("test acc.", "best (epoch)", "train loss", "time", "an epoch", "× SGD"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -104,7 +104,12 @@ def _train(
     totals_3 = torch.zeros(3, dtype=torch.float64, device=job.device)
     settings = job.settings
     for images, labels in job.data.batches("train", settings.batch_size, shuffle_seed=settings.seed + epoch):
-        totals_3 += _step(model, optimizer, images, labels)
+        try:
+            totals_3 += _step(model, optimizer, images, labels)
+        except RuntimeError:  # TENGraD cannot draw labels from logits that are not finite
+            if _is_finite(model, images):
+                raise
+            return math.nan, _means(totals_3)[1]
         watch(epoch, totals_3)
     return _means(totals_3)
 
@@ -129,6 +134,11 @@ def _evaluate(job: Job, model: nn.Module) -> tuple[float, float]:
     return _means(totals_3)
 
 
+@torch.no_grad()
+def _is_finite(model: nn.Module, images: Tensor) -> bool:
+    return bool(model(images).isfinite().all())
+
+
 def _totals(output: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     """Return [sum of the losses, right answers, images] of a batch, on its device: reading them here would stop it."""
     hits = (output.argmax(1) == labels).sum()
@@ -137,7 +147,7 @@ def _totals(output: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 def _means(totals_3: Tensor) -> tuple[float, float]:
     loss, hits, images = totals_3.tolist()
-    return loss / images, hits / images
+    return (loss / images, hits / images) if images else (math.nan, 0.0)
 
 
 def _now(device: torch.device) -> float:

@@ -1,0 +1,237 @@
+"""The recipes' data: pixels as they were, batches by the seed, and files that are not what they should be."""
+
+import io
+from typing import get_args
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from tengrad_triton.recipes.data import DATASETS, DatasetName, load
+from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.splits import Data, Normalizer, Split
+
+SPELLINGS = [("fashion-mnist", "image", "label", "L"), ("cifar10", "img", "label", "RGB")]
+SPELLINGS += [("cifar100", "img", "fine_label", "RGB")]
+
+
+def random_pixels(count, mode, seed=0, size=(6, 5)):
+    shape = (count, *size) if mode == "L" else (count, *size, 3)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(file, image, label, images, labels, classes=None):
+    """Write rows as the hub has them: with its features in the schema's metadata if `classes` is given."""
+    columns = {image: pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})), label: pa.array(labels)}
+    table = pa.table(columns)
+    if classes is not None:
+        features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(num_classes=classes)})
+        table = table.replace_schema_metadata(features.arrow_schema.metadata)
+    pq.write_table(table, file)
+
+
+def write_folder(folder, image="image", label="label", mode="L", count=5, classes=None):
+    """Write two training shards and one test shard, and return their pixels and labels."""
+    pixels = {"train": random_pixels(2 * count, mode), "test": random_pixels(count, mode, seed=1)}
+    labels = {part: np.arange(len(rows)) % 10 for part, rows in pixels.items()}
+    for part, shards in {"train": 2, "test": 1}.items():
+        for shard in range(shards):
+            rows = slice(shard * count, (shard + 1) * count)
+            images = [encoded(p) for p in pixels[part][rows]]
+            file = folder / f"{part}-{shard:05}-of-{shards:05}.parquet"
+            write_parquet(file, image, label, images, labels[part][rows], classes)
+    return pixels, labels
+
+
+def loaded(name, folder=None, train_limit=None, test_limit=None):
+    return load(name, folder, train_limit, test_limit, Console(quiet=True))
+
+
+def tiny_data(count=10):
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 3, 3).contiguous()
+    split = Split(images, torch.arange(count))
+    return Data(split, split, Normalizer.of(split), count)
+
+
+def test_every_name_has_a_row():
+    assert set(DATASETS) == set(get_args(DatasetName))
+
+
+def test_digits_are_sklearns_in_their_order():
+    data, truth = loaded("digits"), load_digits()
+    images, labels = (torch.cat([getattr(s, key) for s in (data.train, data.test)]) for key in ("images", "labels"))
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    np.testing.assert_array_equal(images[:, 0].numpy(), truth.images)
+    np.testing.assert_array_equal(labels.numpy(), truth.target)
+
+
+@pytest.mark.parametrize("metadata", [True, False], ids=["features", "plain"])
+@pytest.mark.parametrize(("name", "image", "label", "mode"), SPELLINGS)
+def test_parquet_pixels_and_labels_are_exact(tmp_path, name, image, label, mode, metadata):
+    classes = DATASETS[name].classes
+    pixels, labels = write_folder(tmp_path, image, label, mode, classes=classes if metadata else None)
+    data = loaded(name, tmp_path)
+    assert data.classes == classes
+    for part, split in (("train", data.train), ("test", data.test)):
+        expected = pixels[part][:, None] if mode == "L" else pixels[part].transpose(0, 3, 1, 2)
+        assert split.images.dtype == torch.uint8
+        np.testing.assert_array_equal(split.images.numpy(), expected)
+        np.testing.assert_array_equal(split.labels.numpy(), labels[part])
+
+
+def test_images_are_converted_to_the_data_sets_mode(tmp_path):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}-0.parquet", "img", "label", [encoded(random_pixels(1, "L")[0])], [0])
+    images = loaded("cifar10", tmp_path).train.images
+    assert images.shape == (1, 3, 6, 5)
+    assert torch.equal(images[:, 0], images[:, 2])
+
+
+def test_local_files_leave_nothing_behind(tmp_path, monkeypatch):
+    source, scratch = tmp_path / "source", tmp_path / "scratch"
+    source.mkdir()
+    scratch.mkdir()
+    write_folder(source)
+    before = {file: file.read_bytes() for file in source.iterdir()}
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    loaded("fashion-mnist", source)
+    assert {file: file.read_bytes() for file in source.iterdir()} == before
+    assert list(scratch.iterdir()) == []
+    assert not (tmp_path / "cache").exists()
+    assert not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_limits_take_the_first_images(tmp_path, name):
+    write_folder(tmp_path)
+    folder = None if name == "digits" else tmp_path
+    full, cut = loaded(name, folder), loaded(name, folder, train_limit=7, test_limit=3)
+    assert torch.equal(cut.train.images, full.train.images[:7])
+    assert torch.equal(cut.test.labels, full.test.labels[:3])
+    assert len(loaded(name, folder, test_limit=10**6).test) == len(full.test)
+
+
+def _overwrite(content):
+    return lambda folder: (folder / "train-00001-of-00002.parquet").write_bytes(content)
+
+
+def _rewrite(image="image", label="label", images=None, labels=(0, 1)):
+    def write(folder):
+        rows = [encoded(p) for p in random_pixels(2, "L")] if images is None else images
+        for file in folder.glob("train-*"):
+            file.unlink()
+        write_parquet(folder / "train-0.parquet", image, label, rows, pa.array(labels))
+
+    return write
+
+
+def _truncate(folder):
+    file = folder / "train-00000-of-00002.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def _remove(pattern):
+    return lambda folder: [file.unlink() for file in folder.glob(pattern)]
+
+
+def _flip_bytes(folder):
+    file = folder / "train-00000-of-00002.parquet"
+    content = bytearray(file.read_bytes())
+    content[20:400] = b"\x55" * 380
+    file.write_bytes(content)
+
+
+GRAY = encoded(random_pixels(1, "L")[0])
+BROKEN = {
+    "no files": (_remove("*"), "no test-*.parquet"),
+    "no training files": (_remove("train-*"), "no train-*.parquet"),
+    "truncated": (_truncate, "cannot be read"),
+    "empty file": (_overwrite(b""), "cannot be read"),
+    "not Parquet": (_overwrite(b"label,image\n"), "cannot be read"),
+    "damaged inside": (_flip_bytes, "cannot be read"),
+    "image column": (_rewrite(image="picture"), "columns picture, label: expected one called image or img"),
+    "label column": (_rewrite(label="class"), "columns image, class: expected one called label or fine_label"),
+    "label too large": (_rewrite(labels=[0, 10]), "labels 0 to 10: expected 0 to 9"),
+    "label negative": (_rewrite(labels=[-1, 0]), "labels -1 to 0: expected 0 to 9"),
+    "label missing": (_rewrite(labels=[0, None]), "or gaps: expected an integer"),
+    "label text": (_rewrite(labels=["cat", "dog"]), "expected an integer"),
+    "image missing": (_rewrite(images=[GRAY, None]), "row 1 of column image holds no image"),
+    "image first missing": (_rewrite(images=[None, GRAY]), "row 0 of column image holds no image"),
+    "not an image": (_rewrite(images=[GRAY, {"bytes": b"x", "path": None}]), "cannot be read"),
+    "sizes differ": (
+        _rewrite(images=[GRAY, encoded(random_pixels(1, "L", size=(4, 5))[0])]),
+        "row 1 of column image holds (4, 5): expected an image of (6, 5)",
+    ),
+    "no rows": (_rewrite(images=[], labels=pa.array([], pa.int64())), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_refused_in_one_message(tmp_path, case, capfd):
+    break_it, message = BROKEN[case]
+    write_folder(tmp_path)
+    break_it(tmp_path)
+    with pytest.raises(UsageError) as error:
+        loaded("fashion-mnist", tmp_path)
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_digits_take_no_folder(tmp_path):
+    with pytest.raises(UsageError, match="another --dataset"):
+        loaded("digits", tmp_path)
+
+
+def test_an_unreachable_hub_is_one_message(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UsageError, match=r"uoft-cs/cifar10 \(test\).*Couldn't reach.*--data"):
+        loaded("cifar10")
+
+
+def test_normalized_images_have_mean_0_and_deviation_1():
+    images = torch.from_numpy(random_pixels(50, "RGB")).permute(0, 3, 1, 2)
+    images[:, 1] = 7  # a constant channel
+    normal = Normalizer.of(Split(images, torch.zeros(50)))(images).double()
+    torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-6, rtol=0)
+    deviation = normal.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(deviation, torch.tensor([1.0, 0, 1]).double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 99])
+def test_batches_hold_every_image_once_with_its_label(size):
+    data = tiny_data()
+    batches = list(data.batches("train", size, shuffle_seed=5))
+    labels = torch.cat([y for _, y in batches])
+    assert sorted(labels.tolist()) == list(range(10))
+    assert [len(y) for _, y in batches] == [size] * (10 // size) + [10 % size] * (10 % size > 0)
+    images = torch.cat([x for x, _ in batches])
+    torch.testing.assert_close(images, data.normalize(data.train.images[labels]))
+
+
+def test_the_order_depends_on_the_seed_alone():
+    def order(seed):
+        torch.manual_seed(123 if seed is None else seed + 1)
+        return torch.cat([y for _, y in tiny_data(50).batches("train", 7, shuffle_seed=seed)]).tolist()
+
+    assert order(None) == list(range(50))
+    first = order(1)
+    torch.rand(3)
+    assert order(1) == first
+    assert len({tuple(order(seed)) for seed in range(5)}) == 5
