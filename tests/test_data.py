@@ -42,9 +42,9 @@ def write_parquet(file, image, label, images, labels, classes=None):
     pq.write_table(table, file)
 
 
-def write_folder(folder, image="image", label="label", mode="L", count=5, classes=None):
+def write_folder(folder, image="image", label="label", mode="L", count=5, classes=None, size=(6, 5)):
     """Write two training shards and one test shard, and return their pixels and labels."""
-    pixels = {"train": random_pixels(2 * count, mode), "test": random_pixels(count, mode, seed=1)}
+    pixels = {"train": random_pixels(2 * count, mode, 0, size), "test": random_pixels(count, mode, 1, size)}
     labels = {part: np.arange(len(rows)) % 10 for part, rows in pixels.items()}
     for part, shards in {"train": 2, "test": 1}.items():
         for shard in range(shards):

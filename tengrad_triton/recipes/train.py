@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import MODELS
 from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.run import Row
@@ -167,8 +168,11 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], 
 
 
 def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, device: torch.device) -> list[Row]:
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UsageError(f"a checkpoint does not fit the run's settings ({error}): restore settings.json") from error
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
