@@ -6,16 +6,30 @@ Every public name here is an op of ``torch.library``. On CPU tensors (and in flo
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
 """
 
-from . import reuse, reuse_rows, update
-from .cholesky import cholesky, cholesky_inverse, cholesky_solve
+from .cholesky import SPECS as CHOLESKY_SPECS
+from .cholesky import cholesky
+from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
+from .reuse import SPECS as REUSE_SPECS
 from .reuse import expand, project
+from .reuse_rows import SPECS as ROWS_SPECS
 from .reuse_rows import expand_rows, project_rows
 from .sample_grads import conv_sample_grads, sample_grads
 from .spec import KernelSpec
+from .triangular import SPECS as TRIANGULAR_SPECS
+from .triangular import cholesky_inverse, cholesky_solve
+from .update import SPECS as UPDATE_SPECS
 from .update import expand_rows_update_, expand_update_, update_
 
-SPECS: tuple[KernelSpec, ...] = (*reuse.SPECS, *reuse_rows.SPECS, *update.SPECS)
+# One row a kernel: the tests, the benchmarks and the ahead-of-time compile iterate over these.
+SPECS: tuple[KernelSpec, ...] = (
+    *GRAM_SPECS,
+    *CHOLESKY_SPECS,
+    *TRIANGULAR_SPECS,
+    *REUSE_SPECS,
+    *ROWS_SPECS,
+    *UPDATE_SPECS,
+)
 
 __all__ = [
     "SPECS",

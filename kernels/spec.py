@@ -27,6 +27,7 @@ triton: Any = importlib.import_module("triton") if HAS_TRITON else _Absent()
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else _Absent()
 
 Constants = dict[str, int | bool | str]
+Example = Callable[[torch.dtype, torch.device], tuple[Any, ...]]
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
@@ -64,7 +65,7 @@ class KernelSpec:
     name: str
     fast: Callable[..., Any]
     reference: Callable[..., Any]
-    examples: Mapping[str, Callable[[torch.dtype, torch.device], tuple[Any, ...]]]
+    examples: Mapping[str, Example]
     flops: Callable[..., int]
     bytes: Callable[..., int]
     configs: Sequence[Config]

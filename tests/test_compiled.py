@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CUDA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
 HIP = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
 
 
 def _label(row, config):
@@ -60,15 +61,24 @@ def cuda_resources(compiled, folder):
 
 
 def hip_resources(compiled):
-    """Vector registers, spilled registers and the machine code of a kernel compiled for AMD."""
+    """Vector registers, bytes of scratch memory and the machine code of a kernel compiled for AMD."""
     code = compiled.asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
-    return registers, sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code))), code
+    # Scalar registers that spill go to lanes of vector registers, not to memory.
+    registers, scratch = (
+        int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, scratch, code
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
-def _fresh_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+def _fresh_cache(monkeypatch, cache):
+    # Shared by the tests, because some ops share configurations.
+    monkeypatch.setenv("TRITON_CACHE_DIR", cache)
 
 
 @pytest.mark.usefixtures("_fresh_cache")
@@ -77,6 +87,7 @@ def test_config_compiles_for_cuda_without_spills(config, target, tmp_path):
     compiled = compile_config(config, target)
     _, spilled, code = cuda_resources(compiled, tmp_path)
     assert spilled == 0
+    assert compiled.metadata.shared <= SHARED_MEMORY[target.arch]
     assert not re.search(r"\b(STL|LDL)\b", code)
     assert re.search(r"\bSTG\b", code), "an empty kernel: the compiler dropped every store"
     # Every float32 dot asks for ieee, which the compiler has been seen to ignore.
@@ -88,6 +99,8 @@ def test_config_compiles_for_cuda_without_spills(config, target, tmp_path):
 @pytest.mark.usefixtures("_fresh_cache")
 @pytest.mark.parametrize(("config", "target"), _cases(HIP))
 def test_config_compiles_for_amd_without_spills(config, target):
-    _, spilled, code = hip_resources(compile_config(config, target))
+    compiled = compile_config(config, target)
+    _, spilled, code = hip_resources(compiled)
     assert spilled == 0
+    assert compiled.metadata.shared <= SHARED_MEMORY[target.arch]
     assert re.search(r"\b(global|buffer)_store", code), "an empty kernel: the compiler dropped every store"
