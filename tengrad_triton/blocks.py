@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from tengrad_triton.layers import why_no_rule
 
@@ -36,10 +36,6 @@ class Block:
     def trained(self) -> list[str]:
         """Return the names of those parameters that are not frozen at present."""
         return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients of those parameters that have one, by their names within the module."""
-        return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
 
     def label(self, parameter: str) -> str:
         """Return the parameter's full name."""

@@ -30,39 +30,64 @@ class Likelihood(Protocol):
         """Return the negative log-likelihood, summed over the samples: a scalar whose gradients are J's rows."""
 
 
-class Categorical:
+class Noisy:
+    """A likelihood that draws in two parts, so that a compiled step can take the random one from outside."""
+
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Return random numbers shaped like ``output``."""
+        raise NotImplementedError
+
+    def pick(self, output: Tensor, noise: Tensor) -> Tensor:
+        """Return the target that ``noise`` stands for."""
+        raise NotImplementedError
+
+    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw a target for every sample."""
+        return self.pick(output, self.noise(output, generator))
+
+
+class Categorical(Noisy):
     """Logits [N, C] of one label a sample: the loss is `torch.nn.functional.cross_entropy`."""
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         _expect(output, "categorical", "logits of shape [N, C], one label a sample", dims=(2,))
-        return torch.multinomial(output.float().softmax(1), 1, generator=generator).squeeze(1)
+        return torch.empty_like(output, dtype=torch.float32).exponential_(generator=generator)
+
+    def pick(self, output: Tensor, noise: Tensor) -> Tensor:
+        """Return the winners of a race in which class c arrives after Exp(1) / p_c: c wins with probability p_c."""
+        return (output.float().softmax(1) / noise).argmax(1)
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return F.cross_entropy(output, target, reduction="sum")
 
 
-class Gaussian:
+class Gaussian(Noisy):
     """Means [N, …] of D outputs a sample: the loss is `torch.nn.functional.mse_loss`, so each variance is D / 2."""
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         _expect(output, "gaussian", "means of shape [N, ...]")
-        noise = torch.empty_like(output).normal_(generator=generator)
+        return torch.empty_like(output).normal_(generator=generator)
+
+    def pick(self, output: Tensor, noise: Tensor) -> Tensor:  # noqa: D102
         return output + noise * (_outputs(output) / 2) ** 0.5
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return (output - target).square().sum() / _outputs(output)
 
 
-class Bernoulli:
+class Bernoulli(Noisy):
     """Logits [N, …] of D yes-or-no outputs a sample: `torch.nn.functional.binary_cross_entropy_with_logits`.
 
     That loss averages over the D outputs, so the derivatives are scaled by D^-½: the mean of their outer products is
     then the Gauss-Newton matrix of the loss.
     """
 
-    def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
         _expect(output, "bernoulli", "logits of shape [N, ...]")
-        return torch.bernoulli(output.sigmoid(), generator=generator)
+        return torch.empty_like(output, dtype=torch.float32).uniform_(generator=generator)
+
+    def pick(self, output: Tensor, noise: Tensor) -> Tensor:  # noqa: D102
+        return (noise < output.sigmoid()).to(output.dtype)
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return F.binary_cross_entropy_with_logits(output, target, reduction="sum") * _outputs(output) ** -0.5

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tengrad_triton.layers import Explicit, Outer, Windows, matrix_view
 from tengrad_triton.plan import Geometry, Representation
-from tengrad_triton.update import Rule
+from tengrad_triton.update import Target
 
 _CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
 
@@ -32,8 +32,8 @@ class Jacobian(Protocol):
     def project(self, v: Tensor, ops: Any) -> Tensor:
         """Return y_N with y_n = ⟨J_n, v⟩ for a parameter-shaped ``v``."""
 
-    def expand_update_(self, param: Tensor, momentum: Tensor, grad: Tensor, w_N: Tensor, rule: Rule, ops: Any) -> None:
-        """Step ``param`` in place along (grad − Σ_n w_n J_n) / divisor, by the update rule."""
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:
+        """Step the target's parameter in place along (grad − Σ_n w_n J_n) / divisor, by the update rule."""
 
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers from which `unpack` makes the same object."""
@@ -55,9 +55,8 @@ class PerSample:
     def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
         return ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(self.j_NK.dtype))
 
-    def expand_update_(self, param: Tensor, momentum: Tensor, grad: Tensor, w_N: Tensor, rule: Rule, ops: Any) -> None:  # noqa: D102
-        views = (matrix_view(param), matrix_view(momentum), matrix_view(grad))
-        ops.expand_rows_update_(*views, self.j_NK, w_N, rule.divisor, rule.settings, rule.nesterov)
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:  # noqa: D102
+        ops.expand_rows_update_(*_views(target), self.j_NK, w_N, divisor, target.settings, target.nesterov)
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
         return {"j_NK": self.j_NK}
@@ -84,17 +83,16 @@ class Factored:
             return ops.gram([self._a_NGPI()], [self.outer.g_NGPO])[0]
         chunks = -(-geometry.per_sample_bytes // _CHUNK_BYTES)
         parts = (Outer(self.outer.a, g).sample_grads(ops) for g in self.outer.g_NGPO.chunk(chunks, dim=3))
-        return sum((ops.gram_rows(j_NK) for j_NK in parts), start=self.outer.g_NGPO.new_zeros(()))
+        return torch.stack([ops.gram_rows(j_NK) for j_NK in parts]).sum(0)
 
     def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
         g_NGPO = self.outer.g_NGPO
         v_GOI = matrix_view(v).reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(g_NGPO.dtype)
         return ops.project(self._a_NGPI(), g_NGPO, v_GOI)
 
-    def expand_update_(self, param: Tensor, momentum: Tensor, grad: Tensor, w_N: Tensor, rule: Rule, ops: Any) -> None:  # noqa: D102
-        views = (matrix_view(param), matrix_view(momentum), matrix_view(grad))
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:  # noqa: D102
         factors = (self._a_NGPI(), self.outer.g_NGPO)
-        ops.expand_update_(*views, *factors, w_N, rule.divisor, rule.settings, rule.nesterov)
+        ops.expand_update_(*_views(target), *factors, w_N, divisor, target.settings, target.nesterov)
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
         a = self.outer.a
@@ -104,6 +102,10 @@ class Factored:
     def nbytes(self) -> int:  # noqa: D102
         a = self.outer.a
         return (a.x_NCHW if isinstance(a, Windows) else a).nbytes + self.outer.g_NGPO.nbytes
+
+
+def _views(target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    return matrix_view(target.parameter), matrix_view(target.momentum), matrix_view(target.grad)
 
 
 def unpack(packed: Mapping[str, Any], like: Tensor) -> Jacobian:

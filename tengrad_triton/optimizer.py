@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,12 +13,11 @@ from tengrad_triton.backend import kernels_of
 from tengrad_triton.blocks import Block, find_blocks
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import Fisher, Likelihood, likelihood_of
-from tengrad_triton.kernels import update_
 from tengrad_triton.plan import MAX_BYTES, Representation
 from tengrad_triton.refresh import gather, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.summary import Summary, summarize
-from tengrad_triton.update import Rule, settings_of
+from tengrad_triton.update import Target, settings_of
 from tengrad_triton.validation import check_group, check_refresh_every, check_settings
 from tengrad_triton.woodbury import Curvature, curvature
 
@@ -176,18 +174,20 @@ class TENGraD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = {block.name: block.gradients() for block in self._blocks}
-        if not any(grads.values()):
+        targets = self._targets()
+        if not targets:
             return loss
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed(), 0
-        updates = self._updates(curvature, grads, curvature.solve(grads, self._ops))
-        for update in updates:  # all that can fail has been done
-            update()
+        curvature.step_(targets, self._ops)
+        self._advance(curvature, age)
+        return loss
+
+    def _advance(self, curvature: Curvature, age: int) -> None:
+        """Count a step that was taken with ``curvature``, and leave the hooks only where the next one refreshes."""
         self._curvature, self._age, self._steps = curvature, age + 1, self._steps + 1
         self._rearm()
-        return loss
 
     def _refresh_is_due(self) -> bool:
         every = self.refresh_every
@@ -196,7 +196,6 @@ class TENGraD(torch.optim.Optimizer):
         return self._curvature is None or self._age >= every
 
     def _rearm(self) -> None:
-        """Leave the hooks on the model only where the next step refreshes."""
         self._capture.records.clear()
         if self._refresh_is_due():
             self._capture.arm()
@@ -207,35 +206,42 @@ class TENGraD(torch.optim.Optimizer):
         """Return the curvature of the batches since the last step."""
         uses, missing = gather(self._blocks, self._capture)
         self._report(missing)
+        jacobians = jacobians_of(uses, self._by_hand, self._max_bytes, self._ops)
+        return curvature(jacobians, *self._damping_of(jacobians), self._ops)
+
+    def _damping_of(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Return the dampings that hold at this step, and the failures so far, of the blocks named."""
         for group, schedule in zip(self.param_groups, self._schedules, strict=True):
             if schedule is not None:
                 group["damping"] = schedule(self._steps)
                 check_group(group)
-        jacobians = jacobians_of(uses, self._by_hand, self._max_bytes, self._ops)
+        device = self._generator.device
         dampings = {block.name: self.param_groups[block.group]["damping"] for block in self._blocks}
-        failures = {} if self._curvature is None else self._curvature.failures()
-        return curvature(jacobians, dampings, failures, self._ops)
+        damping_L = torch.tensor([dampings[name] for name in names], dtype=torch.float64, device=device)
+        before, failures_L = self._curvature, torch.zeros_like(damping_L)
+        if before is not None and len(damping_L):
+            counts = dict(zip(before.blocks, before.failures_L.unbind(), strict=True))
+            failures_L = torch.stack([counts.get(name, failures_L.new_zeros(())).to(failures_L) for name in names])
+        return damping_L, failures_L
 
-    def _updates(
-        self, curvature: Curvature, grads: Mapping[str, Mapping[str, Tensor]], solved: Mapping[str, Tensor]
-    ) -> list[Callable[[], None]]:
-        """Return the update of every parameter that has a gradient: along its natural gradient, or by plain SGD."""
-        updates: list[Callable[[], None]] = []
-        divisors = curvature.divisors()
-        for block in self._blocks:
-            group, rows = self.param_groups[block.group], curvature.blocks.get(block.name, {})
-            for label, grad in grads[block.name].items():
-                parameter = block.parameters[label]
-                if "momentum_buffer" not in self.state[parameter]:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                settings = settings_of(group, like=parameter)
-                tensors = (parameter, self.state[parameter]["momentum_buffer"], grad)
-                if label in rows:
-                    rule = Rule(settings, divisors[block.name], group["nesterov"])
-                    updates.append(partial(rows[label].expand_update_, *tensors, solved[block.name], rule, self._ops))
-                else:
-                    updates.append(partial(update_, *tensors, settings, group["nesterov"]))
-        return updates
+    def _targets(self) -> list[Target]:
+        """Return every parameter that has a gradient."""
+        settings = [settings_of(group) for group in self.param_groups]
+        return [
+            Target(
+                block.name, label, parameter, self._momentum_of(parameter), parameter.grad,
+                settings[block.group], self.param_groups[block.group]["nesterov"],
+            )
+            for block in self._blocks
+            for label, parameter in block.parameters.items()
+            if parameter.grad is not None
+        ]  # fmt: skip
+
+    def _momentum_of(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
     # State
 

@@ -39,15 +39,22 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
         if name not in rows:
             missing[name] = capture.why_missing(name)
             continue
-        forms = [[_canonical(block, x, grad_y) for x, grad_y in forward] for forward in rows[name]]
-        unknown = [label for label in block.trained() if label not in forms[0][0]]
-        if unknown:
-            missing[name] = f"the rule for {type(block.layer).__name__} says nothing of {unknown[0]}"
-        else:
-            gathered[name] = {
-                label: [[form[label] for form in forward] for forward in forms] for label in block.trained()
-            }
+        try:
+            gathered[name] = uses_of(block, rows[name])
+        except KeyError as unknown:
+            missing[name] = f"the rule for {type(block.layer).__name__} says nothing of {unknown.args[0]}"
     return gathered, missing
+
+
+def uses_of(block: Block, forwards: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> BlockUses:
+    """Return what a block's calls, (x, grad_y) in each forward, contribute to each of its parameters.
+
+    Raises:
+        KeyError: the layer's rule says nothing of that parameter.
+        ValueError: it returned rows of another size than the parameter.
+    """
+    forms = [[_canonical(block, x, grad_y) for x, grad_y in forward] for forward in forwards]
+    return {label: [[form[label] for form in forward] for forward in forms] for label in block.trained()}
 
 
 def _canonical(block: Block, x: Tensor, grad_y: Tensor) -> Canonical:

@@ -5,7 +5,7 @@ Dimensions: L blocks, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.jacobian import Jacobian
+from tengrad_triton.kernels import update_
+from tengrad_triton.update import Target
 
 BlockJacobian = Mapping[str, Jacobian]
 """A block's J, side by side: the parameters' names within their layer, and the rows of each."""
@@ -34,43 +36,49 @@ class Curvature:
     divisor_L: Tensor
     failures_L: Tensor
 
-    def solve(self, grads: Mapping[str, Mapping[str, Tensor]], ops: Any) -> dict[str, Tensor]:
-        """Return w_N = (K + N α I)⁻¹ J V for every block with gradients V; (V − Jᵀ w) / α is then its natural gradient.
+    def step_(self, targets: Sequence[Target], ops: Any) -> None:
+        """Update every target along its block's natural gradient, or along its gradient where the block has no J.
 
-        That is (F + α I)⁻¹ V with F = Jᵀ J / N (paper, equation 4).
+        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). All that
+        can fail comes before the first update.
         """
+        solved, divisors = self._solve(targets, ops), self.divisors()
+        for target in targets:
+            rows = self.blocks.get(target.block, {}).get(target.label)
+            if rows is None:
+                update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
+            else:
+                rows.expand_update_(target, solved[target.block], divisors[target.block], ops)
+
+    def _solve(self, targets: Sequence[Target], ops: Any) -> dict[str, Tensor]:
+        """Return w_N = (K + N α I)⁻¹ J V for every block."""
         if not self.blocks:
             return {}
-        y_LN = torch.zeros_like(self.inverse_LNN[:, 0])
-        for row, (name, block) in enumerate(self.blocks.items()):
-            for label in block.keys() & grads[name].keys():
-                y_LN[row] += block[label].project(grads[name][label], ops)
-        return dict(zip(self.blocks, ops.cholesky_solve(self.inverse_LNN, y_LN).unbind(), strict=True))
+        y_N = {name: self.inverse_LNN.new_zeros(self.inverse_LNN.shape[-1]) for name in self.blocks}
+        for target in targets:
+            rows = self.blocks.get(target.block, {}).get(target.label)
+            if rows is not None:
+                y_N[target.block] = y_N[target.block] + rows.project(target.grad, ops)
+        w_LN = ops.cholesky_solve(self.inverse_LNN, torch.stack(list(y_N.values())))
+        return dict(zip(self.blocks, w_LN.unbind(), strict=True))
 
     def divisors(self) -> dict[str, Tensor]:
         """Return what each block's direction is divided by."""
         return dict(zip(self.blocks, self.divisor_L.unbind(), strict=True))
 
-    def failures(self) -> dict[str, Tensor]:
-        """Return how many factorizations of each block have failed."""
-        return dict(zip(self.blocks, self.failures_L.unbind(), strict=True))
 
-
-def curvature(
-    blocks: Mapping[str, BlockJacobian], dampings: Mapping[str, float], failures: Mapping[str, Tensor], ops: Any
-) -> Curvature:
-    """Factor K + N α I for every block, in one batch; ``failures`` are those of each block so far.
+def curvature(blocks: Mapping[str, BlockJacobian], damping_L: Tensor, failures_L: Tensor, ops: Any) -> Curvature:
+    """Factor K + N α I for every block, in one batch; ``failures_L`` counts the failures of each block so far.
 
     Where the factorization fails because rounding made K indefinite, that block takes the gradient over its largest
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
     raises the block's damping tenfold from the next refresh on. No value is read back from the device.
     """
     if not blocks:
-        return Curvature(blocks, *(torch.empty(shape) for shape in ((0, 0, 0), (0,), (0,))))
+        return Curvature(blocks, damping_L.new_empty(0, 0, 0), damping_L, failures_L)
     k_LNN = torch.stack([_gram(block, ops) for block in blocks.values()])
-    samples, zero = k_LNN.shape[-1], k_LNN.new_zeros(())
-    failures_L = torch.stack([failures.get(name, zero) for name in blocks])
-    damping_L = k_LNN.new_tensor([dampings[name] for name in blocks]) * 10.0**failures_L
+    samples, failures_L = k_LNN.shape[-1], failures_L.to(k_LNN)
+    damping_L = damping_L.to(k_LNN) * 10.0**failures_L
     factor_LNN, pivot_L = ops.cholesky(k_LNN, samples * damping_L)
     healthy_L = pivot_L > 0  # false for NaN too
     inverse_LNN = torch.where(healthy_L[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)

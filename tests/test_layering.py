@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "summary": {"blocks", "jacobian", "woodbury"},
     "update": set(),
     "validation": {"fisher", "plan"},
-    "woodbury": {"jacobian"},
+    "tape": set(),
+    "train_step": {"backend", "optimizer", "refresh", "state", "tape", "update", "woodbury"},
+    "woodbury": {"jacobian", "update", "kernels"},
 }
 
 
