@@ -14,6 +14,7 @@ from .reuse import SPECS as REUSE_SPECS
 from .reuse import expand, project
 from .reuse_rows import SPECS as ROWS_SPECS
 from .reuse_rows import expand_rows, project_rows
+from .sample_grads import SPECS as SAMPLE_GRADS_SPECS
 from .sample_grads import conv_sample_grads, sample_grads
 from .spec import KernelSpec
 from .triangular import SPECS as TRIANGULAR_SPECS
@@ -24,6 +25,7 @@ from .update import expand_rows_update_, expand_update_, update_
 # One row a kernel: the tests, the benchmarks and the ahead-of-time compile iterate over these.
 SPECS: tuple[KernelSpec, ...] = (
     *GRAM_SPECS,
+    *SAMPLE_GRADS_SPECS,
     *CHOLESKY_SPECS,
     *TRIANGULAR_SPECS,
     *REUSE_SPECS,

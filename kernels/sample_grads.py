@@ -1,4 +1,9 @@
+# ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Per-sample gradients J_n of layers whose weights are used at many positions: convolutions and sequences.
+
+One matrix product a sample, summed in float32 and stored in the dtype of the inputs. A convolution's windows are read
+where they lie in a channels-last input; a sequence is a convolution with a 1×1 kernel and as many groups.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; C channels, H and W pixels; K entries
 of a flat gradient.
@@ -6,15 +11,24 @@ of a flat gradient.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.library import triton_op
+
+from .reuse import expect_factors, factors
+from .spec import TRITON_TYPES, Config, KernelSpec, cdiv, nbytes, normal, rows_contiguous, runs_kernel, tl, triton
 
 _CHUNK_ELEMENTS = 1 << 24  # entries of the unfolded input that the definition holds at a time
 
 
+@triton_op("tengrad_triton::sample_grads", mutates_args=())
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     """Return j_NK with K = (G, O, I) flat: J_n = Σ_p g_np a_npᵀ in every group (paper, equation 8)."""
-    return sample_grads_reference(a_NGPI, g_NGPO)
+    expect_factors(a_NGPI, g_NGPO)
+    return (_sample_grads if runs_kernel(a_NGPI) else sample_grads_reference)(a_NGPI, g_NGPO)
 
 
 def sample_grads_reference(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
@@ -22,14 +36,99 @@ def sample_grads_reference(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     return (g_NGPO.mT @ a_NGPI).flatten(1)
 
 
+@triton.jit
+def _window_grads_kernel(
+    x_ptr, g_ptr, j_ptr, INPUTS, OUTPUTS, P, OUT_W, KERNEL_W, step_row, step_col, tap_row, tap_col,
+    stride_xn, stride_xg, stride_gn, stride_gg, stride_gp,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Σ_p g[p, o] x[window p, tap, i] for one tile of outputs and inputs, one tap of the kernel, group and sample.
+
+    step_* is how far apart in x the windows of neighbouring positions are, tap_* the entries of one window.
+    """
+    input_tiles = tl.cdiv(INPUTS, BLOCK_I)
+    tiles = input_tiles * tl.cdiv(OUTPUTS, BLOCK_O)
+    tap = tl.program_id(0) // tiles
+    i = tl.program_id(0) % input_tiles * BLOCK_I + tl.arange(0, BLOCK_I)
+    o = tl.program_id(0) % tiles // input_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    group = tl.program_id(1).to(tl.int64)
+    sample = tl.program_id(2).to(tl.int64)
+    x_ptr += sample * stride_xn + group * stride_xg + tap // KERNEL_W * tap_row + tap % KERNEL_W * tap_col
+    g_ptr += sample * stride_gn + group * stride_gg
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        window = p // OUT_W * step_row + p % OUT_W * step_col
+        x = tl.load(x_ptr + window[:, None] + i[None, :], mask=(p < P)[:, None] & (i < INPUTS)[None, :], other=0.0)
+        g_at = p[:, None] * stride_gp + o[None, :]
+        g = tl.load(g_ptr + g_at, mask=(p < P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
+        total = tl.dot(tl.trans(g), x, total, input_precision="ieee")
+    row = (sample * tl.num_programs(1) + group) * OUTPUTS + o
+    taps = tl.num_programs(0) // tiles
+    at = (row * taps + tap)[:, None] * INPUTS + i[None, :]
+    inside = (o < OUTPUTS)[:, None] & (i < INPUTS)[None, :]
+    tl.store(j_ptr + at, total.to(j_ptr.dtype.element_ty), mask=inside)
+
+
+def _window_config(entries: str, positions: int, tile: int, num_warps: int) -> Config:
+    return Config(
+        kernel=_window_grads_kernel,
+        types=3 * f"{entries} " + 14 * "i32 ",
+        constants={"BLOCK_P": positions, "BLOCK_O": tile, "BLOCK_I": tile},
+        unaligned=("P", "OUT_W", "KERNEL_W"),
+        num_warps=num_warps,
+        num_stages=3,
+        async_copies=True,
+    )
+
+
+_WINDOW_GRADS = {
+    dtype: _window_config(entries, 32 if dtype == torch.float32 else 64, 64, 4)
+    for dtype, entries in TRITON_TYPES.items()
+}
+_LARGE_WINDOW_GRADS = {
+    dtype: _window_config(entries, 64, 128, 8) for dtype, entries in TRITON_TYPES.items() if dtype != torch.float32
+}
+
+
+def _window_grads(x: Tensor, g: Tensor, taps: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Return j_NK from what the kernel calls INPUTS, OUTPUTS, P, OUT_W and KERNEL_W, and all distances in memory."""
+    inputs, outputs = sizes[:2]
+    groups = g.numel() // (g.shape[0] * outputs * sizes[2])
+    j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=x.dtype, device=x.device)
+    config = _WINDOW_GRADS[x.dtype]
+    if min(inputs, outputs) > config.block("I"):
+        config = _LARGE_WINDOW_GRADS.get(x.dtype, config)
+    tiles = cdiv(inputs, config.block("I")) * cdiv(outputs, config.block("O"))
+    config.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *strides)
+    return j_NK
+
+
+def _sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
+    a_NGPI, g_NGPO = rows_contiguous(a_NGPI), rows_contiguous(g_NGPO.to(a_NGPI.dtype))
+    positions, inputs = a_NGPI.shape[2:]
+    sizes = (inputs, g_NGPO.shape[3], positions, positions, 1)
+    strides = (0, a_NGPI.stride(2), 0, 0, *a_NGPI.stride()[:2], *g_NGPO.stride()[:3])
+    return _window_grads(a_NGPI, g_NGPO, 1, sizes, strides)
+
+
+@triton_op("tengrad_triton::conv_sample_grads", mutates_args=())
 def conv_sample_grads(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     """Return j_NK with K = (O, kh, kw, C / groups) flat, for a convolution of an input that is already padded.
 
-    The input channel comes last, so that what one sample's gradient reads and writes is contiguous.
+    The input channel comes last, so that what one sample's gradient reads and writes is contiguous. Tensors that are
+    not channels-last are copied.
     """
-    return conv_sample_grads_reference(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
+    for pixels, outputs, size, step, gap in zip(
+        x_NCHW.shape[2:], g_NOHW.shape[2:], kernel_size, stride, dilation, strict=True
+    ):
+        needed = (outputs - 1) * step + (size - 1) * gap + 1
+        if pixels < needed:
+            raise ValueError(f"{outputs} outputs need a padded input of {needed} pixels or more, got {pixels}")
+    make = _conv_sample_grads if runs_kernel(x_NCHW) else conv_sample_grads_reference
+    return make(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
 
 
 def conv_sample_grads_reference(
@@ -43,7 +142,7 @@ def conv_sample_grads_reference(
     return torch.cat(
         [
             sample_grads_reference(unfold(x, kernel_size, stride, dilation, groups), g)
-            for x, g in zip(x_NCHW.split(chunk), g_NGPO.split(chunk), strict=True)
+            for x, g in zip(torch.split(x_NCHW, chunk), torch.split(g_NGPO, chunk), strict=True)
         ]
     )
 
@@ -56,3 +155,129 @@ def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: 
     windows = x_NHWC.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
     a = windows.unflatten(3, (groups, channels // groups)).permute(0, 3, 1, 2, 5, 6, 4)
     return a.reshape(n, groups, -1, kh * kw * channels // groups)
+
+
+def _conv_sample_grads(
+    x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    x_NHWC = x_NCHW.permute(0, 2, 3, 1).contiguous()
+    g_NHWO = g_NOHW.to(x_NCHW.dtype).permute(0, 2, 3, 1).contiguous()
+    per_sample, per_row, per_pixel = x_NHWC.stride()[:3]
+    _, height, width, outputs = g_NHWO.shape
+    steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel)
+    if groups == per_pixel:
+        return _depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps)
+    rows, columns, inputs = *kernel_size, per_pixel // groups
+    if groups == 1 and dilation[1] == 1:
+        # The pixels of a window's row lie side by side: together they fill a tile that few channels would not.
+        columns, inputs = 1, columns * inputs
+    sizes = (inputs, outputs // groups, height * width, width, columns)
+    strides = (*steps, per_sample, per_pixel // groups, g_NHWO.stride(0), outputs // groups, outputs)
+    return _window_grads(x_NHWC, g_NHWO, rows * columns, sizes, strides)
+
+
+@triton.jit
+def _depthwise_grads_kernel(
+    x_ptr, g_ptr, j_ptr, OUTPUTS, MULTIPLIER, TAPS, P, OUT_W, KERNEL_W, step_row, step_col, tap_row, tap_col,
+    stride_xn, stride_gn, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Σ_p g[p, o] x[window p, tap, channel of o] for BLOCK_T taps and BLOCK_O outputs of one sample."""
+    output_tiles = tl.cdiv(OUTPUTS, BLOCK_O)
+    o = tl.program_id(0) % output_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    tap = tl.program_id(0) // output_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    sample = tl.program_id(1).to(tl.int64)
+    x_ptr += sample * stride_xn + (tap // KERNEL_W * tap_row + tap % KERNEL_W * tap_col)[None, :, None]
+    x_ptr += (o // MULTIPLIER)[None, None, :]
+    g_ptr += sample * stride_gn
+    wanted = ((tap < TAPS)[:, None] & (o < OUTPUTS)[None, :])[None, :, :]
+    total = tl.zeros((BLOCK_P, BLOCK_T, BLOCK_O), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        window = p // OUT_W * step_row + p % OUT_W * step_col
+        x = tl.load(x_ptr + window[:, None, None], mask=(p < P)[:, None, None] & wanted, other=0.0)
+        g_at = p[:, None] * OUTPUTS + o[None, :]
+        g = tl.load(g_ptr + g_at, mask=(p < P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
+        total += x.to(tl.float32) * g.to(tl.float32)[:, None, :]
+    at = (sample * OUTPUTS + o)[None, :] * TAPS + tap[:, None]
+    inside = (tap < TAPS)[:, None] & (o < OUTPUTS)[None, :]
+    tl.store(j_ptr + at, tl.sum(total, 0).to(j_ptr.dtype.element_ty), mask=inside)
+
+
+_DEPTHWISE_GRADS = {
+    dtype: Config(
+        kernel=_depthwise_grads_kernel,
+        types=3 * f"{entries} " + 12 * "i32 ",
+        constants={"BLOCK_P": 8, "BLOCK_T": 16, "BLOCK_O": 32},
+        unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
+    )
+    for dtype, entries in TRITON_TYPES.items()
+}
+
+
+def _depthwise_grads(x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...]) -> Tensor:
+    n, height, width, outputs = g_NHWO.shape
+    taps = kernel_size[0] * kernel_size[1]
+    config = _DEPTHWISE_GRADS[x_NHWC.dtype]
+    j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
+    sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
+    grid = (cdiv(outputs, config.block("O")) * cdiv(taps, config.block("T")), n)
+    config.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
+    return j_NK
+
+
+def _conv_example(
+    shape: tuple[int, int, int, int],
+    outputs: int,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Any, ...]:
+    """Arguments for an input of this shape [N, C, H, W], of which the last row and column may go unused."""
+    spans = zip(shape[2:], kernel_size, stride, dilation, strict=True)
+    pixels = [(length - (size - 1) * gap - 1) // step + 1 for length, size, step, gap in spans]
+    x_NCHW = normal(*shape, dtype=dtype, device=device)
+    g_NOHW = normal(shape[0], outputs, *pixels, dtype=dtype, device=device, seed=1)
+    return x_NCHW, g_NOHW, kernel_size, stride, dilation, groups
+
+
+def _conv_flops(x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], *rest: Any) -> int:
+    return 2 * g_NOHW.numel() * x_NCHW.shape[1] // rest[-1] * kernel_size[0] * kernel_size[1]
+
+
+def _conv_bytes(x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], *rest: Any) -> int:
+    written = x_NCHW.shape[0] * g_NOHW.shape[1] * x_NCHW.shape[1] // rest[-1] * kernel_size[0] * kernel_size[1]
+    return nbytes(x_NCHW, g_NOHW) + written * x_NCHW.element_size()
+
+
+SPECS = (
+    KernelSpec(
+        name="sample_grads",
+        fast=_sample_grads,
+        reference=sample_grads_reference,
+        examples={
+            "groups": lambda dtype, device: factors(dtype, device, (3, 2, 37, 20, 9)),
+            "large tiles": lambda dtype, device: factors(dtype, device, (2, 1, 70, 150, 130)),
+        },
+        flops=lambda a_NGPI, g_NGPO: 2 * a_NGPI.numel() * g_NGPO.shape[3],
+        bytes=lambda a_NGPI, g_NGPO: nbytes(a_NGPI, g_NGPO) + nbytes(a_NGPI) // a_NGPI.shape[2] * g_NGPO.shape[3],
+        configs=(*_WINDOW_GRADS.values(), *_LARGE_WINDOW_GRADS.values()),
+    ),
+    KernelSpec(
+        name="conv_sample_grads",
+        fast=_conv_sample_grads,
+        reference=conv_sample_grads_reference,
+        examples={
+            "merged rows": partial(_conv_example, (3, 5, 11, 13), 7, [3, 2], [2, 1], [1, 1], 1),
+            "dilated": partial(_conv_example, (2, 20, 11, 12), 9, [2, 3], [1, 2], [2, 3], 1),
+            "groups": partial(_conv_example, (2, 10, 9, 8), 6, [3, 3], [1, 1], [1, 1], 2),
+            "depthwise": partial(_conv_example, (2, 35, 9, 8), 35, [3, 3], [2, 1], [1, 1], 35),
+            "channel multiplier": partial(_conv_example, (2, 5, 9, 12), 10, [5, 5], [1, 1], [1, 2], 5),
+        },
+        flops=_conv_flops,
+        bytes=_conv_bytes,
+        configs=(*_WINDOW_GRADS.values(), *_LARGE_WINDOW_GRADS.values(), *_DEPTHWISE_GRADS.values()),
+    ),
+)

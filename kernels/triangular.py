@@ -42,7 +42,7 @@ def _invert_tiles_kernel(c_ptr, t_ptr, N, stride_cl, stride_cn, BLOCK: tl.conste
     for j in range(BLOCK):
         below = tl.sum(tl.where(col == j, tile, 0.0), 1)[:, None]
         diagonal = tl.sum(tl.where(row == j, tl.broadcast_to(below, (BLOCK, BLOCK)), 0.0), 0)
-        solved = (tl.sum(tl.where(row == j, inverse, 0.0), 0) / diagonal)[None, :]
+        solved = tl.div_rn(tl.sum(tl.where(row == j, inverse, 0.0), 0), diagonal)[None, :]
         inverse = tl.where(row == j, solved, inverse - tl.where(row > j, below, 0.0) * solved)
     at = (matrix * tl.num_programs(1) + tl.program_id(1)) * BLOCK * BLOCK
     tl.store(t_ptr + at + row * BLOCK + col, inverse)

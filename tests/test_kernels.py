@@ -1,5 +1,6 @@
 """Every row of SPECS against its definition: on a GPU where there is one, under Triton's interpreter elsewhere."""
 
+import importlib
 import math
 import os
 import subprocess
@@ -10,6 +11,8 @@ import torch
 from tengrad_triton.kernels import SPECS, spec
 
 from tengrad_triton import kernels
+
+gram_module = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 HARDWARE = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -114,8 +117,89 @@ def test_kernel_takes_any_strides(row):
 def test_op_traces_to_its_definition_on_a_cpu(row):
     torch._dynamo.reset()
     op = getattr(kernels, row.name)
+    arguments = next(iter(row.examples.values()))(torch.float32, torch.device("cpu"))
+    traced = _run(row, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
+    for result, of_definition in zip(traced, _run(row, row.reference, arguments), strict=True):
+        torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_op_is_its_definition_in_double_precision(row):
     for example in row.examples.values():
-        arguments = example(torch.float32, torch.device("cpu"))
-        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-        for traced, eager in zip(_run(row, compiled, arguments), _run(row, row.reference, arguments), strict=True):
-            torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+        arguments = _map(torch.Tensor.double, example(torch.float32, DEVICE))
+        results = _run(row, getattr(kernels, row.name), arguments)
+        for result, of_definition in zip(results, _run(row, row.reference, arguments), strict=True):
+            torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
+
+
+def _fast(name):
+    return next(row.fast for row in SPECS if row.name == name)
+
+
+@on_kernels
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("n", [5, 64, 150])
+def test_gram_is_symmetric_and_positive_semidefinite(n):
+    a, g = (spec.normal(n, 1, 2, size, dtype=HALF, device=DEVICE, seed=size) for size in (12, 7))
+    (k_NN,) = _fast("gram")([a], [g])
+    assert torch.equal(k_NN, k_NN.mT)
+    eigenvalues = torch.linalg.eigvalsh(k_NN.double())
+    # Every entry is a float32 rounding of a positive semidefinite matrix's, with N of them in a row.
+    assert eigenvalues[0] >= -n * torch.finfo(torch.float32).eps * eigenvalues[-1]
+
+
+@on_kernels
+@pytest.mark.usefixtures("poisoned")
+def test_gram_is_the_gram_of_the_sample_grads():
+    a, g = (spec.normal(20, 2, 3, size, dtype=torch.float32, device=DEVICE, seed=size) for size in (12, 7))
+    j_NK = _fast("sample_grads")(a, g)
+    factored, explicit = _fast("gram")([a], [g])[0], _fast("gram_rows")(j_NK)
+    truth = gram_module.gram_reference([a.double()], [g.double()])[0]
+    of_torch = _error([gram_module.gram_rows_reference(j_NK)], [truth])
+    assert _error([factored], [truth]) <= 2 * of_torch
+    assert _error([explicit], [truth]) <= 2 * of_torch
+
+
+@on_kernels
+@pytest.mark.usefixtures("poisoned")
+def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
+    row = next(row for row in SPECS if row.name == "gram")
+    arguments = row.examples["groups and positions"](torch.float32, DEVICE)
+    monkeypatch.setattr(gram_module, "_PARTIAL_BYTES", 7 * 4 * arguments[0][0].shape[0] ** 2)
+    _assert_as_exact_as_torch(row, arguments, _run(row, row.fast, arguments), torch.float32)
+
+
+@on_kernels
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy warns of what is tested here
+def test_cholesky_reports_failures_and_keeps_them_apart():
+    n = 40
+    good = 3.5 * torch.eye(n, device=DEVICE)
+    indefinite, missing, singular = good.clone(), good.clone(), good.clone()
+    indefinite[7, 7] = -2
+    missing[20, 3] = torch.nan
+    singular[n - 1, n - 1] = -0.5
+    good[3, 20] = torch.nan  # above the diagonal, where nothing may be read
+    k_LNN = torch.stack([indefinite, good, missing, singular])
+    c_LNN, pivot_L = _fast("cholesky")(k_LNN, torch.full((4,), 0.5, device=DEVICE))
+    assert pivot_L.tolist() == [-1, 4, -1, -1]
+    assert torch.equal(c_LNN[1], 2 * torch.eye(n, device=DEVICE))
+
+
+def test_ops_reject_shapes_that_do_not_belong_together():
+    x = torch.ones(3, 1, 1, 4)
+    vector = torch.ones(5)
+    for call in (
+        lambda: kernels.gram([x, x[:2]], [x, x[:2]]),
+        lambda: kernels.gram([x], [x[:2]]),
+        lambda: kernels.project(x, x, torch.ones(1, 4, 3)),
+        lambda: kernels.expand(x, x, vector),
+        lambda: kernels.project_rows(torch.ones(3, 4), vector),
+        lambda: kernels.expand_rows(torch.ones(3, 4), vector),
+        lambda: kernels.cholesky(torch.ones(2, 3, 4), torch.ones(2)),
+        lambda: kernels.cholesky_solve(torch.ones(2, 3, 3), torch.ones(2, 4)),
+    ):
+        with pytest.raises(ValueError, match=r"must have shape \(.*\), got \(.*\)"):
+            call()
+    with pytest.raises(ValueError, match="4 outputs need a padded input of 9 pixels or more, got 8"):
+        kernels.conv_sample_grads(torch.ones(1, 1, 8, 9), torch.ones(1, 1, 4, 4), [3, 3], [2, 2], [1, 1], 1)
