@@ -1,17 +1,26 @@
-"""The training loop: what optimizers share, what an epoch reports, and going on from a checkpoint bit for bit."""
+"""The training loop: what optimizers share, what an epoch reports, going on bit for bit, and the folder of a run."""
 
+import csv
 import dataclasses
 import io
+import json
 import math
+import re
+from importlib.metadata import version
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tengrad_triton.recipes import train
 from tengrad_triton.recipes.data import load
+from tengrad_triton.recipes.experiment import start
 from tengrad_triton.recipes.optimizers import AdamwSettings, OptimizerName, SgdSettings, TengradSettings
+from tengrad_triton.recipes.run import Row, replacing
 from tengrad_triton.recipes.settings import Settings
 from tengrad_triton.recipes.train import Job, diverged, fit, rows_of, warm_up
 
@@ -19,7 +28,7 @@ NAMES = get_args(OptimizerName)
 IMAGES = 150  # two steps of 64 and one of 22 an epoch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -173,6 +182,88 @@ def test_an_error_that_is_not_divergence_is_raised(monkeypatch):
     def fail(*_):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(train, "_step", fail)
+    monkeypatch.setattr(train, "cross_entropy", fail)
     with pytest.raises(RuntimeError, match="something else"):
         states(job(), "sgd")
+
+
+# -- the folder of a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Train every optimizer for two epochs, once for the tests that look at the folder."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    limits = {"train_limit": IMAGES, "test_limit": 50, "width": 4, "epochs": 2, "batch_size": 64}
+    start(Settings(device="cpu", sgd=SgdSettings(lr=0.05), **limits), folder, Console(quiet=True))
+    return folder
+
+
+def test_a_run_leaves_whole_files_only(run):
+    files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    events = {file for file in files if file.startswith("tensorboard/")}
+    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "loss.png", "accuracy.png"}
+    assert files - events == named | {"tengrad-summary.txt"} | {f"checkpoints/{name}.pt" for name in NAMES}
+    assert {file.split("/")[1] for file in events} == set(NAMES)
+
+
+def test_settings_are_what_was_asked_for(run):
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["sgd"] == dataclasses.asdict(SgdSettings(lr=0.05))
+    assert settings["adamw"]["betas"] == list(AdamwSettings().betas)
+    assert (settings["optimizer"], settings["epochs"], settings["train_limit"]) == (list(NAMES), 2, IMAGES)
+    assert "data" not in settings
+
+
+def test_csv_and_json_hold_a_row_an_optimizer_and_epoch(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    rows = [Row(**row) for row in json.loads((run / "metrics.json").read_text())]
+    assert [(row.optimizer, row.epoch) for row in rows] == [(name, epoch) for name in NAMES for epoch in (1, 2)]
+    assert [{key: str(value) for key, value in vars(row).items()} for row in rows] == table
+    assert all(0 <= row.test_accuracy <= 1 and row.train_loss > 0 and row.train_seconds > 0 for row in rows)
+
+
+def test_machine_and_versions_are_known(run):
+    (session,) = json.loads((run / "machine.json").read_text())
+    assert session["torch"] == torch.__version__
+    assert session["tengrad-triton"] == version("tengrad-triton")
+    assert session["threads"] == torch.get_num_threads()
+    assert session["device"]
+    assert set(session["warm_up_seconds"]) == set(NAMES)
+    assert session["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", session["commit"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensorboard_has_the_same_numbers(run, name):
+    events = EventAccumulator(str(run / "tensorboard" / name))
+    events.Reload()
+    rows = [row for row in json.loads((run / "metrics.json").read_text()) if row["optimizer"] == name]
+    for tag, key in (("train/loss", "train_loss"), ("test/accuracy", "test_accuracy")):
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == [1, 2]
+        np.testing.assert_allclose([scalar.value for scalar in scalars], [row[key] for row in rows], rtol=1e-6)
+
+
+@pytest.mark.parametrize("figure", ["loss.png", "accuracy.png"])
+def test_figures_show_every_optimizer_in_its_color(run, figure):
+    with Image.open(run / figure) as image:
+        assert image.format == "PNG"
+        assert min(image.size) >= 600
+        colors = {color: count for count, color in image.convert("RGB").getcolors(2**24)}
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
+        assert colors.get(color, 0) > 100
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def fail():
+        with replacing(file) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]

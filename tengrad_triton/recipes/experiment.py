@@ -1,5 +1,6 @@
 """A run from its data to its figures: every optimizer in turn, an epoch at a time into the run folder."""
 
+import shlex
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
@@ -70,7 +71,8 @@ def _train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) ->
         for name in settings.optimizer:
             _train_one(job, name, run, history, console)
     except KeyboardInterrupt as stop:
-        raise InterruptedRunError(f"interrupted: go on with `tengrad-triton train --resume {run.path}`") from stop
+        command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
+        raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
     run.write_metrics(history)
     draw(history, title, run.path)
     console.print(summary_table(history))

@@ -1,7 +1,9 @@
 """The optimizers of the recipes: one frozen dataclass of settings each, which builds it.
 
-The defaults suit the default run (digits, a narrow 3C1F, batches of 128). A new optimizer is a dataclass here, its name
-in `OptimizerName` and a field of `Settings`.
+The defaults suit the default run: of a grid for each, what had the best accuracy after 15 epochs on the last fifth of
+the digits' training set, as a mean over six seeds. Other data need their own.
+
+A new optimizer is a dataclass here, its name in `OptimizerName` and a field of `Settings`.
 """
 
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ class OptimizerSettings(Protocol):
 class TengradSettings:
     """TENGraD: exact natural-gradient steps, layer by layer."""
 
-    lr: PositiveFloat = 0.003
+    lr: PositiveFloat = 0.005
     "Learning rate."
     damping: PositiveFloat = 0.1
     "What is added to the Fisher matrix's diagonal before it is inverted."
@@ -38,7 +40,7 @@ class TengradSettings:
     "Steps between two captures of the curvature, which the steps in between reuse."
     momentum: NonNegativeFloat = 0.9
     "Momentum."
-    weight_decay: NonNegativeFloat = 0.001
+    weight_decay: NonNegativeFloat = 0.003
     "Weight decay."
     fisher: Fisher = "sampled"
     "Whose labels the Fisher matrix uses: drawn from the model, the data's own, or all of them."
@@ -66,11 +68,11 @@ class TengradSettings:
 class SgdSettings:
     """torch's SGD with momentum."""
 
-    lr: PositiveFloat = 0.03
+    lr: PositiveFloat = 0.05
     "Learning rate."
     momentum: NonNegativeFloat = 0.9
     "Momentum."
-    weight_decay: NonNegativeFloat = 0.001
+    weight_decay: NonNegativeFloat = 0.003
     "Weight decay."
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -83,11 +85,11 @@ class SgdSettings:
 class AdamwSettings:
     """torch's AdamW."""
 
-    lr: PositiveFloat = 0.001
+    lr: PositiveFloat = 0.01
     "Learning rate."
     betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.9, 0.999)
     "Decay rates of the running means of the gradient and of its square."
-    weight_decay: NonNegativeFloat = 0.01
+    weight_decay: NonNegativeFloat = 0.1
     "Decoupled weight decay."
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:

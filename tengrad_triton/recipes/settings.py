@@ -47,7 +47,7 @@ class Settings:
     "Train on the first so many images only."
     test_limit: PositiveInt | None = None
     "Test on the first so many images only."
-    epochs: PositiveInt = 10
+    epochs: PositiveInt = 15
     "Passes over the training set."
     batch_size: PositiveInt = 128
     "Images a step."

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ def warm_up(job: Job, name: OptimizerName) -> WarmUp:
     start = _now(job.device)
     model, optimizer = job.build(name)
     size = job.settings.batch_size
-    with closing(optimizer) if hasattr(optimizer, "close") else nullcontext():
+    with _closing(optimizer):
         for _, (images, labels) in zip(range(2), job.data.batches("train", size), strict=False):
             _step(model, optimizer, images, labels)
         seconds = _now(job.device) - start
@@ -70,7 +70,7 @@ def fit(job: Job, name: OptimizerName, state: State | None, watch: Watch) -> Ite
     """Yield the state after each epoch that is left, until the last one or until the loss is not finite."""
     model, optimizer = job.build(name)
     rows = [] if state is None else _restore(model, optimizer, state, job.device)
-    with closing(optimizer) if hasattr(optimizer, "close") else nullcontext():
+    with _closing(optimizer):
         while len(rows) < job.settings.epochs and not diverged(rows):
             rows.append(_one_epoch(job, name, model, optimizer, len(rows) + 1, watch))
             yield _state(model, optimizer, rows, job.device)
@@ -84,6 +84,11 @@ def rows_of(state: State | None) -> list[Row]:
 def diverged(rows: list[Row]) -> bool:
     """Tell whether the last epoch ended with a loss that is not a number: going on would be a waste."""
     return bool(rows) and not math.isfinite(rows[-1].train_loss)
+
+
+def _closing(optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
+    """Take TENGraD's hooks off the model at the end; the others have none."""
+    return closing(optimizer) if hasattr(optimizer, "close") else nullcontext()
 
 
 def _one_epoch(
@@ -105,12 +110,7 @@ def _train(
     totals_3 = torch.zeros(3, dtype=torch.float64, device=job.device)
     settings = job.settings
     for images, labels in job.data.batches("train", settings.batch_size, shuffle_seed=settings.seed + epoch):
-        try:
-            totals_3 += _step(model, optimizer, images, labels)
-        except RuntimeError:  # TENGraD cannot draw labels from logits that are not finite
-            if _is_finite(model, images):
-                raise
-            return math.nan, _means(totals_3)[1]
+        totals_3 += _step(model, optimizer, images, labels)
         watch(epoch, totals_3)
     return _means(totals_3)
 
@@ -118,10 +118,15 @@ def _train(
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
     """Return the batch's totals, from before the step."""
     optimizer.zero_grad()
-    output = model(images)
-    loss = cross_entropy(output, labels)
-    loss.backward()
-    optimizer.step()
+    try:
+        output = model(images)
+        loss = cross_entropy(output, labels)
+        loss.backward()
+        optimizer.step()
+    except RuntimeError:  # TENGraD cannot draw labels from logits that are not finite
+        if _is_finite(model, images):
+            raise
+        return images.new_tensor([math.nan, 0, len(labels)], dtype=torch.float64)
     return _totals(output.detach(), labels, loss.detach())
 
 
@@ -148,7 +153,7 @@ def _totals(output: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 def _means(totals_3: Tensor) -> tuple[float, float]:
     loss, hits, images = totals_3.tolist()
-    return (loss / images, hits / images) if images else (math.nan, 0.0)
+    return loss / images, hits / images
 
 
 def _now(device: torch.device) -> float:
