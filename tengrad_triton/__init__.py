@@ -3,6 +3,7 @@
 from tengrad_triton.fisher import Likelihood
 from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
 from tengrad_triton.optimizer import TENGraD
+from tengrad_triton.train_step import compile_train_step
 
 __version__ = "0.1.0"
-__all__ = ["Canonical", "Explicit", "Likelihood", "Outer", "TENGraD", "canonical"]
+__all__ = ["Canonical", "Explicit", "Likelihood", "Outer", "TENGraD", "canonical", "compile_train_step"]

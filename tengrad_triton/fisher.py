@@ -41,6 +41,10 @@ class Noisy:
         """Return the target that ``noise`` stands for."""
         raise NotImplementedError
 
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:
+        """Return what `Likelihood.nll` does."""
+        raise NotImplementedError
+
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
         """Draw a target for every sample."""
         return self.pick(output, self.noise(output, generator))

@@ -96,7 +96,7 @@ class Factored:
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
         a = self.outer.a
-        return {"a": dict(vars(a)) if isinstance(a, Windows) else a, "g_NGPO": self.outer.g_NGPO}
+        return {"a": a.pack() if isinstance(a, Windows) else a, "g_NGPO": self.outer.g_NGPO}
 
     @property
     def nbytes(self) -> int:  # noqa: D102

@@ -35,6 +35,16 @@ class Windows:
         """Return a_NGPI."""
         return unfold(self.x_NCHW, self.kernel_size, self.stride, self.dilation, self.groups)
 
+    def pack(self) -> dict[str, Any]:
+        """Return the arguments that make the same object."""
+        return {
+            "x_NCHW": self.x_NCHW,
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+
     @property
     def inputs(self) -> int:
         """Return I."""

@@ -252,7 +252,7 @@ class TENGraD(torch.optim.Optimizer):
             "age": self._age,
             "refresh_every": None if callable(self.refresh_every) else self.refresh_every,
             "generator": self._generator.get_state(),
-            "curvature": pack_curvature(self._curvature),
+            "curvature": None if self._curvature is None else pack_curvature(self._curvature),
         }
         return {**super().state_dict(), "tengrad": tengrad}
 
@@ -265,7 +265,8 @@ class TENGraD(torch.optim.Optimizer):
         if "tengrad" not in state_dict:
             raise ValueError(f"expected a state_dict of TENGraD with 'tengrad' in it, got {sorted(state_dict)}")
         saved = state_dict["tengrad"]
-        restored = unpack_curvature(saved["curvature"], self._blocks)
+        packed = saved["curvature"]
+        restored = None if packed is None else unpack_curvature(packed, self._blocks)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):

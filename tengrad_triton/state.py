@@ -12,23 +12,19 @@ from tengrad_triton.jacobian import unpack
 from tengrad_triton.woodbury import Curvature
 
 
-def pack_curvature(curvature: Curvature | None) -> dict[str, Any] | None:
+def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     """Return a curvature as nested dictionaries of tensors and numbers."""
-    if curvature is None:
-        return None
     tensors = ("inverse_LNN", "divisor_L", "failures_L")
     blocks = {name: {label: rows.pack() for label, rows in block.items()} for name, block in curvature.blocks.items()}
     return {"blocks": blocks, **{name: getattr(curvature, name) for name in tensors}}
 
 
-def unpack_curvature(packed: Mapping[str, Any] | None, blocks: Sequence[Block]) -> Curvature | None:
+def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block]) -> Curvature:
     """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``blocks``.
 
     Raises:
         ValueError: it belongs to other blocks than these.
     """
-    if packed is None:
-        return None
     known = {block.name: block for block in blocks}
     strangers = [name for name in packed["blocks"] if name not in known]
     if strangers:

@@ -26,11 +26,14 @@ MAY_IMPORT = {
     "plan": set(),
     "refresh": {"blocks", "capture", "jacobian", "layers", "plan", "woodbury"},
     "state": {"blocks", "jacobian", "woodbury"},
-    "summary": {"blocks", "jacobian", "woodbury"},
+    "summary": {"blocks", "jacobian", "plan", "woodbury"},
     "update": set(),
     "validation": {"fisher", "plan"},
     "tape": set(),
-    "train_step": {"backend", "optimizer", "refresh", "state", "tape", "update", "woodbury"},
+    "graphs": {"blocks", "fisher", "plan", "refresh", "state", "tape", "update", "woodbury"},
+    "train_step": {
+        *("backend", "capture", "fisher", "graphs", "optimizer", "state", "tape", "update", "woodbury"),
+    },
     "woodbury": {"jacobian", "update", "kernels"},
 }
 

@@ -1,0 +1,126 @@
+"""The two graphs of a compiled step, as pure functions of tensors but for the parameters that they update in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, vjp
+
+from tengrad_triton.blocks import Block
+from tengrad_triton.fisher import Noisy
+from tengrad_triton.plan import Representation
+from tengrad_triton.refresh import jacobians_of, uses_of
+from tengrad_triton.state import pack_curvature, unpack_curvature
+from tengrad_triton.tape import Tape
+from tengrad_triton.update import Target
+from tengrad_triton.woodbury import curvature
+
+Named = Mapping[str, Tensor]
+Calls = Mapping[str, Sequence[Tensor]]
+LossFn = Callable[[Any, Any], Tensor]
+
+
+class State(NamedTuple):
+    """What a step reads and writes in place, by the parameters' names in the model; ``settings`` by group."""
+
+    parameters: Named
+    buffers: Named
+    momenta: Named
+    settings: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """Everything about a step that is no tensor of it.
+
+    Attributes:
+        model: the module, called with its parameters replaced.
+        loss_fn: a scalar mean over the samples, of the model's output and the target.
+        blocks: of the optimizer, and under which name the model knows each of their parameters.
+        names: maps (block, label) to that name.
+        trained: the names of those that get a gradient.
+        likelihood: draws the Fisher's labels; None for the empirical Fisher.
+        chosen: every weight's representation.
+        nesterov: by group.
+        ops: the kernels.
+        tape: captures the covered layers.
+    """
+
+    model: nn.Module
+    loss_fn: LossFn
+    blocks: Sequence[Block]
+    names: Mapping[tuple[str, str], str]
+    trained: frozenset[str]
+    likelihood: Noisy | None
+    chosen: Mapping[str, Representation]
+    nesterov: Sequence[bool]
+    ops: Any
+    tape: Tape
+
+    def reuse(self, state: State, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
+        """Take a step with the curvature at hand; return the loss."""
+        output, pull, _ = self._forward(state, {}, x)
+        grad_output, loss = grad_and_value(self.loss_fn)(output, y)
+        grads, _ = pull(grad_output)
+        reused = unpack_curvature(packed, self.blocks)
+        reused.step_(self._targets(state, grads), self.ops)
+        return loss
+
+    def refresh(
+        self,
+        state: State,
+        outputs: Calls,
+        damping_L: Tensor,
+        failures_L: Tensor,
+        noise: Tensor | None,
+        x: Tensor,
+        y: Tensor,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Take a step with the curvature of this batch; return the loss and the curvature."""
+        zeros = {name: [torch.zeros_like(call) for call in calls] for name, calls in outputs.items()}
+        output, pull, inputs = self._forward(state, zeros, x)
+        grad_output, loss = grad_and_value(self.loss_fn)(output, y)
+        grads, g = pull(grad_output)
+        scale = len(x)  # the loss is a mean, the rows are each sample's own
+        if self.likelihood is not None and noise is not None:
+            _, g = pull(grad(self.likelihood.nll)(output, self.likelihood.pick(output, noise)))
+            scale = 1
+        blocks = {block.name: block for block in self.blocks}
+        calls = {name: [(a, scale * b) for a, b in zip(inputs[name], g[name], strict=True)] for name in outputs}
+        uses = {name: uses_of(blocks[name], [pairs]) for name, pairs in calls.items()}
+        fresh = curvature(jacobians_of(uses, self.chosen, 0, self.ops), damping_L, failures_L, self.ops)
+        fresh.step_(self._targets(state, grads), self.ops)
+        return loss, pack_curvature(fresh)
+
+    def _forward(self, state: State, perturbations: Calls, x: Tensor) -> tuple[Tensor, Callable[..., Any], Calls]:
+        """Return the output, its pullback to (gradients, derivatives by layers' outputs), and the layers' inputs."""
+        trained = {name: state.parameters[name].detach() for name in self.trained}
+        frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}
+
+        def forward(trained: Named, perturbations: Calls) -> tuple[Tensor, Any]:
+            # A transform cannot write into a tensor from outside (BatchNorm's averages): it gets copies.
+            buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            self.tape.start(perturbations)
+            output = functional_call(self.model, {**frozen, **trained, **buffers}, (x,))
+            return output, (self.tape.stop(), buffers)
+
+        transformed: Any = vjp(forward, trained, perturbations, has_aux=True)
+        output, pull, (inputs, buffers) = transformed
+        for name, buffer in state.buffers.items():
+            buffer.copy_(buffers[name])
+        return output, pull, inputs
+
+    def _targets(self, state: State, grads: Named) -> list[Target]:
+        targets = []
+        for block in self.blocks:
+            settings, nesterov = state.settings[block.group], self.nesterov[block.group]
+            for label in block.parameters:
+                name = self.names[block.name, label]
+                if name in self.trained:
+                    tensors = (state.parameters[name], state.momenta[name], grads[name])
+                    targets.append(Target(block.name, label, *tensors, settings, nesterov))
+        return targets

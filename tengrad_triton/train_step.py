@@ -1,0 +1,207 @@
+"""The training step as one compiled function: forward, capture, backward, refresh or reuse, update.
+
+Two graphs, chosen in Python: one reuses the curvature, one refreshes it. Both are the plain loop's mathematics over the
+same parts (canonical form, Jacobian, Woodbury, update rule), with `torch.func.vjp` in place of autograd's tape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from tengrad_triton.backend import kernels_of
+from tengrad_triton.capture import Record
+from tengrad_triton.fisher import Noisy
+from tengrad_triton.graphs import Calls, Graphs, LossFn, State
+from tengrad_triton.optimizer import TENGraD
+from tengrad_triton.state import pack_curvature, unpack_curvature
+from tengrad_triton.tape import Tape
+from tengrad_triton.update import settings_of
+from tengrad_triton.woodbury import Curvature
+
+
+def compile_train_step(
+    model: nn.Module, loss_fn: LossFn, optimizer: TENGraD, *, mode: str | None = None, backend: str = "inductor"
+) -> TrainStep:
+    """Return ``train_step(x, y) -> loss``: what the plain loop does for one batch, as one compiled graph.
+
+    The first step is one of the plain loop, from which the graphs learn the shapes; the graph that reuses the curvature
+    is compiled at the next step, the one that refreshes it at the next refresh. Model, optimizer and ``state_dict``
+    stay ordinary: plain and compiled steps can follow each other in any order. A batch of another size takes the plain
+    step.
+
+    Args:
+        model: takes ``x``; the optimizer's own model.
+        loss_fn: takes the model's output and ``y``; returns a scalar mean over the samples.
+        optimizer: of that model.
+        mode: of `torch.compile`; ``"reduce-overhead"`` replays CUDA graphs.
+        backend: of `torch.compile`.
+
+    Raises:
+        ValueError: the optimizer belongs to another model.
+    """
+    if optimizer.model is not model:
+        raise ValueError("the optimizer belongs to another model: pass the one that it was made with")
+    return TrainStep(model, loss_fn, optimizer, mode, backend)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a step of the plain loop taught, and the graphs that take it for granted.
+
+    Attributes:
+        batch: the shapes and dtypes of x and y.
+        output: a tensor like the model's output, to draw noise for.
+        outputs: tensors like the output of each call of each covered layer; None if no such refresh was seen yet.
+        graphs: made for these.
+        reuse: the compiled graph of that name.
+        refresh: the compiled graph of that name.
+    """
+
+    batch: Any
+    output: Tensor
+    outputs: Calls | None
+    graphs: Graphs
+    reuse: Callable[..., Any]
+    refresh: Callable[..., Any]
+
+
+class TrainStep:
+    """Made by `compile_train_step`; call it with a batch."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, optimizer: TENGraD, mode: str | None, backend: str) -> None:
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+        self._learned: Learned | None = None
+        self._warned = False
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step with a batch; return its loss, from before the step.
+
+        Raises:
+            ValueError: ``loss_fn`` returned no scalar, or no mean over the samples.
+            RuntimeError: the model or the loss cannot be traced in one graph.
+        """
+        due, learned, now = self._optimizer._refresh_is_due(), self._learned, self._optimizer._curvature
+        if learned is None or not self._fits(learned, x, y):
+            return self._plain(x, y)
+        refreshes = due and learned.outputs is not None
+        reuses = not due and now is not None and now.inverse_LNN.shape[-1] in (0, len(x))
+        if not refreshes and not reuses:
+            return self._plain(x, y)
+        self._optimizer.close()  # the graphs capture by themselves
+        try:
+            with torch.no_grad():
+                return self._compiled_refresh(learned, x, y) if due else self._compiled_reuse(learned, x, y)
+        except TorchDynamoException as error:
+            self._optimizer._rearm()
+            raise RuntimeError(
+                f"the step cannot be traced in one graph: {error}\nThe plain loop (zero_grad, forward, backward, "
+                "optimizer.step()) does the same without compilation"
+            ) from error
+
+    def _fits(self, learned: Learned, x: Tensor, y: Tensor) -> bool:
+        """Whether the graphs are for batches like this one; says once if not."""
+        came = _signature(x, y)
+        if came != learned.batch and not self._warned:
+            self._warned = True
+            warnings.warn(f"compiled for {learned.batch}: a batch of {came} takes the plain step", stacklevel=3)
+        return came == learned.batch
+
+    # The plain step, from which the graphs learn
+
+    def _plain(self, x: Tensor, y: Tensor) -> Tensor:
+        optimizer, before = self._optimizer, self._learned
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            output = self._model(x)
+            loss = self._loss_fn(output, y)
+        if before is None:
+            _check_loss(self._loss_fn, output, y, loss)
+        loss.backward()
+        trained = frozenset(name for name, p in self._model.named_parameters() if p.grad is not None)
+        records = list(optimizer._capture.records)
+        optimizer.step()
+        optimizer.zero_grad()
+        if before is None or (before.outputs is None and before.batch == _signature(x, y)):
+            outputs = self._outputs(records)
+            if before is None or outputs is not None:
+                graphs = self._graphs(trained, outputs or {}, output.device)
+                reuse, refresh = (torch.compile(graph, **self._options) for graph in (graphs.reuse, graphs.refresh))
+                self._learned = Learned(_signature(x, y), output.detach(), outputs, graphs, reuse, refresh)
+        return loss.detach()
+
+    def _outputs(self, records: Sequence[Record]) -> Calls | None:
+        """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
+        optimizer, curvature = self._optimizer, self._optimizer._curvature
+        drawn = optimizer._fisher != "sampled" or isinstance(optimizer._likelihood, Noisy)
+        if len(records) != 1 or curvature is None or not drawn:
+            return None
+        grads = {name: [use.grad_y for use in records[0].uses[name]] for name in curvature.blocks}
+        outputs = {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}
+        return outputs if all(len(outputs[name]) == len(calls) for name, calls in grads.items()) else None
+
+    def _graphs(self, trained: frozenset[str], outputs: Calls, device: torch.device) -> Graphs:
+        optimizer = self._optimizer
+        full = {parameter: name for name, parameter in self._model.named_parameters()}
+        blocks = [block for block in optimizer._blocks if all(p in full for p in block.parameters.values())]
+        sampled = optimizer._fisher == "sampled" and isinstance(optimizer._likelihood, Noisy)
+        return Graphs(
+            model=self._model,
+            loss_fn=self._loss_fn,
+            blocks=blocks,
+            names={(block.name, label): full[p] for block in blocks for label, p in block.parameters.items()},
+            trained=trained,
+            likelihood=cast("Noisy", optimizer._likelihood) if sampled else None,
+            chosen=optimizer.summary().representations(),
+            nesterov=[group["nesterov"] for group in optimizer.param_groups],
+            # Inductor fuses definitions, and cannot look into an op.
+            ops=kernels_of("torch") if device.type == "cpu" else optimizer._ops,
+            tape=Tape({block.name: block.layer for block in blocks if block.name in outputs}),
+        )
+
+    # The compiled steps
+
+    def _state(self, learned: Learned) -> State:
+        parameters = dict(self._model.named_parameters())
+        momenta = {name: self._optimizer._momentum_of(parameters[name]) for name in learned.graphs.trained}
+        settings = [settings_of(group) for group in self._optimizer.param_groups]
+        return State(parameters, dict(self._model.named_buffers()), momenta, settings)
+
+    def _compiled_reuse(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
+        optimizer, now = self._optimizer, cast("Curvature", self._optimizer._curvature)
+        loss = learned.reuse(self._state(learned), pack_curvature(now), x, y)
+        optimizer._advance(now, optimizer._age)
+        return loss
+
+    def _compiled_refresh(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
+        optimizer, likelihood, outputs = self._optimizer, learned.graphs.likelihood, learned.outputs or {}
+        noise = None if likelihood is None else likelihood.noise(learned.output, optimizer._generator)
+        damping_L, failures_L = optimizer._damping_of(list(outputs))
+        with learned.graphs.tape.hooked():
+            loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)
+        optimizer._advance(unpack_curvature(packed, optimizer._blocks), 0)
+        return loss
+
+
+def _signature(x: Tensor, y: Tensor) -> Any:
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in (x, y))
+
+
+def _check_loss(loss_fn: LossFn, output: Tensor, y: Tensor, loss: Tensor) -> None:
+    """Reject a loss that is no scalar, or that a doubled batch changes."""
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn must return a scalar mean over the samples, got shape {tuple(loss.shape)}")
+    with torch.no_grad():
+        doubled = loss_fn(torch.cat([output, output]), torch.cat([y, y]))
+    if not torch.isclose(doubled, loss, rtol=1e-2):
+        raise ValueError(
+            f"loss_fn must return a mean over the samples: it gave {loss.item():.4g} for a batch and "
+            f"{doubled.item():.4g} for the same batch twice"
+        )

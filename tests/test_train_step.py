@@ -1,0 +1,229 @@
+"""The compiled step is the plain loop: the same parameters after twenty steps, without a graph break or a recompile."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tengrad_triton import TENGraD, compile_train_step
+
+STEPS, REFRESH = 20, 4
+
+
+class Twice(nn.Module):
+    """Calls one layer twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.shared(self.shared(x).tanh()).tanh())
+
+
+class Loose(nn.Module):
+    """Has a parameter that no rule covers, and one that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(x) * self.scale
+
+
+def convolutional():
+    return nn.Sequential(
+        *(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 2, padding=1), nn.BatchNorm2d(4, affine=False)),
+        *(nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3)),
+    )
+
+
+MODELS = {
+    "in-place activations": lambda: nn.Sequential(
+        nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)
+    ),
+    "convolution, batch norm, dropout": convolutional,
+    "a shared module": Twice,
+    "loose parameters": Loose,
+    "tokens": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 2)), nn.Linear(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)
+    ),
+}
+OPTIONS = {
+    "sampled": {},
+    "empirical": {"fisher": "empirical"},
+    "nesterov, decay, schedules": {
+        "nesterov": True,
+        "weight_decay": 0.01,
+        "damping": lambda step: 0.1 / (1 + step),
+        "refresh_every": lambda step: REFRESH,
+    },
+}
+
+
+def batches(steps, samples=8):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        yield torch.randn(samples, 8, generator=generator), torch.randint(3, (samples,), generator=generator)
+
+
+def prepared(model, **options):
+    torch.manual_seed(0)
+    net = MODELS[model]()
+    settings = {"refresh_every": REFRESH, "seed": 0, **options}
+    if model == "loose parameters":
+        with pytest.warns(UserWarning, match="no rule for Loose"):
+            optimizer = TENGraD(net, **settings)
+    else:
+        optimizer = TENGraD(net, **settings)
+    return net, optimizer
+
+
+def plain_steps(net, optimizer, data, scheduler=None):
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if scheduler:
+            scheduler.step()
+    return losses
+
+
+def compiled_steps(step, data, scheduler=None):
+    losses = []
+    for x, y in data:
+        losses.append(step(x, y).item())
+        if scheduler:
+            scheduler.step()
+    return losses
+
+
+def compare(model, options, backend, rtol):
+    """Train twins for twenty steps under a schedule, one plainly and one compiled; return the graphs compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    (net, plain), (twin, optimizer) = prepared(model, **options), prepared(model, **options)
+    losses = []
+    for train in (
+        lambda s: plain_steps(net, plain, batches(STEPS), s),
+        lambda s: compiled_steps(
+            compile_train_step(twin, F.cross_entropy, optimizer, backend=backend), batches(STEPS), s
+        ),
+    ):
+        torch.manual_seed(7)  # dropout's
+        losses.append(train(torch.optim.lr_scheduler.ExponentialLR((plain, optimizer)[len(losses)], 0.97)))
+    assert losses[0] == pytest.approx(losses[1], rel=rtol)
+    for (name, p), q in zip(net.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.allclose(p.double(), q.double(), rtol=rtol, atol=rtol * p.double().abs().max().item()), name
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_equals_plain(model, options):
+    """aot_eager runs the same kernels in the same order: only the order of additions may differ."""
+    assert compare(model, OPTIONS[options], "aot_eager", rtol=1e-5) == 2  # reuse and refresh, and no recompile
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # inductor's own
+@pytest.mark.parametrize("model", ["convolution, batch norm, dropout", "a shared module"])
+def test_compiled_equals_plain_under_inductor(model):
+    with torch._inductor.config.patch(fallback_random=True):  # dropout's numbers are then eager's
+        assert compare(model, {}, "inductor", rtol=1e-4) == 2
+
+
+def test_plain_and_compiled_steps_follow_each_other():
+    (net, plain), (twin, optimizer) = prepared("in-place activations"), prepared("in-place activations")
+    plain_steps(net, plain, batches(STEPS))
+    step = compile_train_step(twin, F.cross_entropy, optimizer, backend="aot_eager")
+    for k, one in enumerate(batches(STEPS)):
+        compiled_steps(step, [one]) if k % 5 < 3 else plain_steps(twin, optimizer, [one])
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_state_is_ordinary_and_resumes_into_a_compiled_step():
+    net, optimizer = prepared("in-place activations")
+    step = compile_train_step(net, F.cross_entropy, optimizer, backend="aot_eager")
+    data = list(batches(10))
+    compiled_steps(step, data[:6])
+    twin, resumed = prepared("in-place activations")
+    twin.load_state_dict(copy.deepcopy(net.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    compiled_steps(step, data[6:])
+    compiled_steps(compile_train_step(twin, F.cross_entropy, resumed, backend="aot_eager"), data[6:])
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [5, 4])  # a step that reuses, a step that refreshes
+def test_a_smaller_batch_takes_the_plain_step_and_says_so_once(at):
+    (net, plain), (twin, optimizer) = prepared("in-place activations"), prepared("in-place activations")
+    data = list(batches(12))
+    data[at] = tuple(part[:3] for part in data[at])
+    data[9] = tuple(part[:3] for part in data[9])
+    plain_steps(net, plain, data)
+    step = compile_train_step(twin, F.cross_entropy, optimizer, backend="aot_eager")
+    compiled_steps(step, data[:at])
+    with pytest.warns(UserWarning, match="takes the plain step"):
+        compiled_steps(step, data[at : at + 1])
+    compiled_steps(step, data[at + 1 :])
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+# A loss, and what its refusal says.
+BAD_LOSSES = {
+    "a vector": (lambda o, y: F.cross_entropy(o, y, reduction="none"), r"must return a scalar mean.*shape \(8,\)"),
+    "a sum": (lambda o, y: F.cross_entropy(o, y, reduction="sum"), "must return a mean over the samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LOSSES)
+def test_a_loss_that_is_no_scalar_mean_is_refused_before_anything_changes(case):
+    loss, message = BAD_LOSSES[case]
+    net, optimizer = prepared("in-place activations")
+    before = copy.deepcopy(net.state_dict())
+    step = compile_train_step(net, loss, optimizer, backend="aot_eager")
+    with pytest.raises(ValueError, match=message):
+        step(*next(batches(1)))
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y if y.sum().item() > 0 else y * 2
+
+
+def test_a_model_that_cannot_be_one_graph_names_the_plain_loop():
+    torch.manual_seed(0)
+    net = Untraceable()
+    optimizer = TENGraD(net)
+    step = compile_train_step(net, F.cross_entropy, optimizer, backend="aot_eager")
+    data = list(batches(3))
+    compiled_steps(step, data[:1])
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match=r"(?s)cannot be traced in one graph.*The plain loop"):
+        step(*data[1])
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    plain_steps(net, optimizer, data[1:])
+
+
+def test_another_models_optimizer_is_refused():
+    net, optimizer = prepared("in-place activations")
+    with pytest.raises(ValueError, match="belongs to another model"):
+        compile_train_step(copy.deepcopy(net), F.cross_entropy, optimizer)
