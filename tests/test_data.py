@@ -201,7 +201,7 @@ def test_an_unreachable_hub_is_one_message(monkeypatch):
         raise ConnectionError("Couldn't reach the hub")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(UsageError, match=r"uoft-cs/cifar10 \(test\).*Couldn't reach.*--data"):
+    with pytest.raises(UsageError, match=r"uoft-cs/cifar10 \(test\).*Couldn't reach.*check the network.*--data"):
         loaded("cifar10")
 
 

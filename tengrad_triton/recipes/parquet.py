@@ -52,7 +52,8 @@ def _opened(part: Part, folder: Path | None, hub: str) -> Iterator["Dataset"]:
     # Imported here because it takes a second, and the digits don't need it.
     import datasets  # noqa: PLC0415
 
-    with _reported(f"{folder or hub} ({part})"), ExitStack() as stack:
+    advice = "check the network, or name a folder with --data" if folder is None else "fetch the files again"
+    with _reported(f"{folder or hub} ({part})", advice), ExitStack() as stack:
         if folder is None:
             yield datasets.load_dataset(hub, split=part)
             return
@@ -71,7 +72,7 @@ def _opened(part: Part, folder: Path | None, hub: str) -> Iterator["Dataset"]:
 
 
 @contextmanager
-def _reported(origin: str) -> Iterator[None]:
+def _reported(origin: str, advice: str) -> Iterator[None]:
     """Turn what can go wrong with files and the network into a `UsageError`, instead of log lines and a traceback."""
     from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]  # noqa: PLC0415
     from pyarrow import ArrowException  # noqa: PLC0415
@@ -85,8 +86,7 @@ def _reported(origin: str) -> Iterator[None]:
     except (ArrowException, DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error
         raise UsageError(
-            f"{origin}: cannot be read ({reason}): expected Parquet files with encoded images; "
-            "fetch them again, or name another folder with --data"
+            f"{origin}: cannot be read ({reason}): expected Parquet files with encoded images; {advice}"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
