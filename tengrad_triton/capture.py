@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
@@ -55,7 +56,7 @@ class Capture:
     """Hooks on a model that record the forwards which a backward follows, for the layers named.
 
     Args:
-        model: the module that the training loop calls.
+        model: the module that the training loop calls, compiled or not.
         layers: the layers to record, by name.
         fisher: ``"sampled"`` takes the derivatives of the likelihood at labels drawn from the model's own output, in
             one extra backward pass that computes no parameter's gradient; ``"empirical"`` takes those of the loss.
@@ -78,6 +79,7 @@ class Capture:
         self._generator = generator
         self._open: Record | None = None
         self._handles: list[RemovableHandle] = []
+        self._eager = contextlib.ExitStack()
         self.records: list[Record] = []
 
     @property
@@ -92,7 +94,7 @@ class Capture:
         pre, post = _Hook(self._before_model), _Hook(self._after_model)
         self._handles = [
             self._model.register_forward_pre_hook(pre, with_kwargs=True),
-            self._model.register_forward_hook(post, with_kwargs=True),
+            self._model.register_forward_hook(post, with_kwargs=True, always_call=True),
         ]
         for name, layer in self._layers.items():
             hook = _Hook(self._after_layer, name)
@@ -107,6 +109,9 @@ class Capture:
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._open = None
+        if isinstance(model, OptimizedModule):
+            # Compiled code does not see hooks that came after it; this one forward runs without compilation.
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_grad_enabled():
             first = next(
                 (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None
@@ -128,6 +133,7 @@ class Capture:
         return replaced
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._eager.close()
         record, self._open = self._open, None
         result = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad), None)
         if record is None or result is None:

@@ -36,7 +36,8 @@ class TENGraD(torch.optim.Optimizer):
     J and the factored N×N system are refreshed every ``refresh_every`` steps and reused in between (docs/math.md).
 
     Args:
-        model: the module that the training loop calls. Samples are the first dimension of its inputs and its output.
+        model: the module that the training loop calls, wrapped in `torch.compile` or not. Samples are the first
+            dimension of its inputs and its output.
         params: parameters or groups of them; all of the model's by default. Groups may have their own ``lr``,
             ``damping``, ``momentum``, ``nesterov``, ``weight_decay`` and ``decoupled_weight_decay``; a layer's
             parameters must share a group.
@@ -88,6 +89,7 @@ class TENGraD(torch.optim.Optimizer):
         words = {"fisher": fisher, "blocks": blocks, "unsupported": unsupported, "backend": backend}
         check_settings(model, refresh_every, max_bytes, representation, **words)
         self.model, self.refresh_every = model, refresh_every
+        self._module = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
         self._fisher, self._likelihood = fisher, likelihood_of(likelihood)
         self._by_hand = None if representation == "auto" else representation
         self._max_bytes, self._unsupported, self._ops = max_bytes, unsupported, kernels_of(backend)
@@ -132,7 +134,7 @@ class TENGraD(torch.optim.Optimizer):
 
     def _rebuild(self) -> None:
         """Find the blocks, and have the next step refresh."""
-        blocks = find_blocks(self.model, self.param_groups)
+        blocks = find_blocks(self._module, self.param_groups)
         self._report({block.name: block.why_sgd for block in blocks if block.why_sgd})
         self.close()
         covered = {block.name: block.layer for block in blocks if block.why_sgd is None}

@@ -48,7 +48,7 @@ def compile_train_step(
     """
     if optimizer.model is not model:
         raise ValueError("the optimizer belongs to another model: pass the one that it was made with")
-    return TrainStep(model, loss_fn, optimizer, mode, backend)
+    return TrainStep(optimizer._module, loss_fn, optimizer, mode, backend)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The compiled step is the plain loop: the same parameters after twenty steps, without a graph break or a recompile."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -227,3 +228,23 @@ def test_another_models_optimizer_is_refused():
     net, optimizer = prepared("in-place activations")
     with pytest.raises(ValueError, match="belongs to another model"):
         compile_train_step(copy.deepcopy(net), F.cross_entropy, optimizer)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_wrapped_in_torch_compile_works_in_the_plain_loop(model, options):
+    torch.compiler.reset()
+    net, plain = prepared(model, **OPTIONS[options])
+    torch.manual_seed(0)
+    twin = MODELS[model]()
+    wrapped = torch.compile(twin, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if model == "loose parameters" else "error")
+        optimizer = TENGraD(wrapped, **{"refresh_every": REFRESH, "seed": 0, **OPTIONS[options]})
+    counters.clear()
+    for steps in ((net, plain), (wrapped, optimizer)):
+        torch.manual_seed(7)
+        plain_steps(*steps, batches(STEPS))
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 1
