@@ -18,7 +18,19 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .spec import Config, Example, KernelSpec, expect, nbytes, normal, rows_contiguous, runs_kernel, tl, triton
+from .spec import (
+    Config,
+    Example,
+    KernelSpec,
+    contiguous,
+    expect,
+    nbytes,
+    normal,
+    rows_contiguous,
+    runs_kernel,
+    tl,
+    triton,
+)
 from .tiles import load_tile
 
 TILE = 32  # rows of a diagonal tile: the chain of dependent columns grows with it, the number of panels shrinks
@@ -141,7 +153,7 @@ def _cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     matrices, n = k_LNN.shape[:2]
     c_LNN = torch.empty(matrices, n, n, dtype=torch.float32, device=k_LNN.device)
     pivot_L = torch.empty(matrices, dtype=torch.float32, device=k_LNN.device)
-    _CHOLESKY.launch((matrices,), k_LNN, shift_L.contiguous(), c_LNN, pivot_L, n, *k_LNN.stride()[:2])
+    _CHOLESKY.launch((matrices,), k_LNN, contiguous(shift_L), c_LNN, pivot_L, n, *k_LNN.stride()[:2])
     return c_LNN, pivot_L
 
 

@@ -21,7 +21,20 @@ from torch.library import triton_op
 from torch.nn.functional import pad
 
 from .reuse import expect_factors, factors
-from .spec import TRITON_TYPES, Config, KernelSpec, cdiv, expect, nbytes, normal, runs_kernel, tl, triton, widen
+from .spec import (
+    TRITON_TYPES,
+    Config,
+    KernelSpec,
+    cdiv,
+    contiguous,
+    expect,
+    nbytes,
+    normal,
+    runs_kernel,
+    tl,
+    triton,
+    widen,
+)
 from .tiles import load_tile
 
 Range = tuple[int, int, int]  # of columns: where the left and the right factor begin, and how many they have
@@ -147,7 +160,7 @@ def _gram(a: list[Tensor], g: list[Tensor]) -> Tensor:
     n = a[0].shape[0]
     columns = [pad(x, (0, -x.shape[-1] % _WIDTH)) for layer in zip(a, g, strict=True) for x in layer]
     x_NC = torch.cat([x.reshape(n, -1) for x in columns], 1)
-    starts = list(accumulate((x[0].numel() for x in columns), initial=0))
+    starts = list(accumulate((x.numel() // n for x in columns), initial=0))
     products: list[Product] = []
     for layer, (a_NGPI, g_NGPO) in enumerate(zip(columns[::2], columns[1::2], strict=True)):
         _, groups, positions, _ = a_NGPI.shape
@@ -224,8 +237,8 @@ def gram_rows_reference(j_NK: Tensor) -> Tensor:
 
 def _gram_rows(j_NK: Tensor) -> Tensor:
     copyable = j_NK.stride(1) == 1 and j_NK.stride(0) % _WIDTH == 0 and j_NK.shape[1] % _WIDTH == 0
-    x_NC = j_NK if copyable else pad(j_NK, (0, -j_NK.shape[1] % _WIDTH)).contiguous()
-    return _sum_of_products(x_NC, [(0, (0, 0, x_NC.shape[1]), None)], 1)[0]
+    x_NC = j_NK if copyable else contiguous(pad(j_NK, (0, -j_NK.shape[1] % _WIDTH)))
+    return _sum_of_products(x_NC, [(0, (0, 0, x_NC.shape[1]), None)], 1).squeeze(0)
 
 
 def _layers(dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -261,6 +274,6 @@ SPECS = (
         },
         flops=lambda j_NK: 2 * j_NK.shape[0] * j_NK.numel(),
         bytes=lambda j_NK: nbytes(j_NK) + 4 * j_NK.shape[0] ** 2,
-        configs=tuple(_RANGE_GRAM.values()),
+        configs=(*_RANGE_GRAM.values(), _SUM_PRODUCTS),
     ),
 )

@@ -19,6 +19,7 @@ from .spec import (
     Constants,
     KernelSpec,
     cdiv,
+    contiguous,
     expect,
     nbytes,
     normal,
@@ -73,7 +74,7 @@ _PROJECT_ROWS = {
 
 
 def _project_rows(j_NK: Tensor, v_K: Tensor) -> Tensor:
-    j_NK, v_K = rows_contiguous(j_NK), v_K.float().contiguous()
+    j_NK, v_K = rows_contiguous(j_NK), contiguous(v_K.float())
     n, k = j_NK.shape
     part_SN = torch.empty(cdiv(k, _CHUNK), n, dtype=torch.float32, device=j_NK.device)
     config = _PROJECT_ROWS[j_NK.dtype]
@@ -111,7 +112,7 @@ _EXPAND_ROWS = {
 
 
 def _expand_rows(j_NK: Tensor, w_N: Tensor) -> Tensor:
-    j_NK, w_N = rows_contiguous(j_NK), w_N.float().contiguous()
+    j_NK, w_N = rows_contiguous(j_NK), contiguous(w_N.float())
     n, k = j_NK.shape
     u_K = torch.empty(k, dtype=torch.float32, device=j_NK.device)
     config = _EXPAND_ROWS[j_NK.dtype]

@@ -19,7 +19,19 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .reuse import expect_factors, factors
-from .spec import TRITON_TYPES, Config, KernelSpec, cdiv, nbytes, normal, rows_contiguous, runs_kernel, tl, triton
+from .spec import (
+    TRITON_TYPES,
+    Config,
+    KernelSpec,
+    cdiv,
+    contiguous,
+    nbytes,
+    normal,
+    rows_contiguous,
+    runs_kernel,
+    tl,
+    triton,
+)
 
 _CHUNK_ELEMENTS = 1 << 24  # entries of the unfolded input that the definition holds at a time
 
@@ -151,7 +163,7 @@ def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: 
     """Return a_NGPI with I = (kh, kw, C / groups): what each position of a convolution sees of a padded input."""
     n, channels = x_NCHW.shape[:2]
     (kh, kw), (sh, sw), (dh, dw) = kernel_size, stride, dilation
-    x_NHWC = x_NCHW.permute(0, 2, 3, 1).contiguous()
+    x_NHWC = contiguous(x_NCHW.permute(0, 2, 3, 1))
     windows = x_NHWC.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
     a = windows.unflatten(3, (groups, channels // groups)).permute(0, 3, 1, 2, 5, 6, 4)
     return a.reshape(n, groups, -1, kh * kw * channels // groups)
@@ -160,8 +172,8 @@ def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: 
 def _conv_sample_grads(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    x_NHWC = x_NCHW.permute(0, 2, 3, 1).contiguous()
-    g_NHWO = g_NOHW.to(x_NCHW.dtype).permute(0, 2, 3, 1).contiguous()
+    x_NHWC = contiguous(x_NCHW.permute(0, 2, 3, 1))
+    g_NHWO = contiguous(g_NOHW.to(x_NCHW.dtype).permute(0, 2, 3, 1))
     per_sample, per_row, per_pixel = x_NHWC.stride()[:3]
     _, height, width, outputs = g_NHWO.shape
     steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel)
@@ -273,6 +285,7 @@ SPECS = (
             "merged rows": partial(_conv_example, (3, 5, 11, 13), 7, [3, 2], [2, 1], [1, 1], 1),
             "dilated": partial(_conv_example, (2, 20, 11, 12), 9, [2, 3], [1, 2], [2, 3], 1),
             "groups": partial(_conv_example, (2, 10, 9, 8), 6, [3, 3], [1, 1], [1, 1], 2),
+            "large tiles": partial(_conv_example, (2, 70, 5, 6), 70, [3, 3], [1, 1], [1, 1], 1),
             "depthwise": partial(_conv_example, (2, 35, 9, 8), 35, [3, 3], [2, 1], [1, 1], 35),
             "channel multiplier": partial(_conv_example, (2, 5, 9, 12), 10, [5, 5], [1, 1], [1, 2], 5),
         },

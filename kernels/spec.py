@@ -89,9 +89,14 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """Return the tensor with its entries in order; unlike the method, a fake CUDA tensor passes without a GPU."""
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """Return the tensor with entries of its last dimension side by side, copied only if they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else contiguous(x)
 
 
 def nbytes(*tensors: Tensor) -> int:

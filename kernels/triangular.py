@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from .cholesky import TILE, batch_examples, cholesky_reference, gram_example, is_small
-from .spec import Config, KernelSpec, cdiv, expect, nbytes, normal, rows_contiguous, tl, triton
+from .spec import Config, KernelSpec, cdiv, contiguous, expect, nbytes, normal, rows_contiguous, tl, triton
 from .tiles import load_tile
 
 
@@ -129,7 +129,7 @@ _SOLVE = [
 
 
 def _cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
-    w_LNN, y_LN = rows_contiguous(w_LNN), y_LN.contiguous()
+    w_LNN, y_LN = rows_contiguous(w_LNN), contiguous(y_LN)
     matrices, n = y_LN.shape
     z_LN = torch.empty(matrices, n, dtype=torch.float32, device=y_LN.device)
     config = next(config for config in _SOLVE if config.block("N") >= n)

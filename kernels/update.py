@@ -21,6 +21,7 @@ from .spec import (
     Config,
     KernelSpec,
     cdiv,
+    contiguous,
     expect,
     nbytes,
     normal,
@@ -151,7 +152,7 @@ def _expand_update_(
     n, groups, p, inputs = a_NGPI.shape
     outputs = g_NGPO.shape[3]
     config = _EXPAND_UPDATE[nesterov]
-    tensors = (param_OKI, momentum_OKI, grad_OKI, a_NGPI, g_NGPO, w_N, divisor, settings.contiguous())
+    tensors = (param_OKI, momentum_OKI, grad_OKI, a_NGPI, g_NGPO, w_N, divisor, contiguous(settings))
     sizes = (n, p, inputs, outputs, param_OKI.shape[2], *a_NGPI.stride()[:3], *g_NGPO.stride()[:3])
     strides = (*param_OKI.stride(), *momentum_OKI.stride(), *grad_OKI.stride())
     grid = (cdiv(outputs, config.block("O")), cdiv(inputs, config.block("I")), groups)
@@ -232,9 +233,9 @@ def _expand_rows_update_(
     settings: Tensor,
     nesterov: bool,
 ) -> None:
-    j_NK, w_N = rows_contiguous(j_NK), w_N.float().contiguous()
+    j_NK, w_N = rows_contiguous(j_NK), contiguous(w_N.float())
     config = _EXPAND_ROWS_UPDATE[j_NK.dtype, nesterov]
-    tensors = (param_OKI, momentum_OKI, grad_OKI, j_NK, w_N, divisor, settings.contiguous())
+    tensors = (param_OKI, momentum_OKI, grad_OKI, j_NK, w_N, divisor, contiguous(settings))
     strides = (*param_OKI.stride(), *momentum_OKI.stride(), *grad_OKI.stride())
     sizes = (*j_NK.shape, *param_OKI.shape[1:], j_NK.stride(0))
     config.launch((cdiv(j_NK.shape[1], config.block("K")),), *tensors, *sizes, *strides)

@@ -1,13 +1,24 @@
-"""Every shipped configuration compiled for GPUs that need not be there: nothing spills, and copies are as promised."""
+"""Every shipped configuration compiled for GPUs that need not be there, and every op traced as on one of them.
+
+As a program this file traces the ops, in a process of its own, because it puts a stand-in for Triton's driver.
+"""
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tengrad_triton.kernels import SPECS
 from tengrad_triton.kernels.spec import HAS_TRITON
+from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from tengrad_triton import kernels
 
 if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
@@ -22,18 +33,28 @@ HIP = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
 
 
-def _label(row, config):
-    constants = "-".join(str(value) for value in config.constants.values())
-    return f"{row.name}-{config.kernel.__name__}-{config.types.split()[0].removeprefix('*')}-{constants}"
-
-
 def _cases(targets):
+    """Every target with every configuration, once even where two ops share it.
+
+    Slow are what others stand for: float16 compiles as bfloat16 does, and sm_80 takes less than sm_90.
+    """
+    configs = {id(config): (row, config) for row in reversed(SPECS) for config in row.configs}.values()
     return [
-        pytest.param(config, target, id=f"{name}-{_label(row, config)}")
+        pytest.param(
+            config,
+            target,
+            id=f"{name}-{_label(row, config)}",
+            marks=[pytest.mark.slow] if name == "sm_80" or "*fp16" in config.types else [],
+        )
         for name, target in targets.items()
-        for row in SPECS
-        for config in row.configs
+        for row, config in configs
     ]
+
+
+def _label(row, config):
+    entries = next((kind for kind in ("fp16", "bf16") if f"*{kind}" in config.types), "fp32")
+    constants = "-".join(str(value) for value in config.constants.values())
+    return f"{row.name}-{config.kernel.__name__}-{entries}-{constants}"
 
 
 def compile_config(config, target):
@@ -70,15 +91,9 @@ def hip_resources(compiled):
     return registers, scratch, code
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def _fresh_cache(monkeypatch, cache):
-    # Shared by the tests, because some ops share configurations.
-    monkeypatch.setenv("TRITON_CACHE_DIR", cache)
+def _fresh_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.mark.usefixtures("_fresh_cache")
@@ -104,3 +119,82 @@ def test_config_compiles_for_amd_without_spills(config, target):
     assert spilled == 0
     assert compiled.metadata.shared <= SHARED_MEMORY[target.arch]
     assert re.search(r"\b(global|buffer)_store", code), "an empty kernel: the compiler dropped every store"
+
+
+class _Driver:
+    """What tracing asks of Triton's driver."""
+
+    def get_current_target(self):
+        return CUDA["sm_90"]
+
+    def get_current_device(self):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cuda", 0)
+
+
+class _Call(torch.nn.Module):
+    """An op as a module of its tensor arguments; it returns what the op changes as a part of the graph's signature."""
+
+    def __init__(self, op, arguments):
+        super().__init__()
+        self.op = op
+        leaves, self.structure = pytree.tree_flatten(arguments)
+        self.fixed = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        self.positions = [at for at, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+
+    def forward(self, *tensors):
+        leaves = list(self.fixed)
+        for at, tensor in zip(self.positions, tensors, strict=True):
+            leaves[at] = tensor
+        result = self.op(*pytree.tree_unflatten(leaves, self.structure))
+        return result if isinstance(result, tuple) else () if result is None else (result,)
+
+
+def _launches(graph):
+    """Yield what a traced graph launches, as (kernel, number of warps, of stages, all arguments)."""
+    for node in graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            # The options of a launch arrive as an autotuner with one choice.
+            tuner = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            fixed = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+            yield tuner.fn, tuner.configs[0].num_warps, tuner.configs[0].num_stages, fixed | node.kwargs["kwargs"]
+
+
+def _trace(row, arguments):
+    """The launches of an op on CUDA tensors, and how many of its inputs it changes."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if torch.is_tensor(leaf)]
+    with FakeTensorMode():
+        fakes = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
+        call = _Call(getattr(kernels, row.name), arguments)
+        module, signature = aot_export_module(call, fakes, trace_joint=False)
+    return list(_launches(module.graph)), len(signature.user_inputs_to_mutate)
+
+
+def _is_launch_of(config, launch):
+    kernel, num_warps, num_stages, arguments = launch
+    options = (kernel, num_warps, num_stages) == (config.kernel, config.num_warps, config.num_stages)
+    return options and config.constants.items() <= arguments.items()
+
+
+def trace_ops():
+    """Trace every example of every op: it launches shipped configurations, all of them, and changes what it says."""
+    triton.runtime.driver.set_active(_Driver())
+    for row in SPECS:
+        traces = [_trace(row, example(t, torch.device("cpu"))) for example in row.examples.values() for t in row.dtypes]
+        launches = [launch for launched, _ in traces for launch in launched]
+        assert {changed for _, changed in traces} == {row.mutates}, row.name
+        for launch in launches:
+            assert any(_is_launch_of(config, launch) for config in row.configs), (row.name, launch)
+        for config in row.configs:
+            assert any(_is_launch_of(config, launch) for launch in launches), (row.name, config)
+
+
+def test_ops_trace_to_shipped_launches_without_a_gpu():
+    child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+
+
+if __name__ == "__main__":
+    trace_ops()
