@@ -1,7 +1,8 @@
 """The tensor operations behind a TENGraD step: Triton kernels with their definitions in PyTorch beside them.
 
 Every public name here is an op of ``torch.library``. On CPU tensors (and in float64) it runs its definition, the
-``*_reference`` function of the same signature; on CUDA tensors it launches the Triton kernel.
+``*_reference`` function of the same signature; on CUDA tensors it launches the Triton kernel. Sums over half-precision
+entries are taken and returned in float32; per-sample gradients are stored in the dtype of the inputs.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
 """

@@ -160,12 +160,12 @@ def _gram(a: list[Tensor], g: list[Tensor]) -> Tensor:
     n = a[0].shape[0]
     columns = [pad(x, (0, -x.shape[-1] % _WIDTH)) for layer in zip(a, g, strict=True) for x in layer]
     x_NC = torch.cat([x.reshape(n, -1) for x in columns], 1)
-    starts = list(accumulate((x.numel() // n for x in columns), initial=0))
+    starts = list(accumulate((int(x.numel() // n) for x in columns), initial=0))
     products: list[Product] = []
     for layer, (a_NGPI, g_NGPO) in enumerate(zip(columns[::2], columns[1::2], strict=True)):
         _, groups, positions, _ = a_NGPI.shape
         for i, j in _pairs(groups, positions):
-            widths = zip(starts[2 * layer :], (a_NGPI.shape[-1], g_NGPO.shape[-1]), strict=False)
+            widths = zip(starts[2 * layer :], (int(a_NGPI.shape[-1]), int(g_NGPO.shape[-1])), strict=False)
             aa, gg = ((start + i * width, start + j * width, width) for start, width in widths)
             products.append((layer, aa, gg))
     return _sum_of_products(x_NC, products, len(a))
@@ -178,8 +178,11 @@ def _pairs(groups: int, positions: int) -> Iterator[tuple[int, int]]:
 
 
 def _sum_of_products(x_NC: Tensor, products: Sequence[Product], layers: int) -> Tensor:
-    """Return k_LNN with the products added up layer by layer, as many at a time as the memory for partials allows."""
-    n, device = x_NC.shape[0], x_NC.device
+    """Return k_LNN with the products added up layer by layer, as many at a time as the memory for partials allows.
+
+    The lists of work are copied to the device each time, so a CUDA graph must not capture this in eager mode.
+    """
+    n, device = int(x_NC.shape[0]), x_NC.device
     config = _RANGE_GRAM[x_NC.dtype]
     tiles = cdiv(n, config.block("N"))
     total = sum(length for _, *ranges in products for _, _, length in filter(None, ranges))
@@ -238,7 +241,7 @@ def gram_rows_reference(j_NK: Tensor) -> Tensor:
 def _gram_rows(j_NK: Tensor) -> Tensor:
     copyable = j_NK.stride(1) == 1 and j_NK.stride(0) % _WIDTH == 0 and j_NK.shape[1] % _WIDTH == 0
     x_NC = j_NK if copyable else contiguous(pad(j_NK, (0, -j_NK.shape[1] % _WIDTH)))
-    return _sum_of_products(x_NC, [(0, (0, 0, x_NC.shape[1]), None)], 1).squeeze(0)
+    return _sum_of_products(x_NC, [(0, (0, 0, int(x_NC.shape[1])), None)], 1).squeeze(0)
 
 
 def _layers(dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:

@@ -68,8 +68,7 @@ def poisoned(monkeypatch):
     """Outputs begin as NaN, so that an entry that a kernel fails to write is seen; and kernels launch by themselves."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: _poison(empty(*size, **options)))
-    if INTERPRETED:
-        monkeypatch.setattr(spec, "wrap_triton", lambda kernel: kernel)
+    monkeypatch.setattr(spec, "wrap_triton", lambda kernel: kernel)
 
 
 def _poison(x):
@@ -86,6 +85,11 @@ def _map(function, arguments):
 def _strided(x):
     """The same entries with others, all NaN, between them."""
     return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
+
+
+def _kernel(row):
+    """The op itself where its tensors can be on a GPU, else the part of it that launches."""
+    return getattr(kernels, row.name) if HARDWARE else row.fast
 
 
 def _run(row, function, arguments):
@@ -118,7 +122,7 @@ def _error(results, exact):
 @pytest.mark.parametrize(("row", "example", "dtype"), CASES)
 def test_kernel_is_as_exact_as_torch(row, example, dtype):
     arguments = example(dtype, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, _run(row, row.fast, arguments), dtype)
+    _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), dtype)
 
 
 @on_kernels
@@ -127,7 +131,7 @@ def test_kernel_is_as_exact_as_torch(row, example, dtype):
 def test_kernel_takes_any_strides(row):
     arguments = _map(_strided, next(iter(row.examples.values()))(torch.float32, DEVICE))
     # The parameters must stay views of the poisoned memory, so that the launcher meets their strides.
-    result = row.fast(*arguments)
+    result = _kernel(row)(*arguments)
     outputs = arguments[: row.mutates] or (result if isinstance(result, tuple) else (result,))
     original = next(iter(row.examples.values()))(torch.float32, DEVICE)
     _assert_as_exact_as_torch(row, original, outputs, torch.float32)
@@ -154,8 +158,18 @@ def test_op_is_its_definition_in_double_precision(row):
             torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
 
 
+@elsewhere
+@pytest.mark.parametrize("row", ROWS)
+def test_costs_are_counted_for_every_example(row):
+    for example in row.examples.values():
+        arguments = example(torch.float32, DEVICE)
+        tensors = [x for x in torch.utils._pytree.tree_leaves(arguments) if torch.is_tensor(x)]
+        assert row.flops(*arguments) >= max(x.numel() for x in tensors)
+        assert row.bytes(*arguments) >= 4 * max(x.numel() for x in tensors)
+
+
 def _fast(name):
-    return next(row.fast for row in SPECS if row.name == name)
+    return next(_kernel(row) for row in SPECS if row.name == name)
 
 
 @on_kernels
@@ -188,7 +202,7 @@ def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
     row = next(row for row in SPECS if row.name == "gram")
     arguments = row.examples["groups and positions"](torch.float32, DEVICE)
     monkeypatch.setattr(gram_module, "_PARTIAL_BYTES", 7 * 4 * arguments[0][0].shape[0] ** 2)
-    _assert_as_exact_as_torch(row, arguments, _run(row, row.fast, arguments), torch.float32)
+    _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), torch.float32)
 
 
 @on_kernels
