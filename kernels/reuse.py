@@ -53,7 +53,7 @@ def project(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
 
 def project_reference(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
     """y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩."""
-    return ((widen(a_NGPI) @ widen(v_GOI).mT) * g_NGPO).sum((1, 2, 3))
+    return (torch.einsum("ngpi,goi->ngpo", widen(a_NGPI), widen(v_GOI)) * g_NGPO).sum((1, 2, 3))
 
 
 @triton.jit
@@ -116,8 +116,7 @@ def expand(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
 
 def expand_reference(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     """U_γ = Σ_np w_n g_nγp a_nγpᵀ."""
-    scaled = (widen(g_NGPO) * w_N[:, None, None, None]).transpose(0, 1).flatten(1, 2)
-    return scaled.mT @ widen(a_NGPI).transpose(0, 1).flatten(1, 2)
+    return torch.einsum("ngpo,ngpi->goi", widen(g_NGPO) * w_N[:, None, None, None], widen(a_NGPI))
 
 
 @triton.jit
