@@ -7,7 +7,7 @@ Gram or cross-Gram matrix of some factor at some positions, so one launch makes 
 the device, and a second one multiplies and adds them up in a fixed order.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L layers,
-C columns of the wide matrix, W work items.
+C columns of the wide matrix, W work items, M samples rounded up, Q products of two Gram matrices.
 """
 
 from __future__ import annotations
@@ -77,9 +77,12 @@ def _layer_gram(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
 
 @triton.jit
 def _range_gram_kernel(
-    x_ptr, work_ptr, part_ptr, N, stride_xn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr, work_ptr, part_ptr, N, octets_xn, stride_pn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """part[w] = X[:, left range] X[:, right range]ᵀ of one work item w = (left column, right column, length)."""
+    """part[w] = X[:, left range] X[:, right range]ᵀ of one work item w = (left column, right column, length).
+
+    octets_xn is the row stride of X in units of eight entries, so that the compiler knows what divides it.
+    """
     item = tl.program_id(0).to(tl.int64)
     left = tl.load(work_ptr + item * 3)
     right = tl.load(work_ptr + item * 3 + 1)
@@ -88,7 +91,7 @@ def _range_gram_kernel(
         return  # a symmetric product: the finalizing kernel reads its lower tiles only
     # The divisibility that the work list promises; without it every load is a scalar one.
     left, right, length = tl.multiple_of(left, 8), tl.multiple_of(right, 8), tl.multiple_of(length, 8)
-    stride_xn = tl.multiple_of(stride_xn, 8)
+    stride_xn = octets_xn * 8
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
@@ -96,27 +99,28 @@ def _range_gram_kernel(
         x = load_tile(x_ptr + left, n, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         y = load_tile(x_ptr + right, m, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
-    at = (item * N + n)[:, None] * N + m[None, :]
-    tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < N)[None, :])
+    at = (item * N + n)[:, None] * stride_pn + m[None, :]
+    # Whole rows, of which the end is zero: N says nothing about alignment, their length does.
+    tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < stride_pn)[None, :])
 
 
 @triton.jit
-def _hadamard(part_ptr, product_ptr, n, m, N, BLOCK_N: tl.constexpr):
+def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
     """(Σ partial input Grams) ∘ (Σ partial output Grams) of one product, whose row in the table is given."""
-    at = n.to(tl.int64)[:, None] * N + m[None, :]
-    inside = (n < N)[:, None] & (m < N)[None, :]
+    at = n.to(tl.int64)[:, None] * stride_pn + m[None, :]
+    inside = (n < N)[:, None] & (m < stride_pn)[None, :]
     first, middle, last = tl.load(product_ptr), tl.load(product_ptr + 1), tl.load(product_ptr + 2)
     aa = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for item in range(first, middle):
-        aa += tl.load(part_ptr + item * N * N + at, mask=inside, other=0.0)
+        aa += tl.load(part_ptr + item * N * stride_pn + at, mask=inside, other=0.0)
     gg = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for item in range(middle, last):
-        gg += tl.load(part_ptr + item * N * N + at, mask=inside, other=0.0)
+        gg += tl.load(part_ptr + item * N * stride_pn + at, mask=inside, other=0.0)
     return aa * tl.where(middle == last, 1.0, gg)
 
 
 @triton.jit
-def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, BLOCK_N: tl.constexpr):
+def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, BLOCK_N: tl.constexpr):
     """Add a layer's products to one tile of K and to its mirror image; a product of two positions counts both ways."""
     layer = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) < tl.program_id(2):
@@ -128,9 +132,9 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, BLOCK_N: tl
     total = tl.load(k_ptr + at, mask=inside, other=0.0)
     for product in range(tl.load(start_ptr + layer), tl.load(start_ptr + layer + 1)):
         row_ptr = product_ptr + product * 4
-        total += _hadamard(part_ptr, row_ptr, n, m, N, BLOCK_N)
+        total += _hadamard(part_ptr, row_ptr, n, m, N, stride_pn, BLOCK_N)
         if tl.load(row_ptr + 3) != 0:
-            total += tl.trans(_hadamard(part_ptr, row_ptr, m, n, N, BLOCK_N))
+            total += tl.trans(_hadamard(part_ptr, row_ptr, m, n, N, stride_pn, BLOCK_N))
     if tl.program_id(1) == tl.program_id(2):
         total = 0.5 * (total + tl.trans(total))
     tl.store(k_ptr + at, total, mask=inside)
@@ -141,8 +145,9 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, BLOCK_N: tl
 def _range_config(entries: str, rows: int, columns: int, num_warps: int, num_stages: int) -> Config:
     return Config(
         kernel=_range_gram_kernel,
-        types=f"{entries} *i64 *fp32 i32 i32",
+        types=f"{entries} *i64 *fp32 i32 i32 i32",
         constants={"BLOCK_N": rows, "BLOCK_K": columns},
+        unaligned=("N", "octets_xn"),
         num_warps=num_warps,
         num_stages=num_stages,
         async_copies=True,
@@ -153,7 +158,9 @@ _RANGE_GRAM = {
     dtype: _range_config(entries, 64, 32, 4, 3) if dtype == torch.float32 else _range_config(entries, 128, 64, 8, 3)
     for dtype, entries in TRITON_TYPES.items()
 }
-_SUM_PRODUCTS = Config(kernel=_sum_products_kernel, types="*fp32 *i64 *i64 *fp32 i32", constants={"BLOCK_N": 32})
+_SUM_PRODUCTS = Config(
+    kernel=_sum_products_kernel, types="*fp32 *i64 *i64 *fp32 i32 i32", constants={"BLOCK_N": 32}, unaligned=("N",)
+)
 
 
 def _gram(a: list[Tensor], g: list[Tensor]) -> Tensor:
@@ -184,16 +191,16 @@ def _sum_of_products(x_NC: Tensor, products: Sequence[Product], layers: int) -> 
     """
     n, device = int(x_NC.shape[0]), x_NC.device
     config = _RANGE_GRAM[x_NC.dtype]
-    tiles = cdiv(n, config.block("N"))
+    tiles, blocks = cdiv(n, config.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
+    row = cdiv(n, 16) * 16  # of partial sums, so that they are stored and loaded 16 bytes at a time for any N
     total = sum(length for _, *ranges in products for _, _, length in filter(None, ranges))
     chunk = cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), config.block("K")) * config.block("K")
     k_LNN = torch.zeros(layers, n, n, dtype=torch.float32, device=device)
-    for work, table, starts in _rounds(products, layers, chunk, max(1, _PARTIAL_BYTES // (4 * n * n))):
+    for work, table, starts in _rounds(products, layers, chunk, max(1, _PARTIAL_BYTES // (4 * n * row))):
         work_W3, table_Q4, starts_L = (torch.tensor(x, device=device) for x in (work, table, starts))
-        part_WNN = torch.empty(len(work), n, n, dtype=torch.float32, device=device)
-        config.launch((len(work), tiles, tiles), x_NC, work_W3, part_WNN, n, x_NC.stride(0))
-        blocks = cdiv(n, _SUM_PRODUCTS.block("N"))
-        _SUM_PRODUCTS.launch((layers, blocks, blocks), part_WNN, table_Q4, starts_L, k_LNN, n)
+        part_WNM = torch.empty(len(work), n, row, dtype=torch.float32, device=device)
+        config.launch((len(work), tiles, tiles), x_NC, work_W3, part_WNM, n, x_NC.stride(0) // _WIDTH, row)
+        _SUM_PRODUCTS.launch((layers, blocks, blocks), part_WNM, table_Q4, starts_L, k_LNN, n, row)
     return k_LNN
 
 
