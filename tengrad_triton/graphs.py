@@ -92,7 +92,7 @@ class Graphs:
         blocks = {block.name: block for block in self.blocks}
         calls = {name: [(a, scale * b) for a, b in zip(inputs[name], g[name], strict=True)] for name in outputs}
         uses = {name: uses_of(blocks[name], [pairs]) for name, pairs in calls.items()}
-        fresh = curvature(jacobians_of(uses, self.chosen, 0, self.ops), damping_L, failures_L, self.ops)
+        fresh = curvature(jacobians_of(uses, self.chosen, self.ops), damping_L, failures_L, self.ops)
         fresh.step_(self._targets(state, grads), self.ops)
         return loss, pack_curvature(fresh)
 

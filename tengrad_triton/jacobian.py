@@ -35,6 +35,12 @@ class Jacobian(Protocol):
     def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:
         """Step the target's parameter in place along (grad − Σ_n w_n J_n) / divisor, by the update rule."""
 
+    def combined(self, directions_RN: Tensor, ops: Any) -> PerSample:
+        """Return R combinations of the rows, as rows."""
+
+    def representation(self, samples: int) -> Representation:
+        """Return the name of this representation, where the batch had so many samples."""
+
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers from which `unpack` makes the same object."""
 
@@ -45,7 +51,11 @@ class Jacobian(Protocol):
 
 @dataclass(frozen=True)
 class PerSample:
-    """J itself, a row of K numbers a sample: every product is one pass over memory."""
+    """J itself, a row of K numbers a sample: every product is one pass over memory.
+
+    In bfloat16 the rounded rows are J in every product, so that the step is exact for a slightly different Fisher.
+    Fewer rows than samples are a block's leading directions (see `woodbury.compress`).
+    """
 
     j_NK: Tensor
 
@@ -53,10 +63,20 @@ class PerSample:
         return ops.gram_rows(self.j_NK)
 
     def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
-        return ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(self.j_NK.dtype))
+        wide = torch.promote_types(self.j_NK.dtype, torch.float32)
+        return ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(wide))
 
     def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:  # noqa: D102
-        ops.expand_rows_update_(*_views(target), self.j_NK, w_N, divisor, target.settings, target.nesterov)
+        w_R = w_N[: len(self.j_NK)]
+        ops.expand_rows_update_(*_views(target), self.j_NK, w_R, divisor, target.settings, target.nesterov)
+
+    def combined(self, directions_RN: Tensor, ops: Any) -> PerSample:  # noqa: D102
+        return PerSample(directions_RN @ self.j_NK)
+
+    def representation(self, samples: int) -> Representation:  # noqa: D102
+        if len(self.j_NK) < samples:
+            return "compressed"
+        return "per_sample_bf16" if self.j_NK.dtype == torch.bfloat16 else "per_sample"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
         return {"j_NK": self.j_NK}
@@ -78,12 +98,21 @@ class Factored:
 
     def gram(self, ops: Any) -> Tensor:
         """Return k_NN by the cheaper way: from pairs of positions, or from J_n of some outputs at a time."""
-        geometry = geometry_of(self.outer)
-        if not geometry.prefers_rows:
+        if not geometry_of(self.outer).prefers_rows:
             return ops.gram([self._a_NGPI()], [self.outer.g_NGPO])[0]
-        chunks = -(-geometry.per_sample_bytes // _CHUNK_BYTES)
-        parts = (Outer(self.outer.a, g).sample_grads(ops) for g in self.outer.g_NGPO.chunk(chunks, dim=3))
-        return torch.stack([ops.gram_rows(j_NK) for j_NK in parts]).sum(0)
+        return torch.stack([ops.gram_rows(part.sample_grads(ops)) for part in self._parts()]).sum(0)
+
+    def combined(self, directions_RN: Tensor, ops: Any) -> PerSample:  # noqa: D102
+        groups, rows = self.outer.g_NGPO.shape[1], len(directions_RN)
+        parts = [
+            (directions_RN @ part.sample_grads(ops)).view(rows, groups, part.outputs, -1) for part in self._parts()
+        ]
+        return PerSample(torch.cat(parts, 2).flatten(1))
+
+    def _parts(self) -> list[Outer]:
+        """Return the layer in parts of its outputs, whose explicit rows take little memory."""
+        chunks = -(-geometry_of(self.outer).per_sample_bytes // _CHUNK_BYTES)
+        return [Outer(self.outer.a, g) for g in self.outer.g_NGPO.chunk(chunks, dim=3)]
 
     def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
         g_NGPO = self.outer.g_NGPO
@@ -93,6 +122,9 @@ class Factored:
     def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:  # noqa: D102
         factors = (self._a_NGPI(), self.outer.g_NGPO)
         ops.expand_update_(*_views(target), *factors, w_N, divisor, target.settings, target.nesterov)
+
+    def representation(self, samples: int) -> Representation:  # noqa: D102
+        return "factored"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
         a = self.outer.a
@@ -131,9 +163,12 @@ def geometry_of(outer: Outer) -> Geometry:
 
 def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobian:
     """Return the rows of one parameter: uses within a micro-batch add up, micro-batches follow each other."""
-    if representation == "factored" and all(isinstance(use, Outer) for batch in uses for use in batch):
-        return Factored(_joined(uses))  # type: ignore[arg-type]
-    return PerSample(torch.cat([_added([_rows(use, ops) for use in batch]) for batch in uses]))
+    if all(isinstance(use, Outer) for batch in uses for use in batch):
+        few = representation == "compressed" and not geometry_of(uses[0][0]).prefers_rows  # type: ignore[arg-type]
+        if representation == "factored" or few:
+            return Factored(_joined(uses))  # type: ignore[arg-type]
+    j_NK = torch.cat([_added([_rows(use, ops) for use in batch]) for batch in uses])
+    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK)
 
 
 def _rows(use: Outer | Explicit, ops: Any) -> Tensor:

@@ -63,6 +63,11 @@ class Outer:
     a: Tensor | Windows
     g_NGPO: Tensor
 
+    @property
+    def outputs(self) -> int:
+        """Return O."""
+        return self.g_NGPO.shape[3]
+
     def sample_grads(self, ops: Any = kernels) -> Tensor:
         """Return j_NK, the explicit per-sample gradients."""
         if not isinstance(self.a, Windows):

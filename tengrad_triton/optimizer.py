@@ -14,7 +14,7 @@ from tengrad_triton.blocks import Block, find_blocks
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import Fisher, Likelihood, likelihood_of
 from tengrad_triton.plan import MAX_BYTES, Representation
-from tengrad_triton.refresh import gather, jacobians_of
+from tengrad_triton.refresh import chosen_for, compressed_blocks, gather, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.summary import Summary, summarize
 from tengrad_triton.update import Target, settings_of
@@ -53,11 +53,12 @@ class TENGraD(torch.optim.Optimizer):
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, or an object with ``sample(output, generator)``
             and ``nll(output, target)``; only the sampled Fisher reads it.
         blocks: ``"layer"``, a block for what each module owns directly.
-        representation: ``"auto"`` (per weight, by the analytic rule), ``"factored"``, ``"per_sample"``, or a mapping
-            from the names of weights to one of these two.
+        representation: ``"auto"`` (per weight, by the analytic rule), ``"factored"``, ``"per_sample"``,
+            ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of these four.
         unsupported: what parameters get that no rule covers: ``"sgd"``, the plain step and one warning, or ``"error"``.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
         max_bytes: how much the stored J may take, where the representation is chosen automatically.
+        tol: of ``"compressed"``: the relative error α ‖Δd‖ / ‖∇L‖ that dropping directions of J may cause in a step.
         seed: of the generator that draws labels; torch's initial seed by default.
 
     Raises:
@@ -84,15 +85,17 @@ class TENGraD(torch.optim.Optimizer):
         unsupported: Literal["sgd", "error"] = "sgd",
         backend: Literal["auto", "torch"] = "auto",
         max_bytes: int = MAX_BYTES,
+        tol: float = 0.01,
         seed: int | None = None,
     ) -> None:
         words = {"fisher": fisher, "blocks": blocks, "unsupported": unsupported, "backend": backend}
-        check_settings(model, refresh_every, max_bytes, representation, **words)
+        check_settings(model, refresh_every, max_bytes, tol, representation, **words)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
         self._fisher, self._likelihood = fisher, likelihood_of(likelihood)
         self._by_hand = None if representation == "auto" else representation
-        self._max_bytes, self._unsupported, self._ops = max_bytes, unsupported, kernels_of(backend)
+        self._max_bytes, self._tol = max_bytes, tol
+        self._unsupported, self._ops = unsupported, kernels_of(backend)
         self._generator = torch.Generator(next(model.parameters()).device)
         self._generator.manual_seed(torch.initial_seed() if seed is None else seed)
         self._steps = 0  # taken so far
@@ -208,8 +211,10 @@ class TENGraD(torch.optim.Optimizer):
         """Return the curvature of the batches since the last step."""
         uses, missing = gather(self._blocks, self._capture)
         self._report(missing)
-        jacobians = jacobians_of(uses, self._by_hand, self._max_bytes, self._ops)
-        return curvature(jacobians, *self._damping_of(jacobians), self._ops)
+        chosen = chosen_for(uses, self._by_hand, self._max_bytes)
+        jacobians = jacobians_of(uses, chosen, self._ops)
+        tol = dict.fromkeys(compressed_blocks(uses, chosen), self._tol)
+        return curvature(jacobians, *self._damping_of(jacobians), self._ops, tol)
 
     def _damping_of(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Return the dampings that hold at this step, and the failures so far, of the blocks named."""

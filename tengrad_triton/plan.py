@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Representation = Literal["factored", "per_sample"]
-REPRESENTATIONS: tuple[Representation, ...] = ("factored", "per_sample")
+Representation = Literal["factored", "per_sample", "per_sample_bf16", "compressed"]
+REPRESENTATIONS: tuple[Representation, ...] = ("factored", "per_sample", "per_sample_bf16", "compressed")
 MAX_BYTES = 4 * 2**30
 
 

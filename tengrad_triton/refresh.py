@@ -80,25 +80,37 @@ def _entries(use: Outer | Explicit) -> int:
     return geometry.groups * geometry.inputs * geometry.outputs
 
 
-def jacobians_of(
-    gathered: Mapping[str, BlockUses],
-    by_hand: Representation | Mapping[str, Representation] | None,
-    max_bytes: int,
-    ops: Any,
-) -> dict[str, BlockJacobian]:
+Chosen = Mapping[str, Representation]
+"""Every weight's representation, by its full name."""
+
+
+def chosen_for(
+    gathered: Mapping[str, BlockUses], by_hand: Representation | Chosen | None, max_bytes: int
+) -> dict[str, Representation]:
+    """Return the representation of every weight that multiplies what its layer sees."""
+    firsts = {_label(name, label): use[0][0] for name, block in gathered.items() for label, use in block.items()}
+    geometries = {name: geometry_of(use) for name, use in firsts.items() if isinstance(use, Outer)}
+    return choose(geometries, by_hand, max_bytes)
+
+
+def jacobians_of(gathered: Mapping[str, BlockUses], chosen: Chosen, ops: Any) -> dict[str, BlockJacobian]:
     """Return every block's J, each parameter in the representation chosen for it."""
-    uses = {(name, label): use for name, block in gathered.items() for label, use in block.items()}
-    outers = {_label(key): use[0][0] for key, use in uses.items() if isinstance(use[0][0], Outer)}
-    geometries = {label: geometry_of(outer) for label, outer in outers.items() if isinstance(outer, Outer)}
-    chosen = choose(geometries, by_hand, max_bytes)
     return {
         name: {
-            label: jacobian_of(use, chosen.get(_label((name, label)), "per_sample"), ops)
-            for label, use in block.items()
+            label: jacobian_of(use, chosen.get(_label(name, label), "per_sample"), ops) for label, use in block.items()
         }
         for name, block in gathered.items()
     }
 
 
-def _label(key: tuple[str, str]) -> str:
-    return ".".join(part for part in key if part)
+def compressed_blocks(gathered: Mapping[str, BlockUses], chosen: Chosen) -> list[str]:
+    """Return the blocks with a weight that is to be compressed; all of a block has the same directions."""
+    return [
+        name
+        for name, block in gathered.items()
+        if any(chosen.get(_label(name, label)) == "compressed" for label in block)
+    ]
+
+
+def _label(name: str, label: str) -> str:
+    return f"{name}.{label}" if name else label

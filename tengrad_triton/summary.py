@@ -64,6 +64,10 @@ def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
     rows = curvature.blocks.get(block.name, {}).get(label)
     if rows is None:
         return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
-    factored = isinstance(rows, Factored)
-    used = "gram, project, expand_update_" if factored else "gram_rows, project_rows, expand_rows_update_"
-    return Row(name, shape, block.name or ".", "factored" if factored else "per_sample", used, rows.nbytes)
+    used = (
+        "gram, project, expand_update_"
+        if isinstance(rows, Factored)
+        else "gram_rows, project_rows, expand_rows_update_"
+    )
+    chosen = rows.representation(curvature.inverse_LNN.shape[-1])
+    return Row(name, shape, block.name or ".", chosen, used, rows.nbytes)

@@ -141,7 +141,8 @@ class TrainStep:
         """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
         optimizer, curvature = self._optimizer, self._optimizer._curvature
         drawn = optimizer._fisher != "sampled" or isinstance(optimizer._likelihood, Noisy)
-        if len(records) != 1 or curvature is None or not drawn:
+        compressed = "compressed" in optimizer.summary().representations().values()  # its rank depends on the data
+        if len(records) != 1 or curvature is None or not drawn or compressed:
             return None
         grads = {name: [use.grad_y for use in records[0].uses[name]] for name in curvature.blocks}
         outputs = {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}

@@ -13,7 +13,9 @@ from tengrad_triton.plan import REPRESENTATIONS
 _CHOICES = {"fisher": FISHERS, "blocks": ("layer",), "unsupported": ("sgd", "error"), "backend": ("auto", "torch")}
 
 
-def check_settings(model: nn.Module, refresh_every: Any, max_bytes: Any, representation: Any, **choices: Any) -> None:
+def check_settings(
+    model: nn.Module, refresh_every: Any, max_bytes: Any, tol: Any, representation: Any, **choices: Any
+) -> None:
     """Reject settings of the optimizer as a whole; ``choices`` are those that are one of a few words."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; parameters go to params=")
@@ -23,6 +25,8 @@ def check_settings(model: nn.Module, refresh_every: Any, max_bytes: Any, represe
         check_refresh_every(refresh_every)
     if not _is_number(max_bytes) or max_bytes < 0:
         raise ValueError(f"max_bytes must be at least 0, got {max_bytes!r}")
+    if not _is_number(tol) or not 0 < tol < 1:
+        raise ValueError(f"tol must be in (0, 1), got {tol!r}")
     for name, value in choices.items():
         if value not in _CHOICES[name]:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}")

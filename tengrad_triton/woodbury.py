@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.jacobian import Jacobian
@@ -54,11 +55,13 @@ class Curvature:
         """Return w_N = (K + N α I)⁻¹ J V for every block."""
         if not self.blocks:
             return {}
-        y_N = {name: self.inverse_LNN.new_zeros(self.inverse_LNN.shape[-1]) for name in self.blocks}
+        samples = self.inverse_LNN.shape[-1]
+        y_N = {name: self.inverse_LNN.new_zeros(samples) for name in self.blocks}
         for target in targets:
             rows = self.blocks.get(target.block, {}).get(target.label)
             if rows is not None:
-                y_N[target.block] = y_N[target.block] + rows.project(target.grad, ops)
+                projected = rows.project(target.grad, ops)
+                y_N[target.block] = y_N[target.block] + F.pad(projected, (0, samples - len(projected)))
         w_LN = ops.cholesky_solve(self.inverse_LNN, torch.stack(list(y_N.values())))
         return dict(zip(self.blocks, w_LN.unbind(), strict=True))
 
@@ -67,8 +70,16 @@ class Curvature:
         return dict(zip(self.blocks, self.divisor_L.unbind(), strict=True))
 
 
-def curvature(blocks: Mapping[str, BlockJacobian], damping_L: Tensor, failures_L: Tensor, ops: Any) -> Curvature:
+def curvature(
+    blocks: Mapping[str, BlockJacobian],
+    damping_L: Tensor,
+    failures_L: Tensor,
+    ops: Any,
+    tol: Mapping[str, float] | None = None,
+) -> Curvature:
     """Factor K + N α I for every block, in one batch; ``failures_L`` counts the failures of each block so far.
+
+    The blocks named in ``tol`` are compressed to that tolerance, which reads their rank back from the device.
 
     Where the factorization fails because rounding made K indefinite, that block takes the gradient over its largest
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
@@ -83,7 +94,27 @@ def curvature(blocks: Mapping[str, BlockJacobian], damping_L: Tensor, failures_L
     healthy_L = pivot_L > 0  # false for NaN too
     inverse_LNN = torch.where(healthy_L[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)
     bound_L = damping_L + k_LNN.diagonal(dim1=1, dim2=2).sum(1) / samples
-    return Curvature(blocks, inverse_LNN, torch.where(healthy_L, damping_L, bound_L), failures_L + ~healthy_L)
+    factored = Curvature(blocks, inverse_LNN, torch.where(healthy_L, damping_L, bound_L), failures_L + ~healthy_L)
+    return compress(factored, k_LNN, samples * damping_L, tol, ops) if tol else factored
+
+
+def compress(full: Curvature, k_LNN: Tensor, shift_L: Tensor, tol: Mapping[str, float], ops: Any) -> Curvature:
+    """Keep of each block named in ``tol`` the directions whose share of the correction is at least that tolerance.
+
+    With K = Q Λ Qᵀ and v_i = Jᵀ q_i / √λ_i the natural gradient is (V − Σ_i f_i v_i ⟨v_i, V⟩) / α with
+    f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes it by at most tol ‖V‖ / α (docs/math.md, M7).
+    """
+    blocks, inverses = dict(full.blocks), list(full.inverse_LNN.unbind())
+    for row, name in enumerate(full.blocks):
+        if name in tol:
+            eigenvalues_N, q_NN = torch.linalg.eigh(k_LNN[row])
+            share_N = eigenvalues_N / (eigenvalues_N + shift_L[row])
+            kept = share_N >= tol[name]
+            directions_RN = (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT
+            blocks[name] = {label: rows.combined(directions_RN, ops) for label, rows in full.blocks[name].items()}
+            root_R = share_N[kept].sqrt()
+            inverses[row] = torch.diag(F.pad(root_R, (0, len(share_N) - len(root_R))))
+    return Curvature(blocks, torch.stack(inverses), full.divisor_L, full.failures_L)
 
 
 def _gram(block: BlockJacobian, ops: Any) -> Tensor:
