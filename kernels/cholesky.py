@@ -44,7 +44,7 @@ def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     (the square of the smallest diagonal entry of C) is then zero, negative or NaN, and its factor must not be used.
     """
     expect("k_LNN", k_LNN, shift_L.shape[0], k_LNN.shape[1], k_LNN.shape[1])
-    return (_cholesky if is_small(k_LNN) else cholesky_reference)(k_LNN, shift_L)
+    return (_cholesky if is_small(k_LNN, shift_L) else cholesky_reference)(k_LNN, shift_L)
 
 
 def cholesky_reference(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,10 +55,11 @@ def cholesky_reference(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     return c_LNN, torch.where(info_L == 0, pivot_L, -torch.ones_like(pivot_L))
 
 
-def is_small(x_LNN: Tensor) -> bool:
-    """Whether a kernel does better than torch: enough matrices, or small ones."""
+def is_small(x_LNN: Tensor, vector: Tensor) -> bool:
+    """Whether a kernel does better than torch on these matrices and what comes with them: many of them, or small."""
     matrices, n = x_LNN.shape[:2]
-    return runs_kernel(x_LNN) and x_LNN.dtype == torch.float32 and n <= (512 if matrices > 2 else 256)
+    exact = x_LNN.dtype == vector.dtype == torch.float32
+    return exact and runs_kernel(x_LNN, vector) and n <= (512 if matrices > 2 else 256)
 
 
 @triton.jit

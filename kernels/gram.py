@@ -53,10 +53,12 @@ def gram(a: list[Tensor], g: list[Tensor]) -> Tensor:
 
     The work grows with the square of P: from some dozens of positions on, `gram_rows` of explicit gradients is cheaper.
     """
+    if not a:
+        raise ValueError("gram needs the factors of at least one layer, got none")
     for a_NGPI, g_NGPO in zip(a, g, strict=True):
         expect("a_NGPI", a_NGPI, a[0].shape[0], *a_NGPI.shape[1:])
         expect_factors(a_NGPI, g_NGPO)
-    return (_gram if runs_kernel(a[0]) else gram_reference)(a, g)
+    return (_gram if runs_kernel(*a, *g) else gram_reference)(a, g)
 
 
 def gram_reference(a: list[Tensor], g: list[Tensor]) -> Tensor:

@@ -48,7 +48,7 @@ def project(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
     """Return y_N = ⟨J_n, V⟩ = Σ_γp g_nγpᵀ V_γ a_nγp (paper, equation 6)."""
     expect_factors(a_NGPI, g_NGPO)
     expect("v_GOI", v_GOI, a_NGPI.shape[1], g_NGPO.shape[3], a_NGPI.shape[3])
-    return (_project if runs_kernel(a_NGPI) else project_reference)(a_NGPI, g_NGPO, v_GOI)
+    return (_project if runs_kernel(a_NGPI, g_NGPO, v_GOI) else project_reference)(a_NGPI, g_NGPO, v_GOI)
 
 
 def project_reference(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def expand(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     """Return u_GOI = Σ_n w_n J_n = Σ_np w_n g_np a_npᵀ (paper, equation 7)."""
     expect_factors(a_NGPI, g_NGPO)
     expect("w_N", w_N, a_NGPI.shape[0])
-    return (_expand if runs_kernel(a_NGPI) else expand_reference)(a_NGPI, g_NGPO, w_N)
+    return (_expand if runs_kernel(a_NGPI, g_NGPO, w_N) else expand_reference)(a_NGPI, g_NGPO, w_N)
 
 
 def expand_reference(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def _expand_example(dtype: torch.dtype, device: torch.device, shape: Sequence[in
     return *factors(dtype, device, shape), normal(shape[0], dtype=torch.float32, device=device, seed=2)
 
 
-_SHAPES = {"one position": (150, 1, 1, 530, 70), "groups and positions": (11, 3, 7, 20, 9)}
+_SHAPES = {"one position": (150, 1, 1, 530, 70), "groups and positions": (101, 3, 7, 20, 9)}
 
 SPECS = (
     KernelSpec(

@@ -38,7 +38,7 @@ _CHUNK = 4096  # columns of J that one program projects: enough programs for any
 def project_rows(j_NK: Tensor, v_K: Tensor) -> Tensor:
     """Return y_N = J v for explicit per-sample gradients."""
     expect("v_K", v_K, j_NK.shape[1])
-    return _project_rows(j_NK, v_K) if runs_kernel(j_NK) else project_rows_reference(j_NK, v_K)
+    return _project_rows(j_NK, v_K) if runs_kernel(j_NK, v_K) else project_rows_reference(j_NK, v_K)
 
 
 def project_rows_reference(j_NK: Tensor, v_K: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _project_rows(j_NK: Tensor, v_K: Tensor) -> Tensor:
 def expand_rows(j_NK: Tensor, w_N: Tensor) -> Tensor:
     """Return u_K = Jᵀ w for explicit per-sample gradients."""
     expect("w_N", w_N, j_NK.shape[0])
-    return _expand_rows(j_NK, w_N) if runs_kernel(j_NK) else expand_rows_reference(j_NK, w_N)
+    return _expand_rows(j_NK, w_N) if runs_kernel(j_NK, w_N) else expand_rows_reference(j_NK, w_N)
 
 
 def expand_rows_reference(j_NK: Tensor, w_N: Tensor) -> Tensor:

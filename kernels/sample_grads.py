@@ -38,9 +38,12 @@ _CHUNK_ELEMENTS = 1 << 24  # entries of the unfolded input that the definition h
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
-    """Return j_NK with K = (G, O, I) flat: J_n = Σ_p g_np a_npᵀ in every group (paper, equation 8)."""
+    """Return j_NK with K = (G, O, I) flat: J_n = Σ_p g_np a_npᵀ in every group (paper, equation 8).
+
+    With one position, or a few, keep the factors instead: they are smaller, and `gram` needs no J_n.
+    """
     expect_factors(a_NGPI, g_NGPO)
-    return (_sample_grads if runs_kernel(a_NGPI) else sample_grads_reference)(a_NGPI, g_NGPO)
+    return (_sample_grads if runs_kernel(a_NGPI, g_NGPO) else sample_grads_reference)(a_NGPI, g_NGPO)
 
 
 def sample_grads_reference(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
@@ -139,7 +142,7 @@ def conv_sample_grads(
         needed = (outputs - 1) * step + (size - 1) * gap + 1
         if pixels < needed:
             raise ValueError(f"{outputs} outputs need a padded input of {needed} pixels or more, got {pixels}")
-    make = _conv_sample_grads if runs_kernel(x_NCHW) else conv_sample_grads_reference
+    make = _conv_sample_grads if runs_kernel(x_NCHW, g_NOHW) else conv_sample_grads_reference
     return make(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
 
 

@@ -19,8 +19,6 @@ class _Absent:
     def __getattr__(self, name: str) -> Any:
         return lambda function: function
 
-    constexpr = int
-
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if HAS_TRITON else _Absent()
@@ -73,9 +71,9 @@ class KernelSpec:
     mutates: int = 0  # how many of the first arguments it changes in place, instead of returning anything
 
 
-def runs_kernel(x: Tensor) -> bool:
-    """Whether a kernel, not the definition, serves this tensor."""
-    return HAS_TRITON and x.is_cuda and x.dtype in TRITON_TYPES
+def runs_kernel(*tensors: Tensor) -> bool:
+    """Whether a kernel, not the definition, serves these tensors: all on a GPU, none in double precision."""
+    return HAS_TRITON and all(x.is_cuda and x.dtype in TRITON_TYPES for x in tensors)
 
 
 def expect(name: str, x: Tensor, *shape: int) -> None:

@@ -19,7 +19,7 @@ from .tiles import load_tile
 @triton_op("tengrad_triton::cholesky_inverse", mutates_args=())
 def cholesky_inverse(c_LNN: Tensor) -> Tensor:
     """Return w_LNN = C⁻¹ of lower factors: two matrix-vector products then replace each pair of triangular solves."""
-    return (_cholesky_inverse if is_small(c_LNN) else cholesky_inverse_reference)(c_LNN)
+    return (_cholesky_inverse if is_small(c_LNN, c_LNN) else cholesky_inverse_reference)(c_LNN)
 
 
 def cholesky_inverse_reference(c_LNN: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _cholesky_inverse(c_LNN: Tensor) -> Tensor:
 def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
     """Return z_LN = (K + shift I)⁻¹ y = Wᵀ (W y)."""
     expect("y_LN", y_LN, *w_LNN.shape[:2])
-    return (_cholesky_solve if is_small(w_LNN) else cholesky_solve_reference)(w_LNN, y_LN)
+    return (_cholesky_solve if is_small(w_LNN, y_LN) else cholesky_solve_reference)(w_LNN, y_LN)
 
 
 def cholesky_solve_reference(w_LNN: Tensor, y_LN: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def expand_update_(
     outputs, pixels, inputs = param_OKI.shape
     expect("a_NGPI", a_NGPI, *a_NGPI.shape[:3], pixels * inputs)
     expect("g_NGPO", g_NGPO, *g_NGPO.shape[:3], outputs // g_NGPO.shape[1])
-    update = _expand_update_ if runs_kernel(a_NGPI) else expand_update_reference_
+    tensors = (param_OKI, momentum_OKI, grad_OKI, a_NGPI, g_NGPO, w_N)
+    update = _expand_update_ if runs_kernel(*tensors) else expand_update_reference_
     update(param_OKI, momentum_OKI, grad_OKI, a_NGPI, g_NGPO, w_N, divisor, settings, nesterov)
 
 
@@ -175,7 +176,8 @@ def expand_rows_update_(
     """Like `expand_update_`, from explicit per-sample gradients whose flat entries run over (O, K, I)."""
     _expect_update(param_OKI, momentum_OKI, grad_OKI, divisor, settings)
     expect("j_NK", j_NK, w_N.shape[0], param_OKI.numel())
-    update = _expand_rows_update_ if runs_kernel(j_NK) else expand_rows_update_reference_
+    tensors = (param_OKI, momentum_OKI, grad_OKI, j_NK, w_N)
+    update = _expand_rows_update_ if runs_kernel(*tensors) else expand_rows_update_reference_
     update(param_OKI, momentum_OKI, grad_OKI, j_NK, w_N, divisor, settings, nesterov)
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tengrad_triton.kernels import SPECS
-from tengrad_triton.kernels.spec import HAS_TRITON
 from torch._functorch.aot_autograd import aot_export_module
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import FakeTensorMode
@@ -20,13 +18,14 @@ from torch.utils import _pytree as pytree
 
 from tengrad_triton import kernels
 
-if not HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
+if not kernels.spec.HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+SPECS = kernels.SPECS
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CUDA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
 HIP = {"gfx942": GPUTarget("hip", "gfx942", 64)}

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from tengrad_triton.kernels import SPECS, spec
 
 from tengrad_triton import kernels
 
+SPECS = kernels.SPECS
 gram_module = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 HARDWARE = torch.cuda.is_available()
@@ -68,7 +68,7 @@ def poisoned(monkeypatch):
     """Outputs begin as NaN, so that an entry that a kernel fails to write is seen; and kernels launch by themselves."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: _poison(empty(*size, **options)))
-    monkeypatch.setattr(spec, "wrap_triton", lambda kernel: kernel)
+    monkeypatch.setattr(kernels.spec, "wrap_triton", lambda kernel: kernel)
 
 
 def _poison(x):
@@ -176,7 +176,7 @@ def _fast(name):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("n", [5, 64, 150])
 def test_gram_is_symmetric_and_positive_semidefinite(n):
-    a, g = (spec.normal(n, 1, 2, size, dtype=HALF, device=DEVICE, seed=size) for size in (12, 7))
+    a, g = (kernels.spec.normal(n, 1, 2, size, dtype=HALF, device=DEVICE, seed=size) for size in (12, 7))
     (k_NN,) = _fast("gram")([a], [g])
     assert torch.equal(k_NN, k_NN.mT)
     eigenvalues = torch.linalg.eigvalsh(k_NN.double())
@@ -187,7 +187,7 @@ def test_gram_is_symmetric_and_positive_semidefinite(n):
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
 def test_gram_is_the_gram_of_the_sample_grads():
-    a, g = (spec.normal(20, 2, 3, size, dtype=torch.float32, device=DEVICE, seed=size) for size in (12, 7))
+    a, g = (kernels.spec.normal(20, 2, 3, size, dtype=torch.float32, device=DEVICE, seed=size) for size in (12, 7))
     j_NK = _fast("sample_grads")(a, g)
     factored, explicit = _fast("gram")([a], [g])[0], _fast("gram_rows")(j_NK)
     truth = gram_module.gram_reference([a.double()], [g.double()])[0]
@@ -238,5 +238,7 @@ def test_ops_reject_shapes_that_do_not_belong_together():
     ):
         with pytest.raises(ValueError, match=r"must have shape \(.*\), got \(.*\)"):
             call()
+    with pytest.raises(ValueError, match="at least one layer, got none"):
+        kernels.gram([], [])
     with pytest.raises(ValueError, match="4 outputs need a padded input of 9 pixels or more, got 8"):
         kernels.conv_sample_grads(torch.ones(1, 1, 8, 9), torch.ones(1, 1, 4, 4), [3, 3], [2, 2], [1, 1], 1)
