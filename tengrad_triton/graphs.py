@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, grad_and_value, vjp
 
 from tengrad_triton.blocks import Block
 from tengrad_triton.fisher import Noisy
-from tengrad_triton.plan import Representation
+from tengrad_triton.plan import Chosen
 from tengrad_triton.refresh import jacobians_of, uses_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
@@ -44,9 +44,9 @@ class Graphs:
         names: maps (block, label) to that name.
         trained: the names of those that get a gradient.
         likelihood: draws the Fisher's labels; None for the empirical Fisher.
-        chosen: every weight's representation.
+        chosen: every weight's representation and kernels.
         nesterov: by group.
-        ops: the kernels.
+        kernels: by what PyTorch does better.
         tape: captures the covered layers.
     """
 
@@ -56,9 +56,9 @@ class Graphs:
     names: Mapping[tuple[str, str], str]
     trained: frozenset[str]
     likelihood: Noisy | None
-    chosen: Mapping[str, Representation]
+    chosen: Chosen
     nesterov: Sequence[bool]
-    ops: Any
+    kernels: Mapping[tuple[str, ...], Any]
     tape: Tape
 
     def reuse(self, state: State, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class Graphs:
         output, pull, _ = self._forward(state, {}, x)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, _ = pull(grad_output)
-        reused = unpack_curvature(packed, self.blocks)
-        reused.step_(self._targets(state, grads), self.ops)
+        reused = unpack_curvature(packed, self.blocks, self.kernels.__getitem__)
+        reused.step_(self._targets(state, grads), self.kernels[()])
         return loss
 
     def refresh(
@@ -92,8 +92,10 @@ class Graphs:
         blocks = {block.name: block for block in self.blocks}
         calls = {name: [(a, scale * b) for a, b in zip(inputs[name], g[name], strict=True)] for name in outputs}
         uses = {name: uses_of(blocks[name], [pairs]) for name, pairs in calls.items()}
-        fresh = curvature(jacobians_of(uses, self.chosen, self.ops), damping_L, failures_L, self.ops)
-        fresh.step_(self._targets(state, grads), self.ops)
+        fresh = curvature(
+            jacobians_of(uses, self.chosen, self.kernels.__getitem__), damping_L, failures_L, self.kernels[()]
+        )
+        fresh.step_(self._targets(state, grads), self.kernels[()])
         return loss, pack_curvature(fresh)
 
     def _forward(self, state: State, perturbations: Calls, x: Tensor) -> tuple[Tensor, Callable[..., Any], Calls]:

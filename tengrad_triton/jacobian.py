@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tengrad_triton.backend import KernelsFor
 from tengrad_triton.layers import Explicit, Outer, Windows, matrix_view
 from tengrad_triton.plan import Geometry, Representation
 from tengrad_triton.update import Target
@@ -24,18 +25,22 @@ Uses = Sequence[Sequence[Outer | Explicit]]
 
 
 class Jacobian(Protocol):
-    """Rows J_n of one parameter, N of them; ``ops`` is the namespace of the kernels that do the work."""
+    """Rows J_n of one parameter, N of them."""
 
-    def gram(self, ops: Any) -> Tensor:
+    @property
+    def ops(self) -> Any:
+        """Return the kernels that do the work (see `backend.kernels_of`)."""
+
+    def gram(self) -> Tensor:
         """Return k_NN with K[n, m] = ⟨J_n, J_m⟩."""
 
-    def project(self, v: Tensor, ops: Any) -> Tensor:
+    def project(self, v: Tensor) -> Tensor:
         """Return y_N with y_n = ⟨J_n, v⟩ for a parameter-shaped ``v``."""
 
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:
         """Step the target's parameter in place along (grad − Σ_n w_n J_n) / divisor, by the update rule."""
 
-    def combined(self, directions_RN: Tensor, ops: Any) -> PerSample:
+    def combined(self, directions_RN: Tensor) -> PerSample:
         """Return R combinations of the rows, as rows."""
 
     def representation(self, samples: int) -> Representation:
@@ -58,20 +63,21 @@ class PerSample:
     """
 
     j_NK: Tensor
+    ops: Any
 
-    def gram(self, ops: Any) -> Tensor:  # noqa: D102
-        return ops.gram_rows(self.j_NK)
+    def gram(self) -> Tensor:  # noqa: D102
+        return self.ops.gram_rows(self.j_NK)
 
-    def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
+    def project(self, v: Tensor) -> Tensor:  # noqa: D102
         wide = torch.promote_types(self.j_NK.dtype, torch.float32)
-        return ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(wide))
+        return self.ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(wide))
 
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:  # noqa: D102
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
         w_R = w_N[: len(self.j_NK)]
-        ops.expand_rows_update_(*_views(target), self.j_NK, w_R, divisor, target.settings, target.nesterov)
+        self.ops.expand_rows_update_(*_views(target), self.j_NK, w_R, divisor, target.settings, target.nesterov)
 
-    def combined(self, directions_RN: Tensor, ops: Any) -> PerSample:  # noqa: D102
-        return PerSample(directions_RN @ self.j_NK)
+    def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
+        return PerSample(directions_RN @ self.j_NK, self.ops)
 
     def representation(self, samples: int) -> Representation:  # noqa: D102
         if len(self.j_NK) < samples:
@@ -79,7 +85,7 @@ class PerSample:
         return "per_sample_bf16" if self.j_NK.dtype == torch.bfloat16 else "per_sample"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
-        return {"j_NK": self.j_NK}
+        return {"j_NK": self.j_NK, "torch_for": list(self.ops.torch_for)}
 
     @property
     def nbytes(self) -> int:  # noqa: D102
@@ -91,44 +97,49 @@ class Factored:
     """What the layer saw, a, and the derivatives of its output, g: J_n = Σ_p g_np a_npᵀ is never kept."""
 
     outer: Outer
+    ops: Any
 
     def _a_NGPI(self) -> Tensor:
         a = self.outer.a
         return a.unfold() if isinstance(a, Windows) else a
 
-    def gram(self, ops: Any) -> Tensor:
+    def gram(self) -> Tensor:
         """Return k_NN by the cheaper way: from pairs of positions, or from J_n of some outputs at a time."""
         if not geometry_of(self.outer).prefers_rows:
-            return ops.gram([self._a_NGPI()], [self.outer.g_NGPO])[0]
-        return torch.stack([ops.gram_rows(part.sample_grads(ops)) for part in self._parts()]).sum(0)
+            return self.ops.gram([self._a_NGPI()], [self.outer.g_NGPO])[0]
+        return torch.stack([self.ops.gram_rows(part.sample_grads(self.ops)) for part in self._parts()]).sum(0)
 
-    def combined(self, directions_RN: Tensor, ops: Any) -> PerSample:  # noqa: D102
+    def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
         groups, rows = self.outer.g_NGPO.shape[1], len(directions_RN)
         parts = [
-            (directions_RN @ part.sample_grads(ops)).view(rows, groups, part.outputs, -1) for part in self._parts()
+            (directions_RN @ part.sample_grads(self.ops)).view(rows, groups, part.outputs, -1) for part in self._parts()
         ]
-        return PerSample(torch.cat(parts, 2).flatten(1))
+        return PerSample(torch.cat(parts, 2).flatten(1), self.ops)
 
     def _parts(self) -> list[Outer]:
         """Return the layer in parts of its outputs, whose explicit rows take little memory."""
         chunks = -(-geometry_of(self.outer).per_sample_bytes // _CHUNK_BYTES)
         return [Outer(self.outer.a, g) for g in self.outer.g_NGPO.chunk(chunks, dim=3)]
 
-    def project(self, v: Tensor, ops: Any) -> Tensor:  # noqa: D102
+    def project(self, v: Tensor) -> Tensor:  # noqa: D102
         g_NGPO = self.outer.g_NGPO
         v_GOI = matrix_view(v).reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(g_NGPO.dtype)
-        return ops.project(self._a_NGPI(), g_NGPO, v_GOI)
+        return self.ops.project(self._a_NGPI(), g_NGPO, v_GOI)
 
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor, ops: Any) -> None:  # noqa: D102
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
         factors = (self._a_NGPI(), self.outer.g_NGPO)
-        ops.expand_update_(*_views(target), *factors, w_N, divisor, target.settings, target.nesterov)
+        self.ops.expand_update_(*_views(target), *factors, w_N, divisor, target.settings, target.nesterov)
 
     def representation(self, samples: int) -> Representation:  # noqa: D102
         return "factored"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
         a = self.outer.a
-        return {"a": a.pack() if isinstance(a, Windows) else a, "g_NGPO": self.outer.g_NGPO}
+        return {
+            "a": a.pack() if isinstance(a, Windows) else a,
+            "g_NGPO": self.outer.g_NGPO,
+            "torch_for": list(self.ops.torch_for),
+        }
 
     @property
     def nbytes(self) -> int:  # noqa: D102
@@ -140,17 +151,18 @@ def _views(target: Target) -> tuple[Tensor, Tensor, Tensor]:
     return matrix_view(target.parameter), matrix_view(target.momentum), matrix_view(target.grad)
 
 
-def unpack(packed: Mapping[str, Any], like: Tensor) -> Jacobian:
+def unpack(packed: Mapping[str, Any], like: Tensor, kernels_for: KernelsFor) -> Jacobian:
     """Return what `Jacobian.pack` described, on the device of ``like``."""
+    ops = kernels_for(tuple(packed["torch_for"]))
 
     def move(value: Any) -> Any:
         return value.to(like.device) if isinstance(value, Tensor) else value
 
     if "j_NK" in packed:
-        return PerSample(move(packed["j_NK"]))
+        return PerSample(move(packed["j_NK"]), ops)
     a = packed["a"]
     a = Windows(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
-    return Factored(Outer(a, move(packed["g_NGPO"])))
+    return Factored(Outer(a, move(packed["g_NGPO"])), ops)
 
 
 def geometry_of(outer: Outer) -> Geometry:
@@ -166,9 +178,9 @@ def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobia
     if all(isinstance(use, Outer) for batch in uses for use in batch):
         few = representation == "compressed" and not geometry_of(uses[0][0]).prefers_rows  # type: ignore[arg-type]
         if representation == "factored" or few:
-            return Factored(_joined(uses))  # type: ignore[arg-type]
+            return Factored(_joined(uses), ops)  # type: ignore[arg-type]
     j_NK = torch.cat([_added([_rows(use, ops) for use in batch]) for batch in uses])
-    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK)
+    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops)
 
 
 def _rows(use: Outer | Explicit, ops: Any) -> Tensor:

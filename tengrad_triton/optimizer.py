@@ -13,8 +13,8 @@ from tengrad_triton.backend import kernels_of
 from tengrad_triton.blocks import Block, find_blocks
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import Fisher, Likelihood, likelihood_of
-from tengrad_triton.plan import MAX_BYTES, Representation
-from tengrad_triton.refresh import chosen_for, compressed_blocks, gather, jacobians_of
+from tengrad_triton.plan import MAX_BYTES, Choice, Representation, choose
+from tengrad_triton.refresh import compressed_blocks, full_name, gather, geometries_of, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.summary import Summary, summarize
 from tengrad_triton.update import Target, settings_of
@@ -95,7 +95,7 @@ class TENGraD(torch.optim.Optimizer):
         self._fisher, self._likelihood = fisher, likelihood_of(likelihood)
         self._by_hand = None if representation == "auto" else representation
         self._max_bytes, self._tol = max_bytes, tol
-        self._unsupported, self._ops = unsupported, kernels_of(backend)
+        self._unsupported, self._backend, self._ops = unsupported, backend, kernels_of(backend)
         self._generator = torch.Generator(next(model.parameters()).device)
         self._generator.manual_seed(torch.initial_seed() if seed is None else seed)
         self._steps = 0  # taken so far
@@ -211,10 +211,14 @@ class TENGraD(torch.optim.Optimizer):
         """Return the curvature of the batches since the last step."""
         uses, missing = gather(self._blocks, self._capture)
         self._report(missing)
-        chosen = chosen_for(uses, self._by_hand, self._max_bytes)
-        jacobians = jacobians_of(uses, chosen, self._ops)
+        analytic = choose(geometries_of(uses), self._by_hand, self._max_bytes)
+        chosen = {name: Choice(representation) for name, representation in analytic.items()}
+        jacobians = jacobians_of(uses, chosen, self._kernels_for)
         tol = dict.fromkeys(compressed_blocks(uses, chosen), self._tol)
         return curvature(jacobians, *self._damping_of(jacobians), self._ops, tol)
+
+    def _kernels_for(self, torch_for: tuple[str, ...]) -> Any:
+        return kernels_of(self._backend, torch_for)
 
     def _damping_of(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
         """Return the dampings that hold at this step, and the failures so far, of the blocks named."""
@@ -273,13 +277,24 @@ class TENGraD(torch.optim.Optimizer):
             raise ValueError(f"expected a state_dict of TENGraD with 'tengrad' in it, got {sorted(state_dict)}")
         saved = state_dict["tengrad"]
         packed = saved["curvature"]
-        restored = None if packed is None else unpack_curvature(packed, self._blocks)
+        restored = None if packed is None else unpack_curvature(packed, self._blocks, self._kernels_for)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):
             self.refresh_every = saved["refresh_every"]
         self._generator.set_state(saved["generator"].cpu())
         self._rearm()
+
+    def choices(self) -> dict[str, Choice]:
+        """Return how J of every preconditioned parameter is stored at present, by the parameter's name."""
+        if self._curvature is None:
+            return {}
+        samples = self._curvature.inverse_LNN.shape[-1]
+        return {
+            full_name(name, label): Choice(rows.representation(samples), rows.ops.torch_for)
+            for name, block in self._curvature.blocks.items()
+            for label, rows in block.items()
+        }
 
     def summary(self) -> Summary:
         """Return a row for every parameter: its block, representation, kernels and bytes; printable."""

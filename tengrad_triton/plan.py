@@ -15,6 +15,18 @@ MAX_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How one weight's J is stored, and which of its kernels PyTorch does better."""
+
+    representation: Representation
+    torch_for: tuple[str, ...] = ()
+
+
+Chosen = Mapping[str, Choice]
+"""Every weight's choice, by its full name."""
+
+
+@dataclass(frozen=True)
 class Geometry:
     """The sizes of one weight's outer products Σ_p g_np a_npᵀ, and what its two representations cost."""
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block
 from tengrad_triton.capture import Capture
-from tengrad_triton.jacobian import Uses, geometry_of, jacobian_of
+from tengrad_triton.jacobian import Jacobian, Uses, geometry_of, jacobian_of
 from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
-from tengrad_triton.plan import Representation, choose
+from tengrad_triton.plan import Choice, Chosen, Geometry
 from tengrad_triton.woodbury import BlockJacobian
 
 BlockUses = Mapping[str, Uses]
@@ -80,37 +80,33 @@ def _entries(use: Outer | Explicit) -> int:
     return geometry.groups * geometry.inputs * geometry.outputs
 
 
-Chosen = Mapping[str, Representation]
-"""Every weight's representation, by its full name."""
+def geometries_of(gathered: Mapping[str, BlockUses]) -> dict[str, Geometry]:
+    """Return the sizes of every weight that multiplies what its layer sees, by its full name."""
+    firsts = {full_name(name, label): use[0][0] for name, block in gathered.items() for label, use in block.items()}
+    return {name: geometry_of(use) for name, use in firsts.items() if isinstance(use, Outer)}
 
 
-def chosen_for(
-    gathered: Mapping[str, BlockUses], by_hand: Representation | Chosen | None, max_bytes: int
-) -> dict[str, Representation]:
-    """Return the representation of every weight that multiplies what its layer sees."""
-    firsts = {_label(name, label): use[0][0] for name, block in gathered.items() for label, use in block.items()}
-    geometries = {name: geometry_of(use) for name, use in firsts.items() if isinstance(use, Outer)}
-    return choose(geometries, by_hand, max_bytes)
+def jacobians_of(
+    gathered: Mapping[str, BlockUses], chosen: Chosen, kernels_for: KernelsFor
+) -> dict[str, BlockJacobian]:
+    """Return every block's J, each parameter in the representation and with the kernels chosen for it."""
 
+    def one(name: str, use: Uses) -> Jacobian:
+        choice = chosen.get(name, Choice("per_sample"))
+        return jacobian_of(use, choice.representation, kernels_for(choice.torch_for))
 
-def jacobians_of(gathered: Mapping[str, BlockUses], chosen: Chosen, ops: Any) -> dict[str, BlockJacobian]:
-    """Return every block's J, each parameter in the representation chosen for it."""
     return {
-        name: {
-            label: jacobian_of(use, chosen.get(_label(name, label), "per_sample"), ops) for label, use in block.items()
-        }
+        name: {label: one(full_name(name, label), use) for label, use in block.items()}
         for name, block in gathered.items()
     }
 
 
 def compressed_blocks(gathered: Mapping[str, BlockUses], chosen: Chosen) -> list[str]:
     """Return the blocks with a weight that is to be compressed; all of a block has the same directions."""
-    return [
-        name
-        for name, block in gathered.items()
-        if any(chosen.get(_label(name, label)) == "compressed" for label in block)
-    ]
+    compressed = {name for name, choice in chosen.items() if choice.representation == "compressed"}
+    return [name for name, block in gathered.items() if any(full_name(name, label) in compressed for label in block)]
 
 
-def _label(name: str, label: str) -> str:
-    return f"{name}.{label}" if name else label
+def full_name(block: str, label: str) -> str:
+    """Return a parameter's name in the model."""
+    return f"{block}.{label}" if block else label

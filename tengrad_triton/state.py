@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block
 from tengrad_triton.jacobian import unpack
 from tengrad_triton.woodbury import Curvature
@@ -19,7 +20,7 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     return {"blocks": blocks, **{name: getattr(curvature, name) for name in tensors}}
 
 
-def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block]) -> Curvature:
+def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block], kernels_for: KernelsFor) -> Curvature:
     """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``blocks``.
 
     Raises:
@@ -35,6 +36,8 @@ def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block]) -> Curv
     restored, device = {}, torch.device("cpu")
     for name, rows in packed["blocks"].items():
         parameters = known[name].parameters
-        restored[name] = {label: unpack(packed_rows, parameters[label]) for label, packed_rows in rows.items()}
+        restored[name] = {
+            label: unpack(packed_rows, parameters[label], kernels_for) for label, packed_rows in rows.items()
+        }
         device = next(iter(parameters.values())).device
     return Curvature(restored, *(packed[name].to(device) for name in ("inverse_LNN", "divisor_L", "failures_L")))

@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.blocks import Block
 from tengrad_triton.jacobian import Factored
-from tengrad_triton.plan import REPRESENTATIONS, Representation
 from tengrad_triton.woodbury import Curvature
 
 
@@ -29,11 +28,6 @@ class Summary:
 
     rows: tuple[Row, ...]
     failures: int
-
-    def representations(self) -> dict[str, Representation]:
-        """Return how each preconditioned parameter's J is stored, by the parameter's name."""
-        known = {row.parameter: row.representation for row in self.rows}
-        return {name: choice for name, choice in known.items() if choice in REPRESENTATIONS}
 
     def __str__(self) -> str:
         titles = tuple(field.name for field in fields(Row))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from tengrad_triton.backend import kernels_of
+from tengrad_triton.backend import Backend, kernels_of
 from tengrad_triton.capture import Record
 from tengrad_triton.fisher import Noisy
 from tengrad_triton.graphs import Calls, Graphs, LossFn, State
@@ -141,7 +141,9 @@ class TrainStep:
         """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
         optimizer, curvature = self._optimizer, self._optimizer._curvature
         drawn = optimizer._fisher != "sampled" or isinstance(optimizer._likelihood, Noisy)
-        compressed = "compressed" in optimizer.summary().representations().values()  # its rank depends on the data
+        compressed = any(
+            choice.representation == "compressed" for choice in optimizer.choices().values()
+        )  # its rank depends on the data
         if len(records) != 1 or curvature is None or not drawn or compressed:
             return None
         grads = {name: [use.grad_y for use in records[0].uses[name]] for name in curvature.blocks}
@@ -152,6 +154,10 @@ class TrainStep:
         optimizer = self._optimizer
         full = {parameter: name for name, parameter in self._model.named_parameters()}
         blocks = [block for block in optimizer._blocks if all(p in full for p in block.parameters.values())]
+        choices = optimizer.choices()
+        backend: Backend = (
+            "torch" if device.type == "cpu" else optimizer._backend
+        )  # inductor fuses definitions, not ops
         sampled = optimizer._fisher == "sampled" and isinstance(optimizer._likelihood, Noisy)
         return Graphs(
             model=self._model,
@@ -160,10 +166,12 @@ class TrainStep:
             names={(block.name, label): full[p] for block in blocks for label, p in block.parameters.items()},
             trained=trained,
             likelihood=cast("Noisy", optimizer._likelihood) if sampled else None,
-            chosen=optimizer.summary().representations(),
+            chosen=choices,
             nesterov=[group["nesterov"] for group in optimizer.param_groups],
-            # Inductor fuses definitions, and cannot look into an op.
-            ops=kernels_of("torch") if device.type == "cpu" else optimizer._ops,
+            kernels={
+                torch_for: kernels_of(backend, torch_for)
+                for torch_for in {(), *(c.torch_for for c in choices.values())}
+            },
             tape=Tape({block.name: block.layer for block in blocks if block.name in outputs}),
         )
 
@@ -187,7 +195,7 @@ class TrainStep:
         damping_L, failures_L = optimizer._damping_of(list(outputs))
         with learned.graphs.tape.hooked():
             loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)
-        optimizer._advance(unpack_curvature(packed, optimizer._blocks), 0)
+        optimizer._advance(unpack_curvature(packed, optimizer._blocks, optimizer._kernels_for), 0)
         return loss
 
 

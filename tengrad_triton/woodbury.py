@@ -49,7 +49,7 @@ class Curvature:
             if rows is None:
                 update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
             else:
-                rows.expand_update_(target, solved[target.block], divisors[target.block], ops)
+                rows.expand_update_(target, solved[target.block], divisors[target.block])
 
     def _solve(self, targets: Sequence[Target], ops: Any) -> dict[str, Tensor]:
         """Return w_N = (K + N α I)⁻¹ J V for every block."""
@@ -60,7 +60,7 @@ class Curvature:
         for target in targets:
             rows = self.blocks.get(target.block, {}).get(target.label)
             if rows is not None:
-                projected = rows.project(target.grad, ops)
+                projected = rows.project(target.grad)
                 y_N[target.block] = y_N[target.block] + F.pad(projected, (0, samples - len(projected)))
         w_LN = ops.cholesky_solve(self.inverse_LNN, torch.stack(list(y_N.values())))
         return dict(zip(self.blocks, w_LN.unbind(), strict=True))
@@ -87,7 +87,7 @@ def curvature(
     """
     if not blocks:
         return Curvature(blocks, damping_L.new_empty(0, 0, 0), damping_L, failures_L)
-    k_LNN = torch.stack([_gram(block, ops) for block in blocks.values()])
+    k_LNN = torch.stack([_gram(block) for block in blocks.values()])
     samples, failures_L = k_LNN.shape[-1], failures_L.to(k_LNN)
     damping_L = damping_L.to(k_LNN) * 10.0**failures_L
     factor_LNN, pivot_L = ops.cholesky(k_LNN, samples * damping_L)
@@ -95,10 +95,10 @@ def curvature(
     inverse_LNN = torch.where(healthy_L[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)
     bound_L = damping_L + k_LNN.diagonal(dim1=1, dim2=2).sum(1) / samples
     factored = Curvature(blocks, inverse_LNN, torch.where(healthy_L, damping_L, bound_L), failures_L + ~healthy_L)
-    return compress(factored, k_LNN, samples * damping_L, tol, ops) if tol else factored
+    return compress(factored, k_LNN, samples * damping_L, tol) if tol else factored
 
 
-def compress(full: Curvature, k_LNN: Tensor, shift_L: Tensor, tol: Mapping[str, float], ops: Any) -> Curvature:
+def compress(full: Curvature, k_LNN: Tensor, shift_L: Tensor, tol: Mapping[str, float]) -> Curvature:
     """Keep of each block named in ``tol`` the directions whose share of the correction is at least that tolerance.
 
     With K = Q Λ Qᵀ and v_i = Jᵀ q_i / √λ_i the natural gradient is (V − Σ_i f_i v_i ⟨v_i, V⟩) / α with
@@ -111,12 +111,12 @@ def compress(full: Curvature, k_LNN: Tensor, shift_L: Tensor, tol: Mapping[str, 
             share_N = eigenvalues_N / (eigenvalues_N + shift_L[row])
             kept = share_N >= tol[name]
             directions_RN = (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT
-            blocks[name] = {label: rows.combined(directions_RN, ops) for label, rows in full.blocks[name].items()}
+            blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
             root_R = share_N[kept].sqrt()
             inverses[row] = torch.diag(F.pad(root_R, (0, len(share_N) - len(root_R))))
     return Curvature(blocks, torch.stack(inverses), full.divisor_L, full.failures_L)
 
 
-def _gram(block: BlockJacobian, ops: Any) -> Tensor:
+def _gram(block: BlockJacobian) -> Tensor:
     """Return the Gram matrix of a block: its parameters lie side by side in J, so theirs add up."""
-    return torch.stack([rows.gram(ops) for rows in block.values()]).sum(0)
+    return torch.stack([rows.gram() for rows in block.values()]).sum(0)
