@@ -14,18 +14,14 @@ import torch
 from test_data import write_folder
 from test_train import assert_same
 
-from tengrad_triton.recipes import commands, train
+from tengrad_triton.recipes import train
 from tengrad_triton.recipes.cli import main
 from tengrad_triton.recipes.optimizers import OptimizerName
 
 NAMES = get_args(OptimizerName)
 SMALL = ["--device", "cpu", "--threads", "1", "--width", "4", "--train-limit", "150", "--test-limit", "50"]
-SMALL += [
-    "--batch-size",
-    "64",
-    "--tengrad.refresh-every",
-    "4",
-]  # three steps an epoch, so that no epoch ends at a refresh
+# Three steps an epoch, so that no epoch ends at a refresh.
+SMALL += ["--batch-size", "64", "--tengrad.refresh-every", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -197,9 +193,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(interrupted, tmp_path, monkeypat
         assert train_small("halted", "--epochs", "3") == 130
     assert "--resume halted" in one_line(capsys)
     assert len([row for row in metrics(tmp_path / "halted") if row["optimizer"] == interrupted]) == 2
+    before = (tmp_path / "halted/steps.csv").read_text()
     assert main(["train", "--resume", "halted"]) == 0
     assert train_small("straight", "--epochs", "3") == 0
     assert metrics(tmp_path / "halted") == metrics(tmp_path / "straight")
+    assert (tmp_path / "halted/steps.csv").read_text().startswith(before)  # with the seconds of before
     for name in NAMES:
         assert_same(checkpoint(tmp_path / "halted", name), checkpoint(tmp_path / "straight", name))
     assert len(json.loads((tmp_path / "halted/machine.json").read_text())) == 2
@@ -294,6 +292,6 @@ def test_the_help_names_the_command(arguments, capsys):
 def test_the_help_names_every_flag(capsys):
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    flags = commands._flags(train.Settings().plain())
+    flags = train.Settings().flags()
     missing = [flag for flag in [*flags, "--data", "--threads", "--out", "--resume"] if f"{flag} " not in shown]
     assert missing == []

@@ -1,5 +1,6 @@
-"""The recipes' models: shapes, the paper's sizes, and images that do not fit."""
+"""The recipes' models and optimizers: shapes, the paper's sizes, images that do not fit, settings that arrive."""
 
+import dataclasses
 from typing import get_args
 
 import pytest
@@ -7,7 +8,10 @@ import torch
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import MODELS, ModelName
+from tengrad_triton.recipes.optimizers import AdamwSettings, OptimizerName, SgdSettings, TengradSettings
+from tengrad_triton.recipes.settings import Settings
 
+NAMES = get_args(OptimizerName)
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 7, 11), (1, 3, 3)]
 
 
@@ -38,3 +42,14 @@ def test_mlp_has_two_hidden_layers_of_the_width():
 def test_3c1f_refuses_images_smaller_than_its_pooling(shape):
     with pytest.raises(UsageError, match=rf"3 x 3.*{shape[1]} x {shape[2]}.*--model mlp"):
         MODELS["3c1f"](shape, 10, 4)
+
+
+def test_every_optimizer_has_settings():
+    assert [type(Settings().of(name)) for name in NAMES] == [TengradSettings, SgdSettings, AdamwSettings]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_reach_the_optimizer(name):
+    settings = dataclasses.replace(Settings().of(name), lr=0.25, weight_decay=0.125)
+    group = settings.build(torch.nn.Linear(3, 2)).param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.25, 0.125)

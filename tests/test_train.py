@@ -7,22 +7,26 @@ import json
 import math
 import re
 from importlib.metadata import version
+from itertools import pairwise
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.overrides import TorchFunctionMode
 
 from tengrad_triton.recipes import train
 from tengrad_triton.recipes.data import load
+from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.experiment import start
+from tengrad_triton.recipes.figures import FIGURES
+from tengrad_triton.recipes.metrics import Row, parsed_steps
 from tengrad_triton.recipes.optimizers import AdamwSettings, OptimizerName, SgdSettings, TengradSettings
-from tengrad_triton.recipes.run import Row, replacing
+from tengrad_triton.recipes.run import RunFolder, replacing
 from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.train import Job, diverged, fit, rows_of, warm_up
+from tengrad_triton.recipes.train import Job, diverged, fit, record_of, warm_up
 
 NAMES = get_args(OptimizerName)
 IMAGES = 150  # two steps of 64 and one of 22 an epoch
@@ -77,18 +81,6 @@ def assert_same(left, right, where="state"):
         assert left == right, where
 
 
-def test_every_optimizer_has_settings():
-    assert [type(Settings().of(name)) for name in NAMES] == [TengradSettings, SgdSettings, AdamwSettings]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_settings_reach_the_optimizer(name):
-    settings = dataclasses.replace(Settings().of(name), lr=0.25, weight_decay=0.125)
-    _, optimizer = job(**{name: settings}).build(name)
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["weight_decay"]) == (0.25, 0.125)
-
-
 def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
     seen = {}
 
@@ -111,7 +103,8 @@ def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_learns_the_digits(name):
-    rows = rows_of(states(job(train_limit=500, test_limit=None, width=16, epochs=12, batch_size=32), name)[-1])
+    trained = job(train_limit=500, test_limit=None, width=16, epochs=12, batch_size=32)
+    rows = record_of(states(trained, name)[-1]).rows
     assert rows[-1].train_loss < 0.2 * rows[0].train_loss
     assert rows[-1].test_accuracy > 0.8
 
@@ -120,7 +113,7 @@ def test_a_row_tells_the_means_over_all_images():
     sums = []
     trained = job(epochs=1)
     state = states(trained, "sgd", watch=lambda epoch, totals_3: sums.append((epoch, totals_3.tolist())))[-1]
-    (row,) = rows_of(state)
+    (row,) = record_of(state).rows
     assert [(epoch, seen) for epoch, (_, _, seen) in sums] == [(1, 64), (1, 128), (1, IMAGES)]
     loss, hits, _ = sums[-1][1]
     assert (row.train_loss, row.train_accuracy) == (loss / IMAGES, hits / IMAGES)
@@ -132,6 +125,38 @@ def test_a_row_tells_the_means_over_all_images():
     output = model(trained.data.normalize(test.images))
     assert row.test_loss == pytest.approx(torch.nn.functional.cross_entropy(output, test.labels).item(), rel=1e-5)
     assert row.test_accuracy == (output.argmax(1) == test.labels).double().mean().item()
+
+
+def test_steps_tell_each_batchs_means_and_the_time_so_far():
+    sums = [torch.zeros(3, dtype=torch.float64)]
+    record = record_of(states(job(epochs=2), "sgd", watch=lambda _, totals_3: sums.append(totals_3.clone()))[-1])
+    totals_S3 = torch.stack([after - before * (after[2] > before[2]) for before, after in pairwise(sums)])
+    assert totals_S3[:, 2].tolist() == [64, 64, 22] * 2
+    torch.testing.assert_close(record.steps.loss, totals_S3[:, 0] / totals_S3[:, 2])
+    torch.testing.assert_close(record.steps.accuracy, totals_S3[:, 1] / totals_S3[:, 2])
+    first, second = (row.train_seconds for row in record.rows)
+    durations_S, ends_S = record.steps.durations(), record.steps.train_seconds
+    assert durations_S.min() > 0
+    assert durations_S.sum().item() == pytest.approx(ends_S[-1].item())
+    assert ends_S[2] < first < ends_S[3] < ends_S[5] < first + second
+
+
+def test_nothing_is_read_from_the_device_before_an_epochs_last_step():
+    """Each of these functions makes a GPU wait."""
+    reads = {"tolist", "item", "cpu", "numpy", "to", "nonzero", "__bool__", "__float__", "__int__", "__index__"}
+    seen = []
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(getattr(function, "__name__", str(function)))
+            return function(*args, **(kwargs or {}))
+
+    with Recorder():
+        next(fit(job(), "sgd", None, lambda *_: seen.append("step")))
+    first, last = seen.index("step"), len(seen) - seen[::-1].index("step")
+    assert seen.count("step") == 3
+    assert not reads & set(seen[first:last])
+    assert reads & set(seen[last:])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,10 +197,10 @@ def test_training_ends_when_the_loss_is_not_finite(name, refresh_every):
     settings = dataclasses.replace(Settings().of(name), lr=1e30)
     if name == "tengrad":
         settings = dataclasses.replace(settings, refresh_every=refresh_every)
-    rows = rows_of(states(job(**{name: settings}), name)[-1])
-    assert len(rows) == 1
-    assert not math.isfinite(rows[0].train_loss)
-    assert diverged(rows)
+    record = record_of(states(job(**{name: settings}), name)[-1])
+    assert (len(record.rows), len(record.steps)) == (1, 3)
+    assert not math.isfinite(record.rows[0].train_loss)
+    assert diverged(record)
 
 
 def test_an_error_that_is_not_divergence_is_raised(monkeypatch):
@@ -202,8 +227,8 @@ def run(tmp_path_factory):
 def test_a_run_leaves_whole_files_only(run):
     files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     events = {file for file in files if file.startswith("tensorboard/")}
-    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "loss.png", "accuracy.png"}
-    assert files - events == named | {"tengrad-summary.txt"} | {f"checkpoints/{name}.pt" for name in NAMES}
+    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv", "tengrad-summary.txt"}
+    assert files - events == named | {f"{name}.png" for name in FIGURES} | {f"checkpoints/{name}.pt" for name in NAMES}
     assert {file.split("/")[1] for file in events} == set(NAMES)
 
 
@@ -235,7 +260,7 @@ def test_machine_and_versions_are_known(run):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tensorboard_has_the_same_numbers(run, name):
+def test_tensorboard_csv_and_checkpoint_have_the_same_numbers(run, name):
     events = EventAccumulator(str(run / "tensorboard" / name))
     events.Reload()
     rows = [row for row in json.loads((run / "metrics.json").read_text()) if row["optimizer"] == name]
@@ -243,16 +268,13 @@ def test_tensorboard_has_the_same_numbers(run, name):
         scalars = events.Scalars(tag)
         assert [scalar.step for scalar in scalars] == [1, 2]
         np.testing.assert_allclose([scalar.value for scalar in scalars], [row[key] for row in rows], rtol=1e-6)
-
-
-@pytest.mark.parametrize("figure", ["loss.png", "accuracy.png"])
-def test_figures_show_every_optimizer_in_its_color(run, figure):
-    with Image.open(run / figure) as image:
-        assert image.format == "PNG"
-        assert min(image.size) >= 600
-        colors = {color: count for count, color in image.convert("RGB").getcolors(2**24)}
-    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)):
-        assert colors.get(color, 0) > 100
+    steps = vars(parsed_steps((run / "steps.csv").read_text())[name])
+    saved = torch.load(run / f"checkpoints/{name}.pt", weights_only=True)["steps"]
+    for key, column_S in steps.items():
+        assert torch.equal(column_S, saved[key])
+        scalars = events.Scalars(f"step/{key}")
+        assert [scalar.step for scalar in scalars] == list(range(6))
+        np.testing.assert_allclose([scalar.value for scalar in scalars], column_S, rtol=1e-6)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -267,3 +289,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", Settings())
+    folder.save_checkpoint("sgd", {"model": {}})
+    with pytest.raises(UsageError, match=r"sgd\.pt: no rows and steps"):
+        folder.load_checkpoint("sgd")

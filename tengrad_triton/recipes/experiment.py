@@ -12,11 +12,12 @@ from tengrad_triton.recipes import machine
 from tengrad_triton.recipes.data import load
 from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 from tengrad_triton.recipes.figures import draw
+from tengrad_triton.recipes.metrics import History
 from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.report import Report, summary_table
-from tengrad_triton.recipes.run import History, RunFolder, add_events, check_free
+from tengrad_triton.recipes.run import RunFolder, add_events, check_free
 from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.train import Job, WarmUp, diverged, fit, rows_of, warm_up
+from tengrad_triton.recipes.terminal import Display, summary_table
+from tengrad_triton.recipes.train import Job, WarmUp, diverged, fit, record_of, warm_up
 
 WarmUps = dict[OptimizerName, WarmUp]
 
@@ -59,13 +60,16 @@ def _warm_up(job: Job) -> WarmUps:
 
 def _train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> None:
     settings = job.settings
-    history: History = {name: rows_of(run.load_checkpoint(name)) for name in settings.optimizer}
+    history: History = {name: record_of(run.load_checkpoint(name)) for name in settings.optimizer}
     seconds = {name: warm.seconds for name, warm in warm_ups.items()}
-    run.add_session(machine.describe(job.device) | {"warm_up_seconds": seconds})
+    run.add_session(
+        machine.describe(job.device)
+        | {"train_images": len(job.data.train), "test_images": len(job.data.test), "warm_up_seconds": seconds}
+    )
     for name, warm in warm_ups.items():
         if warm.summary is not None:
             run.write_text(f"{name}-summary.txt", warm.summary)
-    title = f"{settings.model}, width {settings.width}, on {len(job.data.train)} images of {settings.dataset}"
+    title = settings.title(len(job.data.train))
     console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
     try:
         for name in settings.optimizer:
@@ -74,7 +78,7 @@ def _train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) ->
         command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
         raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
     run.write_metrics(history)
-    draw(history, title, run.path)
+    draw(history, title, run.path, "")
     console.print(summary_table(history))
 
 
@@ -82,13 +86,13 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
     epochs = job.settings.epochs
     with (
         closing(run.events(name, history[name])) as events,
-        Report.of(console, name, epochs, len(job.data.train)) as report,
+        Display.of(console, name, epochs, len(job.data.train)) as display,
     ):
-        for state in fit(job, name, run.load_checkpoint(name), report.step):
+        for state in fit(job, name, run.load_checkpoint(name), display.step):
             run.save_checkpoint(name, state)
-            history[name] = rows_of(state)
+            history[name] = record_of(state)
             run.write_metrics(history)
-            add_events(events, history[name][-1])
-            report.epoch(history[name][-1])
+            add_events(events, history[name], since=len(history[name].rows) - 1)
+            display.epoch(history[name].rows[-1])
     if diverged(history[name]):
-        console.print(f"{name} diverged in epoch {len(history[name])}: lower --{name}.lr", style="bold red")
+        console.print(f"{name} diverged in epoch {len(history[name].rows)}: lower --{name}.lr", style="bold red")

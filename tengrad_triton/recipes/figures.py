@@ -1,37 +1,55 @@
-"""Loss and accuracy of all optimizers of a run, by epoch and by time."""
+"""Loss and accuracy of all optimizers of a run: by epoch, by step and by time.
 
+Key: S steps.
+"""
+
+from collections.abc import Iterator
 from itertools import accumulate, cycle
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch.nn.functional import pad
 
-from tengrad_triton.recipes.run import History, replacing
+from tengrad_triton.recipes.metrics import History, Record
+from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.run import replacing
 
+FIGURES = ("loss", "accuracy", "steps")
+QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
 # Okabe and Ito's colours, which readers with any colour vision tell apart; the markers help in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "x"))
-MARKERS = 12  # a curve, whatever its number of epochs
+MARKERS = 12  # a curve, whatever its number of epochs or steps
+WINDOW = 25  # steps: batches differ by more than optimizers do
 
 
-def draw(history: History, title: str, folder: Path) -> None:
-    """Write loss.png and accuracy.png."""
-    for quantity, label, scale in (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100)):
-        figure = _figure(history, quantity, label, scale)
+def draw(history: History, title: str, folder: Path, prefix: str) -> None:
+    """Write a PNG for each of `FIGURES`, with `prefix` before its name."""
+    figures = [_by_epoch(history, *quantity) for quantity in QUANTITIES]
+    for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
         figure.suptitle(title)
-        with replacing(folder / f"{quantity}.png") as temporary:
+        with replacing(folder / f"{prefix}{name}.png") as temporary:
             figure.savefig(temporary, format="png")
 
 
-def _figure(history: History, quantity: str, label: str, scale: int) -> Figure:
+def running_mean(values_S: Tensor, window: int) -> Tensor:
+    """Return the mean of each value and those before it, `window` in all, fewer at the start: [S]."""
+    counts_S = torch.arange(1, len(values_S) + 1).clamp(max=window)
+    return pad(values_S, (window - 1, 0)).unfold(0, window, 1).sum(1) / counts_S
+
+
+def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure:
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
     by_epoch, by_time = panels
-    for (color, marker), (name, rows) in zip(cycle(STYLES), history.items(), strict=False):
-        epochs = [row.epoch for row in rows]
-        seconds = list(accumulate(row.train_seconds for row in rows))
+    for color, marker, name, record in _styled(history):
+        epochs = [row.epoch for row in record.rows]
+        seconds = list(accumulate(row.train_seconds for row in record.rows))
         for part, line in (("test", "-"), ("train", "--")):
-            values = [scale * getattr(row, f"{part}_{quantity}") for row in rows]
+            values = [scale * getattr(row, f"{part}_{quantity}") for row in record.rows]
             for panel, x in ((by_epoch, epochs), (by_time, seconds)):
                 panel.plot(
                     x,
@@ -39,7 +57,7 @@ def _figure(history: History, quantity: str, label: str, scale: int) -> Figure:
                     line,
                     color=color,
                     marker=marker if part == "test" else None,
-                    markevery=max(1, len(rows) // MARKERS),
+                    markevery=max(1, len(values) // MARKERS),
                     markersize=5,
                     alpha=1 if part == "test" else 0.6,
                     label=f"{name}, {part}",
@@ -47,9 +65,35 @@ def _figure(history: History, quantity: str, label: str, scale: int) -> Figure:
     by_epoch.set(xlabel="epoch", ylabel=label)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_time.set(xlabel="training time (s)")
+    _finish(panels, quantity)
+    by_time.legend(fontsize="small")
+    return figure
+
+
+def _by_step(history: History) -> Figure:
+    figure = Figure(figsize=(11, 8), dpi=150, layout="constrained")
+    grid: list[tuple[Axes, Axes]] = list(figure.subplots(2, 2, sharex="col", sharey="row"))
+    for panels, (quantity, label, scale) in zip(grid, QUANTITIES, strict=True):
+        for color, marker, name, record in _styled(history):
+            means = (scale * running_mean(getattr(record.steps, quantity), WINDOW)).tolist()
+            every = max(1, len(means) // MARKERS)
+            for panel, x in zip(panels, (range(len(means)), record.steps.train_seconds.tolist()), strict=True):
+                panel.plot(x, means, color=color, marker=marker, markevery=every, markersize=5, label=name)
+        panels[0].set(ylabel=f"training {label.removeprefix('mean ')},\nmean of the last {WINDOW} steps")
+        _finish(panels, quantity)
+    grid[1][0].set(xlabel="step")
+    grid[1][1].set(xlabel="training time (s)")
+    grid[0][1].legend(fontsize="small", loc="upper right")  # a search for the best place takes long with many steps
+    return figure
+
+
+def _styled(history: History) -> Iterator[tuple[str, str, OptimizerName, Record]]:
+    for (color, marker), (name, record) in zip(cycle(STYLES), history.items(), strict=False):
+        yield color, marker, name, record
+
+
+def _finish(panels: tuple[Axes, Axes], quantity: str) -> None:
     for panel in panels:
         panel.grid(alpha=0.3)
         if quantity == "loss":
             panel.set_yscale("log")
-    by_time.legend(fontsize="small")
-    return figure

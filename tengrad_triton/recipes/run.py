@@ -1,42 +1,25 @@
 """The folder of a run: every file in it is replaced whole, so that a kill loses at most the current epoch."""
 
-import csv
-import io
 import json
-import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.metrics import History, Record, parsed_rows, parsed_steps, rows_csv, rows_json, steps_csv
 from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.settings import Settings
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-
-@dataclass(frozen=True)
-class Row:
-    """One epoch of one optimizer. Losses are means over images; the training ones are taken while the weights move."""
-
-    optimizer: OptimizerName
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    train_seconds: float
-    eval_seconds: float
-
-
-History = dict[OptimizerName, list[Row]]
+T = TypeVar("T")
 
 
 @contextmanager
@@ -79,9 +62,16 @@ class RunFolder:
 
     def read_json(self, name: str) -> Any:
         """Read one JSON file; raises `UsageError` if it is not there or damaged."""
+        return self._read(name, json.loads)
+
+    def read_text(self, name: str) -> str:
+        """Read one text file; raises `UsageError` if it is not there or damaged."""
+        return self._read(name, str)
+
+    def _read(self, name: str, parse: Callable[[str], T]) -> T:
         file = self.path / name
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return parse(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"{file}: {error}: expected the folder of a run that was started before") from error
 
@@ -91,16 +81,24 @@ class RunFolder:
         self.write_json("machine.json", [*before, machine])
 
     def write_metrics(self, history: History) -> None:
-        """Write metrics.csv and metrics.json anew, a row an optimizer and epoch."""
-        rows = [asdict(row) for rows in history.values() for row in rows]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        self.write_text("metrics.csv", text.getvalue())
-        self.write_json("metrics.json", [{key: _or_null(value) for key, value in row.items()} for row in rows])
+        """Write steps.csv, metrics.csv and metrics.json anew."""
+        self.write_text("steps.csv", steps_csv(history))
+        self.write_text("metrics.csv", rows_csv(history))
+        self.write_json("metrics.json", rows_json(history))
 
-    def events(self, name: OptimizerName, rows: list[Row]) -> "SummaryWriter":
+    def read_metrics(self, steps_an_epoch: int) -> History:
+        """Read what `write_metrics` wrote; raises `UsageError` if it is missing or damaged."""
+        rows, steps = self._read("metrics.json", parsed_rows), self._read("steps.csv", parsed_steps)
+        for name in rows.keys() | steps.keys():
+            got, expected = len(steps.get(name, ())), steps_an_epoch * len(rows.get(name, ()))
+            if got != expected:
+                raise UsageError(
+                    f"{self.path / 'steps.csv'}: {got} steps of {name}, metrics.json has the epochs of {expected}: "
+                    f"write both anew with tengrad-triton train --resume {self.path}"
+                )
+        return {name: Record(rows[name], steps[name]) for name in rows}
+
+    def events(self, name: OptimizerName, record: Record) -> "SummaryWriter":
         """Start the TensorBoard events of one optimizer anew, with the epochs that it has behind it."""
         # Imported here because TensorBoard takes a second, which a wrong flag should not have to wait for.
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
@@ -108,8 +106,7 @@ class RunFolder:
         folder = self.path / "tensorboard" / name
         shutil.rmtree(folder, ignore_errors=True)
         writer = SummaryWriter(folder)
-        for row in rows:
-            add_events(writer, row)
+        add_events(writer, record, since=0)
         return writer
 
     def save_checkpoint(self, name: OptimizerName, state: dict[str, Any]) -> None:
@@ -128,23 +125,25 @@ class RunFolder:
             Exception
         ) as error:  # torch documents no exceptions for damaged files: zip, pickle and value errors occur
             raise UsageError(f"{file}: damaged ({error}): delete it to train {name} from its start") from error
+        if not isinstance(state, dict) or not state.keys() >= {"rows", "steps"}:
+            raise UsageError(f"{file}: no rows and steps in it: delete it to train {name} from its start")
         return state
 
     def _checkpoint(self, name: OptimizerName) -> Path:
         return self.path / "checkpoints" / f"{name}.pt"
 
 
-def add_events(writer: "SummaryWriter", row: Row) -> None:
-    """Write one epoch at once: what is not flushed is lost with the process."""
-    for name, value in asdict(row).items():
-        if isinstance(value, float):
-            writer.add_scalar(name.replace("_", "/", 1), value, row.epoch)
+def add_events(writer: "SummaryWriter", record: Record, since: int) -> None:
+    """Write what came after epoch `since` at once: what is not flushed is lost with the process."""
+    for row in record.rows[since:]:
+        for name, value in asdict(row).items():
+            if isinstance(value, float):
+                writer.add_scalar(name.replace("_", "/", 1), value, row.epoch)
+    first = since * len(record.steps) // max(1, len(record.rows))
+    for name, column_S in vars(record.steps).items():
+        for step, value in enumerate(column_S[first:].tolist(), first):
+            writer.add_scalar(f"step/{name}", value, step)
     writer.flush()
-
-
-def _or_null(value: Any) -> Any:
-    """JSON has no number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_free(path: Path) -> None:

@@ -71,3 +71,20 @@ class Settings:
         given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
         plain: dict[str, Any] = json.loads(json.dumps(given, default=str))
         return plain
+
+    def flags(self) -> dict[str, Any]:
+        """Return what was given as the command line's flags: {"--sgd.lr": 0.1, ...}."""
+        return _flags(self.plain())
+
+    def title(self, images: int) -> str:
+        """Say in a line what was trained on how many images."""
+        return f"{self.model}, width {self.width}, on {images} images of {self.dataset}"
+
+
+def _flags(plain: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
+    """Return nested settings by their flags: {"sgd": {"lr": 1}} is {"--sgd.lr": 1}."""
+    flags: dict[str, Any] = {}
+    for key, value in plain.items():
+        name = f"{prefix}{key.replace('_', '-')}"
+        flags |= _flags(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flags

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.metrics import Record, Row, Steps
 from tengrad_triton.recipes.models import MODELS
 from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.run import Row
 from tengrad_triton.recipes.settings import Settings
 from tengrad_triton.recipes.splits import Data
 
 EVAL_BATCH = 500
 
-State = dict[str, Any]  # what torch.save keeps: the model, the optimizer, the random numbers and the rows so far
+State = dict[str, Any]  # what torch.save keeps: the model, the optimizer, the random numbers and the record so far
 Watch = Callable[[int, Tensor], None]  # takes the epoch, and the sums over its images so far: see `_totals`
 
 
@@ -69,21 +69,21 @@ def warm_up(job: Job, name: OptimizerName) -> WarmUp:
 def fit(job: Job, name: OptimizerName, state: State | None, watch: Watch) -> Iterator[State]:
     """Yield the state after each epoch that is left, until the last one or until the loss is not finite."""
     model, optimizer = job.build(name)
-    rows = [] if state is None else _restore(model, optimizer, state, job.device)
+    record = Record() if state is None else _restore(model, optimizer, state, job.device)
     with _closing(optimizer):
-        while len(rows) < job.settings.epochs and not diverged(rows):
-            rows.append(_one_epoch(job, name, model, optimizer, len(rows) + 1, watch))
-            yield _state(model, optimizer, rows, job.device)
+        while len(record.rows) < job.settings.epochs and not diverged(record):
+            record = _one_epoch(job, name, model, optimizer, record, watch)
+            yield _state(model, optimizer, record, job.device)
 
 
-def rows_of(state: State | None) -> list[Row]:
-    """Return the epochs that a state has behind it."""
-    return [] if state is None else [Row(**row) for row in state["rows"]]
+def record_of(state: State | None) -> Record:
+    """Return the epochs and steps that a state has behind it."""
+    return Record() if state is None else Record([Row(**row) for row in state["rows"]], Steps(**state["steps"]))
 
 
-def diverged(rows: list[Row]) -> bool:
+def diverged(record: Record) -> bool:
     """Tell whether the last epoch ended with a loss that is not a number: going on would be a waste."""
-    return bool(rows) and not math.isfinite(rows[-1].train_loss)
+    return bool(record.rows) and not math.isfinite(record.rows[-1].train_loss)
 
 
 def _closing(optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
@@ -92,27 +92,34 @@ def _closing(optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]
 
 
 def _one_epoch(
-    job: Job, name: OptimizerName, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, watch: Watch
-) -> Row:
-    start = _now(job.device)
-    train = _train(job, model, optimizer, epoch, watch)
+    job: Job, name: OptimizerName, model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, watch: Watch
+) -> Record:
+    epoch, start = len(record.rows) + 1, _now(job.device)
+    train, ends_S, totals_S3 = _train(job, model, optimizer, epoch, watch)
     middle = _now(job.device)
     test = _evaluate(job, model)
     end = _now(job.device)
-    return Row(name, epoch, *train, *test, train_seconds=middle - start, eval_seconds=end - middle)
+    row = Row(name, epoch, *train, *test, train_seconds=middle - start, eval_seconds=end - middle)
+    return record.then(row, Steps.of(record.train_seconds + (ends_S - start), totals_S3))
 
 
 def _train(
     job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, watch: Watch
-) -> tuple[float, float]:
-    """Return the mean loss and the accuracy over the epoch, each image seen with the weights of its step."""
+) -> tuple[tuple[float, float], Tensor, Tensor]:
+    """Return the epoch's mean loss and accuracy, and the time of each step's end with its `_totals`.
+
+    Each image is seen with the weights of its step. What steps return is read after the last: a GPU never waits.
+    """
     model.train()
     totals_3 = torch.zeros(3, dtype=torch.float64, device=job.device)
+    ends, each = [], []
     settings = job.settings
     for images, labels in job.data.batches("train", settings.batch_size, shuffle_seed=settings.seed + epoch):
-        totals_3 += _step(model, optimizer, images, labels)
+        each.append(_step(model, optimizer, images, labels))
+        totals_3 += each[-1]
+        ends.append(time.perf_counter())
         watch(epoch, totals_3)
-    return _means(totals_3)
+    return _means(totals_3), torch.tensor(ends, dtype=torch.float64), torch.stack(each).cpu()
 
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
@@ -162,17 +169,18 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], device: torch.device) -> State:
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, device: torch.device) -> State:
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in record.rows],
+        "steps": dict(vars(record.steps)),
     }
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, device: torch.device) -> list[Row]:
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, device: torch.device) -> Record:
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -181,4 +189,4 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, d
     torch.set_rng_state(state["rng"])
     if device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
-    return rows_of(state)
+    return record_of(state)

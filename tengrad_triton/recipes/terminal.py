@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from statistics import median
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
@@ -12,12 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor
 
-from tengrad_triton.recipes.run import History, Row
+from tengrad_triton.recipes.comparison import OUTCOME, outcomes
+from tengrad_triton.recipes.metrics import History, Row
 
 REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait, so it is read no more often than an eye can follow
 
 
-class Report:
+class Display:
     """The progress of one optimizer: a bar over all its epochs on a terminal, a line an epoch elsewhere."""
 
     def __init__(self, progress: Progress, name: str, epochs: int, images: int) -> None:
@@ -64,26 +64,14 @@ class Report:
 
 
 def summary_table(history: History) -> Table:
-    """Return a row an optimizer; an epoch's time is the median, because other programs disturb single ones."""
+    """Return a row an optimizer: what `comparison.outcomes` says."""
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         caption="Times are those of training, after a warm-up; an epoch's is the median.",
     )
-    table.add_column("optimizer", no_wrap=True)
-    for heading in ("test acc.", "best (epoch)", "train loss", "time", "an epoch", "× SGD"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    epoch_seconds = {name: median(row.train_seconds for row in rows) for name, rows in history.items() if rows}
-    for name, seconds in epoch_seconds.items():
-        rows = history[name]
-        best = max(rows, key=lambda row: row.test_accuracy)
-        table.add_row(
-            name,
-            f"{rows[-1].test_accuracy:.2%}",
-            f"{best.test_accuracy:.2%} ({best.epoch})",
-            f"{rows[-1].train_loss:.4f}",
-            f"{sum(row.train_seconds for row in rows):.1f} s",
-            f"{seconds:.2f} s",
-            f"{seconds / epoch_seconds['sgd']:.2f}" if "sgd" in epoch_seconds else "-",
-        )
+    for heading in OUTCOME:
+        table.add_column(heading, justify="left" if heading == OUTCOME[0] else "right", no_wrap=True)
+    for cells in outcomes(history):
+        table.add_row(*cells)
     return table
