@@ -1,5 +1,6 @@
 """From arguments to a run: the frozen settings are the flags, in both directions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,13 +11,14 @@ from cyclopts.config import Dict
 from rich.console import Console
 
 from tengrad_triton.recipes import experiment
+from tengrad_triton.recipes import report as pages
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.run import RunFolder
 from tengrad_triton.recipes.settings import Settings
 
 
 @dataclass(frozen=True)
-class Request:
+class Training:
     """What `tengrad-triton train` was asked for."""
 
     settings: Settings
@@ -24,7 +26,15 @@ class Request:
     resume: Path | None
 
 
-def train(*, settings: Settings = Settings(), out: Path | None = None, resume: Path | None = None) -> Request:  # noqa: B008
+@dataclass(frozen=True)
+class Reporting:
+    """What `tengrad-triton report` was asked for."""
+
+    run: Path
+    to: Path
+
+
+def train(*, settings: Settings = Settings(), out: Path | None = None, resume: Path | None = None) -> Training:  # noqa: B008
     """Train a model with one or several optimizers and compare them.
 
     Each optimizer starts from the same weights and sees the same batches. The run's folder gets the settings, the
@@ -39,23 +49,78 @@ def train(*, settings: Settings = Settings(), out: Path | None = None, resume: P
     resume
         Folder of an interrupted run to go on with, by its own settings.
     """
-    return Request(settings, out, resume)
+    return Training(settings, out, resume)
+
+
+def report(run: Path, /, *, to: Path) -> Reporting:
+    """Write a Markdown page about a run, with its figures beside it.
+
+    The page has the settings, the machine, the results and the command that runs it again.
+
+    Parameters
+    ----------
+    run
+        Folder of the run.
+    to
+        The page, such as docs/NAME.md; its figures become docs/NAME-loss.png and so on.
+    """
+    return Reporting(run, to)
+
+
+COMMANDS: dict[str, Callable[..., Training | Reporting]] = {"train": train, "report": report}
 
 
 def run(arguments: list[str]) -> None:
     """Do what the arguments say; raises `UsageError` if it cannot be done, and `InterruptedRunError` on Ctrl-C."""
-    request = _parsed(arguments)
-    if request is None:  # the help or the version, which cyclopts has shown
-        return
     console = Console()
-    if request.resume is None:
-        experiment.start(request.settings, request.out, console)
-    else:
-        folder = RunFolder(request.resume)
-        experiment.resume(_stored_settings(arguments, request, folder), folder, console)
+    match _parsed(arguments):
+        case Reporting(path, to):
+            _report(RunFolder(path), to)
+        case Training(settings, out, None):
+            experiment.start(settings, out, console)
+        case Training(_, out, Path() as path):
+            folder = RunFolder(path)
+            experiment.resume(_agreed_settings(arguments, out, folder), folder, console)
+        case None:  # the help or the version, which cyclopts has shown
+            pass
 
 
-def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | None:
+def _report(folder: RunFolder, to: Path) -> None:
+    stored = _stored(folder)
+    local = stored.pop("data", None) is not None  # it need not be here any more, and no page says where it was
+    pages.write(pages.read(folder, _training(["train"], folder, stored).settings, local), to)
+
+
+def _agreed_settings(arguments: list[str], out: Path | None, folder: RunFolder) -> Settings:
+    """Return the settings of a folder; raises `UsageError` if a flag says something else."""
+    if out is not None:
+        raise UsageError(f"--out {out}: --resume goes on in {folder.path}: drop one of the two")
+    stored = _stored(folder)
+    settings = _training(["train"], folder, stored).settings
+    theirs, ours = settings.flags(), _training(arguments, folder, stored).settings.flags()
+    for flag in sorted(theirs | ours):
+        if theirs.get(flag) != ours.get(flag):
+            got, expected = ours.get(flag), theirs.get(flag)
+            raise UsageError(f"{flag} {got}: this run has {expected}: drop the flag, or start anew without --resume")
+    return settings
+
+
+def _stored(folder: RunFolder) -> dict[str, Any]:
+    stored = folder.read_json("settings.json")
+    if not isinstance(stored, dict):
+        raise UsageError(f"{folder.path / 'settings.json'}: expected the settings of a run, got {stored}")
+    return stored
+
+
+def _training(arguments: list[str], folder: RunFolder, stored: dict[str, Any]) -> Training:
+    """Return what is asked for where the defaults are those of a folder."""
+    config = Dict(stored, use_commands_as_keys=False, source=str(folder.path / "settings.json"))
+    request = _parsed(arguments, (config,))
+    assert isinstance(request, Training)
+    return request
+
+
+def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Training | Reporting | None:
     app = App(
         name="tengrad-triton",
         help="Exact natural-gradient steps for PyTorch.",
@@ -64,41 +129,16 @@ def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | No
         help_format="plaintext",
     )
     app.version = version("tengrad-triton")
-    app.command(train)
+    for command in COMMANDS.values():
+        app.command(command)
     try:
-        request: Request | None = app(
+        request: Training | Reporting | None = app(
             arguments,
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
         )
     except CycloptsError as error:
-        raise UsageError(f"{error} See tengrad-triton train --help.") from error
+        known = [word for word in arguments[:1] if word in COMMANDS]
+        raise UsageError(f"{error} See {' '.join(['tengrad-triton', *known])} --help.") from error
     return request
-
-
-def _stored_settings(arguments: list[str], request: Request, folder: RunFolder) -> Settings:
-    """Return the settings of a folder; raises `UsageError` if a flag says something else."""
-    if request.out is not None:
-        raise UsageError(f"--out {request.out}: --resume goes on in {folder.path}: drop one of the two")
-    config = Dict(
-        folder.read_json("settings.json"), use_commands_as_keys=False, source=str(folder.path / "settings.json")
-    )
-    stored, asked = _parsed(["train"], (config,)), _parsed(arguments, (config,))
-    assert stored is not None
-    assert asked is not None
-    theirs, ours = _flags(stored.settings.plain()), _flags(asked.settings.plain())
-    for flag in sorted(theirs | ours):
-        if theirs.get(flag) != ours.get(flag):
-            got, expected = ours.get(flag), theirs.get(flag)
-            raise UsageError(f"{flag} {got}: this run has {expected}: drop the flag, or start anew without --resume")
-    return stored.settings
-
-
-def _flags(plain: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """Return nested settings by their flags: {"sgd": {"lr": 1}} is {"--sgd.lr": 1}."""
-    flags: dict[str, Any] = {}
-    for key, value in plain.items():
-        name = f"{prefix}{key.replace('_', '-')}"
-        flags |= _flags(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flags
