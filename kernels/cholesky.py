@@ -71,25 +71,30 @@ def _add_pair(a, b, c, d):
 def _eliminate(tile, BLOCK: tl.constexpr):
     """Return the lower factor of a symmetric tile, its inverse, and its pivots.
 
-    LDLᵀ, so that no square root stands in the chain of columns, with quotients that are rounded as torch rounds them.
-    Rows below the diagonal of `packed` hold the inverse of the unit lower factor in the columns that are done with,
-    rows above it the upper factor times D.
+    LDLᵀ, so that no square root stands in the chain of columns. What is eliminated is summed up first and subtracted
+    at once, and quotients and roots are correctly rounded: the error would be twice that of torch otherwise. Rows below
+    the diagonal of `packed` hold the inverse of the unit lower factor in the columns that are done with, rows above it
+    the upper factor times D.
     """
     row = tl.arange(0, BLOCK)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
-    packed = tile
+    eliminated = tl.zeros((BLOCK, BLOCK), tl.float32)
     for j in range(BLOCK):
+        packed = tile - eliminated
         below = tl.sum(tl.where(col == j, packed, 0.0), 1)[:, None]
         everywhere = tl.broadcast_to(below, (BLOCK, BLOCK))
         # One reduction carries both the pivot's row and the pivot to every column.
         across, pivot = tl.reduce((tl.where(row == j, packed, 0.0), tl.where(row == j, everywhere, 0.0)), 0, _add_pair)
         scaled = tl.div_rn(tl.where(col == j, 1.0, across[None, :]), pivot[None, :])
-        rest = tl.where((row > j) & (col == j), 0.0, packed)
-        packed = rest - tl.where(row > j, below, 0.0) * scaled
+        # Where the column falls to zero, the inverse begins.
+        begins = (row > j) & (col == j)
+        tile = tl.where(begins, 0.0, tile)
+        eliminated = tl.where(begins, 0.0, eliminated) + tl.where(row > j, below, 0.0) * scaled
+    packed = tile - eliminated
     pivots = tl.sum(tl.where(row == col, packed, 0.0), 1)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(pivots))[:, None]
-    lower = tl.trans(tl.where(row <= col, packed, 0.0) * scale)
-    inverse = tl.where(row > col, packed, tl.where(row == col, 1.0, 0.0)) * scale
+    root = tl.sqrt_rn(pivots)[:, None]
+    lower = tl.trans(tl.div_rn(tl.where(row <= col, packed, 0.0), root))
+    inverse = tl.div_rn(tl.where(row > col, packed, tl.where(row == col, 1.0, 0.0)), root)
     return lower, inverse, pivots
 
 
