@@ -1,9 +1,21 @@
 """Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels."""
 
+from tengrad_triton.autotune import autotune
 from tengrad_triton.fisher import Likelihood
 from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
 from tengrad_triton.optimizer import TENGraD
+from tengrad_triton.plan import Plan
 from tengrad_triton.train_step import compile_train_step
 
 __version__ = "0.1.0"
-__all__ = ["Canonical", "Explicit", "Likelihood", "Outer", "TENGraD", "canonical", "compile_train_step"]
+__all__ = [
+    "Canonical",
+    "Explicit",
+    "Likelihood",
+    "Outer",
+    "Plan",
+    "TENGraD",
+    "autotune",
+    "canonical",
+    "compile_train_step",
+]

@@ -169,8 +169,12 @@ def geometry_of(outer: Outer) -> Geometry:
     """Return the sizes that the choice of a representation looks at."""
     n, groups, positions, outputs = outer.g_NGPO.shape
     a, itemsize = outer.a, outer.g_NGPO.itemsize
-    inputs, stored = (a.inputs, a.x_NCHW.nbytes) if isinstance(a, Windows) else (a.shape[-1], a.nbytes)
-    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes)
+    if isinstance(a, Windows):
+        layout = f"conv {a.kernel_size} stride {a.stride} dilation {a.dilation} of {list(a.x_NCHW.shape[2:])}"
+        inputs, stored = a.inputs, a.x_NCHW.nbytes
+    else:
+        layout, inputs, stored = "dense", a.shape[-1], a.nbytes
+    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes, layout)
 
 
 def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobian:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -13,7 +14,8 @@ from tengrad_triton.backend import kernels_of
 from tengrad_triton.blocks import Block, find_blocks
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import Fisher, Likelihood, likelihood_of
-from tengrad_triton.plan import MAX_BYTES, Choice, Representation, choose
+from tengrad_triton.plan import MAX_BYTES, Choice, Plan, Representation
+from tengrad_triton.plan_file import load
 from tengrad_triton.refresh import compressed_blocks, full_name, gather, geometries_of, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.summary import Summary, summarize
@@ -57,6 +59,7 @@ class TENGraD(torch.optim.Optimizer):
             ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of these four.
         unsupported: what parameters get that no rule covers: ``"sgd"``, the plain step and one warning, or ``"error"``.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
+        plan: what `autotune` returned, or the file that it wrote; the analytic rule serves what it does not know.
         max_bytes: how much the stored J may take, where the representation is chosen automatically.
         tol: of ``"compressed"``: the relative error α ‖Δd‖ / ‖∇L‖ that dropping directions of J may cause in a step.
         seed: of the generator that draws labels; torch's initial seed by default.
@@ -84,6 +87,7 @@ class TENGraD(torch.optim.Optimizer):
         representation: Literal["auto"] | Representation | Mapping[str, Representation] = "auto",
         unsupported: Literal["sgd", "error"] = "sgd",
         backend: Literal["auto", "torch"] = "auto",
+        plan: Plan | Path | str | None = None,
         max_bytes: int = MAX_BYTES,
         tol: float = 0.01,
         seed: int | None = None,
@@ -96,7 +100,9 @@ class TENGraD(torch.optim.Optimizer):
         self._by_hand = None if representation == "auto" else representation
         self._max_bytes, self._tol = max_bytes, tol
         self._unsupported, self._backend, self._ops = unsupported, backend, kernels_of(backend)
-        self._generator = torch.Generator(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self._plan = plan if isinstance(plan, Plan) else load(Path(plan), device) if plan is not None else Plan({})
+        self._generator = torch.Generator(device)
         self._generator.manual_seed(torch.initial_seed() if seed is None else seed)
         self._steps = 0  # taken so far
         self._age = 0  # steps taken with the present curvature
@@ -195,10 +201,14 @@ class TENGraD(torch.optim.Optimizer):
         self._rearm()
 
     def _refresh_is_due(self) -> bool:
+        return self._curvature is None or self._age >= self._interval()
+
+    def _interval(self) -> int:
+        """Return how many steps the curvature serves, as of this step."""
         every = self.refresh_every
         if callable(every):
             check_refresh_every(every := every(self._steps))
-        return self._curvature is None or self._age >= every
+        return every
 
     def _rearm(self) -> None:
         self._capture.records.clear()
@@ -211,8 +221,7 @@ class TENGraD(torch.optim.Optimizer):
         """Return the curvature of the batches since the last step."""
         uses, missing = gather(self._blocks, self._capture)
         self._report(missing)
-        analytic = choose(geometries_of(uses), self._by_hand, self._max_bytes)
-        chosen = {name: Choice(representation) for name, representation in analytic.items()}
+        chosen = self._plan.choose(geometries_of(uses), self._by_hand, self._interval(), self._max_bytes)
         jacobians = jacobians_of(uses, chosen, self._kernels_for)
         tol = dict.fromkeys(compressed_blocks(uses, chosen), self._tol)
         return curvature(jacobians, *self._damping_of(jacobians), self._ops, tol)

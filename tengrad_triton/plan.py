@@ -1,4 +1,4 @@
-"""Which representation serves which layer: the analytic rule.
+"""Which representation and kernels serve which layer: by measurement where there is a plan, else by the analytic rule.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group.
 """
@@ -28,7 +28,10 @@ Chosen = Mapping[str, Choice]
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of one weight's outer products Σ_p g_np a_npᵀ, and what its two representations cost."""
+    """The sizes of one weight's outer products Σ_p g_np a_npᵀ, and what its two representations cost.
+
+    ``layout`` names what else a kernel's time depends on: a convolution's kernel, stride and dilation.
+    """
 
     samples: int
     groups: int
@@ -37,6 +40,13 @@ class Geometry:
     outputs: int
     itemsize: int
     factored_bytes: int
+    layout: str = "dense"
+
+    @property
+    def key(self) -> str:
+        """Return the name under which a plan keeps this geometry."""
+        sizes = f"N{self.samples} G{self.groups} P{self.positions} I{self.inputs} O{self.outputs}"
+        return f"{sizes} {self.layout} {8 * self.itemsize}-bit"
 
     @property
     def pair_flops(self) -> int:
@@ -86,3 +96,94 @@ def total_bytes(geometries: Mapping[str, Geometry], chosen: Mapping[str, Represe
     return sum(
         g.per_sample_bytes if chosen[name] == "per_sample" else g.factored_bytes for name, g in geometries.items()
     )
+
+
+STEP_KERNELS = frozenset({"project", "expand_update_", "project_rows", "expand_rows_update_"})
+"""The kernels that every step runs; the others run when the curvature is refreshed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One representation of one geometry on one device.
+
+    Attributes:
+        seconds: of every kernel that it takes, by who runs it: ``"triton"`` or ``"torch"``.
+        bytes: what it stores.
+    """
+
+    seconds: Mapping[str, Mapping[str, float]]
+    bytes: int
+
+    def per_step(self, refresh_every: int) -> float:
+        """Return the seconds a step, each kernel by whoever is faster, a refresh shared by the steps that use it."""
+        best = {kernel: min(times.values()) for kernel, times in self.seconds.items()}
+        return sum(t if kernel in STEP_KERNELS else t / refresh_every for kernel, t in best.items())
+
+    @property
+    def torch_for(self) -> tuple[str, ...]:
+        """Return the kernels that PyTorch does at least as fast as Triton."""
+        both = {kernel: times for kernel, times in self.seconds.items() if len(times) > 1}
+        return tuple(sorted(kernel for kernel, times in both.items() if times["torch"] <= times["triton"]))
+
+
+Measurements = Mapping[Representation, Measured]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was measured on one device: for each geometry, by its key, each representation that was tried."""
+
+    entries: Mapping[str, Measurements]
+
+    def choose(
+        self,
+        geometries: Mapping[str, Geometry],
+        by_hand: Representation | Mapping[str, Representation] | None,
+        refresh_every: int,
+        max_bytes: int,
+    ) -> dict[str, Choice]:
+        """Return the fastest choice for every weight within the memory; the analytic rule where nothing was measured.
+
+        Where the fastest ones take more than ``max_bytes``, the weights that lose the least time for each byte saved
+        change to a smaller representation first.
+        """
+        analytic = choose(geometries, by_hand, max_bytes)
+        known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
+        fixed = {name for name in geometries if by_hand is not None and (isinstance(by_hand, str) or name in by_hand)}
+        best = dict(analytic)
+        for name, measured in known.items():
+            if measured and name not in fixed:
+                best[name] = min(measured, key=lambda r: measured[r].per_step(refresh_every))
+
+        def used() -> int:
+            return sum(_stored(geometries[name], known[name], choice) for name, choice in best.items())
+
+        while used() > max_bytes and (moves := self._savings(known, best, fixed, refresh_every)):
+            _, name, smaller = min(moves)
+            best[name] = smaller
+        return {
+            name: Choice(choice, known[name][choice].torch_for if choice in known[name] else ())
+            for name, choice in best.items()
+        }
+
+    @staticmethod
+    def _savings(
+        known: Mapping[str, Measurements], best: Mapping[str, Representation], fixed: set[str], refresh_every: int
+    ) -> list[tuple[float, str, Representation]]:
+        """Return every change to a smaller representation, with the seconds that it costs for each byte it saves."""
+        moves = []
+        for name, measured in known.items():
+            if name in fixed or best[name] not in measured:
+                continue
+            now = measured[best[name]]
+            for other, rival in measured.items():
+                if rival.bytes < now.bytes:
+                    slower = rival.per_step(refresh_every) - now.per_step(refresh_every)
+                    moves.append((slower / (now.bytes - rival.bytes), name, other))
+        return moves
+
+
+def _stored(geometry: Geometry, measured: Measurements, choice: Representation) -> int:
+    if choice in measured:
+        return measured[choice].bytes
+    return geometry.factored_bytes if choice == "factored" else geometry.per_sample_bytes

@@ -13,6 +13,10 @@ KERNELS = ROOT / "kernels"
 
 # Each module of the package and what it may import of the rest; a new module is a new line.
 MAY_IMPORT = {
+    "autotune": {
+        *("backend", "blocks", "capture", "fisher", "jacobian", "layers", "plan", "plan_file", "refresh", "update"),
+        "kernels",
+    },
     "backend": {"kernels"},
     "blocks": {"layers"},
     "capture": {"fisher"},
@@ -20,10 +24,23 @@ MAY_IMPORT = {
     "jacobian": {"backend", "layers", "plan", "update"},
     "layers": {"kernels"},
     "optimizer": {
-        *("backend", "blocks", "capture", "fisher", "plan", "refresh", "state", "summary", "update", "validation"),
+        *(
+            "backend",
+            "blocks",
+            "capture",
+            "fisher",
+            "plan",
+            "plan_file",
+            "refresh",
+            "state",
+            "summary",
+            "update",
+            "validation",
+        ),
         *("woodbury", "kernels"),
     },
     "plan": set(),
+    "plan_file": {"kernels", "plan"},
     "refresh": {"backend", "blocks", "capture", "jacobian", "layers", "plan", "woodbury"},
     "state": {"backend", "blocks", "jacobian", "woodbury"},
     "summary": {"blocks", "jacobian", "woodbury"},

@@ -1,0 +1,183 @@
+"""Measure, on this device, every way to serve every weight of a model: representation by kernel.
+
+A candidate is measured by what it would do: its refresh and its step run once with kernels that remember their
+arguments, and each of those calls is then timed with every implementation that passes its test.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton import kernels, plan_file
+from tengrad_triton.backend import kernels_of
+from tengrad_triton.blocks import find_blocks
+from tengrad_triton.capture import Capture
+from tengrad_triton.fisher import LIKELIHOODS
+from tengrad_triton.jacobian import Uses, jacobian_of
+from tengrad_triton.plan import Measured, Plan, Representation
+from tengrad_triton.refresh import full_name, gather, geometries_of
+from tengrad_triton.update import Target
+
+EXACT: tuple[Representation, ...] = ("factored", "per_sample")
+Progress = Callable[[int, int, str], None]
+
+
+def autotune(
+    model: nn.Module,
+    example_input: Tensor,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    *,
+    representations: Sequence[Representation] = EXACT,
+    seconds: float = 0.2,
+    path: Path | str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Measure every weight's candidates on the model's device and keep them in the device's plan file.
+
+    The model is copied; a forward and a backward of the copy give the layers' real inputs.
+
+    Args:
+        model: as it will be trained.
+        example_input: a batch of the size that it will be trained with.
+        loss_fn: makes a scalar of the output; the mean of its squares by default. Times do not depend on its values.
+        representations: to try. ``"per_sample_bf16"`` rounds J, the others are exact.
+        seconds: to spend on each kernel of each candidate.
+        path: of the plan file; the device's own in the user's cache folder by default.
+        progress: called with (weights done, weights in all, the name of the next one).
+
+    Raises:
+        ValueError: no rule covers any layer of the model.
+    """
+    twin = copy.deepcopy(model)
+    uses = _uses_of(twin, example_input, loss_fn or (lambda output: output.square().mean()))
+    geometries = geometries_of(uses)
+    flat = {full_name(name, label): use for name, block in uses.items() for label, use in block.items()}
+    weights = {geometry.key: name for name, geometry in geometries.items()}  # equal geometries are measured once
+    device = example_input.device
+    entries = {}
+    for done, (key, name) in enumerate(weights.items()):
+        if progress is not None:
+            progress(done, len(weights), name)
+        parameter = dict(twin.named_parameters())[name].detach()
+        entries[key] = {
+            representation: measured
+            for representation in representations
+            if (measured := _measured(name, flat[name], representation, parameter, seconds)) is not None
+        }
+    found = Plan({key: entry for key, entry in entries.items() if entry})
+    return plan_file.save(found, Path(path) if path is not None else plan_file.default_path(device), device)
+
+
+def _uses_of(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> dict[str, Mapping[str, Uses]]:
+    blocks = find_blocks(model, [{"params": list(model.parameters())}])
+    covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
+    if not covered:
+        raise ValueError(f"no rule covers any layer of {type(model).__name__}: there is nothing to tune")
+    capture = Capture(model, covered, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
+    capture.arm()
+    loss_fn(model(x)).backward()
+    uses, _ = gather(blocks, capture)
+    capture.disarm()
+    return uses
+
+
+def _measured(
+    name: str, uses: Uses, representation: Representation, parameter: Tensor, seconds: float
+) -> Measured | None:
+    """Return a candidate's times, or None, with a warning, where it cannot run."""
+    try:
+        calls, nbytes = _calls_of(uses, representation, parameter)
+        return Measured({kernel: _times(kernel, args, seconds) for kernel, args in calls.items()}, nbytes)
+    except (RuntimeError, ValueError, MemoryError) as error:  # torch's out-of-memory is a RuntimeError
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{name}: {representation} is left out: {reason}", stacklevel=3)
+        return None
+
+
+def _calls_of(uses: Uses, representation: Representation, parameter: Tensor) -> tuple[dict[str, tuple[Any, ...]], int]:
+    """Return the arguments with which a refresh and a step call each kernel, and the bytes stored between them."""
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    def remembering(kernel: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls[kernel] = args
+            return getattr(kernels, kernel)(*args)
+
+        return call
+
+    ops = SimpleNamespace(torch_for=(), **{spec.name: remembering(spec.name) for spec in kernels.SPECS})
+    rows = jacobian_of(uses, representation, ops)
+    k_NN = rows.gram()
+    rows.project(parameter)
+    settings = k_NN.new_tensor([1e-3, 0.9, 0.0, 0.0])
+    target = Target("", "", parameter.clone(), torch.zeros_like(parameter), parameter.clone(), settings, False)
+    rows.expand_update_(target, k_NN[0], k_NN.new_ones(()))
+    return calls, rows.nbytes
+
+
+def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:
+    """Return the median seconds of one call, by who runs it; Triton only if its result passes the test."""
+    torchs = getattr(kernels_of("torch"), kernel)
+    on_gpu = _device_of(args).type == "cuda"
+    times = {"torch": _median_seconds(lambda: torchs(*args), seconds, on_gpu)}
+    if on_gpu:
+        triton = getattr(kernels, kernel)
+        if _is_as_exact(kernel, args, triton, torchs):
+            times["triton"] = _median_seconds(lambda: triton(*args), seconds, on_gpu)
+        else:
+            warnings.warn(f"{kernel} is less exact than PyTorch's here: PyTorch serves it", stacklevel=5)
+    return times
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    return next(a.device for arg in args for a in (arg if isinstance(arg, list) else [arg]) if isinstance(a, Tensor))
+
+
+def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
+    if on_gpu:  # with a cold L2 cache, which the rest of a training step leaves behind too
+        do_bench = importlib.import_module("triton.testing").do_bench
+        return float(do_bench(call, warmup=25, rep=1e3 * seconds, return_mode="median")) / 1e3
+    call()
+    taken: list[float] = []
+    while len(taken) < 3 or (sum(taken) < seconds and len(taken) < 100):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]) -> bool:
+    """Whether the kernel's error is at most twice that of PyTorch, both against float64."""
+    spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
+
+    def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+        changed = [argument.clone() for argument in arguments[: spec.mutates]]
+        result = function(*changed, *arguments[spec.mutates :])
+        results = changed if spec.mutates else result
+        return list(results) if isinstance(results, (tuple, list)) else [results]
+
+    exact = outputs(torchs, [_in_float64(argument) for argument in args])
+
+    def error(function: Callable[..., Any]) -> float:
+        found = outputs(function, args)
+        return math.hypot(*((x.double() - truth).norm().item() for x, truth in zip(found, exact, strict=True)))
+
+    return error(fast) <= 2 * error(torchs)
+
+
+def _in_float64(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_in_float64(one) for one in argument]
+    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument

@@ -1,0 +1,160 @@
+"""Choice by measurement: the arithmetic of a plan, its file, and the tuner."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tengrad_triton import Plan, TENGraD, autotune, plan_file
+from tengrad_triton.plan import Geometry, Measured
+
+CPU = torch.device("cpu")
+
+
+def geometry(layout="dense"):
+    return Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout=layout)
+
+
+def measured(refresh, step, nbytes, **others):
+    seconds = {
+        "sample_grads": {"torch": refresh},
+        "project_rows": {"torch": step},
+        "expand_rows_update_": {"torch": step},
+    }
+    return Measured({**seconds, **others}, nbytes)
+
+
+FAST_REFRESH = measured(refresh=1e-3, step=1e-3, nbytes=1000)
+FAST_STEP = measured(refresh=1e-1, step=1e-4, nbytes=9000)
+PLAN = Plan({geometry().key: {"factored": FAST_REFRESH, "per_sample": FAST_STEP}})
+
+
+@pytest.mark.parametrize(("refresh_every", "expected"), [(1, "factored"), (10, "factored"), (100, "per_sample")])
+def test_a_refresh_is_shared_by_the_steps_that_use_it(refresh_every, expected):
+    chosen = PLAN.choose({"w": geometry()}, None, refresh_every, max_bytes=10**9)
+    assert chosen["w"].representation == expected
+
+
+def test_each_kernel_is_served_by_whoever_is_faster():
+    mixed = measured(
+        1e-3, 1e-3, 1000, gram_rows={"torch": 2e-3, "triton": 1e-3}, project_rows={"torch": 1e-3, "triton": 2e-3}
+    )
+    assert mixed.torch_for == ("project_rows",)
+    assert mixed.per_step(1) == pytest.approx(1e-3 + 1e-3 + 1e-3 + 1e-3)
+    chosen = Plan({geometry().key: {"per_sample": mixed}}).choose({"w": geometry()}, None, 1, 10**9)
+    assert chosen["w"].torch_for == ("project_rows",)
+
+
+def test_memory_gives_up_what_costs_least_for_each_byte():
+    cheap_to_give_up = {"factored": measured(0, 2e-4, 1000), "per_sample": measured(0, 1e-4, 9000)}
+    dear_to_give_up = {"factored": measured(0, 9e-4, 1000), "per_sample": measured(0, 1e-4, 9000)}
+    geometries = {"cheap": geometry("a"), "dear": geometry("b")}
+    plan = Plan({geometries["cheap"].key: cheap_to_give_up, geometries["dear"].key: dear_to_give_up})
+
+    def choose(max_bytes):
+        return {name: choice.representation for name, choice in plan.choose(geometries, None, 1, max_bytes).items()}
+
+    assert choose(18_000) == {"cheap": "per_sample", "dear": "per_sample"}
+    assert choose(10_000) == {"cheap": "factored", "dear": "per_sample"}
+    assert choose(2_000) == {"cheap": "factored", "dear": "factored"}
+    assert choose(0) == {"cheap": "factored", "dear": "factored"}  # the smallest there is
+
+
+def test_by_hand_is_by_hand_and_the_unknown_gets_the_analytic_rule():
+    chosen = PLAN.choose({"w": geometry(), "other": geometry("new")}, {"w": "factored"}, 100, 10**9)
+    assert chosen["w"].representation == "factored"
+    assert chosen["other"].representation == "per_sample"
+
+
+def test_the_file_gives_back_the_plan_and_merges(tmp_path):
+    path = tmp_path / "deep" / "plan.json"
+    assert plan_file.load(path, CPU) == Plan({})
+    plan_file.save(PLAN, path, CPU)
+    assert plan_file.load(path, CPU) == PLAN
+    newer = Plan({geometry().key: {"factored": FAST_REFRESH}, "another": {"factored": FAST_REFRESH}})
+    merged = plan_file.save(newer, path, CPU)
+    assert merged == plan_file.load(path, CPU) == newer
+    assert not list(path.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("part", ["schema", "kernels", "torch", "triton", "device", "processors", "arch"])
+def test_a_plan_from_elsewhere_is_not_used_and_says_why(tmp_path, part):
+    path = tmp_path / "plan.json"
+    plan_file.save(PLAN, path, CPU)
+    content = json.loads(path.read_text())
+    content["header"][part] = "other"
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"not used: it was measured with {part} 'other'"):
+        assert plan_file.load(path, CPU) == Plan({})
+    assert path.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"header": {}}', '{"header": {}, "entries": {"k": {"factored": {}}}}'])
+def test_a_damaged_file_is_set_aside(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.warns(UserWarning, match="is damaged .* set aside as plan.damaged"):
+        assert plan_file.load(path, CPU) == Plan({})
+    assert (tmp_path / "plan.damaged").read_text() == content
+    plan_file.save(PLAN, path, CPU)
+    assert plan_file.load(path, CPU) == PLAN
+
+
+def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="the plan is not kept"):
+        assert plan_file.save(PLAN, tmp_path / "file" / "plan.json", CPU) == PLAN
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
+    )
+
+
+def test_autotune_measures_each_geometry_once_and_the_optimizer_uses_it(tmp_path):
+    net, path, seen = model(), tmp_path / "plan.json", []
+    plan = autotune(net, torch.randn(16, 1, 6, 6), seconds=1e-3, path=path, progress=lambda *at: seen.append(at))
+    assert [at[:2] for at in seen] == [(0, 3), (1, 3), (2, 3)]  # two of the four weights have the same geometry
+    assert all(set(entry) == {"factored", "per_sample"} for entry in plan.entries.values())
+    assert all(
+        t > 0
+        for entry in plan.entries.values()
+        for m in entry.values()
+        for one in m.seconds.values()
+        for t in one.values()
+    )
+    assert all(p.grad is None for p in net.parameters())
+    for given in (plan, path, str(path)):
+        optimizer = TENGraD(net, plan=given)
+        F.cross_entropy(net(torch.randn(16, 1, 6, 6)), torch.zeros(16, dtype=torch.long)).backward()
+        optimizer.step()
+        choices = optimizer.choices()
+        for name in ("0.weight", "2.weight", "7.weight"):
+            fastest = [
+                min(entry, key=lambda r, entry=entry: entry[r].per_step(100))
+                for key, entry in plan.entries.items()
+                if key.endswith("32-bit") and choices[name].representation in entry
+            ]
+            assert choices[name].representation in fastest
+
+
+def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
+    from tengrad_triton import kernels
+
+    def broken(*args):
+        raise RuntimeError("no such luck\nand a long trace")
+
+    monkeypatch.setattr(kernels, "project_rows", broken)
+    with pytest.warns(UserWarning, match="weight: per_sample is left out: no such luck$"):
+        plan = autotune(model(), torch.randn(16, 1, 6, 6), seconds=1e-3, path=tmp_path / "plan.json")
+    assert all(set(entry) == {"factored"} for entry in plan.entries.values())
+
+
+def test_nothing_to_tune(tmp_path):
+    with pytest.raises(ValueError, match="no rule covers any layer of BatchNorm1d"):
+        autotune(nn.BatchNorm1d(4), torch.randn(16, 4), path=tmp_path / "plan.json")
