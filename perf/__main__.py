@@ -1,0 +1,43 @@
+"""Measure what fits this machine, and generate the page: `python -m perf [--quick] [--only SUITE ...]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from perf import record, report, suites
+from perf.selection import CPU, GPU, QUICK, SUITES
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether everything runs, in a minute")
+    parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("--device", type=torch.device, help="cpu or cuda; a GPU where there is one")
+    parser.add_argument("--out", type=Path, help="where to; perf/results/DEVICE, or runs/perf/DEVICE if quick")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after that time")
+    parser.add_argument("--no-page", action="store_true", help="measure only")
+    parser.add_argument("--report-only", action="store_true", help="generate the page from the results that there are")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the suites, then write the page: docs/performance.md, or beside the results' folder if that is elsewhere."""
+    options = parsed()
+    torch.set_num_threads(1 if options.quick else torch.get_num_threads())
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = record.ROOT / "runs" / "perf" if options.quick else record.RESULTS
+    out = options.out or results / record.slug(record.described(device))
+    selection = QUICK if options.quick else GPU if device.type == "cuda" else CPU
+    if not options.report_only:
+        suites.run(selection, options.only, device, out, options.seconds)
+    if not options.no_page:
+        page = record.ROOT / "docs" if out.parent == record.RESULTS else out.parent
+        report.generate(out.parent, page / "performance.md")
+        print(f"performance.md: generated from {out.parent.name}/")
+
+
+if __name__ == "__main__":
+    main()

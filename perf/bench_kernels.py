@@ -1,0 +1,68 @@
+"""Every row of SPECS at its sizes, against torch's expressions and against the machine's limit.
+
+pytest-benchmark times the op; the rivals have their turn in the setup of each of its rounds, so that all interleave.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from tengrad_triton.kernels import SPECS
+
+from perf.launches import Repeated
+from perf.rivals import rivals
+from perf.sizes import sized
+from perf.timing import spread
+from tengrad_triton import kernels
+
+
+def pytest_generate_tests(metafunc):
+    cases = sorted(sized(SPECS, metafunc.config.getoption("scale")), key=lambda case: not case.large)
+    metafunc.parametrize("case", cases, ids=[f"{case.spec.name}: {case.size}" for case in cases])
+
+
+@pytest.fixture
+def room(device):
+    """Memory as empty as before the first case, and no compiled code of another."""
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("room")
+def test_kernel(benchmark, request, case, device, limits):
+    option, spec = request.config.getoption, case.spec
+    arguments = case.make(device)
+    op = Repeated(getattr(kernels, spec.name), arguments, device)
+    others, failed = {}, {}
+    for name, work in rivals(spec, option("compiled")).items():
+        try:
+            rival = Repeated(work, arguments, device)
+            others[name if rival.captured == op.captured else f"{name}, launched"] = rival
+        except (RuntimeError, MemoryError) as error:  # an expression that needs more memory than there is
+            failed[name] = type(error).__name__
+    times = {name: [] for name in others}
+
+    def let_rivals_run():
+        for name, rival in others.items():
+            times[name].append(rival.seconds())
+
+    benchmark.pedantic(op, setup=let_rivals_run, rounds=option("rounds"), iterations=1, warmup_rounds=1)
+    flops, moved = spec.flops(*arguments), spec.bytes(*arguments)
+    benchmark.extra_info.update(
+        kernel=spec.name,
+        size=case.size,
+        large=case.large,
+        calls=op.times,
+        captured=op.captured,
+        flops=flops,
+        bytes=moved,
+        limits=limits.as_dict(),
+        limit_seconds=limits.seconds(flops, moved),
+        rivals={name: spread(seconds) for name, seconds in times.items()},
+        failed=failed,
+    )

@@ -1,0 +1,55 @@
+"""Options of the kernel suite, and the metadata that every result file of this project has."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from perf import record
+from perf.limits import measure
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("perf")
+    group.addoption("--scale", choices=("small", "cpu", "gpu"), default="cpu", help="which sizes")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    group.addoption("--rounds", type=int, default=9, help="interleaved rounds a case")
+    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU")
+    group.addoption("--compiled", action="store_true", help="torch's expressions compiled as well")
+    group.addoption("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("threads"))
+    config.perf_start = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - item.config.perf_start > item.config.getoption("seconds"):
+        pytest.skip("out of time")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return torch.device(request.config.getoption("device"))
+
+
+@pytest.fixture(scope="session")
+def limits(request, device):
+    return measure(device, small=request.config.getoption("scale") == "small")
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return record.described(torch.device(config.getoption("device")))
+
+
+def pytest_benchmark_generate_commit_info(config):
+    return {"id": record.described(torch.device("cpu"))["commit"]}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["suite"] = "kernels"
+    for benchmark in output_json["benchmarks"]:  # names and extra_info say it; these hold addresses in memory
+        benchmark.pop("params"), benchmark.pop("options")

@@ -1,0 +1,71 @@
+"""Work that is repeated until its time can be told from that of starting it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from perf.timing import now
+
+SHORT = 2e-3  # seconds: shorter work is repeated within one measurement
+MOST = 200
+log = logging.getLogger(__name__)
+
+
+class Repeated:
+    """Calls a function several times; on a GPU as one CUDA graph, where the host's part takes no time."""
+
+    def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> None:
+        self._work, self._arguments, self._device = work, arguments, device
+        self.graph: Any = None
+        with torch.no_grad():
+            for _ in range(2):  # compiles, and warms up
+                work(*arguments)
+            start = now(device)
+            work(*arguments)
+            once = now(device) - start
+        self.times = max(1, min(MOST, int(SHORT / max(once, 1e-7))))
+        if device.type == "cuda":
+            self._capture()
+
+    @property
+    def captured(self) -> bool:
+        """Whether it is one CUDA graph."""
+        return self.graph is not None
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                self._loop()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._loop()
+            self.graph = graph
+        except RuntimeError as error:  # some of torch's linear algebra waits for the host
+            torch.cuda.synchronize()
+            log.warning("not captured as a CUDA graph, timed by launches: %s", str(error).splitlines()[0])
+
+    @torch.no_grad()
+    def _loop(self) -> None:
+        for _ in range(self.times):
+            self._work(*self._arguments)
+
+    def __call__(self) -> None:
+        """Do it all, and wait for the device."""
+        if self.graph is None:
+            self._loop()
+        else:
+            self.graph.replay()
+        now(self._device)
+
+    def seconds(self) -> float:
+        """Return the time that one call takes."""
+        start = now(self._device)
+        self()
+        return (now(self._device) - start) / self.times

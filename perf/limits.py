@@ -1,0 +1,53 @@
+"""What the machine can do at best, measured: bytes a second and floating-point operations a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from perf.timing import now
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of the device: of copying one large tensor to another, and of a large float32 matrix product in torch."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def seconds(self, flops: int, moved: int) -> float:
+        """Return the least time that so many operations and bytes can take."""
+        return max(flops / self.flops_per_second, moved / self.bytes_per_second)
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the rates by name."""
+        return asdict(self)
+
+
+def measure(device: torch.device, small: bool = False) -> Limits:
+    """Measure the device; ``small`` takes a moment and says little."""
+    gpu = device.type == "cuda"
+    entries, n = (2**28, 8192) if gpu else (2**20, 256) if small else (2**26, 2048)
+    source = torch.ones(entries, device=device)
+    target = torch.empty_like(source)
+    copying = _best(partial(target.copy_, source), device)
+    x, y = torch.ones(n, n, device=device), torch.ones(n, n, device=device)
+    multiplying = _best(partial(torch.matmul, x, y), device)
+    return Limits(2 * 4 * entries / copying, 2 * n**3 / multiplying)
+
+
+def _best(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the shortest time of several: a limit is what is possible, not what is usual."""
+    work()
+    times = []
+    for _ in range(ROUNDS):
+        start = now(device)
+        work()
+        times.append(now(device) - start)
+    return min(times)

@@ -1,0 +1,93 @@
+"""Peak memory of a few training steps, each kind in a process of its own: `python -m perf.memory MODEL N OPTIMIZER`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from perf.loops import sgd_step, tengrad_step
+from perf.models import MODELS
+
+STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet
+OPTIMIZERS = ("sgd", "tengrad")
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """A model and a batch size."""
+
+    model: str
+    samples: int
+
+    def __str__(self) -> str:
+        return f"memory of {self.model}, N = {self.samples}"
+
+    def measure(self, device: torch.device) -> dict[str, Any]:
+        """Return each optimizer's peak in bytes, and the ratio."""
+        peaks = {name: self._in_a_process(name, device) for name in OPTIMIZERS}
+        return {**asdict(self), "bytes": peaks, "over_sgd": peaks["tengrad"] / peaks["sgd"]}
+
+    def _in_a_process(self, optimizer: str, device: torch.device) -> int:
+        command = [
+            sys.executable,
+            "-m",
+            "perf.memory",
+            self.model,
+            str(self.samples),
+            optimizer,
+            "--device",
+            str(device),
+        ]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        return json.loads(done.stdout)["bytes"]
+
+
+def peak(model: str, samples: int, optimizer: str, device: torch.device) -> int:
+    """Return the most bytes that were in use at once, beyond what was in use before the model was there.
+
+    On a CPU these are the process's pages: what torch's own code takes is not part of it. On a GPU they are what torch
+    has allocated.
+    """
+    made = MODELS[model]
+    before = _peak_pages() if device.type == "cpu" else 0
+    x, y = made.batch(samples, device)
+    step = sgd_step(made.on(device), "plain") if optimizer == "sgd" else tengrad_step(made.on(device), "plain", 2)
+    for _ in range(STEPS):
+        step(x, y)
+    return _peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+
+
+def _peak_pages() -> int:
+    """Return the most memory that this process has had, in bytes.
+
+    Linux's own count is of this program; what `resource` tells includes the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def main() -> None:
+    """Measure one peak and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("samples", type=int)
+    parser.add_argument("optimizer", choices=OPTIMIZERS)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    options = parser.parse_args()
+    print(json.dumps({"bytes": peak(options.model, options.samples, options.optimizer, options.device)}))
+
+
+if __name__ == "__main__":
+    main()

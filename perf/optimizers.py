@@ -1,0 +1,70 @@
+"""The optimizer's own time: ours against the authors' formulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perf.loops import paper, tengrad, timed_step
+from perf.models import MODELS
+from perf.timing import interleaved, mean_step
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """A model and a batch size at which N² P² numbers fit into memory."""
+
+    model: str
+    samples: int
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"optimizer of {self.model}, N = {self.samples}"
+
+    def measure(self, device: torch.device) -> dict[str, Any]:
+        """Return the spreads of both formulations' parts, and how much faster ours is."""
+        made = MODELS[self.model]
+        x, y = made.batch(self.samples, device)
+        timers = {name: parts_timer(name, make, made.on(device), x, y) for name, make in FORMULATIONS.items()}
+        for timer in timers.values():
+            timer()
+        times = interleaved(timers, self.rounds)
+        seconds = {name: optimizer_seconds(times, name) for name in FORMULATIONS}
+        speedups = {kind: seconds["paper"][kind] / seconds["tengrad"][kind] for kind in ("refresh", "reuse", "mean")}
+        return {**asdict(self), "seconds": times, "optimizer_seconds": seconds, "speedup": speedups}
+
+
+FORMULATIONS: Mapping[str, Callable[..., Any]] = {"tengrad": tengrad, "paper": paper}
+
+
+def parts_timer(
+    name: str, make: Callable[..., Any], model: nn.Module, x: Tensor, y: Tensor
+) -> Callable[[], dict[str, float]]:
+    """Return a timer of one step that refreshes and of one that does not, in parts."""
+    optimizer = make(model, 2)
+
+    def timer() -> dict[str, float]:
+        steps = {kind: timed_step(model, optimizer, x, y) for kind in ("refresh", "reuse")}
+        return {f"{name} {kind} {part}": t for kind, parts in steps.items() for part, t in parts.items()}
+
+    return timer
+
+
+def optimizer_seconds(times: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
+    """Return what the optimizer adds to forward and backward: a refresh captures in the forward, both update.
+
+    Without a refresh nothing but `step` is the optimizer's. The capture is what a refresh's forward takes longer.
+    """
+    forwards = [times[f"{name} {kind} forward"]["median"] for kind in ("refresh", "reuse")]
+    capture = max(0.0, forwards[0] - forwards[1])
+    refresh, reuse = (times[f"{name} {kind} update"]["median"] for kind in ("refresh", "reuse"))
+    return {
+        "capture": capture,
+        "refresh": capture + refresh,
+        "reuse": reuse,
+        "mean": mean_step(capture + refresh, reuse),
+    }

@@ -1,0 +1,117 @@
+"""What is measured where: cases that fit a machine and a time, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from perf.memory import MemoryCase
+from perf.optimizers import OptimizerCase
+from perf.scaling import ScalingCase
+from perf.sizes import Scale
+from perf.steps import StepCase
+
+
+class Case(Protocol):
+    """One measurement, whose name is its `str`."""
+
+    def measure(self, device: torch.device) -> dict[str, Any]:
+        """Return what the result file holds of it."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The cases of every suite, the most important ones first: what comes last is what time runs out for.
+
+    ``skipped`` says of cases that belong to a suite why they are not in the selection.
+    """
+
+    scale: Scale
+    kernel_rounds: int
+    compiled: bool
+    suites: Mapping[str, Sequence[Case]]
+    skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+SUITES = ("kernels", "steps", "optimizers", "scaling", "memory")
+_BASE = {"samples": 32, "width": 32, "depth": 3}
+
+QUICK = Selection(
+    scale="small",
+    kernel_rounds=2,
+    compiled=False,
+    suites={
+        "steps": [StepCase("tiny 3C1F", 8, 3), StepCase("tiny transformer", 8, 3)],
+        "optimizers": [OptimizerCase("tiny 3C1F", 8, 3)],
+        "scaling": [
+            ScalingCase(quantity, (2, 4, 8), {"samples": 8, "width": 4, "depth": 2}, 2)
+            for quantity in ("samples", "width", "depth")
+        ],
+        "memory": [MemoryCase("tiny 3C1F", 8)],
+    },
+)
+
+_MINUTES = "minutes a step on two cores"
+CPU = Selection(
+    scale="cpu",
+    kernel_rounds=7,
+    compiled=False,
+    suites={
+        "steps": [
+            StepCase("3C1F", 128, 5),
+            StepCase("ResNet-18", 128, 2),
+            StepCase("WRN-28-4", 128, 2),
+            StepCase("MLP", 32, 50),
+            StepCase("MLP", 128, 50),
+            StepCase("MLP", 512, 20),
+            StepCase("transformer", 32, 10),
+            StepCase("transformer", 128, 5),
+            StepCase("3C1F", 32, 7),
+            StepCase("ResNet-18", 32, 3),
+            StepCase("WRN-28-4", 32, 3),
+            StepCase("transformer", 512, 2),
+            StepCase("3C1F", 128, 5, "compiled"),
+        ],
+        "optimizers": [OptimizerCase("small 3C1F", 32, 7), OptimizerCase("3C1F", 8, 5)],
+        "scaling": [
+            ScalingCase("samples", (16, 32, 64, 128, 256), _BASE, 7),
+            ScalingCase("width", (16, 32, 64, 128), _BASE, 7),
+            ScalingCase("depth", (2, 4, 8, 16), _BASE, 7),
+        ],
+        "memory": [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128)],
+    },
+    skipped={
+        "steps": {f"{model}, N = 512": _MINUTES for model in ("3C1F", "ResNet-18", "WRN-28-4")}
+        | {f"{model}, compiled": "minutes to compile on two cores" for model in ("ResNet-18", "WRN-28-4")},
+        "optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix"},
+    },
+)
+
+_MODELS = ("3C1F", "WRN-28-4", "ResNet-18", "MLP", "transformer")
+GPU = Selection(
+    scale="gpu",
+    kernel_rounds=9,
+    compiled=True,
+    suites={
+        "steps": [
+            *(StepCase(model, 128, 7) for model in _MODELS),
+            StepCase("3C1F", 128, 7, "compiled"),
+            StepCase("3C1F", 128, 7, "cuda graphs"),
+            *(StepCase(model, samples, 5) for samples in (32, 512) for model in _MODELS),
+            StepCase("MLP", 128, 7, "cuda graphs"),
+            StepCase("ResNet-18", 128, 5, "cuda graphs"),
+            StepCase("WRN-28-4", 128, 5, "cuda graphs"),
+        ],
+        "optimizers": [OptimizerCase("small 3C1F", 32, 15), OptimizerCase("3C1F", 32, 7)],
+        "scaling": [
+            ScalingCase("samples", (32, 64, 128, 256, 512), _BASE | {"width": 128}, 7),
+            ScalingCase("width", (32, 64, 128, 256), _BASE | {"samples": 128}, 7),
+            ScalingCase("depth", (2, 4, 8, 16), _BASE | {"samples": 128, "width": 128}, 7),
+        ],
+        "memory": [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128)],
+    },
+    skipped={"optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix, of three"}},
+)

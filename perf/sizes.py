@@ -1,0 +1,155 @@
+"""The sizes at which kernels are measured, by kernel. One that is not in the table is measured at its examples.
+
+Key: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from tengrad_triton.kernels.spec import KernelSpec
+from torch import Tensor
+
+Scale = Literal["small", "cpu", "gpu"]
+Make = Callable[[torch.device], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Sized:
+    """One kernel at one size."""
+
+    spec: KernelSpec
+    size: str
+    make: Make
+
+    @property
+    def large(self) -> bool:
+        """Whether its share of the limit says something: small ones wait for launches."""
+        return self.size.endswith("large")
+
+
+def _tensor(device: torch.device, *shape: int) -> Tensor:
+    """Return entries that no arithmetic is slow with; drawn on the device, as some are gigabytes."""
+    return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(0))
+
+
+def _gram(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
+    return [_tensor(device, n, g, p, i)], [_tensor(device, n, g, p, o)]
+
+
+def _outer(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
+    return _tensor(device, n, g, p, i), _tensor(device, n, g, p, o)
+
+
+def _project(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
+    return *_outer(n, g, p, i, o, device), _tensor(device, g, o, i)
+
+
+def _expand(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
+    return *_outer(n, g, p, i, o, device), _tensor(device, n)
+
+
+def _conv(n: int, c: int, o: int, pixels: int, groups: int, device: torch.device) -> tuple[Any, ...]:
+    x_NCHW = _tensor(device, n, c, pixels + 2, pixels + 2)
+    return x_NCHW, _tensor(device, n, o, pixels, pixels), [3, 3], [1, 1], [1, 1], groups
+
+
+def _rows(n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    return (_tensor(device, n, k),)
+
+
+def _rows_and_entries(n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    return _tensor(device, n, k), _tensor(device, k)
+
+
+def _rows_and_weights(n: int, k: int, device: torch.device) -> tuple[Any, ...]:
+    return _tensor(device, n, k), _tensor(device, n)
+
+
+def _grams(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
+    j_LNK = _tensor(device, blocks, n, 2 * n)
+    return j_LNK @ j_LNK.mT / n, torch.full((blocks,), 0.1, device=device)
+
+
+def _factors(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
+    k_LNN, _ = _grams(blocks, n, device)
+    return (torch.linalg.cholesky(k_LNN + torch.eye(n, device=device)),)
+
+
+def _solve(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
+    return *_factors(blocks, n, device), _tensor(device, blocks, n)
+
+
+def _state(o: int, k: int, i: int, n: int, device: torch.device) -> tuple[list[Tensor], tuple[Any, ...]]:
+    parameters = [_tensor(device, o, i, k).mT for _ in range(3)]
+    # A rate of zero: however often it is repeated, the numbers stay where they are.
+    numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
+    return parameters, (_tensor(device, n), *numbers, False)
+
+
+def _expand_update(n: int, p: int, o: int, k: int, i: int, device: torch.device) -> tuple[Any, ...]:
+    parameters, numbers = _state(o, k, i, n, device)
+    return *parameters, *_outer(n, 1, p, k * i, o, device), *numbers
+
+
+def _rows_update(n: int, o: int, k: int, i: int, device: torch.device) -> tuple[Any, ...]:
+    parameters, numbers = _state(o, k, i, n, device)
+    return *parameters, _tensor(device, n, o * k * i), *numbers
+
+
+# What 3C1F has at N = 128, and what fills a GPU.
+_FC, _CONV = (128, 1, 1, 10368, 500), (128, 128 * 9 * 128)
+_BATCHES = ((5, 128), (30, 128), (16, 512))
+_LARGE = (512, 1, 4, 8192, 8192)
+SIZES: Mapping[str, Mapping[str, Make]] = {
+    "gram": {"linear 10368 to 500": partial(_gram, *_FC), "512 samples, large": partial(_gram, 512, 1, 1, 32768, 8192)},
+    "gram_rows": {
+        "3C1F convolution": partial(_rows, *_CONV),
+        "512 samples, large": partial(_rows, 512, 512 * 9 * 128),
+    },
+    "sample_grads": {
+        "32 tokens, 256 to 256": partial(_outer, 32, 1, 32, 256, 256),
+        "512 tokens, large": partial(_outer, 64, 1, 512, 1024, 1024),
+    },
+    "conv_sample_grads": {
+        "128 to 128 on 14 x 14": partial(_conv, 32, 128, 128, 14, 1),
+        "depthwise 96 on 14 x 14": partial(_conv, 32, 96, 96, 14, 96),
+        "3C1F convolution, large": partial(_conv, 128, 128, 128, 28, 1),
+    },
+    "cholesky": {f"{blocks} of {n}": partial(_grams, blocks, n) for blocks, n in _BATCHES},
+    "cholesky_inverse": {f"{blocks} of {n}": partial(_factors, blocks, n) for blocks, n in _BATCHES},
+    "cholesky_solve": {f"{blocks} of {n}": partial(_solve, blocks, n) for blocks, n in _BATCHES},
+    "project": {"linear 10368 to 500": partial(_project, *_FC), "512 samples, large": partial(_project, *_LARGE)},
+    "expand": {"linear 10368 to 500": partial(_expand, *_FC), "512 samples, large": partial(_expand, *_LARGE)},
+    "project_rows": {
+        "3C1F convolution": partial(_rows_and_entries, *_CONV),
+        "512 samples, large": partial(_rows_and_entries, 512, 512 * 9 * 128),
+    },
+    "expand_rows": {
+        "3C1F convolution": partial(_rows_and_weights, *_CONV),
+        "512 samples, large": partial(_rows_and_weights, 512, 512 * 9 * 128),
+    },
+    "expand_update_": {
+        "linear 10368 to 500": partial(_expand_update, 128, 1, 500, 1, 10368),
+        "512 samples, large": partial(_expand_update, 512, 4, 8192, 1, 8192),
+    },
+    "expand_rows_update_": {
+        "3C1F convolution": partial(_rows_update, 128, 128, 9, 128),
+        "512 samples, large": partial(_rows_update, 512, 512, 9, 128),
+    },
+}  # fmt: skip
+
+
+def sized(specs: tuple[KernelSpec, ...], scale: Scale) -> list[Sized]:
+    """Return every kernel at the sizes of a scale: ``"small"`` its first example, ``"cpu"`` what two cores can do."""
+    cases = []
+    for spec in specs:
+        made: dict[str, Make] = dict(SIZES.get(spec.name, {}))
+        if scale == "small" or not made:
+            made = {name: partial(example, torch.float32) for name, example in list(spec.examples.items())[:1]}
+        cases += [Sized(spec, name, make) for name, make in made.items()]
+    return [case for case in cases if scale == "gpu" or not case.large]

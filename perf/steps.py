@@ -1,0 +1,71 @@
+"""The whole training step: SGD, and TENGraD's two kinds of it, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perf.loops import Mode, Step, sgd_step, tengrad_step
+from perf.models import MODELS
+from perf.timing import interleaved, mean_step, now
+
+# Rounds: the first step of a compiled loop is a plain one, and CUDA graphs are recorded after a run without them.
+WARM_UP: dict[Mode, int] = {"plain": 1, "compiled": 2, "cuda graphs": 3}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A model, a batch size, and how many rounds there is time for."""
+
+    model: str
+    samples: int
+    rounds: int
+    mode: Mode = "plain"
+
+    def __str__(self) -> str:
+        return f"{self.model}, N = {self.samples}, {self.mode}"
+
+    def measure(self, device: torch.device) -> dict[str, Any]:
+        """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, and their ratios."""
+        made = MODELS[self.model]
+        x, y = made.batch(self.samples, device)
+        # A GPU works behind the host: steps are timed a block at a time, as a training loop lets them run.
+        block = 10 if device.type == "cuda" else 1
+        ours = tengrad_step(made.on(device), self.mode, refresh_every=block + 1)
+        sgd = sgd_step(made.on(device), self.mode)
+        timers = {"sgd": _sgd_timer(sgd, block, x, y), "tengrad": _tengrad_timer(ours, block, x, y)}
+        for _ in range(WARM_UP[self.mode]):
+            for timer in timers.values():
+                timer()
+        times = interleaved(timers, self.rounds)
+        return {**asdict(self), "block": block, "seconds": times, **ratios(times)}
+
+
+def ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the refresh, the reuse and the mean step over SGD's, from their medians."""
+    sgd, refresh, reuse = (times[name]["median"] for name in ("sgd", "refresh", "reuse"))
+    return {
+        "refresh_over_sgd": refresh / sgd,
+        "reuse_over_sgd": reuse / sgd,
+        "mean_over_sgd": mean_step(refresh, reuse) / sgd,
+    }
+
+
+def _block(step: Step, times: int, x: Tensor, y: Tensor) -> float:
+    start = now(x.device)
+    for _ in range(times):
+        step(x, y)
+    return (now(x.device) - start) / times
+
+
+def _sgd_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
+    return lambda: {"sgd": _block(step, block, x, y)}
+
+
+def _tengrad_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
+    """One refresh, and as many reuses as there are until the next."""
+    return lambda: {"refresh": _block(step, 1, x, y), "reuse": _block(step, block, x, y)}

@@ -1,0 +1,93 @@
+"""What the project promises, and whether the results keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from perf.results import Device
+
+Measure = Callable[[Device], float | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about one kind of machine: a quantity, and the most or the least that it may be."""
+
+    what: str
+    kind: str
+    bound: float
+    most: bool
+    measure: Measure
+    percent: bool = False
+
+    def wanted(self) -> str:
+        return f"{'≤' if self.most else '≥'} {self.number(self.bound)}"
+
+    def number(self, value: float) -> str:
+        return f"{value:.0%}" if self.percent else f"{value:.2f}"
+
+    def verdict(self, value: float) -> str:
+        """Judge the number as it is printed."""
+        digits = round(value, 2)
+        return "met" if (digits <= self.bound if self.most else digits >= self.bound) else "missed"
+
+
+def _step(model: str, mode: str, quantity: str) -> Measure:
+    def measure(device: Device) -> float | None:
+        wanted = (model, 128, mode)
+        found = (c for c in device.cases("steps") if (c["model"], c["samples"], c["mode"]) == wanted)
+        return next((case[quantity] for case in found), None)
+
+    return measure
+
+
+def _memory(model: str) -> Measure:
+    def measure(device: Device) -> float | None:
+        found = (case for case in device.cases("memory") if (case["model"], case["samples"]) == (model, 128))
+        return next((case["over_sgd"] for case in found), None)
+
+    return measure
+
+
+def _speedup_over_the_paper(device: Device) -> float | None:
+    return min((case["speedup"]["mean"] for case in device.cases("optimizers")), default=None)
+
+
+def _speedup_over_torch(device: Device) -> float | None:
+    return min((k.speedup for k in device.kernels() if k.speedup is not None), default=None)
+
+
+def _share_of_limit(device: Device) -> float | None:
+    return min((kernel.share for kernel in device.kernels() if kernel.large), default=None)
+
+
+def _of(kind: str, mean: float, refresh: float) -> Iterator[Target]:
+    for model, mode in (("3C1F", "plain"), ("3C1F", "compiled"), ("WRN-28-4", "plain"), ("ResNet-18", "plain")):
+        case = f"{model}, N = 128, {mode}"
+        yield Target(f"mean step over SGD's: {case}", kind, mean, True, _step(model, mode, "mean_over_sgd"))
+        yield Target(f"refresh step over SGD's: {case}", kind, refresh, True, _step(model, mode, "refresh_over_sgd"))
+    for model, most in (("3C1F", 1.5), ("WRN-28-4", 2.0)):
+        yield Target(f"peak memory over SGD's: {model}, N = 128", kind, most, True, _memory(model))
+    yield Target("the authors' optimizer time over ours, least of all cases", kind, 10, False, _speedup_over_the_paper)
+    yield Target("best torch expression over each kernel, least of all", kind, 1, False, _speedup_over_torch)
+
+
+TARGETS: Sequence[Target] = (
+    *_of("cpu", mean=1.10, refresh=4),
+    *_of("cuda", mean=1.15, refresh=3),
+    Target("share of the limit, least of the kernels at large sizes", "cuda", 0.6, False, _share_of_limit, True),
+)
+
+
+def rows(devices: Sequence[Device]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield target, machine, bound, measured and verdict: a row a machine, or one that says that there is none."""
+    for target in TARGETS:
+        able = [device for device in devices if device.kind == target.kind] or [None]
+        for device in able:
+            value = None if device is None else target.measure(device)
+            where = {"cpu": "CPU", "cuda": "GPU"}[target.kind] if device is None else str(device.info["device"])
+            if value is None:
+                yield target.what, where, target.wanted(), "–", "not measured"
+            else:
+                yield target.what, where, target.wanted(), target.number(value), target.verdict(value)

@@ -1,0 +1,142 @@
+"""The benchmarks run end to end, their page says what was measured, and their baseline takes TENGraD's steps."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    return folder, run("-m", "perf", "--quick", "--device", "cpu", "--out", str(folder / "here"))
+
+
+def test_a_quick_run_says_a_line_a_case_and_writes_a_file_a_suite(quick):
+    folder, said = quick
+    for line in ("[cholesky", "steps: tiny 3C1F, N = 8", "scaling: cost by width", "memory of tiny 3C1F"):
+        assert line in said
+    for suite in ("kernels", "steps", "optimizers", "scaling", "memory"):
+        document = json.loads((folder / "here" / f"{suite}.json").read_text())
+        assert {"device", "torch", "triton", "commit", "started"} <= set(document["machine_info"])
+        assert document["suite"] == suite
+        assert document["benchmarks"] if suite == "kernels" else document["cases"]
+
+
+def test_the_page_has_the_targets_and_what_was_measured(quick):
+    folder, _ = quick
+    page = (folder / "performance.md").read_text()
+    steps = json.loads((folder / "here" / "steps.json").read_text())["cases"]
+    assert f"| {steps[0]['mean_over_sgd']:.2f} |" in page
+    assert "| GPU | ≥ 60% | – | not measured |" in page
+    assert page.count("mean step over SGD's") == 8
+    for figure in ("steps", "scaling", "kernels"):
+        assert (folder / "figures" / f"performance-here-{figure}.png").exists()
+        assert f"(figures/performance-here-{figure}.png)" in page
+
+
+def test_no_result_names_a_place_of_the_machine(quick):
+    folder, _ = quick
+    for file in [folder / "performance.md", *(folder / "here").glob("*.json")]:
+        text = file.read_text()
+        assert not [place for place in (str(ROOT), str(folder), str(Path.home())) if place in text], file.name
+
+
+def test_the_page_judges_the_numbers_as_it_prints_them():
+    code = """
+from perf.targets import Target
+target = Target("", "cpu", 1.1, True, None)
+assert [target.verdict(x) for x in (1.0, 1.104, 1.106)] == ["met", "met", "missed"]
+least = Target("", "cuda", 0.6, False, None, percent=True)
+assert (least.wanted(), least.number(0.594), least.verdict(0.594)) == ("≥ 60%", "59%", "missed")
+"""
+    run("-c", code)
+
+
+def test_the_baseline_takes_tengrads_steps():
+    code = """
+import torch
+from perf import loops, models
+torch.set_default_dtype(torch.float64)
+loops.SETTINGS["lr"] = 1e-3
+made = models.MODELS["tiny 3C1F"]
+x, y = made.batch(8, torch.device("cpu"))
+weights = []
+for make in (loops.tengrad, loops.paper):
+    model = made.on(torch.device("cpu"))
+    optimizer = make(model, 2)
+    for _ in range(4):
+        loops.timed_step(model, optimizer, x, y)
+    weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+first = torch.cat([p.detach().flatten() for p in made.on(torch.device("cpu")).parameters()])
+assert (weights[0] - first).norm() > 1e-4
+torch.testing.assert_close(weights[0] - first, weights[1] - first, rtol=1e-10, atol=1e-14)
+"""
+    run("-c", code)
+
+
+def test_models_have_the_published_numbers_of_parameters():
+    code = """
+import torch
+from perf.models import MODELS
+for name, millions in {"ResNet-18": 11.17, "WRN-28-4": 5.87, "3C1F": 5.49}.items():
+    count = sum(p.numel() for p in MODELS[name].build().parameters())
+    assert abs(count / millions / 1e6 - 1) < 0.01, (name, count)
+for name in ("ResNet-18", "WRN-28-4", "transformer"):
+    x, _ = MODELS[name].batch(2, torch.device("cpu"))
+    assert MODELS[name].build()(x).shape == (2, 10)
+"""
+    run("-c", code)
+
+
+def test_a_gpu_machine_needs_no_package_of_the_command_line():
+    code = """
+import sys
+for name in ("rich", "cyclopts", "datasets", "tensorboard"):
+    sys.modules[name] = None
+import perf.training, perf.suites, perf.gpu, perf.__main__
+"""
+    run("-c", code)
+
+
+def test_the_gpu_command_trains_from_parquet(tmp_path):
+    write_images(tmp_path / "data")
+    out = tmp_path / "results" / "there"
+    arguments = ("--device", "cpu", "--quick", "--only", "training", "--data", str(tmp_path / "data"))
+    run("-m", "perf.gpu", "--out", str(out), "--commit", "0123456789ab", *arguments)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["parts"]["training"]["ended"] == ["finished"]
+    sgd = json.loads((out / "training.json").read_text())["cases"][1]
+    assert (sgd["optimizer"], sgd["seeds"], len(sgd["runs"][1])) == ("sgd", 2, 1)
+    page = "import sys, pathlib, perf.report as r; r.generate(*map(pathlib.Path, sys.argv[1:]))"
+    run("-c", page, str(out.parent), str(tmp_path / "page.md"))
+    assert "| sgd | 2 | 1 |" in (tmp_path / "page.md").read_text()
+
+
+def write_images(folder):
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
+    rows = []
+    for image in pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    table = pa.table({"image": rows, "label": [index % 10 for index in range(len(rows))]})
+    for part in ("train", "test"):
+        pq.write_table(table, folder / f"{part}-00000-of-00001.parquet")
