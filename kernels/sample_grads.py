@@ -25,6 +25,7 @@ from .spec import (
     KernelSpec,
     cdiv,
     contiguous,
+    expect,
     nbytes,
     normal,
     rows_contiguous,
@@ -136,9 +137,9 @@ def conv_sample_grads(
     The input channel comes last, so that what one sample's gradient reads and writes is contiguous. Tensors that are
     not channels-last are copied.
     """
-    for pixels, outputs, size, step, gap in zip(
-        x_NCHW.shape[2:], g_NOHW.shape[2:], kernel_size, stride, dilation, strict=True
-    ):
+    expect("g_NOHW", g_NOHW, x_NCHW.shape[0], *g_NOHW.shape[1:])
+    axes = zip(x_NCHW.shape[2:], g_NOHW.shape[2:], kernel_size, stride, dilation, strict=True)
+    for pixels, outputs, size, step, gap in axes:
         needed = (outputs - 1) * step + (size - 1) * gap + 1
         if pixels < needed:
             raise ValueError(f"{outputs} outputs need a padded input of {needed} pixels or more, got {pixels}")

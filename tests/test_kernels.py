@@ -233,6 +233,7 @@ def test_ops_reject_shapes_that_do_not_belong_together():
         lambda: kernels.expand(x, x, vector),
         lambda: kernels.project_rows(torch.ones(3, 4), vector),
         lambda: kernels.expand_rows(torch.ones(3, 4), vector),
+        lambda: kernels.conv_sample_grads(torch.ones(1, 1, 4, 4), torch.ones(2, 1, 4, 4), [1, 1], [1, 1], [1, 1], 1),
         lambda: kernels.cholesky(torch.ones(2, 3, 4), torch.ones(2)),
         lambda: kernels.cholesky_solve(torch.ones(2, 3, 3), torch.ones(2, 4)),
     ):
