@@ -36,7 +36,15 @@ def header_of(device: torch.device) -> dict[str, Any]:
         arch = f"{about.major}.{about.minor}"
         return header | {"device": about.name, "processors": about.multi_processor_count, "arch": arch}
     threads = torch.get_num_threads()
-    return header | {"device": platform.processor() or platform.machine(), "processors": threads, "arch": _cpu_arch()}
+    return header | {"device": processor_name(), "processors": threads, "arch": torch.backends.cpu.get_cpu_capability()}
+
+
+def processor_name() -> str:
+    """Return the CPU's model: Linux has it in a file only, elsewhere Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def default_path(device: torch.device) -> Path:
@@ -108,10 +116,6 @@ def _triton_version() -> str | None:
         return version("triton")
     except PackageNotFoundError:
         return None
-
-
-def _cpu_arch() -> str:
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _driver(device: torch.device) -> str | None:

@@ -4,17 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cyclopts import App, CycloptsError
 from cyclopts.config import Dict
+from cyclopts.types import PositiveInt
 from rich.console import Console
 
-from tengrad_triton.recipes import experiment
+from tengrad_triton.recipes import experiment, tuning
 from tengrad_triton.recipes import report as pages
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.run import RunFolder
 from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,43 @@ def report(run: Path, /, *, to: Path) -> Reporting:
     return Reporting(run, to)
 
 
-COMMANDS: dict[str, Callable[..., Training | Reporting]] = {"train": train, "report": report}
+@dataclass(frozen=True)
+class Showing:
+    """What `tengrad-triton plan show` was asked for."""
+
+    plan: Path | None
+    refresh_every: int
+
+
+def autotune(*, asked: Tuning = Tuning()) -> Tuning:  # noqa: B008
+    """Measure how to serve each weight of a model on this device, and keep it in the device's plan file.
+
+    Parameters
+    ----------
+    asked
+        One flag a field.
+    """
+    return asked
+
+
+def plan(action: Literal["show"], file: Path | None = None, /, *, refresh_every: PositiveInt = 100) -> Showing:
+    """Show a plan file.
+
+    Parameters
+    ----------
+    action
+        What to do with it.
+    file
+        The plan file; this device's own if not given.
+    refresh_every
+        Steps that share a refresh.
+    """
+    assert action == "show"
+    return Showing(file, refresh_every)
+
+
+Request = Training | Reporting | Tuning | Showing
+COMMANDS: dict[str, Callable[..., Request]] = {"train": train, "report": report, "autotune": autotune, "plan": plan}
 
 
 def run(arguments: list[str]) -> None:
@@ -76,6 +114,10 @@ def run(arguments: list[str]) -> None:
     match _parsed(arguments):
         case Reporting(path, to):
             _report(RunFolder(path), to)
+        case Tuning() as asked:
+            tuning.tune(asked, console)
+        case Showing(path, refresh_every):
+            tuning.show(path, refresh_every, console)
         case Training(settings, out, None):
             experiment.start(settings, out, console)
         case Training(_, out, Path() as path):
@@ -88,6 +130,8 @@ def run(arguments: list[str]) -> None:
 def _report(folder: RunFolder, to: Path) -> None:
     stored = _stored(folder)
     local = stored.pop("data", None) is not None  # it need not be here any more, and no page says where it was
+    if isinstance(stored.get("tengrad"), dict):
+        stored["tengrad"].pop("plan", None)  # changes times and rounding only
     pages.write(pages.read(folder, _training(["train"], folder, stored).settings, local), to)
 
 
@@ -120,7 +164,7 @@ def _training(arguments: list[str], folder: RunFolder, stored: dict[str, Any]) -
     return request
 
 
-def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Training | Reporting | None:
+def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | None:
     app = App(
         name="tengrad-triton",
         help="Exact natural-gradient steps for PyTorch.",
@@ -132,7 +176,7 @@ def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Training | R
     for command in COMMANDS.values():
         app.command(command)
     try:
-        request: Training | Reporting | None = app(
+        request: Request | None = app(
             arguments,
             exit_on_error=False,
             print_error=False,

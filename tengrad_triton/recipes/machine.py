@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tengrad_triton.plan_file import processor_name
 from tengrad_triton.recipes.errors import UsageError
 
 
@@ -23,7 +24,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
     """Return what a reader of the numbers has to know about the machine, as JSON has it."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
         "device_type": device.type,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -34,14 +35,6 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "tengrad-triton": _version("tengrad-triton"),
         "commit": _commit(),
     }
-
-
-def _processor() -> str:
-    """Return the CPU's model: Linux has it in a file only, elsewhere Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
 
 
 def _version(package: str) -> str | None:

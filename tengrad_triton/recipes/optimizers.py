@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Protocol
 
 import torch
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt, ResolvedExistingFile
 from torch import nn
 
 from tengrad_triton.fisher import Fisher
@@ -46,6 +46,8 @@ class TengradSettings:
     "Whose labels the Fisher matrix uses: drawn from the model, the data's own, or all of them."
     representation: Literal["auto"] | Representation = "auto"
     "How a layer's curvature is stored."
+    plan: ResolvedExistingFile | None = None
+    "Plan file of tengrad-triton autotune; the analytic rule chooses if not given."
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return TENGraD over all parameters."""
@@ -60,6 +62,7 @@ class TengradSettings:
             refresh_every=self.refresh_every,
             fisher=self.fisher,
             representation=self.representation,
+            plan=self.plan,
         )
 
 

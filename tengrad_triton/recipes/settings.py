@@ -68,7 +68,7 @@ class Settings:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON has them; what was not given is left out."""
-        given = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        given = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if v is not None})
         plain: dict[str, Any] = json.loads(json.dumps(given, default=str))
         return plain
 

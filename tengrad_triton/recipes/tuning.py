@@ -1,0 +1,129 @@
+"""The plan on the command line: measure a model's candidates, and show what a plan file holds."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from cyclopts import Parameter
+from cyclopts.types import PositiveFloat, PositiveInt
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tengrad_triton import plan_file
+from tengrad_triton.autotune import EXACT, autotune
+from tengrad_triton.plan import Measured, Plan, Representation
+from tengrad_triton.recipes import machine
+from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.models import MODELS, ImageShape, ModelName
+
+SHAPES: dict[DatasetName, tuple[ImageShape, int]] = {
+    "digits": ((1, 8, 8), 10),
+    "fashion-mnist": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What `tengrad-triton autotune` measures, and where it keeps that."""
+
+    model: ModelName = "3c1f"
+    "The model, as in tengrad-triton train."
+    width: PositiveInt = 32
+    "Channels of a convolution, or units of a hidden layer."
+    dataset: DatasetName = "digits"
+    "The data set whose image size and classes the model gets; no data is read."
+    batch_size: PositiveInt = 128
+    "Images a step."
+    bf16: Annotated[bool, Parameter(negative=())] = False
+    "Also try per-sample gradients rounded to bfloat16."
+    seconds: PositiveFloat = 0.2
+    "Time for each kernel of each candidate."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to measure."
+    refresh_every: PositiveInt = 100
+    "Steps that share a refresh, in the table's times and choices."
+    plan: Path | None = None
+    "The plan file; the device's own in the user's cache folder if not given."
+
+
+def tune(tuning: Tuning, console: Console) -> None:
+    """Measure, keep and show."""
+    device = machine.chosen_device(tuning.device)
+    shape, classes = SHAPES[tuning.dataset]
+    torch.manual_seed(0)
+    model = MODELS[tuning.model](shape, classes, tuning.width).to(device)
+    path = tuning.plan or plan_file.default_path(device)
+    representations: tuple[Representation, ...] = (*EXACT, "per_sample_bf16") if tuning.bf16 else EXACT
+    with _said(console), Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=None)
+        measured = autotune(
+            model,
+            torch.randn(tuning.batch_size, *shape, device=device),
+            representations=representations,
+            seconds=tuning.seconds,
+            path=path,
+            progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
+        )
+    console.print(table_of(measured, tuning.refresh_every))
+    console.print(f"kept in {path}", soft_wrap=True, highlight=False)
+
+
+def show(path: Path | None, refresh_every: int, console: Console) -> None:
+    """Show the plan in a file; raises `UsageError` if there is none that holds here."""
+    device = machine.chosen_device("auto")
+    file = path or plan_file.default_path(device)
+    if not file.exists():
+        raise UsageError(f"{file}: no such plan: make one with tengrad-triton autotune")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plan = plan_file.load(file, device)
+    if said:
+        raise UsageError(str(said[0].message))
+    console.print(table_of(plan, refresh_every))
+    console.print(f"from {file}", soft_wrap=True, highlight=False)
+
+
+def table_of(plan: Plan, refresh_every: int) -> Table:
+    """Return a row a geometry: the choice, its time and memory, and the runner-up."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=f"µs a step, a refresh shared by {refresh_every} steps")
+    for heading in ("weight", "choice", "by torch"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("µs", "MiB", "runner-up", "µs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for key, entry in plan.entries.items():
+        ranked = sorted(entry, key=lambda name, entry=entry: entry[name].per_step(refresh_every))  # type: ignore[misc]
+        first, second = entry[ranked[0]], entry[ranked[1]] if len(ranked) > 1 else None
+        table.add_row(
+            key,
+            ranked[0],
+            ", ".join(first.torch_for) or ("all" if _only_torch(first) else "-"),
+            f"{first.per_step(refresh_every) * 1e6:.0f}",
+            f"{first.bytes / 2**20:.1f}",
+            ranked[1] if second else "-",
+            f"{second.per_step(refresh_every) * 1e6:.0f}" if second else "-",
+        )
+    return table
+
+
+def _only_torch(measured: Measured) -> bool:
+    return all(set(times) == {"torch"} for times in measured.seconds.values())
+
+
+@contextmanager
+def _said(console: Console) -> Iterator[None]:
+    """Print the tuner's warnings as lines."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    for warning in said:
+        console.print(str(warning.message), style="yellow", soft_wrap=True, highlight=False)
