@@ -3,7 +3,7 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 RUN    := $(VENV)/bin/python -m
 
-.PHONY: train test test-slow lint clean
+.PHONY: train test test-slow bench lint clean
 
 train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and AdamW
 	$(VENV)/bin/tengrad-triton train
@@ -13,6 +13,9 @@ test: $(READY) lint        ## everything but the tests marked slow
 
 test-slow: $(READY)        ## the tests marked slow
 	$(RUN) pytest -m slow
+
+bench: $(READY)           ## the benchmarks that fit this machine, into perf/results and docs/performance.md
+	$(RUN) perf
 
 lint: $(READY)
 	$(RUN) ruff check .
