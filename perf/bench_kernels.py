@@ -19,7 +19,7 @@ from tengrad_triton import kernels
 
 
 def pytest_generate_tests(metafunc):
-    cases = sorted(sized(SPECS, metafunc.config.getoption("scale")), key=lambda case: not case.large)
+    cases = sized(SPECS, metafunc.config.getoption("scale"))
     metafunc.parametrize("case", cases, ids=[f"{case.spec.name}: {case.size}" for case in cases])
 
 

@@ -27,9 +27,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parent.parent
-SECONDS = {"tests": 120, "kernels": 130, "steps": 140, "training": 140}
+SECONDS = {"tests": 110, "kernels": 140, "steps": 150, "training": 130}
 GRACE = 0.85  # of a part's time: until then it may begin something
+LAST_WORDS = 5  # seconds that a part has to write down what it has got, once its time is up
 SHARDS = ("cholesky", "gram", "expand", "sample_grads")  # of the tests, which are mostly compilation
 
 
@@ -38,12 +41,22 @@ def commands(part: str, options: argparse.Namespace) -> list[list[str]]:
     until = ["--seconds", str(GRACE * options.budget[part])]
     place = ["--device", options.device, "--out", str(options.out)]
     if part == "tests":
-        tests = ["-m", "pytest", "tests/test_kernels.py", "-v", "-p", "no:cacheprovider"]
+        tests = [
+            "-m",
+            "pytest",
+            "tests/test_kernels.py",
+            "-v",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "default",
+        ]
         return [[*tests, "-k", shard] for shard in (["costs"] if options.quick else shards())]
     if part == "training":
         small = ["--limit", "256", "--epochs", "1", "--seeds", "2", "--width", "8"] if options.quick else []
         return [["-m", "perf.training", "--data", str(options.data), *place, *until, *small]]
-    suites = ["kernels"] if part == "kernels" else ["steps", "memory", "optimizers", "scaling"]
+    suites = ["kernels"] if part == "kernels" else ["optimizers", "memory", "scaling", "steps"]
     quick = ["--quick"] if options.quick else []
     return [["-m", "perf", *place, *until, *quick, "--no-page", "--only", *suites]]
 
@@ -88,8 +101,13 @@ def ending(child: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, with all that it has started."""
-    if child.poll() is None:
+    """End a process that still runs, with all that it has started; it may write down what it has got."""
+    if child.poll() is not None:
+        return
+    os.killpg(child.pid, signal.SIGINT)
+    try:
+        child.wait(LAST_WORDS)
+    except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
@@ -117,6 +135,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cpu rehearses")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to rehearse")
     options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here; --device cpu --quick rehearses without one")
     options.out = options.out.resolve()
     options.data = options.data and options.data.resolve()
     options.parts = [name for name in options.only if name != "training" or options.data]

@@ -93,7 +93,8 @@ def load(folder: Path) -> list[Device]:
 
 def _documents(place: Path) -> dict[str, dict[str, Any]]:
     """Return the files of one machine by suite. Where git could not be asked, a summary may know the commit."""
-    read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(place.glob("*.json"))}
+    files = [file for file in sorted(place.glob("*.json")) if file.stat().st_size]  # an interrupted suite's is empty
+    read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     commit = read.pop("summary", {}).get("commit")
     for document in read.values():
         document["machine_info"]["commit"] = document["machine_info"]["commit"] or commit

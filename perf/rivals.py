@@ -57,16 +57,11 @@ def _expand_by_product(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     return g_GRO.mT @ a_NGPI.transpose(0, 1).flatten(1, 2)
 
 
-def _inverse(c_LNN: Tensor) -> Tensor:
-    return torch.linalg.inv(c_LNN)
-
-
 OTHERS: Mapping[str, Mapping[str, Work]] = {
     "gram": {"pairs": _gram_of_pairs},
     "conv_sample_grads": {"grouped convolution": _grouped_convolution, "batched product": _batched_product},
     "project": {"product": _project_by_expansion},
     "expand": {"product": _expand_by_product},
-    "cholesky_inverse": {"inverse": _inverse},
 }
 
 

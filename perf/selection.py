@@ -58,7 +58,7 @@ _MINUTES = "minutes a step on two cores"
 CPU = Selection(
     scale="cpu",
     kernel_rounds=7,
-    compiled=False,
+    compiled=True,
     suites={
         "steps": [
             StepCase("3C1F", 128, 5),

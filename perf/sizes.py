@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -145,11 +146,16 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
 
 
 def sized(specs: tuple[KernelSpec, ...], scale: Scale) -> list[Sized]:
-    """Return every kernel at the sizes of a scale: ``"small"`` its first example, ``"cpu"`` what two cores can do."""
-    cases = []
+    """Return every kernel at the sizes of a scale: ``"small"`` its first example, ``"cpu"`` what two cores can do.
+
+    First comes one size of every kernel, a large one where there is one; where time is short, the others wait.
+    """
+    ranked = []
     for spec in specs:
         made: dict[str, Make] = dict(SIZES.get(spec.name, {}))
         if scale == "small" or not made:
             made = {name: partial(example, torch.float32) for name, example in list(spec.examples.items())[:1]}
-        cases += [Sized(spec, name, make) for name, make in made.items()]
-    return [case for case in cases if scale == "gpu" or not case.large]
+        cases = [Sized(spec, name, make) for name, make in made.items()]
+        cases = sorted((case for case in cases if scale == "gpu" or not case.large), key=lambda case: not case.large)
+        ranked += list(enumerate(cases))
+    return [case for _, case in sorted(ranked, key=itemgetter(0))]
