@@ -17,7 +17,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--device", type=torch.device, help="cpu or cuda; a GPU where there is one")
     parser.add_argument("--out", type=Path, help="where to; perf/results/DEVICE, or runs/perf/DEVICE if quick")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after that time")
+    parser.add_argument("--seconds", type=float, default=660, help="begin no case after that time; 660 by default")
     parser.add_argument("--no-page", action="store_true", help="measure only")
     parser.add_argument("--report-only", action="store_true", help="generate the page from the results that there are")
     return parser.parse_args()

@@ -86,6 +86,21 @@ torch.testing.assert_close(weights[0] - first, weights[1] - first, rtol=1e-10, a
     run("-c", code)
 
 
+def test_rivals_compute_what_the_kernels_do():
+    code = """
+import torch
+from perf.rivals import OTHERS
+from tengrad_triton.kernels import SPECS
+specs = {spec.name: spec for spec in SPECS}
+for name, others in OTHERS.items():
+    for example in specs[name].examples.values():
+        arguments = example(torch.float32, torch.device("cpu"))
+        for work in others.values():
+            torch.testing.assert_close(work(*arguments), specs[name].reference(*arguments), rtol=1e-4, atol=1e-3)
+"""
+    run("-c", code)
+
+
 def test_models_have_the_published_numbers_of_parameters():
     code = """
 import torch
