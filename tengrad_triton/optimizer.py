@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,12 +17,12 @@ from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import Fisher, Likelihood, likelihood_of
 from tengrad_triton.plan import MAX_BYTES, Choice, Plan, Representation
 from tengrad_triton.plan_file import load
-from tengrad_triton.refresh import compressed_blocks, full_name, gather, geometries_of, jacobians_of
+from tengrad_triton.refresh import compressed_blocks, gather, geometries_of, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
-from tengrad_triton.summary import Summary, summarize
-from tengrad_triton.update import Target, settings_of
+from tengrad_triton.summary import Summary, choices_of, summarize
+from tengrad_triton.update import Settings, Target, on_device
 from tengrad_triton.validation import check_group, check_refresh_every, check_settings
-from tengrad_triton.woodbury import Curvature, curvature
+from tengrad_triton.woodbury import Curvature, curvature, failures_of
 
 Schedule = Callable[[int], float]
 T = TypeVar("T")
@@ -99,7 +100,9 @@ class TENGraD(torch.optim.Optimizer):
         self._fisher, self._likelihood = fisher, likelihood_of(likelihood)
         self._by_hand = None if representation == "auto" else representation
         self._max_bytes, self._tol = max_bytes, tol
-        self._unsupported, self._backend, self._ops = unsupported, backend, kernels_of(backend)
+        self._unsupported, self._backend = unsupported, backend
+        self._kernels_for = partial(kernels_of, backend)
+        self._ops = self._kernels_for()
         device = next(model.parameters()).device
         self._plan = plan if isinstance(plan, Plan) else load(Path(plan), device) if plan is not None else Plan({})
         self._generator = torch.Generator(device)
@@ -108,6 +111,7 @@ class TENGraD(torch.optim.Optimizer):
         self._age = 0  # steps taken with the present curvature
         self._curvature: Curvature | None = None
         self._schedules: list[Schedule | None] = []  # of the damping, by group
+        self._settings: dict[int, Settings] = {}
         self._warned: set[str] = set()
         self._blocks: list[Block] = []
         self._capture = Capture(model, {}, self._fisher, self._likelihood, self._generator)
@@ -122,8 +126,6 @@ class TENGraD(torch.optim.Optimizer):
         }
         super().__init__(model.parameters() if params is None else params, defaults)
         self._rebuild()
-
-    # Groups and blocks
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its parameters take part from the next step on, which refreshes the curvature."""
@@ -165,8 +167,6 @@ class TENGraD(torch.optim.Optimizer):
     def close(self) -> None:
         """Take all hooks off the model. A step that is due for a refresh is an error from then on."""
         self._capture.disarm()
-
-    # The step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget the batches that they came from."""
@@ -224,29 +224,22 @@ class TENGraD(torch.optim.Optimizer):
         chosen = self._plan.choose(geometries_of(uses), self._by_hand, self._interval(), self._max_bytes)
         jacobians = jacobians_of(uses, chosen, self._kernels_for)
         tol = dict.fromkeys(compressed_blocks(uses, chosen), self._tol)
-        return curvature(jacobians, *self._damping_of(jacobians), self._ops, tol)
+        return curvature(jacobians, *self._damping_of(list(jacobians)), self._ops, tol)
 
-    def _kernels_for(self, torch_for: tuple[str, ...]) -> Any:
-        return kernels_of(self._backend, torch_for)
-
-    def _damping_of(self, names: Iterable[str]) -> tuple[Tensor, Tensor]:
+    def _damping_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return the dampings that hold at this step, and the failures so far, of the blocks named."""
         for group, schedule in zip(self.param_groups, self._schedules, strict=True):
             if schedule is not None:
                 group["damping"] = schedule(self._steps)
                 check_group(group)
-        device = self._generator.device
         dampings = {block.name: self.param_groups[block.group]["damping"] for block in self._blocks}
-        damping_L = torch.tensor([dampings[name] for name in names], dtype=torch.float64, device=device)
-        before, failures_L = self._curvature, torch.zeros_like(damping_L)
-        if before is not None and len(damping_L):
-            counts = dict(zip(before.blocks, before.failures_L.unbind(), strict=True))
-            failures_L = torch.stack([counts.get(name, failures_L.new_zeros(())).to(failures_L) for name in names])
-        return damping_L, failures_L
+        return on_device([dampings[name] for name in names], self._generator.device), failures_of(
+            names, self._curvature
+        )
 
     def _targets(self) -> list[Target]:
         """Return every parameter that has a gradient."""
-        settings = [settings_of(group) for group in self.param_groups]
+        settings = self._settings_now()
         return [
             Target(
                 block.name, label, parameter, self._momentum_of(parameter), parameter.grad,
@@ -257,13 +250,15 @@ class TENGraD(torch.optim.Optimizer):
             if parameter.grad is not None
         ]  # fmt: skip
 
+    def _settings_now(self) -> list[Tensor]:
+        """Return the groups' numbers as tensors."""
+        return [self._settings.setdefault(index, Settings()).of(group) for index, group in enumerate(self.param_groups)]
+
     def _momentum_of(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         return state["momentum_buffer"]
-
-    # State
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that `step` reads: torch's entries, and the curvature with its age and the generator of labels."""
@@ -296,14 +291,7 @@ class TENGraD(torch.optim.Optimizer):
 
     def choices(self) -> dict[str, Choice]:
         """Return how J of every preconditioned parameter is stored at present, by the parameter's name."""
-        if self._curvature is None:
-            return {}
-        samples = self._curvature.inverse_LNN.shape[-1]
-        return {
-            full_name(name, label): Choice(rows.representation(samples), rows.ops.torch_for)
-            for name, block in self._curvature.blocks.items()
-            for label, rows in block.items()
-        }
+        return choices_of(self._curvature)
 
     def summary(self) -> Summary:
         """Return a row for every parameter: its block, representation, kernels and bytes; printable."""

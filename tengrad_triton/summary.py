@@ -7,6 +7,8 @@ from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.blocks import Block
 from tengrad_triton.jacobian import Factored
+from tengrad_triton.plan import Choice
+from tengrad_triton.refresh import full_name
 from tengrad_triton.woodbury import Curvature
 
 
@@ -47,6 +49,17 @@ def summarize(blocks: Sequence[Block], curvature: Curvature | None) -> Summary:
     """Return the summary of ``blocks`` under the present curvature, if there is one yet."""
     rows = tuple(_row(block, label, curvature) for block in blocks for label in block.parameters)
     return Summary(rows, 0 if curvature is None else int(curvature.failures_L.sum()))
+
+
+def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
+    """Return how J of every preconditioned parameter is stored, by the parameter's name."""
+    blocks = {} if curvature is None else curvature.blocks
+    samples = 0 if curvature is None else curvature.inverse_LNN.shape[-1]
+    return {
+        full_name(name, label): Choice(rows.representation(samples), rows.ops.torch_for)
+        for name, block in blocks.items()
+        for label, rows in block.items()
+    }
 
 
 def _row(block: Block, label: str, curvature: Curvature | None) -> Row:

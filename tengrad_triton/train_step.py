@@ -22,7 +22,6 @@ from tengrad_triton.graphs import Calls, Graphs, LossFn, State
 from tengrad_triton.optimizer import TENGraD
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
-from tengrad_triton.update import settings_of
 from tengrad_triton.woodbury import Curvature
 
 
@@ -180,7 +179,7 @@ class TrainStep:
     def _state(self, learned: Learned) -> State:
         parameters = dict(self._model.named_parameters())
         momenta = {name: self._optimizer._momentum_of(parameters[name]) for name in learned.graphs.trained}
-        settings = [settings_of(group) for group in self._optimizer.param_groups]
+        settings = self._optimizer._settings_now()
         return State(parameters, dict(self._model.named_buffers()), momenta, settings)
 
     def _compiled_reuse(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,35 @@ class Target:
     nesterov: bool
 
 
-def settings_of(group: Mapping[str, Any]) -> Tensor:
-    """Return a parameter group's [lr, momentum, weight_decay, shrink] on its device, in float32 at least.
+class Settings:
+    """A parameter group's [lr, momentum, weight_decay, shrink], as one tensor that stays where it is.
 
-    As a tensor, so that a schedule changes numbers and not code.
+    A schedule changes its numbers and not code, and a captured graph finds them where they were. They are written by
+    kernels that carry the number along: copying them from the host would wait for the device.
     """
-    decay, lr, parameters = group["weight_decay"], group["lr"], group["params"]
-    coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-    numbers = [0.0 if isinstance(lr, Tensor) else lr, group["momentum"], coupled, shrink]
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-    settings = torch.tensor(numbers, dtype=dtype, device=parameters[0].device)
-    if isinstance(lr, Tensor):
-        settings[0] = lr.reshape(())  # stays on the device: reading it back would stop the host
-    return settings
+
+    def __init__(self) -> None:
+        self._numbers: tuple[float, ...] = ()
+        self._tensor = torch.empty(0)
+
+    def of(self, group: Mapping[str, Any]) -> Tensor:
+        """Return the group's numbers as they are now, on its device, in float32 at least."""
+        decay, lr, first = group["weight_decay"], group["lr"], group["params"][0]
+        coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
+        numbers = (0.0 if isinstance(lr, Tensor) else lr, group["momentum"], coupled, shrink)
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
+        if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, first.device):
+            self._tensor, self._numbers = torch.zeros(4, dtype=dtype, device=first.device), (0.0,) * 4
+        for index, (old, new) in enumerate(zip(self._numbers, numbers, strict=True)):
+            if old != new:
+                self._tensor[index].fill_(new)
+        self._numbers = numbers
+        if isinstance(lr, Tensor):
+            self._tensor[0].copy_(lr.reshape(()))
+        return self._tensor
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Return numbers as a tensor in float64 without waiting for the device, as copying them from the host would."""
+    filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
+    return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)

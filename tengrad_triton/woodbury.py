@@ -98,6 +98,13 @@ def curvature(
     return compress(factored, k_LNN, samples * damping_L, tol) if tol else factored
 
 
+def failures_of(names: Sequence[str], before: Curvature | None) -> Tensor:
+    """Return how many factorizations of the blocks named have failed before, on the device that knows."""
+    counts = {} if before is None else dict(zip(before.blocks, before.failures_L.unbind(), strict=True))
+    none = next((count.new_zeros(()) for count in counts.values()), torch.zeros(()))
+    return torch.stack([counts.get(name, none) for name in names]) if names else torch.empty(0)
+
+
 def compress(full: Curvature, k_LNN: Tensor, shift_L: Tensor, tol: Mapping[str, float]) -> Curvature:
     """Keep of each block named in ``tol`` the directions whose share of the correction is at least that tolerance.
 

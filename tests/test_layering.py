@@ -43,13 +43,13 @@ MAY_IMPORT = {
     "plan_file": {"kernels", "plan"},
     "refresh": {"backend", "blocks", "capture", "jacobian", "layers", "plan", "woodbury"},
     "state": {"backend", "blocks", "jacobian", "woodbury"},
-    "summary": {"blocks", "jacobian", "woodbury"},
+    "summary": {"blocks", "jacobian", "plan", "refresh", "woodbury"},
     "update": set(),
     "validation": {"fisher", "plan"},
     "tape": set(),
     "graphs": {"blocks", "fisher", "plan", "refresh", "state", "tape", "update", "woodbury"},
     "train_step": {
-        *("backend", "capture", "fisher", "graphs", "optimizer", "state", "tape", "update", "woodbury"),
+        *("backend", "capture", "fisher", "graphs", "optimizer", "state", "tape", "woodbury"),
     },
     "woodbury": {"jacobian", "update", "kernels"},
 }
