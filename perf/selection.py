@@ -74,7 +74,7 @@ CPU = Selection(
             StepCase("transformer", 512, 3),
             StepCase("3C1F", 512, 2),
         ],
-        "optimizers": [OptimizerCase("small 3C1F", 32, 7), OptimizerCase("3C1F", 8, 5)],
+        "optimizers": [OptimizerCase("small 3C1F", 32, 7), OptimizerCase("3C1F", 16, 3)],
         "scaling": [
             ScalingCase("samples", (16, 32, 64, 128, 256), _BASE, 7),
             ScalingCase("width", (16, 32, 64, 128), _BASE, 7),
