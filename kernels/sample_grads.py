@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import triton_op
+from torch.nn.grad import conv2d_weight
 
 from .reuse import expect_factors, factors
 from .spec import (
@@ -34,7 +35,7 @@ from .spec import (
     triton,
 )
 
-_CHUNK_ELEMENTS = 1 << 24  # entries of the unfolded input that the definition holds at a time
+_MANY_POSITIONS = 64
 
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
@@ -150,17 +151,18 @@ def conv_sample_grads(
 def conv_sample_grads_reference(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """J_n = Σ_p g_np a_npᵀ over the unfolded input a, some samples at a time."""
-    n, channels = x_NCHW.shape[:2]
-    g_NGPO = g_NOHW.reshape(n, groups, -1, g_NOHW[0, 0].numel()).mT
-    unfolded = g_NGPO.shape[2] * channels * kernel_size[0] * kernel_size[1]
-    chunk = max(1, _CHUNK_ELEMENTS // unfolded)
-    return torch.cat(
-        [
-            sample_grads_reference(unfold(x, kernel_size, stride, dilation, groups), g)
-            for x, g in zip(torch.split(x_NCHW, chunk), torch.split(g_NGPO, chunk), strict=True)
-        ]
-    )
+    """J_n = Σ_p g_np a_npᵀ: the gradient of a convolution's weight with every sample as a group of its own.
+
+    With few positions the unfolded input makes larger matrix products (8 × 8 pixels is where the two meet on a CPU).
+    """
+    (n, channels), (outputs, *pixels) = x_NCHW.shape[:2], g_NOHW.shape[1:]
+    if pixels[0] * pixels[1] < _MANY_POSITIONS:
+        g_NGPO = g_NOHW.reshape(n, groups, outputs // groups, -1).mT
+        return sample_grads_reference(unfold(x_NCHW, kernel_size, stride, dilation, groups), g_NGPO)
+    x_1CHW, g_1OHW = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:]), g_NOHW.reshape(1, -1, *pixels)
+    size = (n * outputs, channels // groups, *kernel_size)
+    j = conv2d_weight(x_1CHW, size, g_1OHW, tuple(stride), 0, tuple(dilation), n * groups)
+    return j.permute(0, 2, 3, 1).reshape(n, -1)
 
 
 def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int) -> Tensor:

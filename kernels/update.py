@@ -49,6 +49,13 @@ def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings:
         param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)
 
 
+def _direction(expanded_OKI: Tensor, grad_OKI: Tensor, divisor: Tensor) -> Tensor:
+    """(grad − expanded) / divisor, lying in memory as the gradient does, or arithmetic on the two would crawl."""
+    if expanded_OKI.stride() == grad_OKI.stride():
+        return expanded_OKI.sub_(grad_OKI).div_(-divisor)
+    return (grad_OKI - expanded_OKI).div_(divisor)
+
+
 def _expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor) -> None:
     expect("momentum_OKI", momentum_buffer, *param.shape)
     expect("grad_OKI", grad, *param.shape)
@@ -97,7 +104,7 @@ def expand_update_reference_(
 ) -> None:
     """`update_` along (grad − expand(a, g, w)) / divisor."""
     expanded_OKI = expand_reference(a_NGPI, g_NGPO, w_N).reshape(param_OKI.shape)
-    update_(param_OKI, momentum_OKI, expanded_OKI.sub_(grad_OKI).div_(-divisor), settings, nesterov)
+    update_(param_OKI, momentum_OKI, _direction(expanded_OKI, grad_OKI, divisor), settings, nesterov)
 
 
 @triton.jit
@@ -193,7 +200,7 @@ def expand_rows_update_reference_(
 ) -> None:
     """`update_` along (grad − Jᵀ w) / divisor."""
     expanded_OKI = expand_rows_reference(j_NK, w_N).reshape(param_OKI.shape)
-    update_(param_OKI, momentum_OKI, expanded_OKI.sub_(grad_OKI).div_(-divisor), settings, nesterov)
+    update_(param_OKI, momentum_OKI, _direction(expanded_OKI, grad_OKI, divisor), settings, nesterov)
 
 
 @triton.jit

@@ -86,6 +86,11 @@ LAYERS = {
     "conv, depthwise": conv(4, 4, 3, groups=4, padding=1),
     "conv, depthwise with multiplier": conv(3, 6, 3, groups=3, stride=2),
     "conv, pointwise": conv(4, 3, 1),
+    "conv, many positions": Case(lambda: Flat(nn.Conv2d(2, 3, 3, padding=1)), (2, 9, 8)),
+    "conv, many positions, every option": Case(
+        lambda: Flat(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 3), dilation=(1, 2), groups=2)), (4, 14, 13)
+    ),
+    "conv, many positions, depthwise": Case(lambda: Flat(nn.Conv2d(3, 6, 3, groups=3, padding=1)), (3, 8, 9)),
     "conv, in-place activation": Case(lambda: Flat(nn.Conv2d(2, 3, 3), between=nn.ReLU(inplace=True)), (2, 6, 6)),
     "conv called twice": Case(lambda: Flat(nn.Conv2d(2, 2, 3, padding=1), calls=2), (2, 5, 5)),
     "conv called twice, other sizes": Case(lambda: Flat(nn.Conv2d(2, 2, 3), calls=2), (2, 7, 7)),
