@@ -56,15 +56,18 @@ def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure
                     values,
                     line,
                     color=color,
-                    marker=marker if part == "test" else None,
+                    marker=marker if part == "test" or len(epochs) == 1 else None,  # one epoch makes no line
+                    markerfacecolor=None if part == "test" else "none",
                     markevery=max(1, len(values) // MARKERS),
                     markersize=5,
                     alpha=1 if part == "test" else 0.6,
                     label=f"{name}, {part}",
                 )
     by_epoch.set(xlabel="epoch", ylabel=label)
-    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    by_epoch.set_xlim(0.5, max((len(record.rows) for record in history.values()), default=1) + 0.5)
     by_time.set(xlabel="training time (s)")
+    by_time.set_xlim(left=0)
     _finish(panels, quantity)
     by_time.legend(fontsize="small")
     return figure

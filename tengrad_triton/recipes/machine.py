@@ -28,7 +28,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "device_type": device.type,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -84,7 +84,8 @@ def _setup(run: Run) -> dict[str, object]:
 
 def _optimizers(run: Run) -> dict[str, object]:
     settings = {name: asdict(run.settings)[name] for name in run.settings.optimizer}
-    return {name: ", ".join(f"{key} {value}" for key, value in of.items()) for name, of in settings.items()}
+    given = {name: {key: value for key, value in of.items() if value is not None} for name, of in settings.items()}
+    return {name: ", ".join(f"{key} {value}" for key, value in of.items()) for name, of in given.items()}
 
 
 def _command(run: Run) -> str:
