@@ -35,8 +35,6 @@ from .spec import (
     triton,
 )
 
-_MANY_POSITIONS = 64
-
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
@@ -153,10 +151,10 @@ def conv_sample_grads_reference(
 ) -> Tensor:
     """J_n = Σ_p g_np a_npᵀ: the gradient of a convolution's weight with every sample as a group of its own.
 
-    With few positions the unfolded input makes larger matrix products (8 × 8 pixels is where the two meet on a CPU).
+    With fewer positions than channels the unfolded input makes larger matrix products, and is no larger than J.
     """
     (n, channels), (outputs, *pixels) = x_NCHW.shape[:2], g_NOHW.shape[1:]
-    if pixels[0] * pixels[1] < _MANY_POSITIONS:
+    if pixels[0] * pixels[1] < channels // groups:
         g_NGPO = g_NOHW.reshape(n, groups, outputs // groups, -1).mT
         return sample_grads_reference(unfold(x_NCHW, kernel_size, stride, dilation, groups), g_NGPO)
     x_1CHW, g_1OHW = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:]), g_NOHW.reshape(1, -1, *pixels)

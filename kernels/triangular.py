@@ -100,7 +100,7 @@ def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
 
 def cholesky_solve_reference(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
     """Z = Wᵀ (W y)."""
-    return (w_LNN.mT @ (w_LNN @ y_LN.unsqueeze(-1))).squeeze(-1)
+    return (y_LN.unsqueeze(1) @ w_LNN.mT @ w_LNN).squeeze(1)
 
 
 @triton.jit

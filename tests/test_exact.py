@@ -86,6 +86,10 @@ LAYERS = {
     "conv, depthwise": conv(4, 4, 3, groups=4, padding=1),
     "conv, depthwise with multiplier": conv(3, 6, 3, groups=3, stride=2),
     "conv, pointwise": conv(4, 3, 1),
+    "conv, fewer positions than channels": Case(lambda: Flat(nn.Conv2d(6, 2, 3)), (6, 4, 4)),
+    "conv, fewer positions than channels, every option": Case(
+        lambda: Flat(nn.Conv2d(16, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2)), (16, 5, 4)
+    ),
     "conv, many positions": Case(lambda: Flat(nn.Conv2d(2, 3, 3, padding=1)), (2, 9, 8)),
     "conv, many positions, every option": Case(
         lambda: Flat(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 3), dilation=(1, 2), groups=2)), (4, 14, 13)
