@@ -65,10 +65,10 @@ def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure
                 )
     by_epoch.set(xlabel="epoch", ylabel=label)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    by_epoch.set_xlim(0.5, max((len(record.rows) for record in history.values()), default=1) + 0.5)
     by_time.set(xlabel="training time (s)")
-    by_time.set_xlim(left=0)
     _finish(panels, quantity)
+    by_epoch.set_xlim(0.5, max((len(record.rows) for record in history.values()), default=1) + 0.5)
+    by_time.set_xlim(left=0)
     by_time.legend(fontsize="small")
     return figure
 
