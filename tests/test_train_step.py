@@ -135,7 +135,7 @@ def test_compiled_equals_plain(model, options):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inductor's own
 @pytest.mark.parametrize("model", ["convolution, batch norm, dropout", "a shared module"])
 def test_compiled_equals_plain_under_inductor(model):
     with torch._inductor.config.patch(fallback_random=True):  # dropout's numbers are then eager's
