@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from tengrad_triton import kernels, plan_file
 from tengrad_triton.backend import kernels_of
-from tengrad_triton.blocks import find_blocks
+from tengrad_triton.blocks import find_blocks, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import LIKELIHOODS
 from tengrad_triton.jacobian import Uses, jacobian_of
 from tengrad_triton.plan import Measured, Plan, Representation
-from tengrad_triton.refresh import full_name, gather, geometries_of
+from tengrad_triton.refresh import gather, geometries_of
 from tengrad_triton.update import Target
 
 EXACT: tuple[Representation, ...] = ("factored", "per_sample")

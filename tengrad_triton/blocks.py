@@ -39,7 +39,12 @@ class Block:
 
     def label(self, parameter: str) -> str:
         """Return the parameter's full name."""
-        return f"{self.name}.{parameter}" if self.name else parameter
+        return full_name(self.name, parameter)
+
+
+def full_name(block: str, parameter: str) -> str:
+    """Return a parameter's name in the model, from its block's name and its own within it."""
+    return f"{block}.{parameter}" if block else parameter
 
 
 def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[Block]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.backend import KernelsFor
-from tengrad_triton.blocks import Block
+from tengrad_triton.blocks import Block, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.jacobian import Jacobian, Uses, geometry_of, jacobian_of
 from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
@@ -105,8 +105,3 @@ def compressed_blocks(gathered: Mapping[str, BlockUses], chosen: Chosen) -> list
     """Return the blocks with a weight that is to be compressed; all of a block has the same directions."""
     compressed = {name for name, choice in chosen.items() if choice.representation == "compressed"}
     return [name for name, block in gathered.items() if any(full_name(name, label) in compressed for label in block)]
-
-
-def full_name(block: str, label: str) -> str:
-    """Return a parameter's name in the model."""
-    return f"{block}.{label}" if block else label

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
-from tengrad_triton.blocks import Block
+from tengrad_triton.blocks import Block, full_name
 from tengrad_triton.jacobian import Factored
 from tengrad_triton.plan import Choice
-from tengrad_triton.refresh import full_name
 from tengrad_triton.woodbury import Curvature
 
 

@@ -79,11 +79,12 @@ def curvature(
 ) -> Curvature:
     """Factor K + N α I for every block, in one batch; ``failures_L`` counts the failures of each block so far.
 
-    The blocks named in ``tol`` are compressed to that tolerance, which reads their rank back from the device.
-
     Where the factorization fails because rounding made K indefinite, that block takes the gradient over its largest
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
-    raises the block's damping tenfold from the next refresh on. No value is read back from the device.
+    raises the block's damping tenfold from the next refresh on.
+
+    The blocks named in ``tol`` are compressed to that tolerance: their rank, and nothing else, is read back from the
+    device.
     """
     if not blocks:
         return Curvature(blocks, damping_L.new_empty(0, 0, 0), damping_L, failures_L)

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "plan_file": {"kernels", "plan"},
     "refresh": {"backend", "blocks", "capture", "jacobian", "layers", "plan", "woodbury"},
     "state": {"backend", "blocks", "jacobian", "woodbury"},
-    "summary": {"blocks", "jacobian", "plan", "refresh", "woodbury"},
+    "summary": {"blocks", "jacobian", "plan", "woodbury"},
     "update": set(),
     "validation": {"fisher", "plan"},
     "tape": set(),
