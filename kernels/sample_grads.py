@@ -35,6 +35,9 @@ from .spec import (
     triton,
 )
 
+_UNFOLD_BELOW = 4  # positions for each channel below which unfolding a convolution's input pays (measured on two cores)
+_CACHED_BYTES = 8 * 2**20  # unfolded inputs that a CPU's caches hold
+
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
@@ -151,16 +154,30 @@ def conv_sample_grads_reference(
 ) -> Tensor:
     """J_n = Σ_p g_np a_npᵀ: the gradient of a convolution's weight with every sample as a group of its own.
 
-    With fewer positions than channels the unfolded input makes larger matrix products, and is no larger than J.
+    With few positions for its channels the unfolded input makes larger matrix products.
     """
     (n, channels), (outputs, *pixels) = x_NCHW.shape[:2], g_NOHW.shape[1:]
-    if pixels[0] * pixels[1] < channels // groups:
-        g_NGPO = g_NOHW.reshape(n, groups, outputs // groups, -1).mT
-        return sample_grads_reference(unfold(x_NCHW, kernel_size, stride, dilation, groups), g_NGPO)
+    if pixels[0] * pixels[1] < _UNFOLD_BELOW * channels // groups:
+        return _unfolded_sample_grads(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
     x_1CHW, g_1OHW = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:]), g_NOHW.reshape(1, -1, *pixels)
     size = (n * outputs, channels // groups, *kernel_size)
     j = conv2d_weight(x_1CHW, size, g_1OHW, tuple(stride), 0, tuple(dilation), n * groups)
     return j.permute(0, 2, 3, 1).reshape(n, -1)
+
+
+def _unfolded_sample_grads(
+    x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """J_n from unfolded inputs: of all samples at once, or on a CPU of as many as stay in its caches."""
+    n, inputs = len(x_NCHW), x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    g_NGOP = g_NOHW.reshape(n, groups, -1, g_NOHW.shape[2] * g_NOHW.shape[3])
+    sample_bytes = groups * inputs * g_NGOP.shape[3] * x_NCHW.element_size()
+    cached = x_NCHW.is_cpu and not torch.compiler.is_compiling()
+    chunk = max(1, _CACHED_BYTES // sample_bytes) if cached else n
+    j_NGOI = x_NCHW.new_empty(*g_NGOP.shape[:3], inputs)
+    for x, g, j in zip(*(tensor.split(chunk) for tensor in (x_NCHW, g_NGOP, j_NGOI)), strict=True):
+        torch.matmul(g, unfold(x, kernel_size, stride, dilation, groups), out=j)
+    return j_NGOI.flatten(1)
 
 
 def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int) -> Tensor:

@@ -62,6 +62,7 @@ class Capture:
             one extra backward pass that computes no parameter's gradient; ``"empirical"`` takes those of the loss.
         likelihood: where labels are drawn from.
         generator: draws them.
+        opened: called when a forward begins that may be recorded.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Capture:
         fisher: Fisher,
         likelihood: Likelihood,
         generator: torch.Generator,
+        opened: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._layers = layers
         self._fisher = fisher
         self._likelihood = likelihood
         self._generator = generator
+        self._opened = opened
         self._open: Record | None = None
         self._handles: list[RemovableHandle] = []
         self._eager = contextlib.ExitStack()
@@ -113,6 +116,7 @@ class Capture:
             # Compiled code does not see hooks that came after it; this one forward runs without compilation.
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_grad_enabled():
+            self._opened()
             first = next(
                 (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None
             )

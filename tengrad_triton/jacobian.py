@@ -183,7 +183,8 @@ def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobia
         few = representation == "compressed" and not geometry_of(uses[0][0]).prefers_rows  # type: ignore[arg-type]
         if representation == "factored" or few:
             return Factored(_joined(uses), ops)  # type: ignore[arg-type]
-    j_NK = torch.cat([_added([_rows(use, ops) for use in batch]) for batch in uses])
+    batches = [_added([_rows(use, ops) for use in batch]) for batch in uses]
+    j_NK = batches[0] if len(batches) == 1 else torch.cat(batches)  # torch would copy a single one
     return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops)
 
 

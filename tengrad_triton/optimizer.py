@@ -150,7 +150,9 @@ class TENGraD(torch.optim.Optimizer):
         self.close()
         covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
         self._blocks, self._curvature, self._built = blocks, None, True
-        self._capture = Capture(self.model, covered, self._fisher, self._likelihood, self._generator)
+        self._capture = Capture(
+            self.model, covered, self._fisher, self._likelihood, self._generator, self._release
+        )
         self._capture.arm()
 
     def _report(self, uncovered: Mapping[str, str]) -> None:
@@ -200,8 +202,13 @@ class TENGraD(torch.optim.Optimizer):
         self._curvature, self._age, self._steps = curvature, age + 1, self._steps + 1
         self._rearm()
 
+    def _release(self) -> None:
+        """Let go of J before a refresh's forward: no step will use it, and the new one needs the memory."""
+        if self._curvature is not None:
+            self._curvature = self._curvature.spent()
+
     def _refresh_is_due(self) -> bool:
-        return self._curvature is None or self._age >= self._interval()
+        return self._curvature is None or self._curvature.is_spent or self._age >= self._interval()
 
     def _interval(self) -> int:
         """Return how many steps the curvature serves, as of this step."""
@@ -222,8 +229,8 @@ class TENGraD(torch.optim.Optimizer):
         uses, missing = gather(self._blocks, self._capture)
         self._report(missing)
         chosen = self._plan.choose(geometries_of(uses), self._by_hand, self._interval(), self._max_bytes)
-        jacobians = jacobians_of(uses, chosen, self._kernels_for)
         tol = dict.fromkeys(compressed_blocks(uses, chosen), self._tol)
+        jacobians = jacobians_of(uses, chosen, self._kernels_for)
         return curvature(jacobians, *self._damping_of(list(jacobians)), self._ops, tol)
 
     def _damping_of(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,8 @@ def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
     name, shape = block.label(label), tuple(block.parameters[label].shape)
     if block.why_sgd is not None:
         return Row(name, shape, "-", f"sgd ({block.why_sgd})", "update_", 0)
-    if curvature is None:
-        return Row(name, shape, block.name or ".", "chosen at the first refresh", "-", 0)
+    if curvature is None or curvature.is_spent:
+        return Row(name, shape, block.name or ".", "chosen at the next refresh", "-", 0)
     rows = curvature.blocks.get(block.name, {}).get(label)
     if rows is None:
         return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)

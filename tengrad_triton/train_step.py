@@ -191,6 +191,7 @@ class TrainStep:
     def _compiled_refresh(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
         optimizer, likelihood, outputs = self._optimizer, learned.graphs.likelihood, learned.outputs or {}
         noise = None if likelihood is None else likelihood.noise(learned.output, optimizer._generator)
+        optimizer._release()
         damping_L, failures_L = optimizer._damping_of(list(outputs))
         with learned.graphs.tape.hooked():
             loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)

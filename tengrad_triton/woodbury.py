@@ -37,6 +37,16 @@ class Curvature:
     divisor_L: Tensor
     failures_L: Tensor
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether J is gone: only what the next refresh reads, the failures, is left."""
+        return any(not rows for rows in self.blocks.values())
+
+    def spent(self) -> Curvature:
+        """Return what is left when no step will use J any more, so that its memory serves the refresh to come."""
+        nothing = self.inverse_LNN.new_empty(0, 0, 0)
+        return Curvature({name: {} for name in self.blocks}, nothing, self.divisor_L, self.failures_L)
+
     def step_(self, targets: Sequence[Target], ops: Any) -> None:
         """Update every target along its block's natural gradient, or along its gradient where the block has no J.
 
