@@ -154,30 +154,38 @@ def conv_sample_grads_reference(
 ) -> Tensor:
     """J_n = Σ_p g_np a_npᵀ: the gradient of a convolution's weight with every sample as a group of its own.
 
-    With few positions for its channels the unfolded input makes larger matrix products.
+    With few positions for its channels the unfolded input makes larger matrix products. On a CPU as many samples go
+    together as its caches hold; what is in between then takes no memory either.
     """
-    (n, channels), (outputs, *pixels) = x_NCHW.shape[:2], g_NOHW.shape[1:]
-    if pixels[0] * pixels[1] < _UNFOLD_BELOW * channels // groups:
-        return _unfolded_sample_grads(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
-    x_1CHW, g_1OHW = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:]), g_NOHW.reshape(1, -1, *pixels)
+    n, outputs, height, width = g_NOHW.shape
+    inputs = x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    unfolds = height * width < _UNFOLD_BELOW * x_NCHW.shape[1] // groups
+    fill = _fill_from_unfolded if unfolds else _fill_from_grouped
+    entries = inputs * (groups * height * width if unfolds else outputs)
+    cached = x_NCHW.is_cpu and not torch.compiler.is_compiling()
+    chunk = max(1, _CACHED_BYTES // (entries * x_NCHW.element_size())) if cached else n
+    j_NGOI = x_NCHW.new_empty(n, groups, outputs // groups, inputs)
+    for x, g, j in zip(*(tensor.split(chunk) for tensor in (x_NCHW, g_NOHW, j_NGOI)), strict=True):
+        fill(j, x, g, kernel_size, stride, dilation)
+    return j_NGOI.flatten(1)
+
+
+def _fill_from_unfolded(
+    j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
+) -> None:
+    n, groups, outputs, _ = j_NGOI.shape
+    a_NGPI = unfold(x_NCHW, kernel_size, stride, dilation, groups)
+    torch.matmul(g_NOHW.reshape(n, groups, outputs, -1), a_NGPI, out=j_NGOI)
+
+
+def _fill_from_grouped(
+    j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
+) -> None:
+    (n, groups), channels, outputs = j_NGOI.shape[:2], x_NCHW.shape[1], g_NOHW.shape[1]
+    x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
     j = conv2d_weight(x_1CHW, size, g_1OHW, tuple(stride), 0, tuple(dilation), n * groups)
-    return j.permute(0, 2, 3, 1).reshape(n, -1)
-
-
-def _unfolded_sample_grads(
-    x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
-) -> Tensor:
-    """J_n from unfolded inputs: of all samples at once, or on a CPU of as many as stay in its caches."""
-    n, inputs = len(x_NCHW), x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    g_NGOP = g_NOHW.reshape(n, groups, -1, g_NOHW.shape[2] * g_NOHW.shape[3])
-    sample_bytes = groups * inputs * g_NGOP.shape[3] * x_NCHW.element_size()
-    cached = x_NCHW.is_cpu and not torch.compiler.is_compiling()
-    chunk = max(1, _CACHED_BYTES // sample_bytes) if cached else n
-    j_NGOI = x_NCHW.new_empty(*g_NGOP.shape[:3], inputs)
-    for x, g, j in zip(*(tensor.split(chunk) for tensor in (x_NCHW, g_NGOP, j_NGOI)), strict=True):
-        torch.matmul(g, unfold(x, kernel_size, stride, dilation, groups), out=j)
-    return j_NGOI.flatten(1)
+    j_NGOI.view(n * outputs, *kernel_size, channels // groups).copy_(j.permute(0, 2, 3, 1))
 
 
 def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int) -> Tensor:

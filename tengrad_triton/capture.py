@@ -108,6 +108,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles, self._open = [], None
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was recorded. The graph of an output that is still around holds the records: empty them."""
+        for record in self.records:
+            record.uses.clear()
         self.records.clear()
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -181,10 +187,14 @@ class Capture:
         ``grad_y`` is the derivative of each sample's own loss. Where it comes from a mean loss it is multiplied by the
         number of samples of all forwards, because the gradient of the step is the mean over all of them.
         """
-        scale = sum(record.samples for record in self.records) if self._fisher == "empirical" else 1
+        samples = sum(record.samples for record in self.records)
+
+        def own(grad_y: Tensor) -> Tensor:
+            return samples * grad_y if self._fisher == "empirical" else grad_y
+
         for name in self._layers:
             forwards = [
-                [(u.input(name), scale * u.grad_y) for u in record.uses.get(name, []) if u.grad_y is not None]
+                [(u.input(name), own(u.grad_y)) for u in record.uses.get(name, []) if u.grad_y is not None]
                 for record in self.records
             ]
             if forwards and all(forwards) and not any(name in record.misfits for record in self.records):

@@ -150,9 +150,7 @@ class TENGraD(torch.optim.Optimizer):
         self.close()
         covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
         self._blocks, self._curvature, self._built = blocks, None, True
-        self._capture = Capture(
-            self.model, covered, self._fisher, self._likelihood, self._generator, self._release
-        )
+        self._capture = Capture(self.model, covered, self._fisher, self._likelihood, self._generator, self._release)
         self._capture.arm()
 
     def _report(self, uncovered: Mapping[str, str]) -> None:
@@ -172,7 +170,7 @@ class TENGraD(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and forget the batches that they came from."""
-        self._capture.records.clear()
+        self._capture.forget()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -218,7 +216,7 @@ class TENGraD(torch.optim.Optimizer):
         return every
 
     def _rearm(self) -> None:
-        self._capture.records.clear()
+        self._capture.forget()
         if self._refresh_is_due():
             self._capture.arm()
         else:

@@ -86,19 +86,20 @@ def geometries_of(gathered: Mapping[str, BlockUses]) -> dict[str, Geometry]:
     return {name: geometry_of(use) for name, use in firsts.items() if isinstance(use, Outer)}
 
 
-def jacobians_of(
-    gathered: Mapping[str, BlockUses], chosen: Chosen, kernels_for: KernelsFor
-) -> dict[str, BlockJacobian]:
-    """Return every block's J, each parameter in the representation and with the kernels chosen for it."""
+def jacobians_of(gathered: dict[str, BlockUses], chosen: Chosen, kernels_for: KernelsFor) -> dict[str, BlockJacobian]:
+    """Return every block's J, each parameter in the representation and with the kernels chosen for it.
+
+    ``gathered`` is used up: a block's canonical form (padded inputs) goes when its J is there.
+    """
 
     def one(name: str, use: Uses) -> Jacobian:
         choice = chosen.get(name, Choice("per_sample"))
         return jacobian_of(use, choice.representation, kernels_for(choice.torch_for))
 
-    return {
-        name: {label: one(full_name(name, label), use) for label, use in block.items()}
-        for name, block in gathered.items()
-    }
+    def of_block(name: str, block: BlockUses) -> BlockJacobian:
+        return {label: one(full_name(name, label), use) for label, use in block.items()}
+
+    return {name: of_block(name, gathered.pop(name)) for name in list(gathered)}
 
 
 def compressed_blocks(gathered: Mapping[str, BlockUses], chosen: Chosen) -> list[str]:

@@ -125,29 +125,31 @@ class TrainStep:
             _check_loss(self._loss_fn, output, y, loss)
         loss.backward()
         trained = frozenset(name for name, p in self._model.named_parameters() if p.grad is not None)
-        records = list(optimizer._capture.records)
+        calls = [_calls_of(record) for record in optimizer._capture.records]
         optimizer.step()
         optimizer.zero_grad()
         if before is None or (before.outputs is None and before.batch == _signature(x, y)):
-            outputs = self._outputs(records)
+            outputs = self._outputs(calls)
             if before is None or outputs is not None:
                 graphs = self._graphs(trained, outputs or {}, output.device)
                 reuse, refresh = (torch.compile(graph, **self._options) for graph in (graphs.reuse, graphs.refresh))
                 self._learned = Learned(_signature(x, y), output.detach(), outputs, graphs, reuse, refresh)
         return loss.detach()
 
-    def _outputs(self, records: Sequence[Record]) -> Calls | None:
+    def _outputs(self, forwards: Sequence[Calls]) -> Calls | None:
         """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
         optimizer, curvature = self._optimizer, self._optimizer._curvature
         drawn = optimizer._fisher != "sampled" or isinstance(optimizer._likelihood, Noisy)
         compressed = any(
             choice.representation == "compressed" for choice in optimizer.choices().values()
         )  # its rank depends on the data
-        if len(records) != 1 or curvature is None or not drawn or compressed:
+        if len(forwards) != 1 or curvature is None or not drawn or compressed:
             return None
-        grads = {name: [use.grad_y for use in records[0].uses[name]] for name in curvature.blocks}
-        outputs = {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}
-        return outputs if all(len(outputs[name]) == len(calls) for name, calls in grads.items()) else None
+        return (
+            {name: forwards[0][name] for name in curvature.blocks}
+            if curvature.blocks.keys() <= forwards[0].keys()
+            else None
+        )
 
     def _graphs(self, trained: frozenset[str], outputs: Calls, device: torch.device) -> Graphs:
         optimizer = self._optimizer
@@ -197,6 +199,13 @@ class TrainStep:
             loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)
         optimizer._advance(unpack_curvature(packed, optimizer._blocks, optimizer._kernels_for), 0)
         return loss
+
+
+def _calls_of(record: Record) -> Calls:
+    """Return tensors like the output of each call of each layer all of whose calls a derivative came back to."""
+    grads = {name: [use.grad_y for use in uses] for name, uses in record.uses.items()}
+    outputs = {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}
+    return {name: outputs[name] for name, calls in grads.items() if len(outputs[name]) == len(calls)}
 
 
 def _signature(x: Tensor, y: Tensor) -> Any:
