@@ -76,9 +76,8 @@ def sgd_step(model: nn.Module, mode: Mode) -> Step:
     return run
 
 
-def tengrad_step(model: nn.Module, mode: Mode, refresh_every: int) -> Step:
+def tengrad_step(model: nn.Module, optimizer: TENGraD, mode: Mode) -> Step:
     """Return a whole step of TENGraD."""
-    optimizer = tengrad(model, refresh_every)
     if mode == "plain":
         return plain_step(model, optimizer)
     return compile_train_step(model, cross_entropy, optimizer, mode=TORCH_MODES[mode])

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from perf.loops import sgd_step, tengrad_step
+from perf.loops import Step, sgd_step, tengrad, tengrad_step
 from perf.models import MODELS
 
 STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet
@@ -59,10 +60,14 @@ def peak(model: str, samples: int, optimizer: str, device: torch.device) -> int:
     made = MODELS[model]
     before = _peak_pages() if device.type == "cpu" else 0
     x, y = made.batch(samples, device)
-    step = sgd_step(made.on(device), "plain") if optimizer == "sgd" else tengrad_step(made.on(device), "plain", 2)
+    step = _step(made.on(device), optimizer)
     for _ in range(STEPS):
         step(x, y)
     return _peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+
+
+def _step(model: nn.Module, optimizer: str) -> Step:
+    return sgd_step(model, "plain") if optimizer == "sgd" else tengrad_step(model, tengrad(model, 2), "plain")
 
 
 def _peak_pages() -> int:

@@ -18,7 +18,9 @@ All that is compared ran interleaved in one process; times are medians, and the 
 """
 
 STEPS_NOTE = """Plain is the usual loop; compiled is one graph a step, for both optimizers; ± is half the distance
-between the quartiles."""
+between the quartiles. A step that reuses the curvature reads what is kept of J twice; `least` is 1 plus the time
+which that takes at the machine's measured bandwidth, over SGD's step: where it is beyond a target, memory stands in the
+way of it, and only fewer rows or fewer bytes a row can help."""
 OPTIMIZERS_NOTE = """Capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, inputs unfolded at every
 step. Both take the same steps to rounding."""
@@ -85,7 +87,7 @@ def _runs(device: Device) -> Iterator[Sequence[str]]:
         yield suite, info["started"][:10], short, str(info["threads"]), info["torch"], str(info["triton"])
 
 
-_STEPS = ("model", "N", "loop", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD", "rounds")
+_STEPS = ("model", "N", "loop", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD", "J, MiB", "least", "rounds")
 
 
 def _steps(device: Device) -> Iterator[Sequence[str]]:
@@ -94,7 +96,9 @@ def _steps(device: Device) -> Iterator[Sequence[str]]:
         half = 1e3 * (sgd["q3"] - sgd["q1"]) / 2
         ratios = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
         time = f"{_ms(sgd['median'])} ± {half:.2g}"
-        yield case["model"], str(case["samples"]), case["mode"], time, *ratios, str(int(sgd["rounds"]))
+        least = f"{1 + case['reading_seconds'] / sgd['median']:.2f}"
+        kept = f"{case['kept_bytes'] / 2**20:.0f}"
+        yield case["model"], str(case["samples"]), case["mode"], time, *ratios, kept, least, str(int(sgd["rounds"]))
 
 
 _OPTIMIZERS = ("model", "N", "step", "authors', ms", "TENGraD, ms", "times faster")

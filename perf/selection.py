@@ -74,7 +74,11 @@ CPU = Selection(
             StepCase("transformer", 512, 3),
             StepCase("3C1F", 512, 2),
         ],
-        "optimizers": [OptimizerCase("small 3C1F", 32, 7), OptimizerCase("3C1F", 16, 3)],
+        "optimizers": [
+            OptimizerCase("small 3C1F", 128, 3),
+            OptimizerCase("3C1F", 16, 3),
+            OptimizerCase("small 3C1F", 32, 7),
+        ],
         "scaling": [
             ScalingCase("samples", (16, 32, 64, 128, 256), _BASE, 7),
             ScalingCase("width", (16, 32, 64, 128), _BASE, 7),

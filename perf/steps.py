@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf.loops import Mode, Step, sgd_step, tengrad_step
+from perf import limits
+from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step
 from perf.models import MODELS
 from perf.timing import interleaved, mean_step, now
 
 # Rounds: the first step of a compiled loop is a plain one, and CUDA graphs are recorded after a run without them.
 WARM_UP: dict[Mode, int] = {"plain": 1, "compiled": 2, "cuda graphs": 3}
+
+READS = 2  # of all that is kept, in a step: once to project, once to expand
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,23 @@ class StepCase:
         return f"{self.model}, N = {self.samples}, {self.mode}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, and their ratios."""
+        """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, their ratios, and what J takes."""
         made = MODELS[self.model]
         x, y = made.batch(self.samples, device)
         # A GPU works behind the host: steps are timed a block at a time, as a training loop lets them run.
         block = 10 if device.type == "cuda" else 1
-        ours = tengrad_step(made.on(device), self.mode, refresh_every=block + 1)
+        model = made.on(device)
+        optimizer = tengrad(model, refresh_every=block + 1)
+        ours = tengrad_step(model, optimizer, self.mode)
         sgd = sgd_step(made.on(device), self.mode)
         timers = {"sgd": _sgd_timer(sgd, block, x, y), "tengrad": _tengrad_timer(ours, block, x, y)}
         for _ in range(WARM_UP[self.mode]):
             for timer in timers.values():
                 timer()
         times = interleaved(timers, self.rounds)
-        return {**asdict(self), "block": block, "seconds": times, **ratios(times)}
+        kept = {"kept_bytes": sum(row.bytes for row in optimizer.summary().rows)}
+        reading = {"reading_seconds": kept["kept_bytes"] * READS / limits.measure(device).bytes_per_second}
+        return {**asdict(self), "block": block, "seconds": times, **ratios(times), **kept, **reading}
 
 
 def ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
