@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -45,6 +45,40 @@ class Block:
 def full_name(block: str, parameter: str) -> str:
     """Return a parameter's name in the model, from its block's name and its own within it."""
     return f"{block}.{parameter}" if block else parameter
+
+
+BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
+"""How layers form systems: each its own, all together, or as listed; a module's name stands for all within it."""
+
+
+def systems_of(choice: BlocksChoice, blocks: Sequence[Block], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return which of the blocks named are solved together, by the name of the first; those not listed by themselves.
+
+    Raises:
+        ValueError: a list names a block twice, or nothing.
+    """
+    if choice == "layer":
+        return {name: [name] for name in names}
+    if choice == "network":
+        return {"network": list(names)} if names else {}
+    known = [block.name for block in blocks]
+    lists = [[name for entry in group for name in known if _within(name, entry)] for group in choice]
+    unknown = [entry for group in choice for entry in group if not any(_within(name, entry) for name in known)]
+    if unknown:
+        raise ValueError(
+            f"blocks names {', '.join(map(repr, unknown))}, where no block is; there are {', '.join(map(repr, known))}"
+        )
+    twice = [name for name, count in Counter(name for group in lists for name in group).items() if count > 1]
+    if twice:
+        raise ValueError(f"blocks names {', '.join(map(repr, twice))} more than once: each can be in one list only")
+    present = [[name for name in group if name in names] for group in lists]
+    listed = {name for group in lists for name in group}
+    alone = {name: [name] for name in names if name not in listed}
+    return {" + ".join(entries): group for entries, group in zip(choice, present, strict=True) if group} | alone
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.") or not module
 
 
 def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[Block]:

@@ -7,11 +7,12 @@ no backward follows leaves nothing behind; copies and pickles of the model carry
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from tengrad_triton.fisher import Fisher, Likelihood
+from tengrad_triton.fisher import Factorable, Fisher, Likelihood
 
 
 @dataclass
@@ -44,12 +45,16 @@ class Use:
 
 @dataclass
 class Record:
-    """One forward of the model: the number of samples, and every use of every layer in it."""
+    """One forward of the model: the number of samples, and every use of every layer in it.
+
+    ``siblings`` are the same forward with the derivatives of further rows of each sample.
+    """
 
     samples: int
     uses: dict[str, list[Use]] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)
     followed: bool = False
+    siblings: list[Record] = field(default_factory=list)
 
 
 class Capture:
@@ -59,10 +64,13 @@ class Capture:
         model: the module that the training loop calls, compiled or not.
         layers: the layers to record, by name.
         fisher: ``"sampled"`` takes the derivatives of the likelihood at labels drawn from the model's own output, in
-            one extra backward pass that computes no parameter's gradient; ``"empirical"`` takes those of the loss.
+            one extra backward pass that computes no parameter's gradient; ``"exact"`` takes those of every column of
+            the likelihood's Hessian factor; ``"empirical"`` takes those of the loss.
         likelihood: where labels are drawn from.
         generator: draws them.
-        opened: called when a forward begins that may be recorded.
+        opened: called when a forward begins that may be recorded; a method of an object that may go meanwhile.
+        draws: how many labels are drawn for each sample.
+        max_bytes: that the exact Hessian factor may take.
     """
 
     def __init__(
@@ -72,14 +80,17 @@ class Capture:
         fisher: Fisher,
         likelihood: Likelihood,
         generator: torch.Generator,
-        opened: Callable[[], None] = lambda: None,
+        opened: Callable[[], None] | None = None,
+        draws: int = 1,
+        max_bytes: float = math.inf,
     ) -> None:
         self._model = model
         self._layers = layers
         self._fisher = fisher
         self._likelihood = likelihood
         self._generator = generator
-        self._opened = opened
+        self._opened = _Hook(opened) if opened is not None else lambda: None
+        self._draws, self._max_bytes = draws, max_bytes
         self._open: Record | None = None
         self._handles: list[RemovableHandle] = []
         self._eager = contextlib.ExitStack()
@@ -114,6 +125,7 @@ class Capture:
         """Forget what was recorded. The graph of an output that is still around holds the records: empty them."""
         for record in self.records:
             record.uses.clear()
+            record.siblings.clear()
         self.records.clear()
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -150,23 +162,40 @@ class Capture:
             return
         _check_batch(record, result)
         self._look_for_strangers(record, result)
-        if self._fisher == "sampled":
-            self._derive(record, output)
-        else:
+        if self._fisher == "empirical":
             _listen(record)
+        else:
+            self._derive(record, output)
         # The graph alone holds the record until a backward reaches it.
         result.register_hook(lambda grad: self._follow(record))
 
     def _derive(self, record: Record, output: Any) -> None:
-        """Fill in the derivatives at drawn labels: one backward pass by the layers' outputs only."""
-        ends = [(use, use.edge) for uses in record.uses.values() for use in uses if use.edge is not None]
-        if not ends:
+        """Fill in the derivatives of every row: backward passes by the layers' outputs only."""
+        edges = [use.edge for uses in record.uses.values() for use in uses]
+        if not edges:
             return
-        target = self._likelihood.sample(tree_map_only(Tensor, Tensor.detach, output), self._generator)
-        nll = self._likelihood.nll(output, target)
-        grads = torch.autograd.grad(nll, [edge for _, edge in ends], retain_graph=True, allow_unused=True)
-        for (use, _), grad in zip(ends, grads, strict=True):
-            use.grad_y, use.edge = grad, None
+        for index, grads in enumerate(self._rows_of(output, edges)):
+            if index == 0:
+                filled = record
+            else:
+                copies = {name: [Use(u.x, None, u.version) for u in uses] for name, uses in record.uses.items()}
+                filled = Record(record.samples, copies, record.misfits)
+                record.siblings.append(filled)
+            for use, grad in zip((u for uses in filled.uses.values() for u in uses), grads, strict=True):
+                use.grad_y, use.edge = grad, None
+
+    def _rows_of(self, output: Any, edges: Sequence[Any]) -> Iterator[Sequence[Tensor | None]]:
+        """Yield the derivatives by the layers' outputs, for one row of each sample at a time."""
+        if self._fisher == "exact":
+            _check_size(output, self._max_bytes)
+            factor_RN = cast("Factorable", self._likelihood).factor(output)
+            # F is the mean over all rows, of which each sample has len(factor).
+            yield from batched_grads(output, edges, factor_RN * len(factor_RN) ** 0.5)
+            return
+        for _ in range(self._draws):
+            target = self._likelihood.sample(tree_map_only(Tensor, Tensor.detach, output), self._generator)
+            nll = self._likelihood.nll(output, target)
+            yield torch.autograd.grad(nll, edges, retain_graph=True, allow_unused=True)
 
     def _look_for_strangers(self, record: Record, output: Tensor) -> None:
         """Note the layers whose parameters the graph reaches more often than the layers were called."""
@@ -179,7 +208,7 @@ class Capture:
     def _follow(self, record: Record) -> None:
         if self.armed and not record.followed:
             record.followed = True
-            self.records.append(record)
+            self.records += [record, *record.siblings]
 
     def rows(self) -> Iterator[tuple[str, list[list[tuple[Tensor, Tensor]]]]]:
         """Yield every layer recorded in all forwards: for each forward, (x, grad_y) of each use.
@@ -204,6 +233,30 @@ class Capture:
         """Return why `rows` does not yield a layer."""
         misfits = (record.misfits[name] for record in self.records if name in record.misfits)
         return next(misfits, "not called by the model's forward")
+
+
+def _check_size(output: Tensor, max_bytes: float) -> None:
+    rows = output[0].numel()
+    needed = rows * output.numel() * output.element_size()
+    if needed > max_bytes:
+        raise ValueError(
+            f"fisher='exact' takes {rows} rows for each of {len(output)} samples: {needed / 2**30:.2f} GiB for the "
+            f"derivatives by the outputs alone, where max_bytes allows {max_bytes / 2**30:.2f} GiB: use "
+            "fisher='sampled' with fisher_samples=, or raise max_bytes"
+        )
+
+
+def batched_grads(output: Tensor, edges: Sequence[Any], cotangents_RN: Tensor) -> Iterator[Sequence[Tensor | None]]:
+    """Yield the derivatives of ⟨cotangent, output⟩ for each cotangent: one backward pass for all, where torch can."""
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+    try:
+        batched = torch.autograd.grad(output, edges, cotangents_RN, is_grads_batched=True, **options)
+    except RuntimeError:  # an operation that has no rule for a batch of backward passes, or too little memory
+        for cotangent in cotangents_RN:
+            yield torch.autograd.grad(output, edges, cotangent, **options)
+        return
+    for row in range(len(cotangents_RN)):
+        yield [None if grads is None else grads[row] for grads in batched]
 
 
 def _leaves_reached(output: Tensor) -> Counter[int]:

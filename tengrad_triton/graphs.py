@@ -17,10 +17,11 @@ from tengrad_triton.refresh import jacobians_of, uses_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
 from tengrad_triton.update import Target
-from tengrad_triton.woodbury import curvature
+from tengrad_triton.woodbury import Systems, curvature
 
 Named = Mapping[str, Tensor]
 Calls = Mapping[str, Sequence[Tensor]]
+GROUP_WORDS = ("nesterov", "spring", "maximize")
 LossFn = Callable[[Any, Any], Tensor]
 
 
@@ -45,7 +46,9 @@ class Graphs:
         trained: the names of those that get a gradient.
         likelihood: draws the Fisher's labels; None for the empirical Fisher.
         chosen: every weight's representation and kernels.
-        nesterov: by group.
+        groups: the settings of each group that are no numbers of the update.
+        systems: which blocks are solved together.
+        trust_region: bound of a step's Fisher norm, if there is one.
         kernels: by what PyTorch does better.
         tape: captures the covered layers.
     """
@@ -57,7 +60,9 @@ class Graphs:
     trained: frozenset[str]
     likelihood: Noisy | None
     chosen: Chosen
-    nesterov: Sequence[bool]
+    groups: Sequence[Mapping[str, Any]]
+    systems: Systems
+    trust_region: float | None
     kernels: Mapping[tuple[str, ...], Any]
     tape: Tape
 
@@ -67,7 +72,7 @@ class Graphs:
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, _ = pull(grad_output)
         reused = unpack_curvature(packed, self.blocks, self.kernels.__getitem__)
-        reused.step_(self._targets(state, grads), self.kernels[()])
+        reused.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss
 
     def refresh(
@@ -92,10 +97,9 @@ class Graphs:
         blocks = {block.name: block for block in self.blocks}
         calls = {name: [(a, scale * b) for a, b in zip(inputs[name], g[name], strict=True)] for name in outputs}
         uses = {name: uses_of(blocks[name], [pairs]) for name, pairs in calls.items()}
-        fresh = curvature(
-            jacobians_of(uses, self.chosen, self.kernels.__getitem__), damping_L, failures_L, self.kernels[()]
-        )
-        fresh.step_(self._targets(state, grads), self.kernels[()])
+        jacobians = jacobians_of(uses, self.chosen, self.kernels.__getitem__)
+        fresh = curvature(jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()])
+        fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss, pack_curvature(fresh)
 
     def _forward(self, state: State, perturbations: Calls, x: Tensor) -> tuple[Tensor, Callable[..., Any], Calls]:
@@ -119,10 +123,11 @@ class Graphs:
     def _targets(self, state: State, grads: Named) -> list[Target]:
         targets = []
         for block in self.blocks:
-            settings, nesterov = state.settings[block.group], self.nesterov[block.group]
+            settings, words = state.settings[block.group], self.groups[block.group]
             for label in block.parameters:
                 name = self.names[block.name, label]
                 if name in self.trained:
-                    tensors = (state.parameters[name], state.momenta[name], grads[name])
-                    targets.append(Target(block.name, label, *tensors, settings, nesterov))
+                    grad = -grads[name] if words["maximize"] else grads[name]
+                    tensors = (state.parameters[name], state.momenta[name], grad)
+                    targets.append(Target(block.name, label, *tensors, settings, words["nesterov"], words["spring"]))
         return targets

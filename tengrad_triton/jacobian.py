@@ -6,8 +6,8 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from tengrad_triton.plan import Geometry, Representation
 from tengrad_triton.update import Target
 
 _CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
+
+Form = Literal["samples", "directions", "parameters"]
+"""What a row of explicit J belongs to."""
 
 Uses = Sequence[Sequence[Outer | Explicit]]
 """What each micro-batch of a step contributes to one parameter: a list a micro-batch, an entry a use within it."""
@@ -43,8 +46,12 @@ class Jacobian(Protocol):
     def combined(self, directions_RN: Tensor) -> PerSample:
         """Return R combinations of the rows, as rows."""
 
-    def representation(self, samples: int) -> Representation:
-        """Return the name of this representation, where the batch had so many samples."""
+    def extended(self, older: Jacobian, rows: int) -> Jacobian | None:
+        """Return these rows, and behind them the first ones of ``older``; None where the two cannot be joined."""
+
+    @property
+    def representation(self) -> Representation:
+        """Return the name of this representation."""
 
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers from which `unpack` makes the same object."""
@@ -59,11 +66,13 @@ class PerSample:
     """J itself, a row of K numbers a sample: every product is one pass over memory.
 
     In bfloat16 the rounded rows are J in every product, so that the step is exact for a slightly different Fisher.
-    Fewer rows than samples are a block's leading directions (see `woodbury.compress`).
+    Instead of a sample a row can be one of a block's leading directions, or of as many rows as there are parameters,
+    with the same Jᵀ J (see `woodbury.compress` and `woodbury.curvature`).
     """
 
     j_NK: Tensor
     ops: Any
+    form: Form = "samples"
 
     def gram(self) -> Tensor:  # noqa: D102
         return self.ops.gram_rows(self.j_NK)
@@ -77,15 +86,21 @@ class PerSample:
         self.ops.expand_rows_update_(*_views(target), self.j_NK, w_R, divisor, target.settings, target.nesterov)
 
     def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
-        return PerSample(directions_RN @ self.j_NK, self.ops)
+        return PerSample(directions_RN @ self.j_NK, self.ops, "directions")
 
-    def representation(self, samples: int) -> Representation:  # noqa: D102
-        if len(self.j_NK) < samples:
+    def extended(self, older: Jacobian, rows: int) -> PerSample | None:  # noqa: D102
+        if not isinstance(older, PerSample) or older.j_NK.dtype != self.j_NK.dtype:
+            return None
+        return PerSample(torch.cat([self.j_NK, older.j_NK[:rows]]), self.ops)
+
+    @property
+    def representation(self) -> Representation:  # noqa: D102
+        if self.form == "directions":
             return "compressed"
         return "per_sample_bf16" if self.j_NK.dtype == torch.bfloat16 else "per_sample"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
-        return {"j_NK": self.j_NK, "torch_for": list(self.ops.torch_for)}
+        return {"j_NK": self.j_NK, "torch_for": list(self.ops.torch_for), "form": self.form}
 
     @property
     def nbytes(self) -> int:  # noqa: D102
@@ -114,7 +129,7 @@ class Factored:
         parts = [
             (directions_RN @ part.sample_grads(self.ops)).view(rows, groups, part.outputs, -1) for part in self._parts()
         ]
-        return PerSample(torch.cat(parts, 2).flatten(1), self.ops)
+        return PerSample(torch.cat(parts, 2).flatten(1), self.ops, "directions")
 
     def _parts(self) -> list[Outer]:
         """Return the layer in parts of its outputs, whose explicit rows take little memory."""
@@ -130,7 +145,15 @@ class Factored:
         factors = (self._a_NGPI(), self.outer.g_NGPO)
         self.ops.expand_update_(*_views(target), *factors, w_N, divisor, target.settings, target.nesterov)
 
-    def representation(self, samples: int) -> Representation:  # noqa: D102
+    def extended(self, older: Jacobian, rows: int) -> Factored | None:  # noqa: D102
+        mine = self.outer
+        if not isinstance(older, Factored) or older.outer.g_NGPO.shape[1:] != mine.g_NGPO.shape[1:]:
+            return None
+        kept = taken(older.outer, torch.arange(rows, device=mine.g_NGPO.device))
+        return Factored(_joined([[mine], [kept]]), self.ops)  # type: ignore[list-item]
+
+    @property
+    def representation(self) -> Representation:  # noqa: D102
         return "factored"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
@@ -159,7 +182,7 @@ def unpack(packed: Mapping[str, Any], like: Tensor, kernels_for: KernelsFor) -> 
         return value.to(like.device) if isinstance(value, Tensor) else value
 
     if "j_NK" in packed:
-        return PerSample(move(packed["j_NK"]), ops)
+        return PerSample(move(packed["j_NK"]), ops, packed["form"])
     a = packed["a"]
     a = Windows(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
     return Factored(Outer(a, move(packed["g_NGPO"])), ops)
@@ -175,6 +198,14 @@ def geometry_of(outer: Outer) -> Geometry:
     else:
         layout, inputs, stored = "dense", a.shape[-1], a.nbytes
     return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes, layout)
+
+
+def taken(use: Outer | Explicit, rows: Tensor) -> Outer | Explicit:
+    """Return some of a use's rows."""
+    if isinstance(use, Explicit):
+        return Explicit(use.j_NK[rows])
+    a = replace(use.a, x_NCHW=use.a.x_NCHW[rows]) if isinstance(use.a, Windows) else use.a[rows]
+    return Outer(a, use.g_NGPO[rows])
 
 
 def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobian:
@@ -200,8 +231,19 @@ def _joined(uses: Sequence[Sequence[Outer]]) -> Outer:
     """Return one outer product for all uses: along P within a micro-batch, along N between them (P padded by zeros)."""
     if len(uses) == 1 and len(uses[0]) == 1:
         return uses[0][0]
+    if all(len(batch) == 1 for batch in uses) and (windows := _same_windows([batch[0].a for batch in uses])):
+        return Outer(windows, torch.cat([batch[0].g_NGPO for batch in uses]))
     unfolded = [[use.a.unfold() if isinstance(use.a, Windows) else use.a for use in batch] for batch in uses]
     a = [torch.cat(batch, dim=2) for batch in unfolded]
     g = [torch.cat([use.g_NGPO for use in batch], dim=2) for batch in uses]
     positions = max(part.shape[2] for part in a)
     return Outer(*(torch.cat([F.pad(t, (0, 0, 0, positions - t.shape[2])) for t in parts]) for parts in (a, g)))
+
+
+def _same_windows(views: Sequence[Tensor | Windows]) -> Windows | None:
+    """Return one view of all samples, where all are the same windows of images of one size."""
+    first = views[0]
+    if not isinstance(first, Windows) or not all(isinstance(view, Windows) for view in views):
+        return None
+    alike = {view.x_NCHW.shape[1:] for view in views}  # type: ignore[union-attr]
+    return replace(first, x_NCHW=torch.cat([view.x_NCHW for view in views])) if len(alike) == 1 else None  # type: ignore[union-attr]

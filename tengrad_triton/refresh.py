@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,10 +12,10 @@ from torch import Tensor
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block, full_name
 from tengrad_triton.capture import Capture
-from tengrad_triton.jacobian import Jacobian, Uses, geometry_of, jacobian_of
+from tengrad_triton.jacobian import Jacobian, Uses, geometry_of, jacobian_of, taken
 from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
 from tengrad_triton.plan import Choice, Chosen, Geometry
-from tengrad_triton.woodbury import BlockJacobian
+from tengrad_triton.woodbury import BlockJacobian, Curvature
 
 BlockUses = Mapping[str, Uses]
 """What the recorded batches contribute to each parameter of a block."""
@@ -80,10 +82,38 @@ def _entries(use: Outer | Explicit) -> int:
     return geometry.groups * geometry.inputs * geometry.outputs
 
 
+def sampled_rows(gathered: Mapping[str, BlockUses], most: int, generator: torch.Generator) -> dict[str, BlockUses]:
+    """Return ``most`` of the rows, the same ones of every block: any row as likely as any other, so F is unbiased."""
+    uses = next((use for block in gathered.values() for use in block.values()), [])
+    sizes = [_rows(batch[0]) for batch in uses]
+    if sum(sizes) <= most:
+        return dict(gathered)
+    drawn, _ = torch.randperm(sum(sizes), generator=generator)[:most].sort()
+    ends = torch.tensor(sizes).cumsum(0)
+    parts = [drawn[(drawn >= end - size) & (drawn < end)] - (end - size) for size, end in zip(sizes, ends, strict=True)]
+
+    def some(uses: Uses) -> Uses:
+        return [[taken(use, part) for use in batch] for batch, part in zip(uses, parts, strict=True) if len(part)]
+
+    return {name: {label: some(uses) for label, uses in block.items()} for name, block in gathered.items()}
+
+
+def _rows(use: Outer | Explicit) -> int:
+    return len(use.j_NK if isinstance(use, Explicit) else use.g_NGPO)
+
+
 def geometries_of(gathered: Mapping[str, BlockUses]) -> dict[str, Geometry]:
     """Return the sizes of every weight that multiplies what its layer sees, by its full name."""
-    firsts = {full_name(name, label): use[0][0] for name, block in gathered.items() for label, use in block.items()}
-    return {name: geometry_of(use) for name, use in firsts.items() if isinstance(use, Outer)}
+    geometries = {}
+    for name, block in gathered.items():
+        for label, uses in block.items():
+            first = uses[0][0]
+            if isinstance(first, Outer):
+                geometry = geometry_of(first)
+                rows = sum(_rows(batch[0]) for batch in uses)
+                stored = geometry.factored_bytes * rows // geometry.samples
+                geometries[full_name(name, label)] = replace(geometry, samples=rows, factored_bytes=stored)
+    return geometries
 
 
 def jacobians_of(gathered: dict[str, BlockUses], chosen: Chosen, kernels_for: KernelsFor) -> dict[str, BlockJacobian]:
@@ -100,6 +130,35 @@ def jacobians_of(gathered: dict[str, BlockUses], chosen: Chosen, kernels_for: Ke
         return {label: one(full_name(name, label), use) for label, use in block.items()}
 
     return {name: of_block(name, gathered.pop(name)) for name in list(gathered)}
+
+
+def rows_of(gathered: Mapping[str, BlockUses]) -> int:
+    """Return how many rows J will have."""
+    uses = next((use for block in gathered.values() for use in block.values()), [])
+    return sum(_rows(batch[0]) for batch in uses)
+
+
+def extended(
+    blocks: Mapping[str, BlockJacobian], rows: int, before: Curvature | None, history: int
+) -> tuple[Mapping[str, BlockJacobian], tuple[int, ...]]:
+    """Return J with the rows of the refreshes before this one behind its own, and how many rows are of which.
+
+    Where something has changed (a layer, a size, a representation) the history begins anew.
+    """
+    older = () if before is None else before.window[: history - 1]
+    if (
+        before is None
+        or not older
+        or {n: set(b) for n, b in blocks.items()} != {n: set(b) for n, b in before.blocks.items()}
+    ):
+        return blocks, (rows,)
+    joined = {
+        name: {label: own.extended(before.blocks[name][label], sum(older)) for label, own in block.items()}
+        for name, block in blocks.items()
+    }
+    if any(rows is None for block in joined.values() for rows in block.values()):
+        return blocks, (rows,)
+    return cast("Mapping[str, BlockJacobian]", joined), (rows, *older)
 
 
 def compressed_blocks(gathered: Mapping[str, BlockUses], chosen: Chosen) -> list[str]:

@@ -10,14 +10,20 @@ import torch
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block
 from tengrad_triton.jacobian import unpack
-from tengrad_triton.woodbury import Curvature
+from tengrad_triton.woodbury import Curvature, Stack
 
 
 def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     """Return a curvature as nested dictionaries of tensors and numbers."""
-    tensors = ("inverse_LNN", "divisor_L", "failures_L")
     blocks = {name: {label: rows.pack() for label, rows in block.items()} for name, block in curvature.blocks.items()}
-    return {"blocks": blocks, **{name: getattr(curvature, name) for name in tensors}}
+    return {
+        "blocks": blocks,
+        "systems": {system: list(names) for system, names in curvature.systems.items()},
+        "stacks": [{"systems": list(s.systems), "inverse_LNN": s.inverse_LNN} for s in curvature.stacks],
+        "window": list(curvature.window),
+        "divisor_L": curvature.divisor_L,
+        "failures_L": curvature.failures_L,
+    }
 
 
 def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block], kernels_for: KernelsFor) -> Curvature:
@@ -40,4 +46,6 @@ def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block], kernels
             label: unpack(packed_rows, parameters[label], kernels_for) for label, packed_rows in rows.items()
         }
         device = next(iter(parameters.values())).device
-    return Curvature(restored, *(packed[name].to(device) for name in ("inverse_LNN", "divisor_L", "failures_L")))
+    stacks = [Stack(tuple(stack["systems"]), stack["inverse_LNN"].to(device)) for stack in packed["stacks"]]
+    numbers = (packed[name].to(device) for name in ("divisor_L", "failures_L"))
+    return Curvature(restored, packed["systems"], stacks, tuple(packed["window"]), *numbers)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.blocks import Block, full_name
-from tengrad_triton.jacobian import Factored
+from tengrad_triton.jacobian import Factored, PerSample
 from tengrad_triton.plan import Choice
 from tengrad_triton.woodbury import Curvature
 
@@ -53,9 +53,8 @@ def summarize(blocks: Sequence[Block], curvature: Curvature | None) -> Summary:
 def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
     """Return how J of every preconditioned parameter is stored, by the parameter's name."""
     blocks = {} if curvature is None else curvature.blocks
-    samples = 0 if curvature is None else curvature.inverse_LNN.shape[-1]
     return {
-        full_name(name, label): Choice(rows.representation(samples), rows.ops.torch_for)
+        full_name(name, label): Choice(rows.representation, rows.ops.torch_for)
         for name, block in blocks.items()
         for label, rows in block.items()
     }
@@ -75,5 +74,7 @@ def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
         if isinstance(rows, Factored)
         else "gram_rows, project_rows, expand_rows_update_"
     )
-    chosen = rows.representation(curvature.inverse_LNN.shape[-1])
-    return Row(name, shape, block.name or ".", chosen, used, rows.nbytes)
+    system = next(system for system, names in curvature.systems.items() if block.name in names)
+    reduced = isinstance(rows, PerSample) and rows.form == "parameters"
+    chosen = rows.representation + (", as many rows as parameters" if reduced else "")
+    return Row(name, shape, system or ".", chosen, used, rows.nbytes)

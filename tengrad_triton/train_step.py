@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from tengrad_triton.backend import Backend, kernels_of
 from tengrad_triton.capture import Record
 from tengrad_triton.fisher import Noisy
-from tengrad_triton.graphs import Calls, Graphs, LossFn, State
+from tengrad_triton.graphs import GROUP_WORDS, Calls, Graphs, LossFn, State
 from tengrad_triton.optimizer import TENGraD
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
@@ -91,7 +91,7 @@ class TrainStep:
         if learned is None or not self._fits(learned, x, y):
             return self._plain(x, y)
         refreshes = due and learned.outputs is not None
-        reuses = not due and now is not None and now.inverse_LNN.shape[-1] in (0, len(x))
+        reuses = not due and now is not None and self._is_of(now, len(x))
         if not refreshes and not reuses:
             return self._plain(x, y)
         self._optimizer.close()  # the graphs capture by themselves
@@ -105,6 +105,10 @@ class TrainStep:
                 "optimizer.step()) does the same without compilation"
             ) from error
 
+    def _is_of(self, curvature: Curvature, samples: int) -> bool:
+        """Whether the curvature is one that batches of this size leave: another one would be compiled for anew."""
+        return curvature.rows % samples == 0 or curvature.rows == self._optimizer._options.fisher_rows
+
     def _fits(self, learned: Learned, x: Tensor, y: Tensor) -> bool:
         """Whether the graphs are for batches like this one; says once if not."""
         came = _signature(x, y)
@@ -117,33 +121,41 @@ class TrainStep:
 
     def _plain(self, x: Tensor, y: Tensor) -> Tensor:
         optimizer, before = self._optimizer, self._learned
-        optimizer.zero_grad()
-        with torch.enable_grad():
+        first: dict[str, Any] = {}
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
             output = self._model(x)
             loss = self._loss_fn(output, y)
-        if before is None:
-            _check_loss(self._loss_fn, output, y, loss)
-        loss.backward()
-        trained = frozenset(name for name, p in self._model.named_parameters() if p.grad is not None)
-        calls = [_calls_of(record) for record in optimizer._capture.records]
-        optimizer.step()
+            if before is None and not first:
+                _check_loss(self._loss_fn, output, y, loss)
+            loss.backward()
+            if not first:
+                first["output"], first["calls"] = output.detach(), [_calls_of(r) for r in optimizer._capture.records]
+                first["trained"] = frozenset(n for n, p in self._model.named_parameters() if p.grad is not None)
+            return loss.detach()
+
+        loss = cast("Tensor", optimizer.step(closure))
         optimizer.zero_grad()
         if before is None or (before.outputs is None and before.batch == _signature(x, y)):
-            outputs = self._outputs(calls)
+            outputs = self._outputs(first["calls"])
             if before is None or outputs is not None:
-                graphs = self._graphs(trained, outputs or {}, output.device)
+                graphs = self._graphs(first["trained"], outputs or {}, x.device)
                 reuse, refresh = (torch.compile(graph, **self._options) for graph in (graphs.reuse, graphs.refresh))
-                self._learned = Learned(_signature(x, y), output.detach(), outputs, graphs, reuse, refresh)
-        return loss.detach()
+                self._learned = Learned(_signature(x, y), first["output"], outputs, graphs, reuse, refresh)
+        return loss
 
     def _outputs(self, forwards: Sequence[Calls]) -> Calls | None:
         """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
         optimizer, curvature = self._optimizer, self._optimizer._curvature
-        drawn = optimizer._fisher != "sampled" or isinstance(optimizer._likelihood, Noisy)
+        o = optimizer._options
+        drawn = isinstance(o.likelihood, Noisy) and getattr(o.likelihood, "target", None) is None
+        drawn = o.fisher == "empirical" or (o.fisher == "sampled" and drawn)
+        single = o.fisher_samples == 1 and o.fisher_rows is None and o.history == 1
         compressed = any(
             choice.representation == "compressed" for choice in optimizer.choices().values()
         )  # its rank depends on the data
-        if len(forwards) != 1 or curvature is None or not drawn or compressed:
+        if len(forwards) != 1 or curvature is None or not drawn or not single or compressed or optimizer.adapts:
             return None
         return (
             {name: forwards[0][name] for name in curvature.blocks}
@@ -157,18 +169,21 @@ class TrainStep:
         blocks = [block for block in optimizer._blocks if all(p in full for p in block.parameters.values())]
         choices = optimizer.choices()
         backend: Backend = (
-            "torch" if device.type == "cpu" else optimizer._backend
+            "torch" if device.type == "cpu" else optimizer._options.backend
         )  # inductor fuses definitions, not ops
-        sampled = optimizer._fisher == "sampled" and isinstance(optimizer._likelihood, Noisy)
+        o = optimizer._options
+        sampled = o.fisher == "sampled" and isinstance(o.likelihood, Noisy)
         return Graphs(
             model=self._model,
             loss_fn=self._loss_fn,
             blocks=blocks,
             names={(block.name, label): full[p] for block in blocks for label, p in block.parameters.items()},
             trained=trained,
-            likelihood=cast("Noisy", optimizer._likelihood) if sampled else None,
+            likelihood=cast("Noisy", o.likelihood) if sampled else None,
             chosen=choices,
-            nesterov=[group["nesterov"] for group in optimizer.param_groups],
+            groups=[{name: group[name] for name in GROUP_WORDS} for group in optimizer.param_groups],
+            systems={} if optimizer._curvature is None else optimizer._curvature.systems,
+            trust_region=o.trust_region,
             kernels={
                 torch_for: kernels_of(backend, torch_for)
                 for torch_for in {(), *(c.torch_for for c in choices.values())}
@@ -194,7 +209,7 @@ class TrainStep:
         optimizer, likelihood, outputs = self._optimizer, learned.graphs.likelihood, learned.outputs or {}
         noise = None if likelihood is None else likelihood.noise(learned.output, optimizer._generator)
         optimizer._release()
-        damping_L, failures_L = optimizer._damping_of(list(outputs))
+        damping_L, failures_L = optimizer._damping_of(learned.graphs.systems)
         with learned.graphs.tape.hooked():
             loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)
         optimizer._advance(unpack_curvature(packed, optimizer._blocks, optimizer._kernels_for), 0)

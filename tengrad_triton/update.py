@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,16 @@ class Target:
     grad: Tensor
     settings: Tensor
     nesterov: bool
+    spring: float = 0.0
+
+    def pulled(self, damping: Tensor | float) -> Target:
+        """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).
+
+        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) is (F + α I)⁻¹ (V + α μ φ): the residual's formulation, without F φ.
+        """
+        if not self.spring:
+            return self
+        return replace(self, grad=self.grad + (damping * self.spring) * self.momentum)
 
 
 class Settings:
@@ -41,7 +51,8 @@ class Settings:
         """Return the group's numbers as they are now, on its device, in float32 at least."""
         decay, lr, first = group["weight_decay"], group["lr"], group["params"][0]
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-        numbers = (0.0 if isinstance(lr, Tensor) else lr, group["momentum"], coupled, shrink)
+        momentum = 0.0 if group["spring"] else group["momentum"]  # SPRING's is part of the gradient
+        numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
         if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, first.device):
             self._tensor, self._numbers = torch.zeros(4, dtype=dtype, device=first.device), (0.0,) * 4
