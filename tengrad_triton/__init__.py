@@ -1,7 +1,8 @@
 """Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels."""
 
 from tengrad_triton.autotune import autotune
-from tengrad_triton.fisher import Likelihood
+from tengrad_triton.damping import LevenbergMarquardt
+from tengrad_triton.fisher import Bernoulli, Categorical, Gaussian, Likelihood
 from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
 from tengrad_triton.optimizer import TENGraD
 from tengrad_triton.plan import Plan
@@ -9,8 +10,12 @@ from tengrad_triton.train_step import compile_train_step
 
 __version__ = "0.1.0"
 __all__ = [
+    "Bernoulli",
     "Canonical",
+    "Categorical",
     "Explicit",
+    "Gaussian",
+    "LevenbergMarquardt",
     "Likelihood",
     "Outer",
     "Plan",

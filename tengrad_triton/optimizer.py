@@ -274,7 +274,7 @@ class TENGraD(torch.optim.Optimizer):
         predicted = float(linear + curvature.curvature_along(steps) / 2)
         self._capture.disarm()
         with torch.enable_grad():
-            actual = float(closure()) - float(loss)
+            actual = _number(closure()) - _number(loss)
         for group, rule in zip(self.param_groups, self._rules, strict=True):
             if isinstance(rule, LevenbergMarquardt):
                 sign = -1 if group["maximize"] else 1
@@ -391,3 +391,8 @@ class TENGraD(torch.optim.Optimizer):
     def summary(self) -> Summary:
         """Return a row for every parameter: its block, representation, kernels and bytes; printable."""
         return summarize(self._blocks, self._curvature)
+
+
+def _number(loss: Any) -> float:
+    """Return what a closure returned, which may still carry its graph."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)
