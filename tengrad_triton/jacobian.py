@@ -6,25 +6,22 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.backend import KernelsFor
-from tengrad_triton.layers import Explicit, Outer, Windows, matrix_view
-from tengrad_triton.plan import Geometry, Representation
-from tengrad_triton.update import Target
+from tengrad_triton.layers import Explicit, Form, Lookup, Outer, Windows, canonical_rows, matrix_view
+from tengrad_triton.plan import Representation
+from tengrad_triton.update import Target, table_update_
+from tengrad_triton.uses import Uses, geometry_of, joined, joined_lookups, taken
 
 _CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
 
-Form = Literal["samples", "directions", "parameters"]
+RowKind = Literal["samples", "directions", "parameters"]
 """What a row of explicit J belongs to."""
-
-Uses = Sequence[Sequence[Outer | Explicit]]
-"""What each micro-batch of a step contributes to one parameter: a list a micro-batch, an entry a use within it."""
 
 
 class Jacobian(Protocol):
@@ -72,7 +69,7 @@ class PerSample:
 
     j_NK: Tensor
     ops: Any
-    form: Form = "samples"
+    form: RowKind = "samples"
 
     def gram(self) -> Tensor:  # noqa: D102
         return self.ops.gram_rows(self.j_NK)
@@ -150,7 +147,7 @@ class Factored:
         if not isinstance(older, Factored) or older.outer.g_NGPO.shape[1:] != mine.g_NGPO.shape[1:]:
             return None
         kept = taken(older.outer, torch.arange(rows, device=mine.g_NGPO.device))
-        return Factored(_joined([[mine], [kept]]), self.ops)  # type: ignore[list-item]
+        return Factored(joined([[mine], [kept]]), self.ops)  # type: ignore[list-item]
 
     @property
     def representation(self) -> Representation:  # noqa: D102
@@ -170,6 +167,84 @@ class Factored:
         return (a.x_NCHW if isinstance(a, Windows) else a).nbytes + self.outer.g_NGPO.nbytes
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table V × D that is looked up, and that may be a linear layer's weight besides (tied embedding and head).
+
+    Neither one-hot vectors nor rows for every sample are kept, only ids, derivatives and the weight's factors.
+    """
+
+    lookup: Lookup
+    outer: Outer | None
+    ops: Any
+
+    def gram(self) -> Tensor:
+        """Return k_NN, from explicit rows for some of the table's rows at a time: those that were looked up."""
+        lookup, outer = self.lookup, self.outer
+        if outer is None and not torch.compiler.is_compiling():
+            known, ids_NP = torch.unique(lookup.ids_NP, return_inverse=True)
+            lookup = Lookup(ids_NP, lookup.g_NPD, len(known))
+        n, entries = len(lookup.g_NPD), lookup.g_NPD.shape[2]
+        step = max(1, _CHUNK_BYTES // (n * entries * lookup.g_NPD.itemsize))
+        k_NN = lookup.g_NPD.new_zeros(n, n)
+        for first in range(0, lookup.rows, step):
+            end = min(lookup.rows, first + step)
+            k_NN = k_NN + self.ops.gram_rows(_rows_between(lookup, outer, first, end, self.ops))
+        return k_NN
+
+    def project(self, v: Tensor) -> Tensor:  # noqa: D102
+        lookup = self.lookup
+        y_N = (v[lookup.ids_NP].to(lookup.g_NPD.dtype) * lookup.g_NPD).sum((1, 2))
+        return y_N if self.outer is None else y_N + Factored(self.outer, self.ops).project(v)
+
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:
+        """Take the step without what was looked up, and add that: the update is linear in the direction."""
+        if self.outer is None:
+            # A direction of the table's size would be one more table.
+            table_update_(target.parameter, target.momentum, target.grad, divisor, target.settings, target.nesterov)
+        else:
+            Factored(self.outer, self.ops).expand_update_(target, w_N, divisor)
+        lr, momentum = target.settings[:2].unbind()
+        change_NPD = self.lookup.g_NPD * (w_N[: len(self.lookup.g_NPD)] / -divisor)[:, None, None]
+        change, ids = change_NPD.flatten(0, 1).to(target.parameter.dtype), self.lookup.ids_NP.flatten()
+        target.momentum.index_add_(0, ids, change)
+        share = lr * (1 + momentum) if target.nesterov else lr
+        target.parameter.index_add_(0, ids, change * -share)
+
+    def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
+        rows = _rows_between(self.lookup, self.outer, 0, self.lookup.rows, self.ops)
+        return PerSample(directions_RN @ rows, self.ops, "directions")
+
+    def extended(self, older: Jacobian, rows: int) -> Table | None:  # noqa: D102
+        if not isinstance(older, Table) or older.lookup.rows != self.lookup.rows:
+            return None
+        first = torch.arange(rows, device=self.lookup.g_NPD.device)
+        lookup = joined_lookups([[self.lookup], [taken(older.lookup, first)]])  # type: ignore[list-item]
+        if self.outer is None or older.outer is None:
+            return Table(lookup, None, self.ops) if self.outer is older.outer else None
+        return Table(lookup, joined([[self.outer], [taken(older.outer, first)]]), self.ops)  # type: ignore[list-item]
+
+    @property
+    def representation(self) -> Representation:  # noqa: D102
+        return "factored"
+
+    def pack(self) -> dict[str, Any]:  # noqa: D102
+        lookup = {"ids_NP": self.lookup.ids_NP, "g_NPD": self.lookup.g_NPD, "rows": self.lookup.rows}
+        outer = {} if self.outer is None else Factored(self.outer, self.ops).pack()
+        return {**outer, "lookup": lookup, "torch_for": list(self.ops.torch_for)}
+
+    @property
+    def nbytes(self) -> int:  # noqa: D102
+        own = self.lookup.ids_NP.nbytes + self.lookup.g_NPD.nbytes
+        return own if self.outer is None else own + Factored(self.outer, self.ops).nbytes
+
+
+def _rows_between(lookup: Lookup, outer: Outer | None, first: int, end: int, ops: Any) -> Tensor:
+    """Return j_NK of a table's rows from ``first`` to before ``end``."""
+    rows = lookup.sample_rows(first, end).flatten(1)
+    return rows if outer is None else rows + Outer(outer.a, outer.g_NGPO[..., first:end]).sample_grads(ops)
+
+
 def _views(target: Target) -> tuple[Tensor, Tensor, Tensor]:
     return matrix_view(target.parameter), matrix_view(target.momentum), matrix_view(target.grad)
 
@@ -183,67 +258,34 @@ def unpack(packed: Mapping[str, Any], like: Tensor, kernels_for: KernelsFor) -> 
 
     if "j_NK" in packed:
         return PerSample(move(packed["j_NK"]), ops, packed["form"])
+    if "lookup" in packed:
+        lookup = Lookup(**{name: move(value) for name, value in packed["lookup"].items()})
+        outer = unpack({k: v for k, v in packed.items() if k != "lookup"}, like, kernels_for) if "a" in packed else None
+        return Table(lookup, outer.outer if isinstance(outer, Factored) else None, ops)
     a = packed["a"]
     a = Windows(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
     return Factored(Outer(a, move(packed["g_NGPO"])), ops)
 
 
-def geometry_of(outer: Outer) -> Geometry:
-    """Return the sizes that the choice of a representation looks at."""
-    n, groups, positions, outputs = outer.g_NGPO.shape
-    a, itemsize = outer.a, outer.g_NGPO.itemsize
-    if isinstance(a, Windows):
-        layout = f"conv {a.kernel_size} stride {a.stride} dilation {a.dilation} of {list(a.x_NCHW.shape[2:])}"
-        inputs, stored = a.inputs, a.x_NCHW.nbytes
-    else:
-        layout, inputs, stored = "dense", a.shape[-1], a.nbytes
-    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes, layout)
-
-
-def taken(use: Outer | Explicit, rows: Tensor) -> Outer | Explicit:
-    """Return some of a use's rows."""
-    if isinstance(use, Explicit):
-        return Explicit(use.j_NK[rows])
-    a = replace(use.a, x_NCHW=use.a.x_NCHW[rows]) if isinstance(use.a, Windows) else use.a[rows]
-    return Outer(a, use.g_NGPO[rows])
-
-
 def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobian:
     """Return the rows of one parameter: uses within a micro-batch add up, micro-batches follow each other."""
-    if all(isinstance(use, Outer) for batch in uses for use in batch):
+    kinds = {type(use) for batch in uses for use in batch}
+    if Lookup in kinds and Explicit not in kinds and representation == "factored":
+        outers = [[use for use in batch if isinstance(use, Outer)] for batch in uses]
+        tables = [[use for use in batch if isinstance(use, Lookup)] for batch in uses]
+        return Table(joined_lookups(tables), joined(outers) if Outer in kinds else None, ops)
+    if kinds == {Outer}:
         few = representation == "compressed" and not geometry_of(uses[0][0]).prefers_rows  # type: ignore[arg-type]
         if representation == "factored" or few:
-            return Factored(_joined(uses), ops)  # type: ignore[arg-type]
+            return Factored(joined(uses), ops)  # type: ignore[arg-type]
     batches = [_added([_rows(use, ops) for use in batch]) for batch in uses]
     j_NK = batches[0] if len(batches) == 1 else torch.cat(batches)  # torch would copy a single one
     return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops)
 
 
-def _rows(use: Outer | Explicit, ops: Any) -> Tensor:
-    return use.sample_grads(ops) if isinstance(use, Outer) else use.j_NK.flatten(1)
+def _rows(use: Form, ops: Any) -> Tensor:
+    return canonical_rows(use.j_NK) if isinstance(use, Explicit) else use.sample_grads(ops)
 
 
 def _added(rows: Sequence[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.stack(tuple(rows)).sum(0)
-
-
-def _joined(uses: Sequence[Sequence[Outer]]) -> Outer:
-    """Return one outer product for all uses: along P within a micro-batch, along N between them (P padded by zeros)."""
-    if len(uses) == 1 and len(uses[0]) == 1:
-        return uses[0][0]
-    if all(len(batch) == 1 for batch in uses) and (windows := _same_windows([batch[0].a for batch in uses])):
-        return Outer(windows, torch.cat([batch[0].g_NGPO for batch in uses]))
-    unfolded = [[use.a.unfold() if isinstance(use.a, Windows) else use.a for use in batch] for batch in uses]
-    a = [torch.cat(batch, dim=2) for batch in unfolded]
-    g = [torch.cat([use.g_NGPO for use in batch], dim=2) for batch in uses]
-    positions = max(part.shape[2] for part in a)
-    return Outer(*(torch.cat([F.pad(t, (0, 0, 0, positions - t.shape[2])) for t in parts]) for parts in (a, g)))
-
-
-def _same_windows(views: Sequence[Tensor | Windows]) -> Windows | None:
-    """Return one view of all samples, where all are the same windows of images of one size."""
-    first = views[0]
-    if not isinstance(first, Windows) or not all(isinstance(view, Windows) for view in views):
-        return None
-    alike = {view.x_NCHW.shape[1:] for view in views}  # type: ignore[union-attr]
-    return replace(first, x_NCHW=torch.cat([view.x_NCHW for view in views])) if len(alike) == 1 else None  # type: ignore[union-attr]

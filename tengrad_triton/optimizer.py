@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.backend import Backend, kernels_of
-from tengrad_triton.blocks import Block, BlocksChoice, find_blocks, systems_of
+from tengrad_triton.blocks import Block, BlocksChoice, Source, find_blocks, find_sources, systems_of
 from tengrad_triton.capture import Capture
 from tengrad_triton.damping import Damping, LevenbergMarquardt, Schedule, rule_of
 from tengrad_triton.fisher import Fisher, Likelihood
@@ -84,7 +84,8 @@ class TENGraD(torch.optim.Optimizer):
             of modules' names, a block each.
         representation: ``"auto"`` (per weight, by the analytic rule), ``"factored"``, ``"per_sample"``,
             ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of these four.
-        unsupported: what parameters get that no rule covers: ``"sgd"``, the plain step and one warning, or ``"error"``.
+        unsupported: what parameters get that no rule covers, or that are used outside of their layers: ``"explicit"``,
+            rows by `torch.func` or by a backward pass a sample; ``"sgd"``, the plain step and one warning; ``"error"``.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
         plan: what `autotune` returned, or the file that it wrote; the analytic rule serves what it does not know.
         max_bytes: how much the stored J may take, where the representation is chosen automatically; and how much the
@@ -119,7 +120,7 @@ class TENGraD(torch.optim.Optimizer):
         history: int = 1,
         blocks: BlocksChoice = "layer",
         representation: RepresentationChoice = "auto",
-        unsupported: Unsupported = "sgd",
+        unsupported: Unsupported = "explicit",
         backend: Backend = "auto",
         plan: Plan | Path | str | None = None,
         max_bytes: int = MAX_BYTES,
@@ -181,20 +182,21 @@ class TENGraD(torch.optim.Optimizer):
 
     def _rebuild(self) -> None:
         """Find the blocks, and have the next step refresh."""
-        blocks = find_blocks(self._module, self.param_groups)
+        blocks = find_blocks(self._module, self.param_groups, self._options.unsupported == "explicit")
         self._report({block.name: block.why_sgd for block in blocks if block.why_sgd})
         self.close()
-        covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
-        self._check_dampings(systems_of(self._options.blocks, blocks, list(covered)), blocks)
+        covered = [block.name for block in blocks if block.why_sgd is None]
+        self._check_dampings(systems_of(self._options.blocks, blocks, covered), blocks)
         self._blocks, self._curvature, self._built = blocks, None, True
-        self._capture = self._captures(covered)
+        self._capture = self._captures(find_sources(self._module, blocks))
         self._capture.arm()
 
-    def _captures(self, covered: Mapping[str, nn.Module]) -> Capture:
+    def _captures(self, sources: Mapping[str, Source]) -> Capture:
         o = self._options
         rows = (o.fisher, o.likelihood, self._generator)
         release = self._release if o.history == 1 else None
-        return Capture(self.model, covered, *rows, release, o.fisher_samples, o.max_bytes)
+        explicit = o.unsupported == "explicit"
+        return Capture(self.model, sources, *rows, release, o.fisher_samples, o.max_bytes, explicit)
 
     def _check_dampings(self, systems: Systems, blocks: Sequence[Block]) -> None:
         """Reject a system with several dampings."""

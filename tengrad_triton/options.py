@@ -15,9 +15,9 @@ from tengrad_triton.fisher import FISHERS, Factorable, Fisher, Likelihood, likel
 from tengrad_triton.plan import REPRESENTATIONS, Plan, Representation
 from tengrad_triton.plan_file import load
 
-Unsupported = Literal["sgd", "error"]
+Unsupported = Literal["explicit", "sgd", "error"]
 RepresentationChoice = Literal["auto"] | Representation | Mapping[str, Representation]
-_WORDS = {"fisher": FISHERS, "unsupported": ("sgd", "error"), "backend": ("auto", "torch")}
+_WORDS = {"fisher": FISHERS, "unsupported": ("explicit", "sgd", "error"), "backend": ("auto", "torch")}
 
 
 @dataclass(frozen=True)

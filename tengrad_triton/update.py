@@ -69,3 +69,17 @@ def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Return numbers as a tensor in float64 without waiting for the device, as copying them from the host would."""
     filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
     return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def table_update_(
+    param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor, nesterov: bool
+) -> None:
+    """`kernels.update_` along grad / divisor, without a tensor of the parameter's size for that direction."""
+    lr, momentum, weight_decay, shrink = settings.unbind()
+    divisor = divisor.to(grad.dtype)
+    momentum_buffer.mul_(momentum).addcdiv_(grad, divisor).addcmul_(param, weight_decay)
+    if nesterov:
+        param.mul_(1 - lr * (shrink + weight_decay)).addcdiv_(grad, -divisor / lr)
+        param.addcmul_(momentum_buffer, -lr * momentum)
+    else:
+        param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)
