@@ -95,28 +95,20 @@ class Graphs:
         output, pull, inputs = self._forward(state, zeros, x)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, g = pull(grad_output)
+        # Where samples mix, the rows come from a forward of their own, with the batch's statistics as constants.
+        mixes = any(mixes_samples(module) for module in self.model.modules())
+        passed = self._forward(state, zeros, x, constants=True) if mixes else (output, pull, inputs)
         scale = len(x)  # the loss is a mean, the rows are each sample's own
         if self.likelihood is not None and noise is not None:
-            inputs, g = self._drawn(self.likelihood, noise, (output, pull, inputs), state, zeros, x)
+            grad_output = grad(self.likelihood.nll)(passed[0], self.likelihood.pick(passed[0], noise))
             scale = 1
-        uses = self._uses({k: [(a, scale * b) for a, b in zip(inputs[k], g[k], strict=True)] for k in outputs})
+        if mixes or scale == 1:
+            _, g = passed[1](grad_output)
+        uses = self._uses({k: [(a, scale * b) for a, b in zip(passed[2][k], g[k], strict=True)] for k in outputs})
         jacobians = jacobians_of(uses, self.chosen, self.kernels.__getitem__)
         fresh = curvature(jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()])
         fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss, pack_curvature(fresh)
-
-    def _drawn(
-        self, likelihood: Noisy, noise: Tensor, passed: Pass, state: State, zeros: Calls, x: Tensor
-    ) -> tuple[Calls, Calls]:
-        """Return the layers' inputs, and the derivatives of labels' losses by their outputs.
-
-        Where samples mix in the forward, another one with the batch's statistics as constants gives both.
-        """
-        if any(mixes_samples(module) for module in self.model.modules()):
-            passed = self._forward(state, zeros, x, constants=True)
-        output, pull, inputs = passed
-        _, g = pull(grad(likelihood.nll)(output, likelihood.pick(output, noise)))
-        return inputs, g
 
     def _uses(self, calls: Mapping[str, Sequence[tuple[Any, Any]]]) -> dict[str, BlockUses]:
         """Return what the calls contribute to each parameter of each block with rows."""

@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from tengrad_triton.backend import Backend, kernels_of
 from tengrad_triton.fisher import Noisy
 from tengrad_triton.graphs import GROUP_WORDS, Calls, Graphs, LossFn, State
-from tengrad_triton.layers import mixes_samples
+from tengrad_triton.layers import drops_out, mixes_samples
 from tengrad_triton.optimizer import TENGraD
 from tengrad_triton.record import Record
 from tengrad_triton.state import pack_curvature, unpack_curvature
@@ -160,6 +160,9 @@ class TrainStep:
         )  # its rank depends on the data
         if len(forwards) != 1 or forwards[0] is None or not (drawn and single and fixed):
             return None
+        modules = list(self._model.modules())
+        if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
+            return None  # rows take a forward of their own then, which would drop out others
         return forwards[0]
 
     def _graphs(self, trained: frozenset[str], outputs: Calls, device: torch.device) -> Graphs:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tengrad_triton.layers.embedding import why_not_exact
@@ -94,6 +95,11 @@ def may_draw(layer: nn.Module) -> bool:
 def draws(layer: nn.Module) -> bool:
     """Whether a call of the layer now draws random numbers that its rule has to draw again."""
     return may_draw(layer) and layer.training
+
+
+def drops_out(layer: nn.Module) -> bool:
+    """Whether a layer is a dropout in training."""
+    return isinstance(layer, _DropoutNd) and layer.training and layer.p > 0
 
 
 def counts_uses(layer: nn.Module) -> bool:
