@@ -35,12 +35,13 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"damping must be positive, got {group['damping']}: F + damping I is not invertible otherwise")
     _check_range("weight_decay", group["weight_decay"], 0.0)
     _check_range("momentum", group["momentum"], 0.0, below=1.0)
-    _check_range("spring", group["spring"], 0.0, below=1.0)
-    if group["nesterov"] and (group["momentum"] == 0 or group["spring"]):
+    spring = group.get("spring", 0.0)  # TENGraD's alone
+    _check_range("spring", spring, 0.0, below=1.0)
+    if group["nesterov"] and (group["momentum"] == 0 or spring):
         raise ValueError("nesterov=True needs momentum and no spring: it looks ahead along the momentum")
-    if group["spring"] and group["weight_decay"] and not group["decoupled_weight_decay"]:
+    if spring and group["weight_decay"] and not group["decoupled_weight_decay"]:
         raise ValueError(
-            f"spring={group['spring']} keeps the last natural gradient, which weight decay would be mixed with: "
+            f"spring={spring} keeps the last natural gradient, which weight decay would be mixed with: "
             "use decoupled_weight_decay=True"
         )
     for parameter in group["params"]:

@@ -40,27 +40,16 @@ MAY_IMPORT = {
     "jacobian": {"backend", "layers", "plan", "update", "uses"},
     "layers": {"kernels"},
     "optimizer": {
-        *(
-            "backend",
-            "blocks",
-            "capture",
-            "damping",
-            "fisher",
-            "options",
-            "plan",
-            "refresh",
-            "state",
-            "summary",
-            "update",
-            "validation",
-        ),
-        *("woodbury", "kernels"),
+        *("backend", "blocks", "capture", "damping", "fisher", "options", "phases", "plan", "refresh", "shell"),
+        *("state", "summary", "update", "validation", "woodbury"),
     },
     "options": {"backend", "blocks", "fisher", "plan", "plan_file"},
+    "phases": set(),
     "plan": set(),
     "plan_file": {"kernels", "plan"},
     "record": {"layers"},
     "refresh": {"backend", "blocks", "capture", "jacobian", "layers", "plan", "record", "uses", "woodbury"},
+    "shell": {"blocks", "capture", "damping", "options", "summary", "update", "validation"},
     "state": {"backend", "blocks", "jacobian", "woodbury"},
     "summary": {"blocks", "jacobian", "layers", "plan", "woodbury"},
     "update": set(),
@@ -71,7 +60,7 @@ MAY_IMPORT = {
     "train_step": {
         *("backend", "fisher", "graphs", "layers", "optimizer", "record", "state", "tape", "woodbury"),
     },
-    "woodbury": {"jacobian", "update", "kernels"},
+    "woodbury": {"jacobian", "phases", "update", "kernels"},
 }
 
 
