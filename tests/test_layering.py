@@ -63,6 +63,24 @@ MAY_IMPORT = {
     "woodbury": {"jacobian", "phases", "update", "kernels"},
 }
 
+# What the rivals may import of the rest: what TENGraD stands on, and nothing of TENGraD.
+RIVALS_MAY_IMPORT = {
+    *(
+        "baselines",
+        "blocks",
+        "capture",
+        "damping",
+        "fisher",
+        "kernels",
+        "layers",
+        "options",
+        "phases",
+        "plan",
+        "refresh",
+    ),
+    *("shell", "summary", "update", "validation"),
+}
+
 
 def imported(path):
     """Yield the dotted names that a file imports, relative ones resolved within the package."""
@@ -85,6 +103,11 @@ def of_package(path):
 def test_modules_import_only_what_is_below_them(module):
     assert module in MAY_IMPORT, f"{module}.py is new: say in MAY_IMPORT what it may import"
     assert of_package(PACKAGE / f"{module}.py") <= MAY_IMPORT[module]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("baselines/*.py")), ids=lambda path: path.stem)
+def test_rivals_know_nothing_of_their_rival(path):
+    assert of_package(path) <= RIVALS_MAY_IMPORT
 
 
 def test_the_arrows_have_no_cycle():

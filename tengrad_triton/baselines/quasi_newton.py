@@ -1,0 +1,177 @@
+"""What K-BFGS and K-BFGS(L) share: Kronecker factors of the inverse Hessian, kept by quasi-Newton updates.
+
+Dimensions: G groups, O outputs and I inputs of a group (see `kronecker`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton.baselines.bfgs import Dense, Memory, doubly_damped
+from tengrad_triton.baselines.kronecker import Layer, Moments, in_batches, inverse, moments, shifted
+from tengrad_triton.baselines.rival import Curvature, Rival, Rows
+from tengrad_triton.options import Unsupported
+from tengrad_triton.phases import phase
+from tengrad_triton.update import Target
+from tengrad_triton.validation import check_range
+
+B = TypeVar("B", Dense, Memory)
+_POWELL = 0.2  # μ₁ of the double damping
+
+
+@dataclass(frozen=True)
+class KbfgsLayer(Generic[B]):
+    """The running A, the inverses of both sides, and the running pair of the output side.
+
+    Attributes:
+        a_GII: the running A = Σ_p a aᵀ.
+        input_side: H_a ≈ (A + √α I)⁻¹.
+        output_side: H_g, the inverse of the loss's mean Hessian by a position's outputs.
+        s_GO: the running mean of how far the mean output moved in a step.
+        y_GO: the running mean of how far its derivative did.
+    """
+
+    a_GII: Tensor
+    input_side: Dense
+    output_side: B
+    s_GO: Tensor
+    y_GO: Tensor
+
+    @property
+    def running(self) -> Tensor:  # noqa: D102
+        return self.a_GII
+
+    def solve(self, v_GOI: Tensor) -> Tensor:
+        """Return H_g V H_a."""
+        return self.output_side.apply(v_GOI @ self.input_side.h_GOO)
+
+    @property
+    def form(self) -> str:
+        """Return what is kept, for the summary."""
+        side, (outputs, inputs) = self.output_side, (self.s_GO.shape[1], self.a_GII.shape[1])
+        return f"{f'{side.d_GM.shape[1]} pairs of ' if isinstance(side, Memory) else ''}{outputs} x {inputs}"
+
+
+class QuasiNewton(Rival[KbfgsLayer[B]]):
+    """What `KBFGS` and `KBFGSL` share: all but how H_g is kept."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: Mapping[str, Any],
+        *,
+        refresh_every: int | Callable[[int], int],
+        stat_decay: float,
+        unsupported: Unsupported,
+        seed: int | None,
+    ) -> None:
+        check_range("stat_decay", stat_decay, 0.0, below=1.0)
+        self._stat_decay = stat_decay
+        super().__init__(
+            model, params, defaults,
+            rows=Rows("empirical"), refresh_every=refresh_every, unsupported=unsupported, seed=seed,
+        )  # fmt: skip
+
+    @abstractmethod
+    def _identity(self, like_GO: Tensor) -> B:
+        """Return H_g = I."""
+
+    def _why_closure(self) -> str | None:
+        if not self._refresh_is_due():
+            return None
+        return (
+            f"{type(self).__name__} compares a batch's derivatives before and after the step: call step(closure), "
+            "which clears the gradients, runs forward and backward, and returns the loss"
+        )
+
+    def _refresh_is_due(self) -> bool:
+        return self._curvature is None or self._age >= self._interval()
+
+    def _taken(
+        self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
+    ) -> tuple[Curvature[KbfgsLayer[B]], int]:
+        curvature = self._curvature
+        if curvature is not None and not self._refresh_is_due():
+            self._move(curvature, targets)
+            return curvature, self._age
+        assert closure is not None  # `_why_closure` has seen to it
+        before = self._moments()
+        with phase("curvature"):
+            self._follow_schedules()
+            curvature = self._seen(curvature, before)
+        outputs = self._outputs(curvature, before)
+        self._move(curvature, targets)
+        self._capture.forget()
+        with torch.enable_grad():
+            closure()
+        after = self._moments()
+        with phase("curvature"):
+            moved = self._outputs(curvature, after)
+            layers = {
+                name: (layer, self._updated(layer, state, before[name][1], after[name][1], moved[name] - outputs[name]))
+                if name in after
+                else (layer, state)
+                for name, (layer, state) in curvature.layers.items()
+            }
+        return Curvature(layers, curvature.updates, curvature.failures), 0
+
+    def _moments(self) -> dict[str, tuple[Layer, Moments]]:
+        """Return what the batches since the last step say of every layer."""
+        uses, layers = self._gathered()
+        with phase("curvature"):
+            return {layer.name: (layer, moments(layer, uses[layer.block])) for layer in layers}
+
+    def _seen(
+        self, past: Curvature[KbfgsLayer[B]] | None, seen: Mapping[str, tuple[Layer, Moments]]
+    ) -> Curvature[KbfgsLayer[B]]:
+        """Return the curvature with a batch's A in the running one; layers that are new begin with H_g = I."""
+        old = {} if past is None else {name: state for name, (_, state) in past.layers.items()}
+        fresh = {name: pair for name, pair in seen.items() if name not in old}
+        shifts = [
+            shifted(own.a_GII, own.a_GII.new_full((len(own.a_GII),), self._damping_of(layer) ** 0.5))
+            for layer, own in fresh.values()
+        ]
+        inverses, failures = in_batches(shifts, inverse)
+        begun = dict(zip(fresh, inverses, strict=True))
+        layers = {}
+        for name, (layer, own) in seen.items():
+            if name in old:
+                state, weight = old[name], 1 - self._stat_decay
+                a_GII = state.a_GII.lerp(own.a_GII, weight)
+                layers[name] = (layer, KbfgsLayer(a_GII, state.input_side, state.output_side, state.s_GO, state.y_GO))
+            else:
+                identity, none_GO = self._identity(own.mean_g_GO), torch.zeros_like(own.mean_g_GO)
+                layers[name] = (layer, KbfgsLayer(own.a_GII, Dense(begun[name]), identity, none_GO, none_GO))
+        earlier, updates = (0, 0) if past is None else (past.failures, past.updates)
+        return Curvature(layers, updates + 1, failures.to(self._generator.device) + earlier)
+
+    def _outputs(
+        self, curvature: Curvature[KbfgsLayer[B]], seen: Mapping[str, tuple[Layer, Moments]]
+    ) -> dict[str, Tensor]:
+        """Return the mean output z_GO of every layer, which is what its weight makes of the mean input."""
+        return {
+            name: (self._matrix_of(layer, state) @ seen[name][1].mean_a_GI[..., None])[..., 0]
+            for name, (layer, state) in curvature.layers.items()
+            if name in seen
+        }
+
+    def _updated(
+        self, layer: Layer, state: KbfgsLayer[B], before: Moments, after: Moments, moved_GO: Tensor
+    ) -> KbfgsLayer[B]:
+        """Return the state after one BFGS update of each side."""
+        root, weight = self._damping_of(layer) ** 0.5, 1 - self._stat_decay
+        sign = -1.0 if self.param_groups[self._group_of(layer)]["maximize"] else 1.0
+        s_GO = state.s_GO.lerp(moved_GO, weight)
+        y_GO = state.y_GO.lerp(sign * (after.mean_g_GO - before.mean_g_GO), weight)
+        pair = doubly_damped(state.output_side, s_GO, y_GO, _POWELL, min(root, 1.0))
+        direction_GI = state.input_side.apply(before.mean_a_GI[..., None])[..., 0]
+        action_GI = (state.a_GII @ direction_GI[..., None])[..., 0] + root * direction_GI
+        input_side = state.input_side.updated(direction_GI, action_GI)
+        return KbfgsLayer(state.a_GII, input_side, state.output_side.updated(*pair), s_GO, y_GO)
