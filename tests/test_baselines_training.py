@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
@@ -208,6 +209,23 @@ def test_a_factor_that_is_not_positive_definite_is_survived_and_counted():
         optimizer.step(closure_of(model, optimizer, x, y))
     assert optimizer.summary().failures > 0
     assert flat(model).isfinite().all()
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_the_compiled_step_is_the_same_and_is_compiled_once(rival):
+    make, own = RIVALS[rival]
+    plain, compiled = small_model(), small_model()
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    for model in (plain, compiled):
+        optimizer = make(model, lr=0.01, refresh_every=2, seed=0, **own)
+        if model is compiled:
+            optimizer.compile_step(backend=counter)
+        take_steps(model, optimizer, 0, 6)
+        optimizer.param_groups[0]["lr"] = 0.02
+        take_steps(model, optimizer, 6, 8)
+    assert torch.allclose(flat(compiled), flat(plain), rtol=1e-5, atol=1e-7)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("make", [TENGraD, KFAC, EKFAC, KBFGS, KBFGSL])

@@ -49,24 +49,22 @@ class Memory:
     semidefinite as they stand, in any precision.
 
     Attributes:
-        s_GMO: the pairs' s, the oldest first; 0 where a group had no curvature to keep.
-        y_GMO: their y.
+        s_GMO: the pairs' s, the oldest first; 0 where there is no pair yet, or one that has no curvature.
+        y_GMO: their y, 0 there too.
         t_GMO: T = R⁻¹ Sᵀ, with R the upper triangle of Sᵀ Y, diagonal included.
-        d_GM: the diagonal of D: each pair's sᵀ y.
-        most: pairs that are kept at most.
+        d_GM: the diagonal of D: each pair's sᵀ y, 1 where there is none.
     """
 
     s_GMO: Tensor
     y_GMO: Tensor
     t_GMO: Tensor
     d_GM: Tensor
-    most: int
 
     @classmethod
     def empty(cls, like_GO: Tensor, most: int) -> Memory:
-        """Return H = I for vectors like these."""
-        none_GMO = like_GO[:, None, :][:, :0]
-        return cls(none_GMO, none_GMO, none_GMO, none_GMO[..., 0], most)
+        """Return H = I for vectors like these, with places for so many pairs."""
+        s, y, t = (like_GO.new_zeros(len(like_GO), most, like_GO.shape[1]) for _ in range(3))
+        return cls(s, y, t, torch.ones_like(s[..., 0]))
 
     def apply(self, v_GOI: Tensor) -> Tensor:  # noqa: D102
         t_GMI = self.t_GMO @ v_GOI
@@ -76,14 +74,14 @@ class Memory:
     def updated(self, s_GO: Tensor, y_GO: Tensor) -> Memory:  # noqa: D102
         curved_G, product_G = _curved(s_GO, y_GO)
         s_GMO, y_GMO = (
-            torch.cat([kept, torch.where(curved_G[:, None], new, 0.0)[:, None]], 1)[:, -self.most :]
+            torch.cat([kept[:, 1:], torch.where(curved_G[:, None], new, 0.0)[:, None]], 1)
             for kept, new in ((self.s_GMO, s_GO), (self.y_GMO, y_GO))
         )
-        d_GM = torch.cat([self.d_GM, product_G[:, None]], 1)[:, -self.most :]
+        d_GM = torch.cat([self.d_GM[:, 1:], product_G[:, None]], 1)
         # A triangle of many nearly parallel pairs wants more digits than a step does.
         upper_GMM = torch.triu((s_GMO @ y_GMO.mT).double(), 1) + torch.diag_embed(d_GM.double())
-        t_GMO = torch.linalg.solve_triangular(upper_GMM, s_GMO.double(), upper=True).to(s_GMO.dtype)
-        return Memory(s_GMO, y_GMO, t_GMO, d_GM, self.most)
+        t_GMO = torch.linalg.solve_triangular(upper_GMM, s_GMO.double(), upper=True).to(s_GMO.dtype).contiguous()
+        return Memory(s_GMO, y_GMO, t_GMO, d_GM)
 
 
 def _curved(s_GO: Tensor, y_GO: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,8 +54,10 @@ class KbfgsLayer(Generic[B]):
     @property
     def form(self) -> str:
         """Return what is kept, for the summary."""
-        side, (outputs, inputs) = self.output_side, (self.s_GO.shape[1], self.a_GII.shape[1])
-        return f"{f'{side.d_GM.shape[1]} pairs of ' if isinstance(side, Memory) else ''}{outputs} x {inputs}"
+        outputs = str(self.s_GO.shape[1])
+        if isinstance(self.output_side, Memory):
+            outputs = f"{self.output_side.d_GM.shape[1]} pairs of {outputs}"
+        return f"inverses {outputs} x {self.a_GII.shape[1]}"
 
 
 class QuasiNewton(Rival[KbfgsLayer[B]]):

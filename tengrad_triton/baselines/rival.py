@@ -88,6 +88,7 @@ class Rival(Shell[Curvature[S]]):
         if unsupported not in ("sgd", "error"):
             raise ValueError(f"unsupported must be one of 'sgd', 'error', got {unsupported!r}")
         self._rows = rows
+        self._compiled: Callable[..., None] | None = None
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
 
     @abstractmethod
@@ -126,38 +127,20 @@ class Rival(Shell[Curvature[S]]):
     def _damping_of(self, layer: Layer) -> float:
         return float(self.param_groups[self._group_of(layer)]["damping"])
 
-    def _move(self, curvature: Curvature[S], targets: Sequence[Target], kl_clip: float | None = None) -> None:
-        """Update every target along its layer's preconditioned gradient, or along its gradient where there is none.
+    def compile_step(self, *, mode: str | None = None, backend: str = "inductor") -> None:
+        """Compile what every step does, the direction and the update, as one graph; arguments as of `torch.compile`.
 
-        With ``kl_clip`` κ the former are scaled by min(1, (κ / Σ lr² ⟨d, V⟩)^½) (Ba, Grosse, Martens 2017, section 5).
+        With the model in `torch.compile` too, all but the refreshes is compiled.
         """
-        with phase("solve"):
-            directions = self._directions(curvature, targets)
-            if kl_clip is not None and directions:
-                inner = [
-                    t.settings[0].square() * (directions[t.block, t.label] * t.grad).sum()
-                    for t in targets
-                    if (t.block, t.label) in directions
-                ]
-                total = torch.stack(inner).sum()
-                scale = (kl_clip / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
-                torch._foreach_mul_(list(directions.values()), scale)
-        with phase("update"):
-            for t in targets:
-                update_(t.parameter, t.momentum, directions.get((t.block, t.label), t.grad), t.settings, t.nesterov)
+        self._compiled = torch.compile(along_, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
-    def _directions(self, curvature: Curvature[S], targets: Sequence[Target]) -> dict[tuple[str, str], Tensor]:
-        grads: dict[str, dict[str, Tensor]] = {}
-        for target in targets:
-            grads.setdefault(target.block, {})[target.label] = target.grad
-        directions = {}
-        for layer, state in curvature.layers.values():
-            own = grads.get(layer.block, {})
-            if all(label in own for label in layer.labels):
-                solved_GOI = state.solve(joined(layer, own, _kind(state)))
-                for label, part in parted(layer, solved_GOI, own).items():
-                    directions[layer.block, label] = part
-        return directions
+    def _move(self, curvature: Curvature[S], targets: Sequence[Target], kl_clip: float | None = None) -> None:
+        layers = list(curvature.layers.values())
+        if self._compiled is None:
+            along_(layers, targets, kl_clip)
+        else:
+            with phase("solve"):
+                self._compiled(layers, targets, kl_clip)
 
     def _matrix_of(self, layer: Layer, state: S) -> Tensor:
         """Return the layer's parameters as w_GOI."""
@@ -202,6 +185,41 @@ class Rival(Shell[Curvature[S]]):
                 form = state.form if label == layer.weight else f"with {layer.weight}"
                 return Row(name, shape, block.name or ".", form, self._factorization(), size)
         return Row(name, shape, "-", "sgd (no Kronecker factors)", "update_", 0)
+
+
+def along_(layers: Sequence[tuple[Layer, Any]], targets: Sequence[Target], kl_clip: float | None) -> None:
+    """Update every target along its layer's preconditioned gradient, or along its gradient where there is none.
+
+    With ``kl_clip`` κ the former are scaled by min(1, (κ / Σ lr² ⟨d, ∇L⟩)^½) (Ba, Grosse, Martens 2017, section 5).
+    """
+    with phase("solve"):
+        directions = _directions(layers, targets)
+        if kl_clip is not None and directions:
+            inner = [
+                t.settings[0].square() * (directions[t.block, t.label] * t.grad).sum()
+                for t in targets
+                if (t.block, t.label) in directions
+            ]
+            total = torch.stack(inner).sum()
+            scale = (kl_clip / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
+            torch._foreach_mul_(list(directions.values()), scale)
+    with phase("update"):
+        for t in targets:
+            update_(t.parameter, t.momentum, directions.get((t.block, t.label), t.grad), t.settings, t.nesterov)
+
+
+def _directions(layers: Sequence[tuple[Layer, Any]], targets: Sequence[Target]) -> dict[tuple[str, str], Tensor]:
+    grads: dict[str, dict[str, Tensor]] = {}
+    for target in targets:
+        grads.setdefault(target.block, {})[target.label] = target.grad
+    directions = {}
+    for layer, state in layers:
+        own = grads.get(layer.block, {})
+        if all(label in own for label in layer.labels):
+            solved_GOI = state.solve(joined(layer, own, _kind(state)))
+            for label, part in parted(layer, solved_GOI, own).items():
+                directions[layer.block, label] = part
+    return directions
 
 
 def _kind(state: State) -> tuple[int, torch.dtype]:
