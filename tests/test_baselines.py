@@ -9,7 +9,8 @@ from dense import relative_error, sample_gradients
 from torch import nn
 
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
-from tengrad_triton.baselines.bfgs import Dense, Memory, doubly_damped
+from tengrad_triton.baselines.bfgs import Dense
+from tengrad_triton.baselines.kronecker import eigenbasis, inverse
 
 N = 7
 PLAIN = {"lr": 1.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None}
@@ -194,58 +195,20 @@ def test_kl_clip_shortens_the_step_to_its_bound(make):
     assert torch.allclose((clipped * v_GOI).sum().square() / (free * v_GOI).sum(), bound)
 
 
-# Quasi-Newton
-
-
-def pairs(seed, count, groups=2, entries=5):
-    """Return pairs of a positive definite Hessian, s by s."""
-    torch.manual_seed(seed)
-    root = torch.randn(groups, entries, entries)
-    hessian = root @ root.mT + torch.eye(entries)
-    return [(s, (hessian @ s[..., None])[..., 0]) for s in torch.randn(count, groups, entries)]
-
-
-@pytest.mark.parametrize("most", [1, 3, 9])
-def test_limited_memory_is_the_formula_on_the_last_pairs(most):
-    seen = pairs(0, 6)
-    seen[4][1][1] *= -1  # one group without curvature: its pair changes nothing there
-    memory = Memory.empty(torch.zeros(2, 5), most)
-    for s, y in seen:
-        memory = memory.updated(s, y)
-    dense = Dense(torch.eye(5).repeat(2, 1, 1))
-    for s, y in seen[-most:]:
-        dense = dense.updated(s, y)
-    v_GOI = torch.randn(2, 5, 3)
-    assert torch.allclose(memory.apply(v_GOI), dense.apply(v_GOI), rtol=1e-9, atol=1e-9)
-    assert torch.allclose(memory.apply(seen[-1][1][..., None])[..., 0], seen[-1][0])  # the secant equation
-
-
-def test_bfgs_is_the_formula():
-    (s, y), h = pairs(1, 1)[0], pairs(2, 1)[0]
-    h_GOO = torch.eye(5) + h[0][:, :, None] * h[0][:, None, :]
-    after = Dense(h_GOO).updated(s, y).h_GOO
-    for group in range(2):
-        rho = 1 / (s[group] @ y[group])
-        left = torch.eye(5) - rho * torch.outer(s[group], y[group])
-        expected = left @ h_GOO[group] @ left.mT + rho * torch.outer(s[group], s[group])
-        assert torch.allclose(after[group], expected, rtol=1e-10, atol=1e-12)
-        assert torch.allclose(after[group] @ y[group], s[group], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("least", [0.1, 1.0])
-@pytest.mark.parametrize("seed", range(4))
-def test_double_damping_leaves_a_pair_with_enough_curvature(seed, least):
-    torch.manual_seed(seed)
-    s, y = torch.randn(2, 6, 5)
-    inverse = Memory.empty(s, 9)
-    for pair in pairs(seed, 3, groups=6):
-        inverse = inverse.updated(*pair)
-    new_s, new_y = doubly_damped(inverse, s, y, 0.2, least)
-    hy = inverse.apply(y[..., None])[..., 0]
-    assert ((new_s * y).sum(1) >= 0.2 * (y * hy).sum(1) * (1 - 1e-12)).all()
-    assert ((new_s * new_y).sum(1) >= least * new_s.square().sum(1) * (1 - 1e-12)).all()
-    fine = doubly_damped(inverse, hy, y, 0.2, 1e-9)  # nothing to do where s is H y
-    assert all(torch.equal(one, other) for one, other in zip(fine, (hy, y), strict=True))
+def test_factors_that_cannot_be_factored_leave_the_others_alone():
+    torch.manual_seed(0)
+    root_BII = torch.randn(3, 4, 4)
+    good_BII = root_BII @ root_BII.mT
+    bad_BII = good_BII.clone()
+    bad_BII[1] -= 10 * torch.eye(4)
+    inverse_BII, failed_B = inverse(bad_BII)
+    assert failed_B.tolist() == [False, True, False]
+    assert torch.allclose(inverse_BII[::2] @ good_BII[::2], torch.eye(4).expand(2, 4, 4), rtol=1e-8, atol=1e-8)
+    assert torch.allclose(inverse_BII[1], torch.eye(4) / bad_BII[1].trace())
+    bad_BII[1] = torch.nan
+    basis_BII, failed_B = eigenbasis(bad_BII)
+    assert failed_B.tolist() == [False, True, False]
+    assert torch.equal(basis_BII[1], torch.eye(4))
 
 
 @pytest.mark.parametrize("case", LAYERS)

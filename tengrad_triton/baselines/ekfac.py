@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.baselines.kfac import averaged, check_running
-from tengrad_triton.baselines.kronecker import Layer, chunks, eigenbasis, in_batches, moments
+from tengrad_triton.baselines.kronecker import Layer, chunks, eigenbasis, in_batches
 from tengrad_triton.baselines.rival import Curvature, Gathered, Rival, Rows
 from tengrad_triton.damping import Schedule
 from tengrad_triton.fisher import Fisher, Likelihood
@@ -174,10 +174,7 @@ class EKFAC(Rival[EkfacLayer]):
         if not (self._basis_is_due() or self._factors_are_due()) and all(layer.name in past for layer in layers):
             return updates, {layer.name: (past[layer.name].a_GII, past[layer.name].g_GOO) for layer in layers}
         weight = 1 - min(1 - 1 / (updates + 1), self._stat_decay)
-        running = {}
-        for layer in layers:
-            running[layer.name] = averaged(moments(layer, uses[layer.block]), past.get(layer.name), weight)
-        return updates + 1, running
+        return updates + 1, {layer.name: averaged(layer, uses, past.get(layer.name), weight) for layer in layers}
 
     def _scale(
         self, layer: Layer, block: BlockUses, bases: tuple[Tensor, Tensor], past_GOI: Tensor | None
@@ -201,7 +198,11 @@ def second_moments(layer: Layer, block: BlockUses, basis_a_GII: Tensor, basis_g_
     entries = basis_a_GII.shape[0] * basis_a_GII.shape[1] * basis_g_GOO.shape[1]
     single = all(use.g_NGPO.shape[2] == 1 for batch in block[layer.weight] for use in batch if hasattr(use, "g_NGPO"))
     for a_NGPI, g_NGPO in chunks(layer, block, 0 if single else entries):
-        a_GNPI, g_GNPO = (a_NGPI.transpose(0, 1) @ basis_a_GII[:, None], g_NGPO.transpose(0, 1) @ basis_g_GOO[:, None])
+        inputs = a_NGPI.shape[3]
+        a_GNPI = a_NGPI.transpose(0, 1) @ basis_a_GII[:, None, :inputs]
+        if layer.bias is not None:
+            a_GNPI += basis_a_GII[:, None, inputs:]  # what the constant 1 becomes
+        g_GNPO = g_NGPO.transpose(0, 1) @ basis_g_GOO[:, None]
         if a_GNPI.shape[2] == 1:  # the square of one outer product is the outer product of the squares
             own_GOI = g_GNPO[:, :, 0].square().mT @ a_GNPI[:, :, 0].square()
         else:

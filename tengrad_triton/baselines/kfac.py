@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.baselines.kronecker import Moments, in_batches, inverse, moments, shifted
-from tengrad_triton.baselines.rival import Curvature, Rival, Rows
+from tengrad_triton.baselines.kronecker import Layer, in_batches, input_factor, inverse, output_factor, shifted
+from tengrad_triton.baselines.rival import Curvature, Gathered, Rival, Rows
 from tengrad_triton.damping import Schedule
 from tengrad_triton.fisher import Fisher, Likelihood
 from tengrad_triton.options import Unsupported, check_count, is_number
@@ -138,9 +138,8 @@ class KFAC(Rival[KfacLayer]):
         with phase("curvature"):
             updates = 1 if before is None else before.updates + 1
             weight = 1 - min(1 - 1 / updates, self._stat_decay)
-            seen = {layer.name: moments(layer, uses[layer.block]) for layer in layers}
             past = {} if before is None else {name: state for name, (_, state) in before.layers.items()}
-            running = {name: averaged(own, past.get(name), weight) for name, own in seen.items()}
+            running = {layer.name: averaged(layer, uses, past.get(layer.name), weight) for layer in layers}
             if before is not None and not self._inversion_is_due():
                 kept = {
                     layer.name: (layer, KfacLayer(*running[layer.name], old.inverse_a_GII, old.inverse_g_GOO))
@@ -165,11 +164,10 @@ class KFAC(Rival[KfacLayer]):
         return "cholesky_ex, cholesky_inverse"
 
 
-def averaged(batch: Moments, past: Any, weight: float) -> tuple[Tensor, Tensor]:
-    """Return the running factors after a batch that counts ``weight``."""
-    if past is None:
-        return batch.a_GII, batch.g_GOO
-    return past.a_GII.lerp(batch.a_GII, weight), past.g_GOO.lerp(batch.g_GOO, weight)
+def averaged(layer: Layer, uses: Gathered, past: Any, weight: float) -> tuple[Tensor, Tensor]:
+    """Return a layer's running factors after a batch that counts ``weight``."""
+    batch = (input_factor(layer, uses[layer.block]), output_factor(layer, uses[layer.block]))
+    return batch if past is None else (past.a_GII.lerp(batch[0], weight), past.g_GOO.lerp(batch[1], weight))
 
 
 def damped(a_GII: Tensor, g_GOO: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def _bias_of(label: str, block: BlockUses) -> str | None:
 
 
 def chunks(layer: Layer, block: BlockUses, entries: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield a_NGPI and g_NGPO of some samples at a time; several uses in one forward are further positions.
+    """Yield a_NGPI, without the constant, and g_NGPO of some samples at a time; further uses are further positions.
 
     ``entries`` is how many numbers the caller will form of each sample, beside these.
     """
@@ -71,8 +71,8 @@ def chunks(layer: Layer, block: BlockUses, entries: int = 0) -> Iterator[tuple[T
         size = max(1, _CHUNK_BYTES // (numbers * g_NGPO.element_size()))
         for start in range(0, len(g_NGPO), size):
             part = slice(start, start + size)
-            a_NGPI = torch.cat([_unfolded(use, part) for use in outer], 2)
-            yield F.pad(a_NGPI, (0, layer.bias is not None), value=1.0), torch.cat([u.g_NGPO[part] for u in outer], 2)
+            a, g = [_unfolded(use, part) for use in outer], [use.g_NGPO[part] for use in outer]
+            yield (a[0], g[0]) if len(outer) == 1 else (torch.cat(a, 2), torch.cat(g, 2))
 
 
 def _inputs(use: Outer) -> int:
@@ -85,32 +85,48 @@ def _unfolded(use: Outer, part: slice) -> Tensor:
     return use.a[part]
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What one batch says of a layer.
-
-    Attributes:
-        a_GII: A = Σ_np a aᵀ / N, a sum over positions (Grosse and Martens 2016, equation 32).
-        g_GOO: Γ = Σ_np g gᵀ / (N P), a mean over positions.
-        mean_a_GI: the mean of a over samples and positions.
-        mean_g_GO: the mean of g.
-    """
-
-    a_GII: Tensor
-    g_GOO: Tensor
-    mean_a_GI: Tensor
-    mean_g_GO: Tensor
+def input_factor(layer: Layer, block: BlockUses) -> Tensor:
+    """Return a_GII, A = Σ_np a aᵀ / N of a batch: a sum over positions (Grosse and Martens 2016, equation 32)."""
+    samples, rows, total_GII = 0, 0, torch.zeros(())
+    for a_NGPI, _ in chunks(layer, block):
+        own_GII = _square(a_NGPI)
+        total_GII = total_GII.add_(own_GII) if samples else own_GII
+        samples, rows = samples + len(a_NGPI), rows + a_NGPI.shape[0] * a_NGPI.shape[2]
+    if layer.bias is not None:
+        last_G1I = rows * means(layer, block)[0][:, None]
+        total_GII = torch.cat([torch.cat([total_GII, last_G1I[..., :-1].mT], 2), last_G1I], 1)
+    return total_GII / samples
 
 
-def moments(layer: Layer, block: BlockUses) -> Moments:
-    """Return the moments of a batch."""
-    samples, positions, sums = 0, 0, [torch.zeros(())] * 4
-    for a_NGPI, g_NGPO in chunks(layer, block):
-        a_GRI, g_GRO = (rows.transpose(0, 1).flatten(1, 2) for rows in (a_NGPI, g_NGPO))
-        own = [a_GRI.mT @ a_GRI, g_GRO.mT @ g_GRO, a_GRI.sum(1), g_GRO.sum(1)]
-        sums = own if not samples else [before.add_(part) for before, part in zip(sums, own, strict=True)]
-        samples, positions = samples + len(a_NGPI), positions + a_GRI.shape[1]
-    return Moments(sums[0] / samples, sums[1] / positions, sums[2] / positions, sums[3] / positions)
+def output_factor(layer: Layer, block: BlockUses) -> Tensor:
+    """Return g_GOO, Γ = Σ_np g gᵀ / (N P) of a batch: a mean over positions."""
+    uses = _outer(layer, block)
+    return torch.stack([_square(use.g_NGPO) for use in uses]).sum(0) / _rows(uses)
+
+
+def means(layer: Layer, block: BlockUses) -> tuple[Tensor, Tensor]:
+    """Return the means of a and g over samples and positions, a_GI and g_GO."""
+    uses = _outer(layer, block)
+    # Unfolding is linear: one image, the sum of all, is unfolded in place of all of them.
+    sums = [replace(u.a, x_NCHW=u.a.x_NCHW.sum(0, True)).unfold() if isinstance(u.a, Windows) else u.a for u in uses]
+    mean_a_GI = torch.stack([a_NGPI.sum((0, 2)) for a_NGPI in sums]).sum(0) / _rows(uses)
+    mean_g_GO = torch.stack([use.g_NGPO.sum((0, 2)) for use in uses]).sum(0) / _rows(uses)
+    return F.pad(mean_a_GI, (0, layer.bias is not None), value=1.0), mean_g_GO
+
+
+def _outer(layer: Layer, block: BlockUses) -> list[Outer]:
+    return [use for batch in block[layer.weight] for use in batch if isinstance(use, Outer)]
+
+
+def _rows(uses: Sequence[Outer]) -> int:
+    """Return R."""
+    return sum(use.g_NGPO.shape[0] * use.g_NGPO.shape[2] for use in uses)
+
+
+def _square(x_NGPK: Tensor) -> Tensor:
+    """Return Σ_np x xᵀ."""
+    x_GRK = x_NGPK.transpose(0, 1).flatten(1, 2)
+    return x_GRK.mT @ x_GRK if len(x_GRK) > 1 else (x_GRK[0].mT @ x_GRK[0])[None]
 
 
 def joined(layer: Layer, tensors: Mapping[str, Tensor], like_GOI: tuple[int, torch.dtype]) -> Tensor:
@@ -144,7 +160,8 @@ def in_batches(matrices: Sequence[Tensor], work: Batched) -> tuple[list[Tensor],
     failures = torch.zeros((), dtype=torch.long)
     for size in sorted({len(matrix[0]) for matrix in matrices}):
         members = [index for index, matrix in enumerate(matrices) if len(matrix[0]) == size]
-        done, failed_B = work(torch.cat([matrices[index] for index in members]))
+        stacks = [matrices[index] for index in members]
+        done, failed_B = work(stacks[0] if len(stacks) == 1 else torch.cat(stacks))
         for index, part in zip(members, done.split([len(matrices[index]) for index in members]), strict=True):
             results[index] = part
         failures = failures.to(failed_B.device) + failed_B.sum()
@@ -158,19 +175,15 @@ def inverse(matrix_BII: Tensor) -> tuple[Tensor, Tensor]:
     """
     factor_BII, info_B = torch.linalg.cholesky_ex(matrix_BII)
     failed_B = info_B != 0
+    factor_BII.masked_fill_(failed_B[:, None, None], 0.0).diagonal(dim1=1, dim2=2).masked_fill_(failed_B[:, None], 1.0)
     trace_B = matrix_BII.diagonal(dim1=1, dim2=2).sum(1)
-    eye_II = torch.eye(matrix_BII.shape[1], dtype=matrix_BII.dtype, device=matrix_BII.device)
-    safe_BII = torch.where(failed_B[:, None, None], eye_II, factor_BII)
-    return torch.where(
-        failed_B[:, None, None], eye_II / trace_B[:, None, None], torch.cholesky_inverse(safe_BII)
-    ), failed_B
+    return torch.cholesky_inverse(factor_BII).div_(torch.where(failed_B, trace_B, 1.0)[:, None, None]), failed_B
 
 
 def eigenbasis(matrix_BII: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvectors of symmetric matrices, as columns; of one that is not finite, the identity."""
     failed_B = ~matrix_BII.isfinite().flatten(1).all(1)
-    eye_II = torch.eye(matrix_BII.shape[1], dtype=matrix_BII.dtype, device=matrix_BII.device)
-    return torch.linalg.eigh(torch.where(failed_B[:, None, None], eye_II, matrix_BII)).eigenvectors, failed_B
+    return torch.linalg.eigh(matrix_BII.masked_fill(failed_B[:, None, None], 0.0)).eigenvectors, failed_B
 
 
 def shifted(matrix_GII: Tensor, shift_G: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tengrad_triton.baselines.bfgs import Dense, Memory, doubly_damped
-from tengrad_triton.baselines.kronecker import Layer, Moments, in_batches, inverse, moments, shifted
+from tengrad_triton.baselines.kronecker import Layer, in_batches, input_factor, inverse, means, shifted
 from tengrad_triton.baselines.rival import Curvature, Rival, Rows
 from tengrad_triton.options import Unsupported
 from tengrad_triton.phases import phase
@@ -58,6 +58,16 @@ class KbfgsLayer(Generic[B]):
         if isinstance(self.output_side, Memory):
             outputs = f"{self.output_side.d_GM.shape[1]} pairs of {outputs}"
         return f"inverses {outputs} x {self.a_GII.shape[1]}"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a batch says of a layer: A, and the means of a and g over samples and positions."""
+
+    layer: Layer
+    a_GII: Tensor
+    mean_a_GI: Tensor
+    mean_g_GO: Tensor
 
 
 class QuasiNewton(Rival[KbfgsLayer[B]]):
@@ -104,74 +114,76 @@ class QuasiNewton(Rival[KbfgsLayer[B]]):
             self._move(curvature, targets)
             return curvature, self._age
         assert closure is not None  # `_why_closure` has seen to it
-        before = self._moments()
+        before = self._seen()
         with phase("curvature"):
             self._follow_schedules()
-            curvature = self._seen(curvature, before)
-        outputs = self._outputs(curvature, before)
+            curvature = self._with(curvature, before)
+            outputs = self._outputs(curvature, {name: seen.mean_a_GI for name, seen in before.items()})
         self._move(curvature, targets)
         self._capture.forget()
         with torch.enable_grad():
             closure()
-        after = self._moments()
+        uses, present = self._gathered()
         with phase("curvature"):
-            moved = self._outputs(curvature, after)
+            after = {layer.name: means(layer, uses[layer.block]) for layer in present}
+            moved = self._outputs(curvature, {name: mean_a_GI for name, (mean_a_GI, _) in after.items()})
             layers = {
-                name: (layer, self._updated(layer, state, before[name][1], after[name][1], moved[name] - outputs[name]))
+                name: (layer, self._updated(layer, state, before[name], moved[name] - outputs[name], after[name][1]))
                 if name in after
                 else (layer, state)
                 for name, (layer, state) in curvature.layers.items()
             }
         return Curvature(layers, curvature.updates, curvature.failures), 0
 
-    def _moments(self) -> dict[str, tuple[Layer, Moments]]:
+    def _seen(self) -> dict[str, Seen]:
         """Return what the batches since the last step say of every layer."""
         uses, layers = self._gathered()
         with phase("curvature"):
-            return {layer.name: (layer, moments(layer, uses[layer.block])) for layer in layers}
+            return {
+                layer.name: Seen(layer, input_factor(layer, uses[layer.block]), *means(layer, uses[layer.block]))
+                for layer in layers
+            }
 
-    def _seen(
-        self, past: Curvature[KbfgsLayer[B]] | None, seen: Mapping[str, tuple[Layer, Moments]]
-    ) -> Curvature[KbfgsLayer[B]]:
+    def _with(self, past: Curvature[KbfgsLayer[B]] | None, seen: Mapping[str, Seen]) -> Curvature[KbfgsLayer[B]]:
         """Return the curvature with a batch's A in the running one; layers that are new begin with H_g = I."""
         old = {} if past is None else {name: state for name, (_, state) in past.layers.items()}
-        fresh = {name: pair for name, pair in seen.items() if name not in old}
-        shifts = [
-            shifted(own.a_GII, own.a_GII.new_full((len(own.a_GII),), self._damping_of(layer) ** 0.5))
-            for layer, own in fresh.values()
-        ]
-        inverses, failures = in_batches(shifts, inverse)
+        fresh = {name: own for name, own in seen.items() if name not in old}
+        inverses, failures = in_batches(
+            [shifted(o.a_GII, o.a_GII.new_full((len(o.a_GII),), self._root_of(o.layer))) for o in fresh.values()],
+            inverse,
+        )
         begun = dict(zip(fresh, inverses, strict=True))
         layers = {}
-        for name, (layer, own) in seen.items():
+        for name, own in seen.items():
             if name in old:
-                state, weight = old[name], 1 - self._stat_decay
-                a_GII = state.a_GII.lerp(own.a_GII, weight)
-                layers[name] = (layer, KbfgsLayer(a_GII, state.input_side, state.output_side, state.s_GO, state.y_GO))
+                state = replace(old[name], a_GII=old[name].a_GII.lerp(own.a_GII, 1 - self._stat_decay))
             else:
-                identity, none_GO = self._identity(own.mean_g_GO), torch.zeros_like(own.mean_g_GO)
-                layers[name] = (layer, KbfgsLayer(own.a_GII, Dense(begun[name]), identity, none_GO, none_GO))
+                none_GO = torch.zeros_like(own.mean_g_GO)
+                state = KbfgsLayer(own.a_GII, Dense(begun[name]), self._identity(none_GO), none_GO, none_GO)
+            layers[name] = (own.layer, state)
         earlier, updates = (0, 0) if past is None else (past.failures, past.updates)
         return Curvature(layers, updates + 1, failures.to(self._generator.device) + earlier)
 
-    def _outputs(
-        self, curvature: Curvature[KbfgsLayer[B]], seen: Mapping[str, tuple[Layer, Moments]]
-    ) -> dict[str, Tensor]:
-        """Return the mean output z_GO of every layer, which is what its weight makes of the mean input."""
+    def _outputs(self, curvature: Curvature[KbfgsLayer[B]], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean output z_GO of every layer: what its weight makes of the mean input."""
         return {
-            name: (self._matrix_of(layer, state) @ seen[name][1].mean_a_GI[..., None])[..., 0]
+            name: (self._matrix_of(layer, state) @ inputs[name][..., None])[..., 0]
             for name, (layer, state) in curvature.layers.items()
-            if name in seen
+            if name in inputs
         }
 
+    def _root_of(self, layer: Layer) -> float:
+        """Return √α."""
+        return self._damping_of(layer) ** 0.5
+
     def _updated(
-        self, layer: Layer, state: KbfgsLayer[B], before: Moments, after: Moments, moved_GO: Tensor
+        self, layer: Layer, state: KbfgsLayer[B], before: Seen, moved_GO: Tensor, mean_g_GO: Tensor
     ) -> KbfgsLayer[B]:
         """Return the state after one BFGS update of each side."""
-        root, weight = self._damping_of(layer) ** 0.5, 1 - self._stat_decay
+        root, weight = self._root_of(layer), 1 - self._stat_decay
         sign = -1.0 if self.param_groups[self._group_of(layer)]["maximize"] else 1.0
         s_GO = state.s_GO.lerp(moved_GO, weight)
-        y_GO = state.y_GO.lerp(sign * (after.mean_g_GO - before.mean_g_GO), weight)
+        y_GO = state.y_GO.lerp(sign * (mean_g_GO - before.mean_g_GO), weight)
         pair = doubly_damped(state.output_side, s_GO, y_GO, _POWELL, min(root, 1.0))
         direction_GI = state.input_side.apply(before.mean_a_GI[..., None])[..., 0]
         action_GI = (state.a_GII @ direction_GI[..., None])[..., 0] + root * direction_GI
