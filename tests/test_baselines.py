@@ -171,6 +171,18 @@ def test_ekfac_is_at_least_as_near_to_the_fisher_matrix_as_kfac(seed):
         assert far > 1e-3 * fisher.norm()  # the case is not one where both are exact
 
 
+def test_exact_rows_make_the_output_factor_the_likelihoods_hessian():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3), torch.randn(N, 4), torch.randint(3, (N,))
+    p_NC = model(x).softmax(1).detach()
+    optimizer = KFAC(model, **{**PLAIN, "fisher": "exact"})
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    _, state = optimizer._curvature.layers["weight"]
+    hessian_CC = (torch.diag_embed(p_NC) - p_NC[:, :, None] * p_NC[:, None]).mean(0)
+    assert torch.allclose(state.g_GOO[0], hessian_CC, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("make", [KFAC, EKFAC])
 def test_micro_batches_are_one_batch(make):
     model, x, c = single("convolution")

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
-from tengrad_triton import TENGraD
+from tengrad_triton import Explicit, TENGraD, canonical, compile_train_step
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
 
 # Each optimizer, with settings that make every schedule of its own fall into an interval.
@@ -177,6 +177,30 @@ def test_what_has_no_factors_takes_the_sgd_step_and_is_named(rival):
         make(model, unsupported="error", **own)
 
 
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_rule_without_factors_is_not_enough(rival):
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(36))
+
+        def forward(self, x):
+            return x * self.weight
+
+    @canonical.register
+    def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
+        return {"weight": Explicit(grad_y * x)}
+
+    make, own = RIVALS[rival]
+    model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))
+    optimizer = make(model, **own)
+    with pytest.warns(UserWarning, match=r"1.weight \(no Kronecker factors\)"):
+        take_steps(model, optimizer, 0, 1)
+    take_steps(model, optimizer, 1, 2)  # which says nothing again
+    rows = {row.parameter: row.representation for row in optimizer.summary().rows}
+    assert rows["1.weight"] == "sgd (no Kronecker factors)"
+
+
 @pytest.mark.parametrize("rival", ["kbfgs", "kbfgsl"])
 def test_a_refresh_needs_a_closure_and_evaluates_it_twice(rival):
     make, own = RIVALS[rival]
@@ -226,6 +250,12 @@ def test_the_compiled_step_is_the_same_and_is_compiled_once(rival):
         take_steps(model, optimizer, 6, 8)
     assert torch.allclose(flat(compiled), flat(plain), rtol=1e-5, atol=1e-7)
     assert counter.frame_count == 1
+
+
+def test_tengrads_compiled_step_is_not_for_rivals():
+    model = small_model()
+    with pytest.raises(TypeError, match=r"must be a TENGraD, got KFAC: .* compile_step"):
+        compile_train_step(model, F.cross_entropy, KFAC(model))
 
 
 @pytest.mark.parametrize("make", [TENGraD, KFAC, EKFAC, KBFGS, KBFGSL])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.baselines.kronecker import Layer, joined, layers_of, parted
-from tengrad_triton.blocks import Block
+from tengrad_triton.blocks import Block, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.damping import LevenbergMarquardt, Schedule
 from tengrad_triton.fisher import FISHERS, Fisher, Likelihood, likelihood_of
@@ -116,9 +116,11 @@ class Rival(Shell[Curvature[S]]):
         with phase("capture"):
             uses, missing = gather(self._blocks, self._capture)
         layers = layers_of(uses)
-        factored = {layer.block for layer in layers}
-        without = {name: "no Kronecker factors" for name in uses if name not in factored}
-        self._report({**missing, **without})
+        factored = {(layer.block, label) for layer in layers for label in layer.labels}
+        rest = [
+            full_name(name, label) for name, block in uses.items() for label in block if (name, label) not in factored
+        ]
+        self._report({**missing, **dict.fromkeys(rest, "no Kronecker factors")})
         return uses, layers
 
     def _group_of(self, layer: Layer) -> int:
