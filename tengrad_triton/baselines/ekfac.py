@@ -150,8 +150,8 @@ class EKFAC(Rival[EkfacLayer]):
         before = self._curvature
         with phase("curvature"):
             self._follow_schedules()
-            past = {} if before is None else {name: state for name, (_, state) in before.layers.items()}
-            updates, running = self._factors(uses, layers, past, 0 if before is None else before.updates)
+            past = self._past(layers)
+            updates, running = self._averages(uses, layers, past, 0 if before is None else before.updates)
             due = self._basis_is_due() or any(layer.name not in past for layer in layers)
             if due:
                 bases, failures = in_batches([factor for pair in running.values() for factor in pair], eigenbasis)
@@ -167,7 +167,7 @@ class EKFAC(Rival[EkfacLayer]):
             earlier = 0 if before is None else before.failures
             return Curvature(states, updates, failures + earlier), 0 if due else self._age
 
-    def _factors(
+    def _averages(
         self, uses: Gathered, layers: Sequence[Layer], past: Mapping[str, EkfacLayer], updates: int
     ) -> tuple[int, dict[str, tuple[Tensor, Tensor]]]:
         """Return how many batches the running factors have seen, and those of every layer."""
@@ -187,6 +187,9 @@ class EKFAC(Rival[EkfacLayer]):
 
     def _restored(self, tensors: dict[str, Any]) -> EkfacLayer:
         return EkfacLayer(**tensors)
+
+    def _factors(self, layer: Layer) -> bool:
+        return True
 
     def _factorization(self) -> str:
         return "eigh"

@@ -138,7 +138,7 @@ class KFAC(Rival[KfacLayer]):
         with phase("curvature"):
             updates = 1 if before is None else before.updates + 1
             weight = 1 - min(1 - 1 / updates, self._stat_decay)
-            past = {} if before is None else {name: state for name, (_, state) in before.layers.items()}
+            past = self._past(layers)
             running = {layer.name: averaged(layer, uses, past.get(layer.name), weight) for layer in layers}
             if before is not None and not self._inversion_is_due():
                 kept = {
@@ -159,6 +159,9 @@ class KFAC(Rival[KfacLayer]):
 
     def _restored(self, tensors: dict[str, Any]) -> KfacLayer:
         return KfacLayer(**tensors)
+
+    def _factors(self, layer: Layer) -> bool:
+        return True
 
     def _factorization(self) -> str:
         return "cholesky_ex, cholesky_inverse"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.blocks import full_name
-from tengrad_triton.layers import Explicit, Outer, Windows, matrix_view
+from tengrad_triton.layers import Explicit, Form, Outer, Windows, matrix_view
 from tengrad_triton.refresh import BlockUses
 
 _CHUNK_BYTES = 256 * 2**20  # of unfolded inputs at a time
@@ -39,23 +39,49 @@ class Layer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
-def layers_of(gathered: Mapping[str, BlockUses]) -> list[Layer]:
-    """Return the layers that have Kronecker factors: every `Outer`, with the bias that is named after it."""
-    return [
-        Layer(name, label, _bias_of(label, block))
-        for name, block in gathered.items()
-        for label, uses in block.items()
-        if isinstance(uses[0][0], Outer)
-    ]
+def layers_of(gathered: Mapping[str, BlockUses], known: Mapping[str, Layer]) -> list[Layer]:
+    """Return the layers that have Kronecker factors: weights all of whose uses are `Outer`, with their biases.
+
+    A layer that is among those ``known`` stays as it is there, as long as it has the same parameters.
+    """
+    found = []
+    for name, block in gathered.items():
+        for label, uses in block.items():
+            sizes = {_sizes(use) for batch in uses for use in batch}
+            if len(sizes) == 1 and None not in sizes:
+                before = known.get(full_name(name, label))
+                same = before is not None and set(before.labels) <= set(block)
+                found.append(before if before is not None and same else Layer(name, label, _bias_of(label, block)))
+    return found
+
+
+def _sizes(use: Form) -> tuple[int, int, int] | None:
+    """Return G, O and I; None of what is no outer product."""
+    return (use.g_NGPO.shape[1], use.outputs, _inputs(use)) if isinstance(use, Outer) else None
 
 
 def _bias_of(label: str, block: BlockUses) -> str | None:
-    name, weight = label.replace("weight", "bias"), block[label][0][0]
-    if name == label or name not in block or not isinstance(weight, Outer):
+    """Return the label of the bias named after a weight, if its rows are what the weight's g add up to.
+
+    They are not where a weight is shared by layers with biases of their own, nor in a transposed convolution, which has
+    the derivatives of its output for a.
+    """
+    name = label.replace("weight", "bias")
+    if name == label or name not in block:
         return None
-    bias = block[name][0][0]
-    outputs = weight.g_NGPO.shape[1] * weight.outputs
-    return name if isinstance(bias, Explicit) and bias.j_NK[0].numel() == outputs else None
+    g, rows = [use.g_NGPO for use in block[label][0] if isinstance(use, Outer)], block[name][0]
+    if not all(isinstance(use, Explicit) and use.entries == g[0].shape[1] * g[0].shape[3] for use in rows):
+        return None
+    j_NK = torch.stack([use.j_NK.flatten(1) for use in rows if isinstance(use, Explicit)]).sum(0)
+    sum_NK, size_NK = _summed(g), _summed([g_NGPO.abs() for g_NGPO in g])
+    # The square root of the precision: far above rounding, far below another quantity. Not a number is no refusal.
+    far = (j_NK - sum_NK).abs() > torch.finfo(j_NK.dtype).eps ** 0.5 * size_NK
+    return None if far.any() else name
+
+
+def _summed(g: Sequence[Tensor]) -> Tensor:
+    """Return Σ_p g_np over all uses, a flat row a sample."""
+    return torch.stack([g_NGPO.sum(2).flatten(1) for g_NGPO in g]).sum(0)
 
 
 def chunks(layer: Layer, block: BlockUses, entries: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

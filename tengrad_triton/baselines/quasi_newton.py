@@ -95,6 +95,11 @@ class QuasiNewton(Rival[KbfgsLayer[B]]):
     def _identity(self, like_GO: Tensor) -> B:
         """Return H_g = I."""
 
+    def _factors(self, layer: Layer) -> bool:
+        # torch says so of its transposed convolutions: their a are derivatives, of which no output is made.
+        module = next(block.layer for block in self._blocks if block.name == layer.block)
+        return not getattr(module, "transposed", False)
+
     def _why_closure(self) -> str | None:
         if not self._refresh_is_due():
             return None
@@ -146,7 +151,7 @@ class QuasiNewton(Rival[KbfgsLayer[B]]):
 
     def _with(self, past: Curvature[KbfgsLayer[B]] | None, seen: Mapping[str, Seen]) -> Curvature[KbfgsLayer[B]]:
         """Return the curvature with a batch's A in the running one; layers that are new begin with H_g = I."""
-        old = {} if past is None else {name: state for name, (_, state) in past.layers.items()}
+        old = self._past([own.layer for own in seen.values()])
         fresh = {name: own for name, own in seen.items() if name not in old}
         inverses, failures = in_batches(
             [shifted(o.a_GII, o.a_GII.new_full((len(o.a_GII),), self._root_of(o.layer))) for o in fresh.values()],

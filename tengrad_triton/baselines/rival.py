@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.baselines.kronecker import Layer, joined, layers_of, parted
-from tengrad_triton.blocks import Block, full_name
+from tengrad_triton.blocks import Block, find_sources, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.damping import LevenbergMarquardt, Schedule
 from tengrad_triton.fisher import FISHERS, Fisher, Likelihood, likelihood_of
@@ -96,13 +96,17 @@ class Rival(Shell[Curvature[S]]):
         """Return a layer's state from its fields."""
 
     @abstractmethod
+    def _factors(self, layer: Layer) -> bool:
+        """Whether this optimizer can take the layer."""
+
+    @abstractmethod
     def _factorization(self) -> str:
         """Return what a refresh does, for the summary."""
 
     def _captures(self, blocks: Sequence[Block]) -> Capture:
-        covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
+        sources = find_sources(self._module, blocks)
         rows, likelihood = self._rows, likelihood_of(self._rows.likelihood)
-        return Capture(self.model, covered, rows.fisher, likelihood, self._generator, None, rows.draws, MAX_BYTES)
+        return Capture(self.model, sources, rows.fisher, likelihood, self._generator, None, rows.draws, MAX_BYTES)
 
     def _check_own(self, group: Mapping[str, Any], rule: Schedule | LevenbergMarquardt | None) -> None:
         name = type(self).__name__
@@ -115,13 +119,19 @@ class Rival(Shell[Curvature[S]]):
         """Return what the batches since the last step contribute, and the layers that have Kronecker factors."""
         with phase("capture"):
             uses, missing = gather(self._blocks, self._capture)
-        layers = layers_of(uses)
+        known = {} if self._curvature is None else {name: layer for name, (layer, _) in self._curvature.layers.items()}
+        layers = [layer for layer in layers_of(uses, known) if self._factors(layer)]
         factored = {(layer.block, label) for layer in layers for label in layer.labels}
         rest = [
             full_name(name, label) for name, block in uses.items() for label in block if (name, label) not in factored
         ]
         self._report({**missing, **dict.fromkeys(rest, "no Kronecker factors")})
         return uses, layers
+
+    def _past(self, layers: Sequence[Layer]) -> dict[str, S]:
+        """Return the states that there are of these layers."""
+        kept = {} if self._curvature is None else self._curvature.layers
+        return {layer.name: kept[layer.name][1] for layer in layers if kept.get(layer.name, (None,))[0] == layer}
 
     def _group_of(self, layer: Layer) -> int:
         return next(block.group for block in self._blocks if block.name == layer.block)
