@@ -45,7 +45,13 @@ def compile_train_step(
 
     Raises:
         ValueError: the optimizer belongs to another model.
+        TypeError: it is no `TENGraD`.
     """
+    if not isinstance(optimizer, TENGraD):
+        raise TypeError(
+            f"optimizer must be a TENGraD, got {type(optimizer).__name__}: compile the model by torch.compile, and a "
+            "rival's step by its compile_step()"
+        )
     if optimizer.model is not model:
         raise ValueError("the optimizer belongs to another model: pass the one that it was made with")
     return TrainStep(optimizer._module, loss_fn, optimizer, mode, backend)

@@ -51,7 +51,7 @@ class Settings:
         """Return the group's numbers as they are now, on its device, in float32 at least."""
         decay, lr, first = group["weight_decay"], group["lr"], group["params"][0]
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-        momentum = 0.0 if group["spring"] else group["momentum"]  # SPRING's is part of the gradient
+        momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's is part of the gradient
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
         if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, first.device):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tengrad_triton.jacobian import Jacobian, PerSample
 from tengrad_triton.kernels import update_
+from tengrad_triton.phases import phase
 from tengrad_triton.update import Target
 
 BlockJacobian = Mapping[str, Jacobian]
@@ -73,18 +74,20 @@ class Curvature:
         can fail comes before the first update.
         """
         divisors = self.divisors()
-        pulled = [target.pulled(divisors.get(target.block, 1.0)) for target in targets]
-        projected = [self._project(target) for target in pulled]
-        solved = self._solve(pulled, projected, ops)
-        if trust_region is not None:
-            scale = self._scale(pulled, projected, solved, trust_region)
-            divisors = {name: divisor / scale for name, divisor in divisors.items()}
-        for target in pulled:
-            rows = self._rows_of(target)
-            if rows is None:
-                update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
-            else:
-                rows.expand_update_(target, solved[target.block], divisors[target.block])
+        with phase("solve"):
+            pulled = [target.pulled(divisors.get(target.block, 1.0)) for target in targets]
+            projected = [self._project(target) for target in pulled]
+            solved = self._solve(pulled, projected, ops)
+            if trust_region is not None:
+                scale = self._scale(pulled, projected, solved, trust_region)
+                divisors = {name: divisor / scale for name, divisor in divisors.items()}
+        with phase("update"):
+            for target in pulled:
+                rows = self._rows_of(target)
+                if rows is None:
+                    update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
+                else:
+                    rows.expand_update_(target, solved[target.block], divisors[target.block])
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
         """Return δᵀ F δ = ‖J δ‖² / N for the directions that the targets have as their gradients."""
