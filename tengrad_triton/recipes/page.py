@@ -74,12 +74,17 @@ def _step_times(run: Run) -> list[str]:
 def _setup(run: Run) -> dict[str, object]:
     settings, last = run.settings, run.sessions[-1]
     return {
-        "model": f"{settings.model}, width {settings.width}",
+        "model": f"{settings.model}, width {settings.channels}",
         "data": f"{settings.dataset}, {last['train_images']} images to train with and {last['test_images']} to test",
         "batch": f"{settings.batch_size} images",
         "epochs": settings.epochs,
+        **({"learning rates": f"× {settings.decay} after epochs {_decays(settings)}"} if settings.decay_at else {}),
         "seed": settings.seed,
     }
+
+
+def _decays(settings: Settings) -> str:
+    return ", ".join(map(str, settings.decay_at))
 
 
 def _optimizers(run: Run) -> dict[str, object]:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.metrics import Record, Row, Steps
-from tengrad_triton.recipes.models import MODELS
+from tengrad_triton.recipes.models import image_model
 from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.settings import Settings
 from tengrad_triton.recipes.splits import Data
@@ -36,9 +36,8 @@ class Job:
         """Return the model with its first weights, which depend on the seed alone, and a new optimizer of it."""
         torch.manual_seed(self.settings.seed)
         _, channels, height, width = self.data.train.images.shape
-        model = MODELS[self.settings.model]((channels, height, width), self.data.classes, self.settings.width).to(
-            self.device
-        )
+        made = image_model(self.settings.model)
+        model = made.build((channels, height, width), self.data.classes, self.settings.width).to(self.device)
         return model, self.settings.of(name).build(model)
 
 
@@ -61,17 +60,21 @@ def warm_up(job: Job, name: OptimizerName) -> WarmUp:
     size = job.settings.batch_size
     with _closing(optimizer):
         for _, (images, labels) in zip(range(2), job.data.batches("train", size), strict=False):
-            _step(model, optimizer, images, labels)
+            _step(model, optimizer, images, labels, job.settings.of(name).closure)
         seconds = _now(job.device) - start
         return WarmUp(seconds, str(optimizer.summary()) if hasattr(optimizer, "summary") else None)
 
 
 def fit(job: Job, name: OptimizerName, state: State | None, watch: Watch) -> Iterator[State]:
-    """Yield the state after each epoch that is left, until the last one or until the loss is not finite."""
+    """Yield the state after each epoch that is left, until the last one or until the run has diverged."""
     model, optimizer = job.build(name)
+    rates = [group["lr"] for group in optimizer.param_groups]
     record = Record() if state is None else _restore(model, optimizer, state, job.device)
     with _closing(optimizer):
         while len(record.rows) < job.settings.epochs and not diverged(record):
+            passed = sum(epoch <= len(record.rows) for epoch in job.settings.decay_at)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * job.settings.decay**passed
             record = _one_epoch(job, name, model, optimizer, record, watch)
             yield _state(model, optimizer, record, job.device)
 
@@ -82,8 +85,12 @@ def record_of(state: State | None) -> Record:
 
 
 def diverged(record: Record) -> bool:
-    """Tell whether the last epoch ended with a loss that is not a number: going on would be a waste."""
-    return bool(record.rows) and not math.isfinite(record.rows[-1].train_loss)
+    """Tell whether going on would be a waste: all through the last epoch the loss was no number, or above the first."""
+    if not record.rows:
+        return False
+    loss_S = record.steps.loss
+    last_S = loss_S[-(len(loss_S) // len(record.rows)) :]
+    return not math.isfinite(record.rows[-1].train_loss) or bool((last_S > loss_S[0]).all())
 
 
 def _closing(optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
@@ -95,7 +102,8 @@ def _one_epoch(
     job: Job, name: OptimizerName, model: nn.Module, optimizer: torch.optim.Optimizer, record: Record, watch: Watch
 ) -> Record:
     epoch, start = len(record.rows) + 1, _now(job.device)
-    train, ends_S, totals_S3 = _train(job, model, optimizer, epoch, watch)
+    closure = job.settings.of(name).closure
+    train, ends_S, totals_S3 = _train(job, model, optimizer, closure, epoch, watch)
     middle = _now(job.device)
     test = _evaluate(job, model)
     end = _now(job.device)
@@ -104,7 +112,7 @@ def _one_epoch(
 
 
 def _train(
-    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, watch: Watch
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, closure: bool, epoch: int, watch: Watch
 ) -> tuple[tuple[float, float], Tensor, Tensor]:
     """Return the epoch's mean loss and accuracy, and the time of each step's end with its `_totals`.
 
@@ -115,26 +123,37 @@ def _train(
     ends, each = [], []
     settings = job.settings
     for images, labels in job.data.batches("train", settings.batch_size, shuffle_seed=settings.seed + epoch):
-        each.append(_step(model, optimizer, images, labels))
+        each.append(_step(model, optimizer, images, labels, closure))
         totals_3 += each[-1]
         ends.append(time.perf_counter())
         watch(epoch, totals_3)
     return _means(totals_3), torch.tensor(ends, dtype=torch.float64), torch.stack(each).cpu()
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> Tensor:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, closure: bool) -> Tensor:
     """Return the batch's totals, from before the step."""
-    optimizer.zero_grad()
-    try:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
         output = model(images)
         loss = cross_entropy(output, labels)
         loss.backward()
-        optimizer.step()
+        seen.append((output.detach(), loss.detach()))
+        return loss
+
+    try:
+        if closure:
+            optimizer.step(evaluate)  # type: ignore[arg-type]  # torch annotates a closure that returns a float
+        else:
+            evaluate()
+            optimizer.step()
     except RuntimeError:  # TENGraD cannot draw labels from logits that are not finite
         if _is_finite(model, images):
             raise
         return images.new_tensor([math.nan, 0, len(labels)], dtype=torch.float64)
-    return _totals(output.detach(), labels, loss.detach())
+    output, loss = seen[0]
+    return _totals(output, labels, loss)
 
 
 @torch.no_grad()
