@@ -173,14 +173,14 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 def interrupt_at(step, monkeypatch):
     """Have Ctrl-C come in the given step of training."""
-    original, taken = train._step, iter(range(10**6))
+    original, taken = train.one_step, iter(range(10**6))
 
     def interrupted(*arguments):
         if next(taken) == step:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(train, "_step", interrupted)
+    monkeypatch.setattr(train, "one_step", interrupted)
 
 
 @pytest.mark.parametrize("interrupted", NAMES)

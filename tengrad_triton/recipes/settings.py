@@ -31,7 +31,8 @@ from tengrad_triton.recipes.rivals import (
 )
 
 
-def _each_once(_: type, names: tuple[str, ...]) -> None:
+def each_once(_: type, names: tuple[str, ...]) -> None:
+    """Reject no optimizer, or one twice; raises `ValueError`."""
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"got {' '.join(names) or 'nothing'}, expected at least one optimizer, and each of them once")
 
@@ -53,7 +54,7 @@ class Settings:
 
     optimizer: Annotated[
         tuple[OptimizerName, ...],
-        Parameter(consume_multiple=True, negative=(), validator=_each_once, show_default=" ".join),
+        Parameter(consume_multiple=True, negative=(), validator=each_once, show_default=" ".join),
     ] = ("tengrad", "sgd", "adamw")
     "Optimizers to train with, one after the other, from the same weights and in the same order of the data."
     model: ModelName = "3c1f"
