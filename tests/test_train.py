@@ -30,6 +30,7 @@ from tengrad_triton.recipes.rivals import (
     KbfgslSettings,
     KbfgsSettings,
     KfacSettings,
+    ShampooSettings,
 )
 from tengrad_triton.recipes.run import RunFolder, replacing
 from tengrad_triton.recipes.settings import Settings, installed
@@ -115,6 +116,7 @@ def test_every_optimizer_learns_the_digits(name):
     quick = {"tengrad": steady, "muon": MuonSettings(lr=0.01), "kfac": KfacSettings(lr=0.01, refresh_every=4)}
     quick |= {"ekfac": EkfacSettings(lr=0.01, damping=0.3, refresh_every=4, rescale_every=2)}
     quick |= {"kbfgs": KbfgsSettings(lr=0.03, damping=0.3, refresh_every=4)}
+    quick |= {"shampoo": ShampooSettings(lr=0.3)}
     quick |= {"kbfgsl": KbfgslSettings(lr=0.03, damping=0.3, refresh_every=4)}
     trained = job(train_limit=500, test_limit=None, width=16, epochs=12, batch_size=32, **quick)
     rows = record_of(states(trained, name)[-1]).rows

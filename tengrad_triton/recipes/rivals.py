@@ -131,16 +131,19 @@ class SoapSettings:
 @Parameter(group="Shampoo")
 @dataclass(frozen=True, kw_only=True)
 class ShampooSettings:
-    """Shampoo on blocks of the weights (Anil et al. 2020), from the package pytorch-optimizer."""
+    """Shampoo (Gupta, Koren and Singer 2018), from the package pytorch-optimizer: a factor for each of a weight's axes.
+
+    Not for layers with many thousands of inputs, whose factor's root takes minutes.
+    """
 
     needs: ClassVar[str] = PACKAGE
     closure: ClassVar[bool] = False
-    lr: PositiveFloat = 0.001
-    "Learning rate."
-    betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.9, 0.999)
-    "Decay rates of the momentum and of the statistics."
-    refresh_every: PositiveInt = 100
-    "Steps between two computations of the statistics' roots."
+    lr: PositiveFloat = 0.1
+    "Learning rate; at a tenth of the default the digits' loss hardly moves."
+    refresh_every: PositiveInt = 1
+    "Steps between two computations of the factors' roots; parameters move from the first of them on."
+    momentum: NonNegativeFloat = 0.9
+    "Momentum."
     weight_decay: NonNegativeFloat = 0.01
     "Decoupled weight decay."
 
@@ -150,8 +153,8 @@ class ShampooSettings:
 
         settings = asdict(self)
         every = settings.pop("refresh_every")
-        more = {"preconditioning_compute_steps": every, "decoupled_weight_decay": True}
-        return _built(pytorch_optimizer.ScalableShampoo, model, **more, **settings)
+        more = {"preconditioning_compute_steps": every, "weight_decouple": True}
+        return _built(pytorch_optimizer.Shampoo, model, **more, **settings)
 
 
 def _built(kind: Any, model: nn.Module, **settings: Any) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 Every number is measured, or the paper's own and marked as such.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ INTRODUCTION = (
     "are means of five runs on a V100; ours are means over the seeds, ± their standard deviation, on the machine "
     "below. A run counts as diverged if its loss is no number, or stays above its first value for a whole epoch."
 )
+SCALES = "Each part says what of its scale is not the paper's."
 CLOCKS = {
     "train_seconds": "Times are those of training, after a warm-up and without the evaluations.",
     "cpu_seconds": (
@@ -25,6 +27,7 @@ CLOCKS = {
         "a CPU that other programs shared, and waiting for them is not counted."
     ),
 }
+SHARED = ("model", "width", "train_limit", "test_limit", "epochs", "batch_size", "decay_at", "decay")
 Files = Mapping[str, str]  # a figure's name and its file
 Document = Mapping[str, Any]
 
@@ -51,9 +54,10 @@ def clock_of(document: Document) -> str:
 
 def markdown(document: Document, files: Files) -> str:
     """Return the page."""
-    parts = [GENERATED, "# The paper's experiments", INTRODUCTION, CLOCKS[clock_of(document)], *_scale(document)]
+    parts = [GENERATED, "# The paper's experiments", f"{INTRODUCTION} {CLOCKS[clock_of(document)]}", SCALES]
     for title, runs in finished(document, "runs").items():
-        parts += [f"## Table 2: {title}", *sections.outcome(title, runs), *_curves(title, files)]
+        scale = scale_of(document, title)
+        parts += [f"## Table 2: {title}", f"Scale: {scale}.", *sections.outcome(title, runs), *_curves(title, files)]
     parts += _missing(document)
     for name, what in INVERSES.items():
         if name in document["measured"]:
@@ -65,9 +69,11 @@ def markdown(document: Document, files: Files) -> str:
     return "\n\n".join([*parts, *_what_was_run(document)]) + "\n"
 
 
-def _scale(document: Document) -> list[str]:
-    scales = list(dict.fromkeys(entry["scale"] for entry in document["asked"]))
-    return [f"**Scale: {'; '.join(scales)}.** What is not named is the paper's."]
+def scale_of(document: Document, title: str, kind: str = "runs") -> str:
+    """Return what of a row's runs is smaller than the paper's."""
+    row = next(row for row in ROWS if row.title == title)
+    scales = (row.scale_of(run["settings"]) for run in document["runs"] if (run["row"], run["kind"]) == (title, kind))
+    return "; ".join(dict.fromkeys(scales))
 
 
 def _curves(title: str, files: Files) -> list[str]:
@@ -113,22 +119,23 @@ def _missing(document: Document) -> list[str]:
 
 
 def _what_was_run(document: Document) -> list[str]:
-    """Return settings, commands and machines."""
-    commands = [f"tengrad-triton {' '.join(entry['command'])}" for entry in document["asked"]]
+    """Return commands, settings and machines."""
+    commands = [f"tengrad-triton {shlex.join(entry['command'])}" for entry in document["asked"]]
     parts = ["## What was run", block("\n".join(commands), "bash")]
-    seen: dict[tuple[str, str], dict[str, Any]] = {}
+    kinds: dict[tuple[str, str], Mapping[str, Any]] = {}
     for run in document["runs"]:
         if run["kind"] == "runs":
-            seen.setdefault((run["row"], run["optimizer"]), run)
-    rows = [
-        (row, name, ", ".join(f"{key} {_plain(value)}" for key, value in run["own"].items() if value is not None))
-        for (row, name), run in seen.items()
-    ]
-    if rows:
-        first = next(iter(seen.values()))["settings"]
-        shared = (f"{key} {_plain(first[key])}" for key in ("model", "width", "epochs", "batch_size") if key in first)
-        parts += [f"First row: {', '.join(shared)}.", table(("row", "optimizer", "settings"), rows)]
+            kinds.setdefault((run["row"], run["optimizer"]), run)
+    for title in dict.fromkeys(title for title, _ in kinds):
+        runs = {name: run for (row, name), run in kinds.items() if row == title}
+        shared = next(iter(runs.values()))["settings"]
+        parts.append(f"{title}: {_listed({key: shared[key] for key in SHARED if key in shared})}.")
+        parts.append(table(("optimizer", "settings"), [(name, _listed(run["own"])) for name, run in runs.items()]))
     return [*parts, "## Where", *_machines(document)]
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in settings.items() if value is not None)
 
 
 def _plain(value: Any) -> str:

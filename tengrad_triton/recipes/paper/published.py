@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tengrad_triton.recipes.data import DatasetName
 from tengrad_triton.recipes.errors import UsageError
@@ -49,6 +49,14 @@ class Row:
     def key(self) -> str:
         """The name of the row's files."""
         return f"{self.model}-{self.dataset}"
+
+    def scale_of(self, settings: Mapping[str, Any]) -> str:
+        """Say what of a run's settings is smaller than the paper's."""
+        paper = {"model": self.model, "width": self.width, "epochs": self.epochs, "batch_size": BATCH_SIZE}
+        paper |= {"train_limit": None, "test_limit": None}
+        words = {"train_limit": "train images", "test_limit": "test images", "batch_size": "batch"}
+        other = {key: settings.get(key) for key, value in paper.items() if settings.get(key) != value}
+        return ", ".join(f"{words.get(key, key)} {value}" for key, value in other.items()) or "the paper's"
 
     def of(self, name: OptimizerName) -> OptimizerSettings:
         """Return an optimizer's settings: the paper's, torch's own for what it did not run, K-BFGS's for K-BFGS(L)."""

@@ -11,7 +11,7 @@ from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.paper import drawings
 from tengrad_triton.recipes.paper.asked import INVERSES, MEASURED, Asked
 from tengrad_triton.recipes.paper.curves import Finished
-from tengrad_triton.recipes.paper.page import finished, markdown
+from tengrad_triton.recipes.paper.page import finished, markdown, scale_of
 from tengrad_triton.recipes.paper.published import ROWS
 from tengrad_triton.recipes.run import RunFolder, replacing
 
@@ -73,15 +73,17 @@ def _read(file: Path) -> Any:
 
 def drawn(found: dict[str, Any], out: Path) -> dict[str, str]:
     """Draw what the document holds; the blocks of figures 6 to 8 were drawn when they were measured."""
-    scale = "; ".join(dict.fromkeys(entry["scale"] for entry in found["asked"]))
     files = {name: f"figures/paper-{name}.png" for name in INVERSES if name in found["measured"]}
     for row in ROWS:
         runs = finished(found, "runs").get(row.title)
         for quantity in drawings.QUANTITIES if runs else ():
             name = f"{row.key}-{quantity}"
-            files[name] = drawings.curves(runs or [], quantity, f"{row.title}; scale: {scale}", out, name)
+            files[name] = drawings.curves(
+                runs or [], quantity, f"{row.title}; scale: {scale_of(found, row.title)}", out, name
+            )
     searched = [run for run in finished(found, "grid").get(ROWS[0].title, []) if run.optimizer == "tengrad"]
     for name, part in (("figure9", "train"), ("figure10", "test")) if searched else ():
+        scale = scale_of(found, ROWS[0].title, "grid")
         title = f"{ROWS[0].title}: {part} accuracy (%) of TENGraD; scale: {scale}"
         files[name] = drawings.sensitivity(cells(searched, part), title, out, name)
     measured = found["measured"]

@@ -39,12 +39,17 @@ class Run:
         folder = self.folder(out)
         if not (folder / "settings.json").exists():
             return None
-        stored, own = (_without_place(plain) for plain in (_read(folder / "settings.json"), self.settings.plain()))
+        stored, own = (self._decisive(plain) for plain in (_read(folder / "settings.json"), self.settings.plain()))
         if stored != own:
             other = ", ".join(sorted(key for key in stored.keys() | own.keys() if stored.get(key) != own.get(key)))
             raise UsageError(f"{folder}: was run with another {other}: name another --out, or ask for the same")
         finished = folder / "outcome.json"
         return _read(finished) if finished.exists() else None
+
+    def _decisive(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return what the numbers depend on: not the place, and not the other optimizers' settings."""
+        theirs = {key for key, value in plain.items() if isinstance(value, dict) and key != self.name}
+        return {key: value for key, value in plain.items() if key not in theirs | {"data", "device", "threads"}}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -53,10 +58,6 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: {error}: delete its folder to run it again") from error
     return content
-
-
-def _without_place(plain: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in plain.items() if key not in ("data", "device", "threads")}
 
 
 def settings_of(row: Row, name: OptimizerName, seed: int, asked: Asked, own: OptimizerSettings) -> Settings:
