@@ -17,7 +17,7 @@ class _Absent:
     """Stands in for triton where it is not installed: kernels can be defined, not launched."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda function: function
+        return lambda function=None, **options: function or (lambda decorated: decorated)
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -50,6 +50,11 @@ class Config:
         """Launch on the current stream, as a node of the graph where one is being traced."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         wrap_triton(self.kernel)[grid](*arguments, **self.constants, **options)
+
+    def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> None:
+        """Launch from within an op that tracing does not look into."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        self.kernel[grid](*arguments, **self.constants, **options)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels, plan_file
 from tengrad_triton.backend import kernels_of
@@ -142,7 +143,7 @@ def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, floa
 
 
 def _device_of(args: tuple[Any, ...]) -> torch.device:
-    return next(a.device for arg in args for a in (arg if isinstance(arg, list) else [arg]) if isinstance(a, Tensor))
+    return next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
 
 
 def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
@@ -163,12 +164,11 @@ def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], t
     spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
 
     def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
-        changed = [argument.clone() for argument in arguments[: spec.mutates]]
+        changed = tree_map_only(Tensor, torch.clone, list(arguments[: spec.mutates]))
         result = function(*changed, *arguments[spec.mutates :])
-        results = changed if spec.mutates else result
-        return list(results) if isinstance(results, (tuple, list)) else [results]
+        return tree_leaves(changed if spec.mutates else result)
 
-    exact = outputs(torchs, [_in_float64(argument) for argument in args])
+    exact = outputs(torchs, tree_map_only(Tensor, _in_float64, list(args)))
 
     def error(function: Callable[..., Any]) -> float:
         found = outputs(function, args)
@@ -177,7 +177,5 @@ def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], t
     return error(fast) <= 2 * error(torchs)
 
 
-def _in_float64(argument: Any) -> Any:
-    if isinstance(argument, list):
-        return [_in_float64(one) for one in argument]
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+def _in_float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

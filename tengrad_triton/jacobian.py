@@ -5,9 +5,9 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,14 @@ Uses = Sequence[Sequence[Outer | Explicit]]
 
 
 class Jacobian(Protocol):
-    """Rows J_n of one parameter, N of them."""
+    """Rows J_n of one parameter, N of them.
+
+    A class whose products are taken for many parameters in one launch is a `Team` as well.
+    """
+
+    @property
+    def rows(self) -> int:
+        """Return N."""
 
     @property
     def ops(self) -> Any:
@@ -61,6 +68,33 @@ class Jacobian(Protocol):
         """Return the bytes stored."""
 
 
+@runtime_checkable
+class Team(Protocol):
+    """A Jacobian that is served together with others of the same ``team``: what it says of itself, or None if alone.
+
+    The methods are called on any of the members, and take one entry a member; ``systems`` says which row of the result
+    it adds to.
+    """
+
+    @property
+    def team(self) -> Hashable:
+        """Return what members have in common: those with equal answers can share a launch."""
+
+    @staticmethod
+    def gram_all(members: Sequence[Any], systems: list[int], count: int) -> Tensor:
+        """Return k_LNN, each system's sum of its members' `Jacobian.gram`."""
+
+    @staticmethod
+    def project_all(members: Sequence[Any], v: Sequence[Tensor], systems: list[int], shape: list[int]) -> Tensor:
+        """Return y_LN of this shape, each system's sum of its members' `Jacobian.project`."""
+
+    @staticmethod
+    def expand_update_all_(
+        members: Sequence[Any], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
+    ) -> None:
+        """Do each member's `Jacobian.expand_update_`; the targets agree on ``nesterov``."""
+
+
 @dataclass(frozen=True)
 class PerSample:
     """J itself, a row of K numbers a sample: every product is one pass over memory.
@@ -74,16 +108,42 @@ class PerSample:
     ops: Any
     form: Form = "samples"
 
+    @property
+    def rows(self) -> int:  # noqa: D102
+        return len(self.j_NK)
+
+    @property
+    def team(self) -> Hashable:  # noqa: D102
+        return PerSample, self.j_NK.dtype, self.ops.torch_for
+
     def gram(self) -> Tensor:  # noqa: D102
-        return self.ops.gram_rows(self.j_NK)
+        return self.gram_all([self], [0], 1)[0]
 
     def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        wide = torch.promote_types(self.j_NK.dtype, torch.float32)
-        return self.ops.project_rows(self.j_NK, matrix_view(v).reshape(-1).to(wide))
+        return self.project_all([self], [v], [0], [1, self.rows])[0]
 
     def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
-        w_R = w_N[: len(self.j_NK)]
-        self.ops.expand_rows_update_(*_views(target), self.j_NK, w_R, divisor, target.settings, target.nesterov)
+        self.expand_update_all_([self], [target], [w_N], [divisor])
+
+    @staticmethod
+    def gram_all(members: Sequence[PerSample], systems: list[int], count: int) -> Tensor:  # noqa: D102
+        return members[0].ops.gram_rows([one.j_NK for one in members], systems, count)
+
+    @staticmethod
+    def project_all(  # noqa: D102
+        members: Sequence[PerSample], v: Sequence[Tensor], systems: list[int], shape: list[int]
+    ) -> Tensor:
+        rows = [one.j_NK for one in members]
+        return members[0].ops.project_rows(rows, [matrix_view(x) for x in v], systems, shape)
+
+    @staticmethod
+    def expand_update_all_(  # noqa: D102
+        members: Sequence[PerSample], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
+    ) -> None:
+        rows = [one.j_NK for one in members]
+        short = [w_N[: len(j_NK)] for w_N, j_NK in zip(w, rows, strict=True)]
+        state, settings = _views(targets), [target.settings for target in targets]
+        members[0].ops.expand_rows_update_(*state, rows, short, list(divisors), settings, targets[0].nesterov)
 
     def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
         return PerSample(directions_RN @ self.j_NK, self.ops, "directions")
@@ -118,11 +178,52 @@ class Factored:
         a = self.outer.a
         return a.unfold() if isinstance(a, Windows) else a
 
-    def gram(self) -> Tensor:
-        """Return k_NN by the cheaper way: from pairs of positions, or from J_n of some outputs at a time."""
-        if not geometry_of(self.outer).prefers_rows:
-            return self.ops.gram([self._a_NGPI()], [self.outer.g_NGPO])[0]
-        return torch.stack([self.ops.gram_rows(part.sample_grads(self.ops)) for part in self._parts()]).sum(0)
+    @property
+    def rows(self) -> int:  # noqa: D102
+        return len(self.outer.g_NGPO)
+
+    @property
+    def team(self) -> Hashable:  # noqa: D102
+        return Factored, self.outer.g_NGPO.dtype, self.ops.torch_for
+
+    def gram(self) -> Tensor:  # noqa: D102
+        return self.gram_all([self], [0], 1)[0]
+
+    def project(self, v: Tensor) -> Tensor:  # noqa: D102
+        return self.project_all([self], [v], [0], [1, self.rows])[0]
+
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
+        self.expand_update_all_([self], [target], [w_N], [divisor])
+
+    @staticmethod
+    def gram_all(members: Sequence[Factored], systems: list[int], count: int) -> Tensor:
+        """Return k_LNN by each member's cheaper way: pairs of positions, or J_n of some outputs at a time."""
+        ops, k_LNN = members[0].ops, []
+        by_rows = [geometry_of(one.outer).prefers_rows for one in members]
+        pairs = [t for t, rows in enumerate(by_rows) if not rows]
+        if pairs:
+            a, g = [members[t]._a_NGPI() for t in pairs], [members[t].outer.g_NGPO for t in pairs]
+            k_LNN.append(ops.gram(a, g, [systems[t] for t in pairs], count))
+        for one, system in (
+            pair for pair, rows in zip(zip(members, systems, strict=True), by_rows, strict=True) if rows
+        ):
+            k_LNN += [ops.gram_rows([part.sample_grads(ops)], [system], count) for part in one._parts()]
+        return sum(k_LNN[1:], start=k_LNN[0])
+
+    @staticmethod
+    def project_all(  # noqa: D102
+        members: Sequence[Factored], v: Sequence[Tensor], systems: list[int], shape: list[int]
+    ) -> Tensor:
+        a, g = [one._a_NGPI() for one in members], [one.outer.g_NGPO for one in members]
+        return members[0].ops.project(a, g, [matrix_view(x) for x in v], systems, shape)
+
+    @staticmethod
+    def expand_update_all_(  # noqa: D102
+        members: Sequence[Factored], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
+    ) -> None:
+        a, g = [one._a_NGPI() for one in members], [one.outer.g_NGPO for one in members]
+        state, settings = _views(targets), [target.settings for target in targets]
+        members[0].ops.expand_update_(*state, a, g, list(w), list(divisors), settings, targets[0].nesterov)
 
     def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
         groups, rows = self.outer.g_NGPO.shape[1], len(directions_RN)
@@ -135,15 +236,6 @@ class Factored:
         """Return the layer in parts of its outputs, whose explicit rows take little memory."""
         chunks = -(-geometry_of(self.outer).per_sample_bytes // _CHUNK_BYTES)
         return [Outer(self.outer.a, g) for g in self.outer.g_NGPO.chunk(chunks, dim=3)]
-
-    def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        g_NGPO = self.outer.g_NGPO
-        v_GOI = matrix_view(v).reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(g_NGPO.dtype)
-        return self.ops.project(self._a_NGPI(), g_NGPO, v_GOI)
-
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
-        factors = (self._a_NGPI(), self.outer.g_NGPO)
-        self.ops.expand_update_(*_views(target), *factors, w_N, divisor, target.settings, target.nesterov)
 
     def extended(self, older: Jacobian, rows: int) -> Factored | None:  # noqa: D102
         mine = self.outer
@@ -170,8 +262,9 @@ class Factored:
         return (a.x_NCHW if isinstance(a, Windows) else a).nbytes + self.outer.g_NGPO.nbytes
 
 
-def _views(target: Target) -> tuple[Tensor, Tensor, Tensor]:
-    return matrix_view(target.parameter), matrix_view(target.momentum), matrix_view(target.grad)
+def _views(targets: Sequence[Target]) -> tuple[list[Tensor], ...]:
+    state = [(target.parameter, target.momentum, target.grad) for target in targets]
+    return tuple([matrix_view(x) for x in kind] for kind in zip(*state, strict=True))
 
 
 def unpack(packed: Mapping[str, Any], like: Tensor, kernels_for: KernelsFor) -> Jacobian:

@@ -342,7 +342,7 @@ class TENGraD(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     grad = -parameter.grad if group["maximize"] else parameter.grad
                     state = (parameter, self._momentum_of(parameter), grad, settings[block.group])
-                    targets.append(Target(block.name, label, *state, group["nesterov"], group["spring"]))
+                    targets.append(Target(block.name, label, *state, group["nesterov"], group["spring"], block.group))
         return targets
 
     def _settings_now(self) -> list[Tensor]:

@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "train_step": {
         *("backend", "capture", "fisher", "graphs", "optimizer", "state", "tape", "woodbury"),
     },
-    "woodbury": {"jacobian", "update", "kernels"},
+    "teams": {"jacobian", "update"},
+    "woodbury": {"jacobian", "teams", "update", "kernels"},
 }
 
 
