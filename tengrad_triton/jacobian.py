@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.backend import KernelsFor
-from tengrad_triton.layers import Explicit, Outer, Windows, matrix_view
+from tengrad_triton.layers import Explicit, Outer, Windows, joined, matrix_view
 from tengrad_triton.plan import Geometry, Representation
 from tengrad_triton.update import Target
 
@@ -30,7 +29,7 @@ Uses = Sequence[Sequence[Outer | Explicit]]
 class Jacobian(Protocol):
     """Rows J_n of one parameter, N of them.
 
-    A class whose products are taken for many parameters in one launch is a `Team` as well.
+    A class whose products are taken for many parameters in one launch is a `teams.Team` as well.
     """
 
     @property
@@ -66,33 +65,6 @@ class Jacobian(Protocol):
     @property
     def nbytes(self) -> int:
         """Return the bytes stored."""
-
-
-@runtime_checkable
-class Team(Protocol):
-    """A Jacobian that is served together with others of the same ``team``: what it says of itself, or None if alone.
-
-    The methods are called on any of the members, and take one entry a member; ``systems`` says which row of the result
-    it adds to.
-    """
-
-    @property
-    def team(self) -> Hashable:
-        """Return what members have in common: those with equal answers can share a launch."""
-
-    @staticmethod
-    def gram_all(members: Sequence[Any], systems: list[int], count: int) -> Tensor:
-        """Return k_LNN, each system's sum of its members' `Jacobian.gram`."""
-
-    @staticmethod
-    def project_all(members: Sequence[Any], v: Sequence[Tensor], systems: list[int], shape: list[int]) -> Tensor:
-        """Return y_LN of this shape, each system's sum of its members' `Jacobian.project`."""
-
-    @staticmethod
-    def expand_update_all_(
-        members: Sequence[Any], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
-    ) -> None:
-        """Do each member's `Jacobian.expand_update_`; the targets agree on ``nesterov``."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +214,7 @@ class Factored:
         if not isinstance(older, Factored) or older.outer.g_NGPO.shape[1:] != mine.g_NGPO.shape[1:]:
             return None
         kept = taken(older.outer, torch.arange(rows, device=mine.g_NGPO.device))
-        return Factored(_joined([[mine], [kept]]), self.ops)  # type: ignore[list-item]
+        return Factored(joined([[mine], [kept]]), self.ops)  # type: ignore[list-item]
 
     @property
     def representation(self) -> Representation:  # noqa: D102
@@ -306,7 +278,7 @@ def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobia
     if all(isinstance(use, Outer) for batch in uses for use in batch):
         few = representation == "compressed" and not geometry_of(uses[0][0]).prefers_rows  # type: ignore[arg-type]
         if representation == "factored" or few:
-            return Factored(_joined(uses), ops)  # type: ignore[arg-type]
+            return Factored(joined(uses), ops)  # type: ignore[arg-type]
     batches = [_added([_rows(use, ops) for use in batch]) for batch in uses]
     j_NK = batches[0] if len(batches) == 1 else torch.cat(batches)  # torch would copy a single one
     return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops)
@@ -318,25 +290,3 @@ def _rows(use: Outer | Explicit, ops: Any) -> Tensor:
 
 def _added(rows: Sequence[Tensor]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.stack(tuple(rows)).sum(0)
-
-
-def _joined(uses: Sequence[Sequence[Outer]]) -> Outer:
-    """Return one outer product for all uses: along P within a micro-batch, along N between them (P padded by zeros)."""
-    if len(uses) == 1 and len(uses[0]) == 1:
-        return uses[0][0]
-    if all(len(batch) == 1 for batch in uses) and (windows := _same_windows([batch[0].a for batch in uses])):
-        return Outer(windows, torch.cat([batch[0].g_NGPO for batch in uses]))
-    unfolded = [[use.a.unfold() if isinstance(use.a, Windows) else use.a for use in batch] for batch in uses]
-    a = [torch.cat(batch, dim=2) for batch in unfolded]
-    g = [torch.cat([use.g_NGPO for use in batch], dim=2) for batch in uses]
-    positions = max(part.shape[2] for part in a)
-    return Outer(*(torch.cat([F.pad(t, (0, 0, 0, positions - t.shape[2])) for t in parts]) for parts in (a, g)))
-
-
-def _same_windows(views: Sequence[Tensor | Windows]) -> Windows | None:
-    """Return one view of all samples, where all are the same windows of images of one size."""
-    first = views[0]
-    if not isinstance(first, Windows) or not all(isinstance(view, Windows) for view in views):
-        return None
-    alike = {view.x_NCHW.shape[1:] for view in views}  # type: ignore[union-attr]
-    return replace(first, x_NCHW=torch.cat([view.x_NCHW for view in views])) if len(alike) == 1 else None  # type: ignore[union-attr]

@@ -8,11 +8,12 @@ group, K entries of a flat gradient; C channels, H and W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -88,6 +89,28 @@ class Explicit:
 
 Canonical = Mapping[str, Outer | Explicit]
 """The parameters' names within their layer, and what one use of the layer contributes to each."""
+
+
+def joined(uses: Sequence[Sequence[Outer]]) -> Outer:
+    """Return one outer product for all uses: along P within a micro-batch, along N between them (P padded by zeros)."""
+    if len(uses) == 1 and len(uses[0]) == 1:
+        return uses[0][0]
+    if all(len(batch) == 1 for batch in uses) and (windows := _same_windows([batch[0].a for batch in uses])):
+        return Outer(windows, torch.cat([batch[0].g_NGPO for batch in uses]))
+    unfolded = [[use.a.unfold() if isinstance(use.a, Windows) else use.a for use in batch] for batch in uses]
+    a = [torch.cat(batch, dim=2) for batch in unfolded]
+    g = [torch.cat([use.g_NGPO for use in batch], dim=2) for batch in uses]
+    positions = max(part.shape[2] for part in a)
+    return Outer(*(torch.cat([F.pad(t, (0, 0, 0, positions - t.shape[2])) for t in parts]) for parts in (a, g)))
+
+
+def _same_windows(views: Sequence[Tensor | Windows]) -> Windows | None:
+    """Return one view of all samples, where all are the same windows of images of one size."""
+    first = views[0]
+    if not isinstance(first, Windows) or not all(isinstance(view, Windows) for view in views):
+        return None
+    alike = {view.x_NCHW.shape[1:] for view in views}  # type: ignore[union-attr]
+    return replace(first, x_NCHW=torch.cat([view.x_NCHW for view in views])) if len(alike) == 1 else None  # type: ignore[union-attr]
 
 
 @singledispatch

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tengrad_triton import kernels
 
 SPECS = kernels.SPECS
+products = importlib.import_module("tengrad_triton.kernels.products")
 gram_module = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 HARDWARE = torch.cuda.is_available()
@@ -201,7 +202,7 @@ def test_gram_is_the_gram_of_the_sample_grads():
 def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
     row = next(row for row in SPECS if row.name == "gram")
     arguments = row.examples["groups and positions"](torch.float32, DEVICE)
-    monkeypatch.setattr(gram_module, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
+    monkeypatch.setattr(products, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
     _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), torch.float32)
 
 

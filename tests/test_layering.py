@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "plan": set(),
     "plan_file": {"kernels", "plan"},
     "refresh": {"backend", "blocks", "capture", "jacobian", "layers", "plan", "woodbury"},
+    "resident": set(),
     "state": {"backend", "blocks", "jacobian", "woodbury"},
     "summary": {"blocks", "jacobian", "plan", "woodbury"},
     "update": set(),
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "tape": set(),
     "graphs": {"blocks", "fisher", "plan", "refresh", "state", "tape", "update", "woodbury"},
     "train_step": {
-        *("backend", "capture", "fisher", "graphs", "optimizer", "state", "tape", "woodbury"),
+        *("backend", "capture", "fisher", "graphs", "optimizer", "resident", "state", "tape", "woodbury"),
     },
     "teams": {"jacobian", "update"},
     "woodbury": {"jacobian", "teams", "update", "kernels"},
