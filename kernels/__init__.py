@@ -14,7 +14,9 @@ from .gram import gram, gram_rows
 from .reuse import SPECS as REUSE_SPECS
 from .reuse import project
 from .reuse_rows import SPECS as ROWS_SPECS
-from .reuse_rows import expand_rows_update_, project_rows
+from .reuse_rows import project_rows
+from .reuse_rows_update import SPECS as ROWS_UPDATE_SPECS
+from .reuse_rows_update import expand_rows_update_
 from .reuse_update import SPECS as REUSE_UPDATE_SPECS
 from .reuse_update import expand_update_
 from .sample_grads import SPECS as SAMPLE_GRADS_SPECS
@@ -33,6 +35,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *REUSE_SPECS,
     *REUSE_UPDATE_SPECS,
     *ROWS_SPECS,
+    *ROWS_UPDATE_SPECS,
 )
 
 __all__ = [

@@ -73,6 +73,7 @@ class KernelSpec:
     bytes: Callable[..., int]
     configs: Sequence[Config]
     dtypes: Sequence[torch.dtype] = tuple(TRITON_TYPES)
+    tiles: Sequence[str] = ()  # names of the launch configurations that it takes as ``tile=`` beside the default
     mutates: int = 0  # how many of the first arguments it changes in place, instead of returning anything
 
 

@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,12 +134,19 @@ def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, floa
     torchs = getattr(kernels_of("torch"), kernel)
     on_gpu = _device_of(args).type == "cuda"
     times = {"torch": _median_seconds(lambda: torchs(*args), seconds, on_gpu)}
-    if on_gpu:
-        triton = getattr(kernels, kernel)
-        if _is_as_exact(kernel, args, triton, torchs):
-            times["triton"] = _median_seconds(lambda: triton(*args), seconds, on_gpu)
-        else:
-            warnings.warn(f"{kernel} is less exact than PyTorch's here: PyTorch serves it", stacklevel=5)
+    if not on_gpu:
+        return times
+    op, spec = getattr(kernels, kernel), next(spec for spec in kernels.SPECS if spec.name == kernel)
+    configurations = {"triton": op, **{tile: partial(op, tile=tile) for tile in spec.tiles}}
+    for name, triton in configurations.items():
+        try:
+            if _is_as_exact(spec, args, triton, torchs):
+                times[name] = _median_seconds(partial(triton, *args), seconds, on_gpu)
+            else:
+                warnings.warn(f"{kernel} ({name}) is less exact than PyTorch's here: it is dropped", stacklevel=5)
+        except RuntimeError as error:  # it does not compile, or takes more than the device has
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"{kernel} ({name}) is dropped: {reason}", stacklevel=5)
     return times
 
 
@@ -159,9 +167,10 @@ def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> fl
     return statistics.median(taken)
 
 
-def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]) -> bool:
+def _is_as_exact(
+    spec: kernels.KernelSpec, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]
+) -> bool:
     """Whether the kernel's error is at most twice that of PyTorch, both against float64."""
-    spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
 
     def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
         changed = tree_map_only(Tensor, torch.clone, list(arguments[: spec.mutates]))

@@ -4,6 +4,7 @@ As a program this file traces the ops, in a process of its own, because it puts 
 """
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -176,18 +177,18 @@ def _recorded():
     kernels.spec.Config.start = start
 
 
-def _trace(row, arguments):
+def _trace(row, arguments, **tile):
     """The launches of an op on CUDA tensors, and how many of its arguments it changes."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if torch.is_tensor(leaf)]
     with FakeTensorMode(), _recorded() as started:
         fakes = iter([torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in tensors])
         arguments = pytree.tree_map(lambda leaf: next(fakes) if torch.is_tensor(leaf) else leaf, arguments)
-        call = _Call(getattr(kernels, row.name), arguments)
+        call = _Call(functools.partial(getattr(kernels, row.name), **tile), arguments)
         fakes = [leaf for leaf in pytree.tree_leaves(arguments) if torch.is_tensor(leaf)]
         module, signature = aot_export_module(call, fakes, trace_joint=False)
         launches = list(_launches(module.graph))
         if not launches:
-            row.fast(*arguments)
+            row.fast(*arguments, **tile)
     changed = len(pytree.tree_leaves(arguments[: row.mutates]))
     assert len(signature.user_inputs_to_mutate) == changed, row.name
     return launches + started
@@ -203,7 +204,9 @@ def trace_ops():
     """Trace every example of every op: it launches shipped configurations, all of them, and changes what it says."""
     triton.runtime.driver.set_active(_Driver())
     for row in SPECS:
-        traces = [_trace(row, example(t, torch.device("cpu"))) for example in row.examples.values() for t in row.dtypes]
+        examples = [example(dtype, torch.device("cpu")) for example in row.examples.values() for dtype in row.dtypes]
+        tiles = ({}, *({"tile": tile} for tile in row.tiles))
+        traces = [_trace(row, arguments, **tile) for arguments in examples for tile in tiles]
         launches = [launch for launched in traces for launch in launched]
         for launch in launches:
             assert any(_is_launch_of(config, launch) for config in row.configs), (row.name, launch)

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def _error(results, exact):
 def test_kernel_is_as_exact_as_torch(row, example, dtype):
     arguments = example(dtype, DEVICE)
     _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), dtype)
+
+
+@on_kernels
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("row", "tile"), [pytest.param(row, tile, id=f"{row.name}-{tile}") for row in SPECS for tile in row.tiles]
+)
+def test_kernel_is_as_exact_in_every_tile(row, tile):
+    arguments = next(iter(row.examples.values()))(HALF, DEVICE)
+    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), tile=tile), arguments), HALF)
 
 
 @on_kernels
