@@ -13,21 +13,23 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels, plan_file
 from tengrad_triton.backend import kernels_of
 from tengrad_triton.blocks import find_blocks, find_sources, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import LIKELIHOODS
-from tengrad_triton.jacobian import jacobian_of
 from tengrad_triton.plan import Measured, Plan, Representation
 from tengrad_triton.refresh import gather, geometries_of
+from tengrad_triton.representation import jacobian_of
 from tengrad_triton.update import Target
 from tengrad_triton.uses import Uses
 
@@ -133,17 +135,24 @@ def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, floa
     torchs = getattr(kernels_of("torch"), kernel)
     on_gpu = _device_of(args).type == "cuda"
     times = {"torch": _median_seconds(lambda: torchs(*args), seconds, on_gpu)}
-    if on_gpu:
-        triton = getattr(kernels, kernel)
-        if _is_as_exact(kernel, args, triton, torchs):
-            times["triton"] = _median_seconds(lambda: triton(*args), seconds, on_gpu)
-        else:
-            warnings.warn(f"{kernel} is less exact than PyTorch's here: PyTorch serves it", stacklevel=5)
+    if not on_gpu:
+        return times
+    op, spec = getattr(kernels, kernel), next(spec for spec in kernels.SPECS if spec.name == kernel)
+    configurations = {"triton": op, **{tile: partial(op, tile=tile) for tile in spec.tiles}}
+    for name, triton in configurations.items():
+        try:
+            if _is_as_exact(spec, args, triton, torchs):
+                times[name] = _median_seconds(partial(triton, *args), seconds, on_gpu)
+            else:
+                warnings.warn(f"{kernel} ({name}) is less exact than PyTorch's here: it is dropped", stacklevel=5)
+        except RuntimeError as error:  # it does not compile, or takes more than the device has
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"{kernel} ({name}) is dropped: {reason}", stacklevel=5)
     return times
 
 
 def _device_of(args: tuple[Any, ...]) -> torch.device:
-    return next(a.device for arg in args for a in (arg if isinstance(arg, list) else [arg]) if isinstance(a, Tensor))
+    return next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
 
 
 def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
@@ -159,17 +168,17 @@ def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> fl
     return statistics.median(taken)
 
 
-def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]) -> bool:
+def _is_as_exact(
+    spec: kernels.KernelSpec, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]
+) -> bool:
     """Whether the kernel's error is at most twice that of PyTorch, both against float64."""
-    spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
 
     def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
-        changed = [argument.clone() for argument in arguments[: spec.mutates]]
+        changed = tree_map_only(Tensor, torch.clone, list(arguments[: spec.mutates]))
         result = function(*changed, *arguments[spec.mutates :])
-        results = changed if spec.mutates else result
-        return list(results) if isinstance(results, (tuple, list)) else [results]
+        return tree_leaves(changed if spec.mutates else result)
 
-    exact = outputs(torchs, [_in_float64(argument) for argument in args])
+    exact = outputs(torchs, tree_map_only(Tensor, _in_float64, list(args)))
 
     def error(function: Callable[..., Any]) -> float:
         found = outputs(function, args)
@@ -178,7 +187,5 @@ def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], t
     return error(fast) <= 2 * error(torchs)
 
 
-def _in_float64(argument: Any) -> Any:
-    if isinstance(argument, list):
-        return [_in_float64(one) for one in argument]
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+def _in_float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -34,6 +34,7 @@ from tengrad_triton.layers import (
     samples_dim,
     why_no_samples,
 )
+from tengrad_triton.phases import phase
 from tengrad_triton.record import Record, Use
 
 
@@ -171,7 +172,7 @@ class Capture:
             return
         _check_batch(record, results[0])
         self._deriving.look_for_strays(record, results)
-        with self._undisturbed():
+        with self._undisturbed(), phase("capture"):
             if self._fisher == "empirical":
                 self._deriving.listen(record, results)
             else:

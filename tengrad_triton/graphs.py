@@ -151,5 +151,6 @@ class Graphs:
                 if name in self.trained:
                     grad = -grads[name] if words["maximize"] else grads[name]
                     tensors = (state.parameters[name], state.momenta[name], grad)
-                    targets.append(Target(block.name, label, *tensors, settings, words["nesterov"], words["spring"]))
+                    words_of = (words["nesterov"], words["spring"], block.group)
+                    targets.append(Target(block.name, label, *tensors, settings, *words_of))
         return targets

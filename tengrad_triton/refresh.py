@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block, Source, full_name
 from tengrad_triton.capture import Capture
-from tengrad_triton.jacobian import Jacobian, jacobian_of
+from tengrad_triton.jacobian import Jacobian
 from tengrad_triton.layers import Call, Explicit, Form, canonical
 from tengrad_triton.plan import Choice, Chosen, Geometry
 from tengrad_triton.record import Record
+from tengrad_triton.representation import jacobian_of
 from tengrad_triton.uses import Uses, geometry_of_uses, rows_in, taken
 from tengrad_triton.woodbury import BlockJacobian, Curvature
 

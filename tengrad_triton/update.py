@@ -25,6 +25,7 @@ class Target:
     settings: Tensor
     nesterov: bool
     spring: float = 0.0
+    group: int = 0
 
     def pulled(self, damping: Tensor | float) -> Target:
         """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).

@@ -131,7 +131,8 @@ def test_groups_have_their_own_settings():
     after = model.state_dict()
     assert torch.equal(before["0.weight"], after["0.weight"])
     assert not torch.equal(before["6.weight"], after["6.weight"])
-    dampings = {name: divisor.item() for name, divisor in optimizer._curvature.divisors().items()}
+    curvature = optimizer._curvature
+    dampings = dict(zip(curvature.systems, curvature.divisor_L.tolist(), strict=True))
     assert dampings == pytest.approx({"0": 0.1, "4": 1.0, "6": 1.0})
 
 
@@ -290,22 +291,23 @@ def test_representation_by_hand():
     assert (chosen["0.weight"], chosen["4.weight"], chosen["6.weight"]) == ("factored", "factored", "per_sample")
 
 
-# The analytic rule: sizes (N, G, P, I, O) and the cheaper representation, as in the table of a convolution's costs.
+# The analytic rule: sizes (N, G, P, I, O) and the cheaper representation at a refresh in 100 steps, and at each step.
 GEOMETRIES = {
-    "3c1f convolution": ((128, 1, 784, 1152, 128), "per_sample"),
-    "3c1f linear": ((128, 1, 1, 10368, 500), "factored"),
-    "resnet-50, 3x3 on 7x7": ((128, 1, 49, 4608, 512), "per_sample"),
-    "512 channels on 4x4": ((128, 1, 16, 4608, 512), "factored"),
-    "depthwise": ((128, 96, 3136, 9, 1), "per_sample"),
-    "transformer linear": ((128, 1, 512, 4096, 4096), "per_sample"),
+    "3c1f convolution": ((128, 1, 784, 1152, 128), "per_sample", "per_sample"),
+    "3c1f linear": ((128, 1, 1, 10368, 500), "factored", "factored"),
+    "resnet-50, 3x3 on 7x7": ((128, 1, 49, 4608, 512), "per_sample", "per_sample"),
+    "512 channels on 4x4": ((128, 1, 16, 4608, 512), "per_sample", "factored"),
+    "depthwise": ((128, 96, 3136, 9, 1), "per_sample", "per_sample"),
+    "transformer linear": ((128, 1, 512, 4096, 4096), "per_sample", "per_sample"),
 }
 
 
 @pytest.mark.parametrize("layer", GEOMETRIES)
 def test_analytic_rule(layer):
-    sizes, expected = GEOMETRIES[layer]
+    sizes, *expected = GEOMETRIES[layer]
     geometry = Geometry(*sizes, itemsize=4, factored_bytes=0)
-    assert choose({layer: geometry}, None, max_bytes=2**60) == {layer: expected}
+    chosen = [choose({layer: geometry}, None, max_bytes=2**60, refresh_every=every)[layer] for every in (100, 1)]
+    assert chosen == expected
 
 
 def test_memory_budget_is_respected_where_factors_are_smaller():
@@ -318,6 +320,9 @@ def test_memory_budget_is_respected_where_factors_are_smaller():
     tight = choose(geometries, None, max_bytes=20_000)
     assert tight == {"big": "factored", "small": "per_sample"}
     assert total_bytes(geometries, tight) <= 20_000
+    # Rows save ever more arithmetic for their bytes the more positions there are, so these keep theirs the longest.
+    few, many = (Geometry(8, 1, p, 50, 50, 4, factored_bytes=1000) for p in (50, 500))
+    assert choose({"few": few, "many": many}, None, 100_000) == {"few": "factored", "many": "per_sample"}
     assert choose(geometries, "per_sample", max_bytes=0) == plenty  # by hand is by hand
 
 
