@@ -31,7 +31,7 @@ WIDTHS = (2, 32, 32, 1)
 INSIDE, BOUNDARY = 400, 100  # points of a step
 FIXED = 4  # times as many for L-BFGS, whose line search needs the same points at every step
 SETTINGS: dict[str, Any] = {
-    "lr": 0.7, "damping": "lm", "spring": 0.8, "trust_region": 0.1, "refresh_every": 1,
+    "lr": 0.5, "damping": "lm", "spring": 0.7, "refresh_every": 1,
     "fisher": "exact", "likelihood": "gaussian", "blocks": "network", "representation": "per_sample",
 }  # fmt: skip
 ADAM_LR = (1e-3, 5e-3, 2e-2)
@@ -98,7 +98,7 @@ def tengrad(model: Residual) -> Runner:
         x_ND = points(INSIDE, BOUNDARY, drawn)  # one batch for both calls of the closure
         optimizer.step(loss_of(model, optimizer, lambda: x_ND))
 
-    return Runner("TENGraD", "damping lm, SPRING 0.8", step, lambda: relative_error(model))
+    return Runner("TENGraD", f"damping lm, SPRING {SETTINGS['spring']}", step, lambda: relative_error(model))
 
 
 def adam(model: Residual, lr: float) -> Runner:
@@ -147,8 +147,8 @@ MODEL = """## The residual is the model
 Every layer is called once for each point, on a stack of positions: the value, its first derivatives and its Laplacian,
 carried forward by the chain rule (`examples/laplacian.py`). Derivatives by `torch.func` inside of the forward would
 call the layers where no hook can see them. The layer is [a layer of your own](your-own-layer.md)."""
-USE = """The damping adapts itself, SPRING keeps the part of the last direction that the present points do not see, and
-the trust region carries it through the first steps ([M8, M13, M14](../math.md)):"""
+USE = """The damping adapts itself to how well the quadratic model foretells each step, and SPRING keeps the part of
+the last direction that the present points do not see ([M8 and M13](../math.md)):"""
 
 
 def verdict(runners: Sequence[Runner]) -> str:

@@ -9,14 +9,14 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad, hessian, vmap
+from torch.func import functional_call, grad, hessian, vmap
 
 from tengrad_triton import TENGraD
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from examples import poisson  # noqa: E402
+from examples import poisson, theorem1  # noqa: E402
 
 
 def residuals(model, params, x_ND):
@@ -59,7 +59,7 @@ def test_rows_are_residual_gradients_and_a_step_is_gauss_newton(pinn):
     j_NK = torch.cat([own[name].flatten(1) for name in params], 1)
     r_N = residuals(model, params, x_ND)
     damping, n = 1e-2, len(x_ND)
-    settings = {**poisson.SETTINGS, "damping": damping, "lr": 1.0, "trust_region": None}
+    settings = {**poisson.SETTINGS, "damping": damping, "lr": 1.0}
     optimizer = TENGraD(model, **settings)
     optimizer.step(poisson.loss_of(model, optimizer, lambda: x_ND))
     fisher = 2 * j_NK.mT @ j_NK / n
@@ -82,3 +82,37 @@ def test_a_short_race_writes_the_page(tmp_path, monkeypatch):
     assert "times lower than Adam's" in text
     assert (tmp_path / "poisson.png").stat().st_size > 10_000
     assert str(tmp_path) not in text
+
+
+@pytest.fixture(scope="module")
+def wide():
+    model, x_ND, y_N1 = theorem1.problem(width=32768, seed=0)
+    return model, *theorem1.descend(copy.deepcopy(model), x_ND, y_N1, share=0.95, steps=10), x_ND
+
+
+def test_theorem_1_holds_where_its_assumptions_do(wide):
+    _, run, _, _ = wide
+    constants = run.constants
+    assert 0 < constants.damping <= 4 * constants.least / (9 * constants.samples)
+    assert 0 < run.lr < constants.largest_lr
+    assert constants.c <= 0.5
+    assert max(run.cs) <= constants.c  # assumption 2 at every point of the run,
+    assert max(run.distances) <= 1  # none of which is outside of its ball
+    assert all(r <= (1 - run.lr) ** k * run.residuals[0] for k, r in enumerate(run.residuals))
+
+
+def test_lambda_0_is_that_of_the_layers_jacobians(wide):
+    model, run, least, x_ND = wide
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    own = vmap(grad(lambda p, x: functional_call(model, p, (x[None],))[0, 0]), in_dims=(None, 0))(params, x_ND)
+    grams = {name.removesuffix(".weight"): j.flatten(1) @ j.flatten(1).mT for name, j in own.items()}
+    expected = {name: torch.linalg.eigvalsh(k)[0].item() for name, k in grams.items()}
+    assert least == pytest.approx(expected, rel=1e-9)
+    assert run.constants.least == min(least.values())
+
+
+def test_a_narrow_theorem_writes_the_page(tmp_path):
+    theorem1.main(out=tmp_path, width=64, steps=6, threads=torch.get_num_threads())
+    text = (tmp_path / "theorem1.md").read_text()
+    assert text.count("\n| 0.") == len(theorem1.SHARES)
+    assert (tmp_path / "theorem1.png").stat().st_size > 10_000
