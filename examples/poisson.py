@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 0.5, "damping": "lm", "spring": 0.7, "refresh_every": 1,
     "fisher": "exact", "likelihood": "gaussian", "blocks": "network", "representation": "per_sample",
 }  # fmt: skip
-ADAM_LR = (1e-3, 5e-3, 2e-2)
+ADAM_LR = (5e-3, 2e-2, 5e-2)
 LBFGS_LR = (1.0, 0.1)
 
 

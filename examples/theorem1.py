@@ -133,20 +133,18 @@ def descend(model: Wide, x_ND: Tensor, y_N1: Tensor, share: float, steps: int) -
         optimizer.step()
         return float(loss.detach()) * len(x_ND)
 
-    residuals = [step()]  # with η = 0: it leaves J(W₀)
+    first_residual = step()  # with η = 0: it leaves J(W₀)
     start = {name: j_NK.clone() for name, j_NK in rows(optimizer).items()}
     least = least_eigenvalues(start)
     constants = Constants(len(least), len(x_ND), min(least.values()))
-    lr, radius = share * constants.largest_lr, 3 * math.sqrt(residuals[0] / constants.least)
-    optimizer.param_groups[0].update(lr=lr, damping=2 * constants.damping)
-    cs, distances = [0.0], [0.0]
-    for _ in range(steps):
-        step()
-        with torch.no_grad():
-            residuals.append(float((model(x_ND) - y_N1).square().sum()))
-        cs.append(3 * moved(rows(optimizer), start) / math.sqrt(constants.least))
+    lr, radius = share * constants.largest_lr, 3 * math.sqrt(first_residual / constants.least)
+    residuals, cs, distances = [], [], []
+    for k in range(steps + 1):
+        optimizer.param_groups[0].update(lr=lr if k < steps else 0.0, damping=2 * constants.damping)
         squares = [(p.detach() - old).square().sum() for p, old in zip(model.parameters(), first, strict=True)]
         distances.append(math.sqrt(float(torch.stack(squares).sum())) / radius)
+        residuals.append(step())
+        cs.append(3 * moved(rows(optimizer), start) / math.sqrt(constants.least))
     return Run(lr, constants, residuals, cs, distances), least
 
 
