@@ -90,7 +90,7 @@ class Curvature:
                 update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
-        """Return δᵀ F δ = ‖J δ‖² / N for the directions that the targets have as their gradients."""
+        """Return δᵀ F δ = ‖J δ‖² / N (M8) for the directions that the targets have as their gradients."""
         work = self._work([replace(target, spring=0.0) for target in targets])
         if not work:
             return torch.zeros(())
@@ -129,7 +129,7 @@ class Curvature:
     def _scale(self, work: Sequence[Work], y_LN: Tensor, w: Sequence[Tensor], trust_region: float) -> Tensor:
         """Return min(1, (κ / Σ lr² dᵀ (F + α I) d)^½), without waiting for it: the step's squared Fisher norm is ≤ κ.
 
-        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is.
+        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is (M14).
         """
         divisors, n = self.divisor_L.unbind(), y_LN.shape[1]
         parts = list(dict.fromkeys((one.system, one.target.group) for one in work))
@@ -219,8 +219,8 @@ def _grams(blocks: Jacobians, systems: Systems) -> list[tuple[tuple[str, ...], T
 def _reduced(blocks: Jacobians, names: Sequence[str]) -> Jacobians:
     """Return the blocks of a system with J replaced by R of J = Q R where it has fewer parameters than rows.
 
-    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many. R is not made where that saves
-    nothing, and where J is not explicit.
+    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many (M12). R is not made where that
+    saves nothing, and where J is not explicit.
     """
     chosen = {(name, label): rows for name in names for label, rows in blocks[name].items()}
     explicit = [rows for rows in chosen.values() if isinstance(rows, PerSample) and rows.j_NK.dtype != torch.bfloat16]
@@ -250,8 +250,9 @@ def compress(
 ) -> Curvature:
     """Keep of each system named in ``tol`` the directions whose share of the correction is at least that tolerance.
 
-    With K = Q Λ Qᵀ and v_i = Jᵀ q_i / √λ_i the natural gradient is (V − Σ_i f_i v_i ⟨v_i, V⟩) / α with
-    f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes it by at most tol ‖V‖ / α (docs/math.md, M7).
+    With K = Q Λ Qᵀ the rows Jᵀ q_i are orthogonal, of squared norm λ_i, and (K + N α I)⁻¹ becomes diagonal. The share
+    of row i is f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes the natural gradient by at most
+    tol ‖V‖ / α, and F by what it drops (docs/math.md, M7).
     """
     blocks = dict(full.blocks)
 
@@ -259,13 +260,11 @@ def compress(
         if system not in tol:
             return inverse_NN
         eigenvalues_N, q_NN = torch.linalg.eigh(grams[system])
-        share_N = eigenvalues_N / (eigenvalues_N + shifts[system])
-        kept = share_N >= tol[system]
-        directions_RN = (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT
+        kept = eigenvalues_N / (eigenvalues_N + shifts[system]) >= tol[system]
         for name in full.systems[system]:
-            blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
-        root_R = share_N[kept].sqrt()
-        return torch.diag(F.pad(root_R, (0, len(share_N) - len(root_R))))
+            blocks[name] = {label: rows.combined(q_NN[:, kept].mT) for label, rows in full.blocks[name].items()}
+        root_R = (eigenvalues_N[kept] + shifts[system]).rsqrt()
+        return torch.diag(F.pad(root_R, (0, len(kept) - len(root_R))))
 
     stacks = [
         Stack(

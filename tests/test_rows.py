@@ -296,6 +296,20 @@ def test_a_label_a_token(fisher, ignored):
     assert (fisher_KK - expected).norm() < bound * expected.norm()
 
 
+def test_a_drawn_label_counts_even_where_its_number_is_ignored():
+    """Which tokens count is a matter of the data's labels: padding may well be a class that the model can draw."""
+    model = nn.Linear(3, 2).double()
+    nn.init.constant_(model.weight, 0.0)
+    model.bias.data = torch.tensor([5.0, 0.0]).double()  # nearly every draw is class 0, which is also the padding
+    x, y = torch.randn(8, 3).double(), torch.tensor([1, 0] * 4)
+    likelihood = Categorical(ignore_index=0)
+    likelihood.target = y
+    optimizer = TENGraD(model, lr=0.0, likelihood=likelihood, representation="per_sample", seed=0)
+    F.cross_entropy(model(x), y, ignore_index=0).backward()
+    optimizer.step()
+    assert (optimizer._curvature.blocks[""]["bias"].j_NK.abs().sum(1) > 0).tolist() == (y != 0).tolist()
+
+
 # Controls
 
 
@@ -378,6 +392,18 @@ def test_levenberg_marquardt_follows_the_reduction_ratio(lr, grows):
     assert optimizer.param_groups[0]["damping"] == pytest.approx(start * (1.5 if grows else 2 / 3))
     optimizer.step(closure_of(model, optimizer, x, y, losses))
     assert len(losses) == 3  # a step that reuses the curvature evaluates once
+
+
+@pytest.mark.parametrize("representation", ["factored", "per_sample", "compressed"])
+def test_curvature_along_a_direction_is_that_of_the_rows(representation):
+    """δᵀ F δ, which the quadratic model needs, from whatever a block keeps of J."""
+    recording = Recording(Categorical())
+    _, model, grads, optimizer, x = one_step(recording, representation=representation, tol=1e-6)
+    rows = drawn_rows(model, x, recording.targets, recording.nll)
+    targets = optimizer._targets()
+    actual = optimizer._curvature.curvature_along(targets)
+    parts = [sum(rows[name] @ grads[name].flatten() for name in block) for block in LAYERS]
+    assert actual.item() == pytest.approx(sum(part.square().mean() for part in parts).item(), rel=1e-4)
 
 
 def test_levenberg_marquardt_needs_a_closure():
