@@ -205,6 +205,7 @@ LAYERS |= {
     "group norm": Case(lambda: Flat(nn.GroupNorm(2, 4)), (4, 3, 2)),
     "group norm of vectors": Case(lambda: Flat(nn.GroupNorm(2, 4)), (4,)),
     "instance norm": Case(lambda: Flat(nn.InstanceNorm2d(3, affine=True)), (3, 4, 2)),
+    "instance norm 3d": Case(lambda: Flat(nn.InstanceNorm3d(2, affine=True)), (2, 2, 3, 2)),
     "instance norm 1d, kept statistics": Case(
         lambda: Flat(cases.used_norm(nn.InstanceNorm1d(3, affine=True, track_running_stats=True))), (3, 5)
     ),
