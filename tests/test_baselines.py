@@ -223,6 +223,21 @@ def test_factors_that_cannot_be_factored_leave_the_others_alone():
     assert torch.equal(basis_BII[1], torch.eye(4))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_factor_of_units_that_are_mostly_dead_has_an_eigenbasis(seed):
+    """LAPACK's single-precision solver raises on such a matrix, or returns NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x_NI = 0.5 + 0.1 * torch.rand(64, 16, generator=generator, dtype=torch.float32)
+    weight_IO = torch.randn(16, 500, generator=generator, dtype=torch.float32) / 16
+    hidden_NO = (x_NI @ weight_IO - 0.1).relu()
+    a_BOO = (hidden_NO.mT @ hidden_NO / 64)[None]
+    basis_BOO, failed_B = eigenbasis(a_BOO)
+    assert not failed_B.any()
+    rotated_BOO = basis_BOO.mT @ a_BOO @ basis_BOO
+    off = rotated_BOO - torch.diag_embed(rotated_BOO.diagonal(dim1=1, dim2=2))
+    assert off.norm() <= 500 * torch.finfo(torch.float32).eps * a_BOO.norm()
+
+
 @pytest.mark.parametrize("case", LAYERS)
 @pytest.mark.parametrize("make", [KBFGS, KBFGSL])
 def test_kbfgs_satisfies_its_secant_equations(make, case):

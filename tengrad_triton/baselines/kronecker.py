@@ -209,7 +209,10 @@ def inverse(matrix_BII: Tensor) -> tuple[Tensor, Tensor]:
 def eigenbasis(matrix_BII: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvectors of symmetric matrices, as columns; of one that is not finite, the identity."""
     failed_B = ~matrix_BII.isfinite().flatten(1).all(1)
-    return torch.linalg.eigh(matrix_BII.masked_fill(failed_B[:, None, None], 0.0)).eigenvectors, failed_B
+    safe_BII = matrix_BII.masked_fill(failed_B[:, None, None], 0.0)
+    if matrix_BII.device.type == "cpu":  # LAPACK's single precision gives up, or NaN, where the rank is low
+        safe_BII = safe_BII.double()
+    return torch.linalg.eigh(safe_BII).eigenvectors.to(matrix_BII.dtype), failed_B
 
 
 def shifted(matrix_GII: Tensor, shift_G: Tensor) -> Tensor:

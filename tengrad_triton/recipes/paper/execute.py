@@ -97,7 +97,8 @@ def _show_estimates(left: Sequence[Run], shop: Workshop, total: int) -> None:
         known = estimates.get(key)
         estimate = known[0] if known else estimated(shop.job(run.settings), run.name)
         estimates[key] = (estimate, known[1] + 1 if known else 1)
-    shop.console.print(f"{total} runs, {len(left)} of them to do; scale: {shop.asked.scale.said()}", highlight=False)
+    said = f"{total} runs, {len(left)} of them to do; scale: {shop.asked.scale.said()}"
+    shop.console.print(said, soft_wrap=True, highlight=False)
     if estimates:
         shop.console.print(_table(estimates))
 
