@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
-from tengrad_triton import TENGraD
+from tengrad_triton import Categorical, TENGraD
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from examples import poisson, theorem1  # noqa: E402
+from examples import finetune, gpt, poisson, theorem1  # noqa: E402
+from examples.text import VOCABULARY, batch, code, prose  # noqa: E402
 
 
 def residuals(model, params, x_ND):
@@ -116,3 +119,64 @@ def test_a_narrow_theorem_writes_the_page(tmp_path):
     text = (tmp_path / "theorem1.md").read_text()
     assert text.count("\n| 0.") == len(theorem1.SHARES)
     assert (tmp_path / "theorem1.png").stat().st_size > 10_000
+
+
+def code_blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_layer_of_the_guide_is_exact(capsys):
+    names = {}
+    for text in code_blocks(ROOT / "docs" / "guides" / "your-own-layer.md"):
+        exec(compile(text, "your-own-layer.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert re.search(r"0\.weight +\(8, 4\) +0 ", said)
+    torch.manual_seed(0)
+    model = nn.Sequential(names["FirstTokenLinear"](4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
+    nn.init.normal_(model[0].scale)
+    twin, recording = copy.deepcopy(model), dense.Recording(Categorical())
+    optimizer = TENGraD(model, lr=0.1, damping=0.03, momentum=0.0, likelihood=recording)
+    oracle = dense.DenseNGD(twin, dense.blocks_of(twin), lr=0.1, damping=0.03, momentum=0.0, weight_decay=0.0)
+    x, y = torch.randn(7, 5, 4).double(), torch.randint(3, (7,))
+    for each in (model, twin):
+        F.cross_entropy(each(x), y).backward()
+    optimizer.step()
+    oracle.refresh(dense.sample_gradients(twin, x, recording.target, recording.nll))
+    oracle.step({name: p.grad for name, p in twin.named_parameters()})
+    assert dense.relative_error(dict(model.named_parameters()), dict(twin.named_parameters())) < 1e-9
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(gpt, "SIZES", {"features": 8, "heads": 2, "blocks": 1})
+    monkeypatch.setattr(gpt, "SAMPLES", 4)
+    monkeypatch.setattr(gpt, "LENGTH", 6)
+    monkeypatch.setattr(gpt, "ADAMW_LR", (1e-3, 1e-2))
+
+
+def test_a_tiny_gpt_writes_the_page(tiny, tmp_path):
+    gpt.main(out=tmp_path, seconds=0.3, threads=torch.get_num_threads())
+    text = (tmp_path / "gpt.md").read_text()
+    assert text.count("| AdamW | lr") == 2
+    assert "nats a character" in text
+    assert (tmp_path / "gpt.png").stat().st_size > 10_000
+
+
+def test_fine_tuning_covers_every_parameter(tiny, tmp_path):
+    model = gpt.untrained(0)
+    rows = finetune.summary(model).rows
+    assert len(rows) == len(list(model.parameters()))  # the tied one once
+    assert all(row.block != "-" for row in rows)
+    finetune.main(out=tmp_path, seconds=0.3, threads=torch.get_num_threads())
+    text = (tmp_path / "finetune.md").read_text()
+    assert f"**{len(rows)} of {len(rows)} parameters have an exact block.**" in text
+    assert "attention.in_proj_weight" in text
+
+
+def test_the_texts_are_those_of_python():
+    for text in (prose(), code()):
+        assert len(text.train) > 5 * len(text.test) > 50_000
+        assert 0 <= text.train.min() <= text.train.max() < VOCABULARY
+    x, y = batch(prose().train, 3, 5, torch.Generator().manual_seed(0))
+    assert x.shape == y.shape == (3, 5)
+    assert torch.equal(x[:, 1:], y[:, :-1])
