@@ -240,6 +240,14 @@ def failures_of(names: Sequence[str], before: Curvature | None) -> Tensor:
     return torch.stack([counts.get(name, none) for name in names]) if names else torch.empty(0)
 
 
+def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:
+    """Return the combinations of rows that are worth keeping, and each one's share of the correction."""
+    eigenvalues_N, q_NN = torch.linalg.eigh(k_NN)
+    share_N = eigenvalues_N / (eigenvalues_N + shift)
+    kept = share_N >= tol
+    return (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT, share_N[kept]
+
+
 def compress(
     full: Curvature, grams: Mapping[str, Tensor], shifts: Mapping[str, Tensor], tol: Mapping[str, float]
 ) -> Curvature:
@@ -253,14 +261,10 @@ def compress(
     def compressed(system: str, inverse_NN: Tensor) -> Tensor:
         if system not in tol:
             return inverse_NN
-        eigenvalues_N, q_NN = torch.linalg.eigh(grams[system])
-        share_N = eigenvalues_N / (eigenvalues_N + shifts[system])
-        kept = share_N >= tol[system]
-        directions_RN = (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT
+        directions_RN, share_R = directions(grams[system], shifts[system], tol[system])
         for name in full.systems[system]:
             blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
-        root_R = share_N[kept].sqrt()
-        return torch.diag(F.pad(root_R, (0, len(share_N) - len(root_R))))
+        return torch.diag(F.pad(share_R.sqrt(), (0, len(inverse_NN) - len(share_R))))
 
     stacks = [
         Stack(

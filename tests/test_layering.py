@@ -15,6 +15,7 @@ KERNELS = ROOT / "kernels"
 MAY_IMPORT = {
     "autotune": {
         *("backend", "blocks", "capture", "fisher", "jacobian", "layers", "plan", "plan_file", "refresh", "update"),
+        "woodbury",
         "kernels",
     },
     "backend": {"kernels"},
