@@ -111,7 +111,7 @@ def _project_rows_kernel(
 
 _PROJECT_TILES: dict[str, Constants] = {
     "default": {"BLOCK_R": 8, "BLOCK_K": 512, "CHUNK": 4096},
-    "tall": {"BLOCK_R": 32, "BLOCK_K": 128, "CHUNK": 2048},
+    "tall": {"BLOCK_R": 16, "BLOCK_K": 128, "CHUNK": 2048},
 }
 _PROJECT_ROWS = {
     (tile, dtype, unit): Config(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tengrad_triton.kernels.sample_grads import unfold
 from tengrad_triton.kernels.spec import KernelSpec
 from torch import Tensor
@@ -29,8 +30,9 @@ def _gram_of_pairs(a: list[Tensor], g: list[Tensor], rows: list[int], count: int
 
 
 def _gram_of_stacked(j: list[Tensor], rows: list[int], count: int) -> Tensor:
-    """One batched product, where all weights have as many entries."""
-    j_TNK = torch.stack(j)
+    """One batched product, all weights padded to the widest."""
+    widest = max(x.shape[1] for x in j)
+    j_TNK = torch.stack([F.pad(x, (0, widest - x.shape[1])) for x in j])
     k_LNN = j_TNK.new_zeros(count, *j_TNK.shape[1:2], *j_TNK.shape[1:2])
     return k_LNN.index_add_(0, torch.tensor(rows, device=j_TNK.device), j_TNK @ j_TNK.mT)
 
@@ -62,7 +64,7 @@ def _project_by_product(
     y_LN = a[0].new_zeros(shape)
     for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
         v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1)
-        y_LN[row] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
+        y_LN[row, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
     return y_LN
 
 

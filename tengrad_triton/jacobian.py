@@ -195,9 +195,10 @@ class Factored:
         members[0].ops.expand_update_(*state, a, g, list(w), list(divisors), settings, targets[0].nesterov)
 
     def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
-        groups, rows = self.outer.g_NGPO.shape[1], len(directions_RN)
+        groups, inputs, rows = self.outer.g_NGPO.shape[1], geometry_of(self.outer).inputs, len(directions_RN)
         parts = [
-            (directions_RN @ part.sample_grads(self.ops)).view(rows, groups, part.outputs, -1) for part in self._parts()
+            (directions_RN @ part.sample_grads(self.ops)).view(rows, groups, part.outputs, inputs)
+            for part in self._parts()
         ]
         return PerSample(torch.cat(parts, 2).flatten(1), self.ops, "directions")
 

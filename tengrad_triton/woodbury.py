@@ -245,6 +245,13 @@ def failures_of(names: Sequence[str], before: Curvature | None) -> Tensor:
     return torch.stack([counts.get(name, none) for name in names]) if names else torch.empty(0)
 
 
+def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:
+    """Return the combinations of rows that are worth keeping, and (λ + N α)^-½ of each."""
+    eigenvalues_N, q_NN = torch.linalg.eigh(k_NN)
+    kept = eigenvalues_N / (eigenvalues_N + shift) >= tol
+    return q_NN[:, kept].mT, (eigenvalues_N[kept] + shift).rsqrt()
+
+
 def compress(
     full: Curvature, grams: Mapping[str, Tensor], shifts: Mapping[str, Tensor], tol: Mapping[str, float]
 ) -> Curvature:
@@ -259,12 +266,10 @@ def compress(
     def compressed(system: str, inverse_NN: Tensor) -> Tensor:
         if system not in tol:
             return inverse_NN
-        eigenvalues_N, q_NN = torch.linalg.eigh(grams[system])
-        kept = eigenvalues_N / (eigenvalues_N + shifts[system]) >= tol[system]
+        directions_RN, root_R = directions(grams[system], shifts[system], tol[system])
         for name in full.systems[system]:
-            blocks[name] = {label: rows.combined(q_NN[:, kept].mT) for label, rows in full.blocks[name].items()}
-        root_R = (eigenvalues_N[kept] + shifts[system]).rsqrt()
-        return torch.diag(F.pad(root_R, (0, len(kept) - len(root_R))))
+            blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
+        return torch.diag(F.pad(root_R, (0, len(inverse_NN) - len(root_R))))
 
     stacks = [
         Stack(

@@ -59,6 +59,13 @@ def test_compression_saves_rows_and_converges_to_the_exact_step():
         assert torch.allclose(naturals[name], natural, rtol=1e-9, atol=1e-9 * natural.abs().max().item())
 
 
+def test_compression_to_nothing_is_the_gradient_step():
+    naturals, grads, optimizer = one_step({"5.weight": "compressed", "7.weight": "compressed"}, tol=1 - 1e-9)
+    assert all(len(optimizer._curvature.blocks[name]["weight"].j_NK) == 0 for name in ("5", "7"))
+    for name in ("5.weight", "5.bias", "7.weight", "7.bias"):
+        assert torch.allclose(naturals[name], grads[name] / DAMPING, rtol=1e-9)
+
+
 def test_compressed_state_is_reused_and_resumed():
     model, x, y = model_and_batch()
     optimizer = TENGraD(model, representation="compressed", tol=0.1, refresh_every=2, seed=0)
