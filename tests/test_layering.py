@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "explicit": {"record"},
     "fisher": set(),
     "frozen": set(),
+    "interval": set(),
     "jacobian": {"layers", "plan", "update", "uses"},
     "layers": {"kernels"},
     "optimizer": {
-        *("backend", "blocks", "capture", "damping", "fisher", "options", "phases", "plan", "refresh", "shell"),
+        *("backend", "blocks", "capture", "damping", "fisher", "interval", "options", "phases", "plan", "refresh", "shell"),
         *("state", "summary", "update", "validation", "woodbury"),
     },
     "options": {"backend", "blocks", "fisher", "plan", "plan_file"},

@@ -1,0 +1,84 @@
+"""The study of TENGraD's defaults: `python -m studies.defaults --data DIR --out docs`; docs/defaults.md is its page."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+from cyclopts import App
+from cyclopts.types import ResolvedExistingDirectory
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from studies import curves, page, runs, timing
+from studies.problems import PROBLEMS
+from studies.results import Results
+from tengrad_triton.recipes.machine import describe
+
+ROOT = Path(__file__).parent
+ProblemName = Literal["mlp", "3c1f", "resnet", "vit", "pinn"]
+app = App(name="studies.defaults", help=__doc__, help_format="plaintext")
+
+
+@app.default
+def study(
+    *,
+    data: ResolvedExistingDirectory,
+    out: Path = ROOT.parent / "docs",
+    results: Path = ROOT / "results",
+    only: tuple[ProblemName, ...] = ("pinn", "vit", "mlp", "3c1f", "resnet"),
+    measure: bool = True,
+) -> None:
+    """Run what is missing, one thread; then write the page and its figures.
+
+    Parameters
+    ----------
+    data
+        Folder with fashion_mnist/ and cifar10/, each with train-*.parquet and test-*.parquet.
+    out
+        Folder of the page, defaults.md; its figures go into figures/.
+    results
+        Folder with a JSON file a run.
+    only
+        The models to train.
+    measure
+        Whether to run anything: with --no-measure the page is made of what there is.
+    """
+    store = runs.Store(results)
+    if measure:
+        torch.set_num_threads(1)
+        _measure(store, data, only)
+    write(store, out)
+
+
+def _measure(store: runs.Store, data: Path, only: tuple[ProblemName, ...]) -> None:
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console()
+    with warnings.catch_warnings(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        warnings.filterwarnings("ignore", message="no exact rule covers")  # the page says which
+        for name in only:
+            task = progress.add_task(name, total=len({case.file for case in runs.cases(name, store)}))
+            for case in runs.cases(name, store):
+                if store.run(case) is None:
+                    store.keep(runs.train(case, data))
+                    progress.advance(task)
+                    console.print(f"{case.file}", highlight=False)
+            if store.read(f"{name}-timing.json") is None:
+                machine = describe(torch.device("cpu"))
+                store.write(f"{name}-timing.json", {"seconds": timing.step_seconds(name, data), "machine": machine})
+
+
+def write(store: runs.Store, out: Path) -> None:
+    """Write the page and the figures of what there is."""
+    results = Results(store)
+    curves.draw(results, out / "figures")
+    machine = next(store.read(f"{name}-timing.json")["machine"] for name in PROBLEMS if results.seconds(name))
+    note = ROOT / "defaults.md"
+    texts = {"summary": note.read_text(encoding="utf-8").strip()} if note.exists() else {}
+    (out / "defaults.md").write_text(page.markdown(results, machine, texts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()
