@@ -165,7 +165,7 @@ def curvature(
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
     raises the system's damping tenfold from the next refresh on.
 
-    Where the damping is ``relative``, it is in units of the system's trace(K) / N = tr F, or of 1 where that is zero.
+    Where the damping is ``relative``, it is in units of the system's trace(K) / N = tr F, and at least of 1.
 
     A system with fewer parameters than rows is solved in the space of its parameters, unless older rows have to be kept
     with it. The systems named in ``tol`` are compressed to that tolerance: their rank, and nothing else, is read back
@@ -186,7 +186,7 @@ def curvature(
     trace_L = torch.stack([traces[system] for system in order]) / n
     damping_L = damping_L.to(failures_L) * 10.0**failures_L
     if relative:
-        damping_L = damping_L * torch.where(trace_L > 0, trace_L, 1.0)
+        damping_L = damping_L * trace_L.clamp(min=1.0)
     bound_L = damping_L + trace_L
     shifts = dict(zip(order, (n * damping_L).unbind(), strict=True))
     stacks: list[Stack] = []
