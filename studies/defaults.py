@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -58,13 +59,11 @@ def _measure(store: runs.Store, data: Path, only: tuple[ProblemName, ...]) -> No
     console = Console()
     with warnings.catch_warnings(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         warnings.filterwarnings("ignore", message="no exact rule covers")  # the page says which
-        for name in only:
-            task = progress.add_task(name, total=len({case.file for case in runs.cases(name, store)}))
-            for case in runs.cases(name, store):
-                if store.run(case) is None:
-                    store.keep(runs.train(case, data))
-                    progress.advance(task)
-                    console.print(f"{case.file}", highlight=False)
+        for stage, name in itertools.product(runs.STAGES, only):
+            missing = [case for case in dict.fromkeys(stage(name, store)) if store.run(case) is None]
+            for case in progress.track(missing, description=f"{name}, {stage.__name__}"):
+                store.keep(runs.train(case, data))
+                console.print(case.file, highlight=False)
             if store.read(f"{name}-timing.json") is None:
                 machine = describe(torch.device("cpu"))
                 store.write(f"{name}-timing.json", {"seconds": timing.step_seconds(name, data), "machine": machine})

@@ -57,7 +57,7 @@ BUILDERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"tengrad": _teng
 DEFAULT_LR = {
     "tengrad": default_lr(TENGraD), "adamw": default_lr(torch.optim.AdamW), "muon": default_lr(torch.optim.Muon),
 }  # fmt: skip
-FACTORS = {"tengrad": (1 / 3, 1, 3), "adamw": (1 / 3, 1, 3, 10), "muon": (1 / 3, 1, 3, 10)}
+FACTORS = {"tengrad": (1 / 3, 1, 3), "adamw": (1, 3, 10), "muon": (1, 3, 10)}
 """The learning rates that are tried, over the default: TENGraD's must all be safe, of the rivals' the best is taken."""
 
 

@@ -230,16 +230,16 @@ PROBLEMS = {
         "3C1F of width 8, Fashion-MNIST",
         lambda: conv_3c1f(FASHION, CLASSES, 8),
         lambda data: images("fashion-mnist", data / "fashion_mnist"),
-        150,
+        120,
     ),
     "resnet": Problem(
-        "ResNet-8 with BatchNorm, CIFAR-10", lambda: resnet(16), lambda data: images("cifar10", data / "cifar10"), 120
+        "ResNet-8 with BatchNorm, CIFAR-10", lambda: resnet(16), lambda data: images("cifar10", data / "cifar10"), 96
     ),
     "vit": Problem(
         "vision transformer, Fashion-MNIST",
         lambda: Transformer(32, 2, 4),
         lambda data: images("fashion-mnist", data / "fashion_mnist"),
-        250,
+        240,
     ),
     "pinn": Problem("PINN, Poisson's equation in float64", lambda: Poisson(32), lambda data: Equation(), 800),
 }

@@ -18,7 +18,7 @@ from studies.problems import PROBLEMS, Task
 from tengrad_triton.recipes.machine import describe
 from tengrad_triton.recipes.run import replacing
 
-POINTS = 10  # evaluations in a run
+POINTS = 8  # evaluations in a run
 SEEDS = (0, 1, 2)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "absolute damping": {"damping": 0.1, "relative_damping": False},
@@ -149,18 +149,33 @@ def train(case: Case, data: Path) -> Run:
     )
 
 
-def cases(problem: str, store: Store) -> Iterator[Case]:
-    """Yield what is to be run, in an order in which each case that depends on others comes after them."""
-    optimizers = [name for name in BUILDERS if takes_part(problem, name)]
+def defaults_of(problem: str, store: Store) -> Iterator[Case]:
+    """Yield every optimizer with its defaults, and TENGraD with the learning rates around its own."""
     for seed in SEEDS:
-        yield from (Case(problem, name, 1, seed) for name in optimizers)
+        yield from (Case(problem, name, 1, seed) for name in BUILDERS if takes_part(problem, name))
         yield from (Case(problem, "tengrad", factor, seed) for factor in FACTORS["tengrad"])
-    for name in optimizers:
-        yield from (Case(problem, name, factor, SEEDS[0]) for factor in FACTORS[name])
-    for name in optimizers:
+
+
+def grid_of(problem: str, store: Store) -> Iterator[Case]:
+    """Yield the learning rates that are tried with one seed."""
+    for name in BUILDERS:
+        yield from (Case(problem, name, factor, SEEDS[0]) for factor in FACTORS[name] if takes_part(problem, name))
+
+
+def tuned_of(problem: str, store: Store) -> Iterator[Case]:
+    """Yield the best of the grid, with every seed."""
+    for name in BUILDERS:
         best = tuned(problem, name, store)
-        yield from (Case(problem, name, best, seed) for seed in SEEDS)
+        yield from (Case(problem, name, best, seed) for seed in SEEDS if takes_part(problem, name))
+
+
+def ablations_of(problem: str, store: Store) -> Iterator[Case]:
+    """Yield the defaults with one of them changed."""
     yield from (Case(problem, "tengrad", 1, SEEDS[0], change) for change in ABLATIONS)
+
+
+STAGES = (defaults_of, grid_of, tuned_of, ablations_of)
+"""What is run for all problems before the next; each stage may look at the results of those before it."""
 
 
 def takes_part(problem: str, optimizer: str) -> bool:
