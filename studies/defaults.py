@@ -57,15 +57,15 @@ def study(
 def _measure(store: runs.Store, data: Path, only: tuple[ProblemName, ...]) -> None:
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
+    machine = describe(torch.device("cpu"))  # once: the commit is that of the code that was loaded
     with warnings.catch_warnings(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         warnings.filterwarnings("ignore", message="no exact rule covers")  # the page says which
         for stage, name in itertools.product(runs.STAGES, only):
             missing = [case for case in dict.fromkeys(stage(name, store)) if store.run(case) is None]
             for case in progress.track(missing, description=f"{name}, {stage.__name__}"):
-                store.keep(runs.train(case, data))
+                store.keep(runs.train(case, data, str(machine["commit"])))
                 console.print(case.file, highlight=False)
             if store.read(f"{name}-timing.json") is None:
-                machine = describe(torch.device("cpu"))
                 store.write(f"{name}-timing.json", {"seconds": timing.step_seconds(name, data), "machine": machine})
 
 

@@ -15,7 +15,6 @@ from torch import nn
 
 from studies.optimizers import BUILDERS, DEFAULT_LR, FACTORS, close
 from studies.problems import PROBLEMS, Task
-from tengrad_triton.recipes.machine import describe
 from tengrad_triton.recipes.run import replacing
 
 POINTS = 8  # evaluations in a run
@@ -120,8 +119,8 @@ def started(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, BUILDERS[case.optimizer](model, case.lr, task.likelihood, case.seed, **settings)
 
 
-def train(case: Case, data: Path) -> Run:
-    """Run a case."""
+def train(case: Case, data: Path, commit: str) -> Run:
+    """Run a case of the code of a commit."""
     problem = PROBLEMS[case.problem]
     task = problem.task(data)
     model, optimizer = started(case, task)
@@ -145,7 +144,7 @@ def train(case: Case, data: Path) -> Run:
         quality=tuple(point[task.quality] for point in finite),
         train_loss=tuple(means),
         diverged=len(finite) < POINTS or means[-1] > losses[0],
-        commit=str(describe(torch.device("cpu"))["commit"]),
+        commit=commit,
     )
 
 
