@@ -205,6 +205,7 @@ class TrainStep:
             groups=[{name: group[name] for name in GROUP_WORDS} for group in optimizer.param_groups],
             systems={} if optimizer._curvature is None else optimizer._curvature.systems,
             trust_region=o.trust_region,
+            relative=o.relative_damping,
             kernels={
                 torch_for: kernels_of(backend, torch_for)
                 for torch_for in {(), *(c.torch_for for c in choices.values())}

@@ -157,12 +157,15 @@ def curvature(
     failures_L: Tensor,
     ops: Any,
     tol: Mapping[str, float] | None = None,
+    relative: bool = False,
 ) -> Curvature:
     """Factor K + N α I for every system, those of one size in one batch; ``failures_L`` counts each one's so far.
 
     Where the factorization fails because rounding made K indefinite, that system takes the gradient over its largest
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
     raises the system's damping tenfold from the next refresh on.
+
+    Where the damping is ``relative``, it is in units of the system's trace(K) / N = tr F, and at least of 1.
 
     A system with fewer parameters than rows is solved in the space of its parameters, unless older rows have to be kept
     with it. The systems named in ``tol`` are compressed to that tolerance: their rank, and nothing else, is read back
@@ -180,8 +183,11 @@ def curvature(
         for system, trace in zip(members, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
     }
     failures_L = failures_L.to(sized[0][1])
+    trace_L = torch.stack([traces[system] for system in order]) / n
     damping_L = damping_L.to(failures_L) * 10.0**failures_L
-    bound_L = damping_L + torch.stack([traces[system] for system in order]) / n
+    if relative:
+        damping_L = damping_L * trace_L.clamp(min=1.0)
+    bound_L = damping_L + trace_L
     shifts = dict(zip(order, (n * damping_L).unbind(), strict=True))
     stacks: list[Stack] = []
     healthy: dict[str, Tensor] = {}

@@ -15,7 +15,8 @@ from tengrad_triton import TENGraD
 from tengrad_triton.fisher import LIKELIHOODS
 
 TOLERANCE = 1e-9
-SETTINGS = {"lr": 0.05, "damping": 0.03, "momentum": 0.9, "weight_decay": 0.01}
+SETTINGS = {"lr": 0.05, "damping": 0.03, "momentum": 0.9, "nesterov": False, "weight_decay": 0.01}
+SETTINGS |= {"relative_damping": False, "trust_region": None}
 SAMPLES, CLASSES = 5, 3
 
 
