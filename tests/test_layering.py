@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "blocks": {"layers"},
     "capture": {"blocks", "deriving", "fisher", "frozen", "layers", "phases", "record"},
     "damping": set(),
-    "deriving": {"blocks", "explicit", "fisher", "frozen", "layers", "record"},
+    "deriving": {"blocks", "explicit", "fisher", "frozen", "layers", "provenance", "record"},
     "explicit": {"record"},
     "fisher": set(),
     "frozen": set(),
@@ -48,6 +48,7 @@ MAY_IMPORT = {
     "phases": set(),
     "plan": set(),
     "plan_file": {"kernels", "plan"},
+    "provenance": {"blocks", "layers", "record"},
     "record": {"layers"},
     "refresh": {
         *("backend", "blocks", "capture", "jacobian", "layers", "plan", "record", "representation", "uses", "woodbury"),
