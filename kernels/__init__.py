@@ -12,16 +12,19 @@ from .cholesky import cholesky
 from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
 from .reuse import SPECS as REUSE_SPECS
-from .reuse import expand, project
+from .reuse import project
 from .reuse_rows import SPECS as ROWS_SPECS
-from .reuse_rows import expand_rows, project_rows
+from .reuse_rows import project_rows
+from .reuse_rows_update import SPECS as ROWS_UPDATE_SPECS
+from .reuse_rows_update import expand_rows_update_
+from .reuse_update import SPECS as REUSE_UPDATE_SPECS
+from .reuse_update import expand_update_
 from .sample_grads import SPECS as SAMPLE_GRADS_SPECS
 from .sample_grads import conv_sample_grads, sample_grads
 from .spec import KernelSpec
 from .triangular import SPECS as TRIANGULAR_SPECS
 from .triangular import cholesky_inverse, cholesky_solve
-from .update import SPECS as UPDATE_SPECS
-from .update import expand_rows_update_, expand_update_, update_
+from .update import update_
 
 # One row a kernel: the tests, the benchmarks and the ahead-of-time compile iterate over these.
 SPECS: tuple[KernelSpec, ...] = (
@@ -30,8 +33,9 @@ SPECS: tuple[KernelSpec, ...] = (
     *CHOLESKY_SPECS,
     *TRIANGULAR_SPECS,
     *REUSE_SPECS,
+    *REUSE_UPDATE_SPECS,
     *ROWS_SPECS,
-    *UPDATE_SPECS,
+    *ROWS_UPDATE_SPECS,
 )
 
 __all__ = [
@@ -41,8 +45,6 @@ __all__ = [
     "cholesky_inverse",
     "cholesky_solve",
     "conv_sample_grads",
-    "expand",
-    "expand_rows",
     "expand_rows_update_",
     "expand_update_",
     "gram",

@@ -1,27 +1,39 @@
-# ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
+# ruff: noqa: ANN001, ANN201, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The two products that every step takes with factored per-sample gradients: project (J v) and expand (Jᵀ w).
+"""Project (J v) with factored per-sample gradients, all weights in one launch; `reuse_update` has the other product.
 
 With P = 1 both products read or write a whole parameter and are bound by that, so the arithmetic is float32 whatever
 the factors are stored in. They are widened on the host: for sm_100 Triton 3.7 turns an ieee dot into a tf32 one where
 the kernel itself widens an operand. With many positions prefer explicit gradients (`reuse_rows`).
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, S partial sums; in a parameter's view
-O outputs of all groups, K kernel pixels and I inputs of a pixel.
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, L rows of the result; in a parameter's
+view O outputs of all groups, K kernel pixels and I inputs of a pixel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
+from torch.library import custom_op
 
+from .groups import (
+    MOST,
+    SUM_PARTS,
+    TABLE,
+    Member,
+    Part,
+    add_sums,
+    address,
+    aligned,
+    batches,
+    entry,
+    member_at,
+    number,
+)
 from .spec import (
     Config,
-    Constants,
     KernelSpec,
     cdiv,
     expect,
@@ -33,9 +45,9 @@ from .spec import (
     triton,
     widen,
 )
-from .tiles import load_tile, weighted_outer
+from .update import example_parameters
 
-_CHUNK = 512  # inputs that one program of project multiplies by: few samples make few tiles, so I is split too
+UNITS = (4, 1)  # entries that rows begin at multiples of, in factors and parameters: four are copied at once
 
 
 def expect_factors(a_NGPI: Tensor, g_NGPO: Tensor) -> None:
@@ -43,120 +55,137 @@ def expect_factors(a_NGPI: Tensor, g_NGPO: Tensor) -> None:
     expect("g_NGPO", g_NGPO, *a_NGPI.shape[:3], g_NGPO.shape[-1])
 
 
-@triton_op("tengrad_triton::project", mutates_args=())
-def project(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
-    """Return y_N = ⟨J_n, V⟩ = Σ_γp g_nγpᵀ V_γ a_nγp (paper, equation 6)."""
+def expect_view(name: str, x_OKI: Tensor, a_NGPI: Tensor, g_NGPO: Tensor) -> None:
+    """Raise ValueError unless a parameter's view belongs to these factors."""
     expect_factors(a_NGPI, g_NGPO)
-    expect("v_GOI", v_GOI, a_NGPI.shape[1], g_NGPO.shape[3], a_NGPI.shape[3])
-    return (_project if runs_kernel(a_NGPI, g_NGPO, v_GOI) else project_reference)(a_NGPI, g_NGPO, v_GOI)
+    _, pixels, inputs = x_OKI.shape
+    expect("a_NGPI", a_NGPI, *a_NGPI.shape[:3], pixels * inputs)
+    expect(name, x_OKI, g_NGPO.shape[1] * g_NGPO.shape[3], pixels, inputs)
 
 
-def project_reference(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
-    """y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩."""
-    return (torch.einsum("ngpi,goi->ngpo", widen(a_NGPI), widen(v_GOI)) * g_NGPO).sum((1, 2, 3))
+@custom_op("tengrad_triton::project", mutates_args=())
+def project(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+    """Return y_LN with y[rows[t], n] = Σ_tγp g_nγpᵀ V_γ a_nγp over the weights of a row (paper, equation 6).
+
+    ``v`` are parameters' strided views [O, K, I]; ``shape`` is [L, N].
+    """
+    for a_NGPI, g_NGPO, v_OKI in zip(a, g, v, strict=True):
+        expect_view("v_OKI", v_OKI, a_NGPI, g_NGPO)
+    return (_project if runs_kernel(*a, *g, *v) else project_reference)(a, g, v, rows, shape)
+
+
+@project.register_fake
+def _(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+    return a[0].new_empty(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
+
+
+def project_reference(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+    """y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩, added up over the weights of a row."""
+    y_LN = a[0].new_zeros(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
+    for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
+        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
+        va_NGPO = torch.einsum("ngpi,goi->ngpo", widen(a_NGPI), v_GOI)
+        y_LN[row, : len(a_NGPI)] += (va_NGPO * g_NGPO).sum((1, 2, 3))
+    return y_LN
 
 
 @triton.jit
 def _project_kernel(
-    a_ptr, g_ptr, v_ptr, part_ptr, N, P, INPUTS, OUTPUTS,
-    stride_an, stride_ag, stride_ap, stride_gn, stride_gg, stride_gp, stride_vg, stride_vo,
+    table_ptr, like_a_ptr, like_g_ptr, like_v_ptr, part_ptr, MEMBERS, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """part[slot, (n, p)] = Σ_o g[o] (V a)[o] over one tile of outputs, a chunk of inputs and one group."""
-    tiles = tl.cdiv(OUTPUTS, BLOCK_O)
-    o = tl.program_id(0) % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    chunk = tl.program_id(0) // tiles
-    rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    group = tl.program_id(2).to(tl.int64)
-    inside = rows < N * P
-    n = (rows // P).to(tl.int64)
-    p = rows % P
-    a_ptr += group * stride_ag + (n * stride_an + p * stride_ap)[:, None]
-    g_ptr += group * stride_gg + (n * stride_gn + p * stride_gp)[:, None]
-    total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    for start in range(0, CHUNK, BLOCK_I):
-        i = chunk * CHUNK + start + tl.arange(0, BLOCK_I)
-        a = tl.load(a_ptr + i[None, :], mask=inside[:, None] & (i < INPUTS)[None, :], other=0.0)
-        v = load_tile(v_ptr + group * stride_vg, o, i, stride_vo, OUTPUTS, INPUTS)
-        total = tl.dot(a, tl.trans(v), total, input_precision="ieee")
-    g = tl.load(g_ptr + o[None, :], mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0.0)
-    slot = group * tl.num_programs(0) + tl.program_id(0)
-    tl.store(part_ptr + slot * (N * P) + rows, tl.sum(total * g, 1), mask=inside)
+    """part[slot, (n, p)] = Σ_o g[o] (V a)[o] over one tile of outputs, a chunk of inputs and one group of a member.
 
-
-_PROJECT = Config(
-    kernel=_project_kernel,
-    types=4 * "*fp32 " + 12 * "i32 ",
-    constants={"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": _CHUNK},
-    unaligned=("P",),
-    num_stages=3,
-    async_copies=True,
-)
-
-
-def _project(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
-    a_NGPI, g_NGPO, v_GOI = (rows_contiguous(widen(x)) for x in (a_NGPI, g_NGPO, v_GOI))
-    n, groups, p, inputs = a_NGPI.shape
-    outputs = g_NGPO.shape[3]
-    splits = cdiv(outputs, _PROJECT.block("O")) * cdiv(inputs, _CHUNK)
-    part_SNP = torch.empty(groups * splits, n, p, dtype=torch.float32, device=a_NGPI.device)
-    strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3], *v_GOI.stride()[:2])
-    grid = (splits, cdiv(n * p, _PROJECT.block("R")), groups)
-    _PROJECT.launch(grid, a_NGPI, g_NGPO, v_GOI, part_SNP, n, p, inputs, outputs, *strides)
-    return part_SNP.sum((0, 2))
-
-
-@triton_op("tengrad_triton::expand", mutates_args=())
-def expand(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
-    """Return u_GOI = Σ_n w_n J_n = Σ_np w_n g_np a_npᵀ (paper, equation 7)."""
-    expect_factors(a_NGPI, g_NGPO)
-    expect("w_N", w_N, a_NGPI.shape[0])
-    return (_expand if runs_kernel(a_NGPI, g_NGPO, w_N) else expand_reference)(a_NGPI, g_NGPO, w_N)
-
-
-def expand_reference(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
-    """U_γ = Σ_np w_n g_nγp a_nγpᵀ."""
-    return torch.einsum("ngpo,ngpi->goi", widen(g_NGPO) * w_N[:, None, None, None], widen(a_NGPI))
+    Fields: a, g, V; first slot; row, slots, N, P, begin; CHANNELS; in UNITs INPUTS, OUTPUTS, the strides of a and g but
+    the last, and those of V. Where UNIT is not 1, V is a matrix with contiguous rows.
+    """
+    tile = tl.program_id(0)
+    member = member_at(table_ptr + 3 * MEMBERS, tile, MEMBERS, BLOCK_T)
+    N, P = number(table_ptr, 6, member, MEMBERS), number(table_ptr, 7, member, MEMBERS)
+    if tl.program_id(1) * BLOCK_R < N * P:
+        slot = tile - number(table_ptr, 3, member, MEMBERS)
+        CHANNELS = number(table_ptr, 9, member, MEMBERS)
+        INPUTS = number(table_ptr, 10, member, MEMBERS) * UNIT
+        OUTPUTS = number(table_ptr, 11, member, MEMBERS) * UNIT
+        tiles = tl.cdiv(OUTPUTS, BLOCK_O)
+        chunks = tl.cdiv(INPUTS, CHUNK)
+        o = slot % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+        chunk = slot // tiles % chunks
+        group = slot // tiles // chunks
+        rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = rows < N * P
+        a_ptr = address(table_ptr, 0, member, MEMBERS, like_a_ptr, UNIT)
+        g_ptr = address(table_ptr, 1, member, MEMBERS, like_g_ptr, UNIT)
+        v_ptr = address(table_ptr, 2, member, MEMBERS, like_v_ptr, UNIT)
+        a_ptr += entry(table_ptr, 12, member, MEMBERS, rows // P, group, rows % P)[:, None] * UNIT
+        g_ptr += entry(table_ptr, 15, member, MEMBERS, rows // P, group, rows % P)[:, None] * UNIT
+        total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+        for start in range(0, CHUNK, BLOCK_I):
+            i = chunk * CHUNK + start + tl.arange(0, BLOCK_I)
+            a = tl.load(a_ptr + i[None, :], mask=inside[:, None] & (i < INPUTS)[None, :], other=0.0)
+            v_at = matrix_entries(table_ptr, 18, member, MEMBERS, group * OUTPUTS + o, i, CHANNELS, UNIT)
+            v = tl.load(v_ptr + v_at, mask=(o < OUTPUTS)[:, None] & (i < INPUTS)[None, :], other=0.0)
+            total = tl.dot(a, tl.trans(v), total, input_precision="ieee")
+        g = tl.load(g_ptr + o[None, :], mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0.0)
+        begin = tl.load(table_ptr + 8 * MEMBERS + member) + slot.to(tl.int64) * (N * P)
+        tl.store(part_ptr + begin + rows, tl.sum(total * g, 1), mask=inside)
 
 
 @triton.jit
-def _expand_kernel(
-    a_ptr, g_ptr, w_ptr, u_ptr, N, P, INPUTS, OUTPUTS,
-    stride_an, stride_ag, stride_ap, stride_gn, stride_gg, stride_gp,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """One [BLOCK_O, BLOCK_I] tile of U in one group."""
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    group = tl.program_id(2).to(tl.int64)
-    expanded = weighted_outer(
-        a_ptr, g_ptr, w_ptr, group, o, i, N, P, INPUTS, OUTPUTS,
-        stride_an, stride_ag, stride_ap, stride_gn, stride_gg, stride_gp, BLOCK_R, BLOCK_O, BLOCK_I,
+def matrix_entries(table_ptr, field, member, MEMBERS, o, i, CHANNELS, UNIT: tl.constexpr):
+    """Where the entries [o, i] of a parameter-shaped tensor lie."""
+    if UNIT == 1:
+        at = entry(table_ptr, field, member, MEMBERS, o[:, None], i[None, :] // CHANNELS, i[None, :] % CHANNELS)
+    else:
+        at = o.to(tl.int64)[:, None] * (tl.load(table_ptr + field * MEMBERS + member) * UNIT) + i[None, :]
+    return at
+
+
+_PROJECT = {
+    unit: Config(
+        kernel=_project_kernel,
+        types="*i64 *fp32 *fp32 *fp32 *fp32 i32",
+        constants={"UNIT": unit, "BLOCK_T": MOST, "BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": 512},
+        unaligned=("MEMBERS",),
+        num_stages=3,
+        async_copies=unit > 1,
+    )
+    for unit in UNITS
+}
+
+
+def unit_of(a_NGPI: Tensor, g_NGPO: Tensor, *views: Tensor) -> int:
+    """Return what factors are aligned to, and parameters' views too if these are matrices with contiguous rows."""
+    unit = next(unit for unit in UNITS if aligned(a_NGPI, unit) and aligned(g_NGPO, unit))
+    dense = all(
+        x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) and x.stride(0) % unit == 0
+        and x.storage_offset() % unit == 0
+        for x in views
     )  # fmt: skip
-    at = (group * OUTPUTS + o)[:, None] * INPUTS + i[None, :]
-    tl.store(u_ptr + at, expanded, mask=(o < OUTPUTS)[:, None] & (i < INPUTS)[None, :])
+    return unit if dense else 1
 
 
-EXPAND_TILE: Constants = {"BLOCK_R": 32, "BLOCK_O": 64, "BLOCK_I": 64}
-_EXPAND = Config(
-    kernel=_expand_kernel,
-    types=4 * "*fp32 " + 10 * "i32 ",
-    constants=EXPAND_TILE,
-    unaligned=("P",),
-    num_stages=3,
-    async_copies=True,
-)
+def in_units(unit: int, *entries: int) -> list[int]:
+    """Return sizes and distances in units of so many entries."""
+    return [count // unit for count in entries]
 
 
-def _expand(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
-    a_NGPI, g_NGPO, w_N = (rows_contiguous(widen(x)) for x in (a_NGPI, g_NGPO, w_N))
-    n, groups, p, inputs = a_NGPI.shape
-    outputs = g_NGPO.shape[3]
-    u_GOI = torch.empty(groups, outputs, inputs, dtype=torch.float32, device=a_NGPI.device)
-    strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3])
-    grid = (cdiv(outputs, _EXPAND.block("O")), cdiv(inputs, _EXPAND.block("I")), groups)
-    _EXPAND.launch(grid, a_NGPI, g_NGPO, w_N, u_GOI, n, p, inputs, outputs, *strides)
-    return u_GOI
+def _project(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+    a, g = ([rows_contiguous(widen(x)) for x in factors] for factors in (a, g))
+    y_LN = torch.zeros(shape, dtype=torch.float32, device=a[0].device)
+    keys = [(v_OKI.dtype, unit_of(*factors, v_OKI)) for *factors, v_OKI in zip(a, g, v, strict=True)]
+    for (_, unit), alike in batches(keys, order=rows):
+        config, members, parts = _PROJECT[unit], [], []
+        for row, a_NGPI, g_NGPO, v_OKI in ((rows[t], a[t], g[t], v[t]) for t in alike):
+            n, groups, positions, inputs = a_NGPI.shape
+            outputs = g_NGPO.shape[3]
+            slots = groups * cdiv(outputs, config.block("O")) * cdiv(inputs, int(config.constants["CHUNK"]))
+            strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3], *v_OKI.stride())
+            sizes = (v_OKI.shape[2], *in_units(unit, inputs, outputs, *strides))
+            members.append(Member((a_NGPI, g_NGPO, v_OKI), sizes, slots))
+            parts.append(Part(row, slots, n, positions))
+        add_sums(config, members, parts, members[0].tensors, y_LN)
+    return y_LN
 
 
 def factors(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -166,36 +195,38 @@ def factors(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> t
     return a_NGPI, normal(n, groups, p, outputs, dtype=dtype, device=device, seed=1)
 
 
-def _project_example(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    v_GOI = normal(shape[1], shape[4], shape[3], dtype=torch.float32, device=device, seed=2)
-    return *factors(dtype, device, shape), v_GOI
+# (N, G, P, I, O) and the kernel's pixels of some layers: aligned, unaligned, with groups and positions.
+EXAMPLE_SHAPES = (((150, 1, 1, 532, 72), 1), ((150, 1, 1, 30, 9), 1), ((101, 2, 7, 9 * 10, 70), 9))
 
 
-def _expand_example(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return *factors(dtype, device, shape), normal(shape[0], dtype=torch.float32, device=device, seed=2)
+def example_layers(dtype: torch.dtype, device: torch.device) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Return (a, g), and (parameters, momenta, gradients), of some layers."""
+    layers = [factors(dtype, device, shape) for shape, _ in EXAMPLE_SHAPES]
+    views = [
+        example_parameters(groups * outputs, pixels, inputs // pixels, device)
+        for (_, groups, _, inputs, outputs), pixels in EXAMPLE_SHAPES
+    ]
+    return [list(x) for x in zip(*layers, strict=True)], [list(x) for x in zip(*views, strict=True)]
 
 
-_SHAPES = {"one position": (150, 1, 1, 530, 70), "groups and positions": (101, 3, 7, 20, 9)}
+def _project_example(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+    layers, views = example_layers(dtype, device)
+    return *layers, views[2], [1, 1, 0], [2, 150]
+
+
+def product_flops(a: Sequence[Tensor], g: Sequence[Tensor]) -> int:
+    """Return the cost of one product with J."""
+    return sum(2 * a_NGPI.numel() * g_NGPO.shape[3] for a_NGPI, g_NGPO in zip(a, g, strict=True))
+
 
 SPECS = (
     KernelSpec(
         name="project",
         fast=_project,
         reference=project_reference,
-        examples={name: partial(_project_example, shape=shape) for name, shape in _SHAPES.items()},
-        flops=lambda a_NGPI, g_NGPO, v_GOI: 2 * a_NGPI.numel() * g_NGPO.shape[3],
-        bytes=lambda a_NGPI, g_NGPO, v_GOI: nbytes(a_NGPI, g_NGPO, v_GOI) + 4 * a_NGPI.shape[0],
-        configs=(_PROJECT,),
-    ),
-    KernelSpec(
-        name="expand",
-        fast=_expand,
-        reference=expand_reference,
-        examples={name: partial(_expand_example, shape=shape) for name, shape in _SHAPES.items()},
-        flops=lambda a_NGPI, g_NGPO, w_N: 2 * a_NGPI.numel() * g_NGPO.shape[3],
-        bytes=lambda a_NGPI, g_NGPO, w_N: (
-            nbytes(a_NGPI, g_NGPO, w_N) + 4 * a_NGPI.shape[1] * a_NGPI.shape[3] * g_NGPO.shape[3]
-        ),
-        configs=(_EXPAND,),
+        examples={"three layers": _project_example},
+        flops=lambda a, g, *_: product_flops(a, g),
+        bytes=lambda a, g, v, rows, shape: nbytes(*a, *g, *v) + 4 * shape[0] * shape[1],
+        configs=(*_PROJECT.values(), SUM_PARTS[3], TABLE),
     ),
 )

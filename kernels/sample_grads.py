@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import triton_op
 from torch.nn.grad import conv2d_weight
 
+from .depthwise import DEPTHWISE_GRADS, depthwise_grads
 from .reuse import expect_factors, factors
 from .spec import (
     TRITON_TYPES,
@@ -207,7 +208,7 @@ def _conv_sample_grads(
     _, height, width, outputs = g_NHWO.shape
     steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel)
     if groups == per_pixel:
-        return _depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps)
+        return depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps)
     rows, columns, inputs = *kernel_size, per_pixel // groups
     if groups == 1 and dilation[1] == 1:
         # The pixels of a window's row lie side by side: together they fill a tile that few channels would not.
@@ -215,55 +216,6 @@ def _conv_sample_grads(
     sizes = (inputs, outputs // groups, height * width, width, columns)
     strides = (*steps, per_sample, per_pixel // groups, g_NHWO.stride(0), outputs // groups, outputs)
     return _window_grads(x_NHWC, g_NHWO, rows * columns, sizes, strides)
-
-
-@triton.jit
-def _depthwise_grads_kernel(
-    x_ptr, g_ptr, j_ptr, OUTPUTS, MULTIPLIER, TAPS, P, OUT_W, KERNEL_W, step_row, step_col, tap_row, tap_col,
-    stride_xn, stride_gn, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """Σ_p g[p, o] x[window p, tap, channel of o] for BLOCK_T taps and BLOCK_O outputs of one sample."""
-    output_tiles = tl.cdiv(OUTPUTS, BLOCK_O)
-    o = tl.program_id(0) % output_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    tap = tl.program_id(0) // output_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
-    sample = tl.program_id(1).to(tl.int64)
-    x_ptr += sample * stride_xn + (tap // KERNEL_W * tap_row + tap % KERNEL_W * tap_col)[None, :, None]
-    x_ptr += (o // MULTIPLIER)[None, None, :]
-    g_ptr += sample * stride_gn
-    wanted = ((tap < TAPS)[:, None] & (o < OUTPUTS)[None, :])[None, :, :]
-    total = tl.zeros((BLOCK_P, BLOCK_T, BLOCK_O), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        window = p // OUT_W * step_row + p % OUT_W * step_col
-        x = tl.load(x_ptr + window[:, None, None], mask=(p < P)[:, None, None] & wanted, other=0.0)
-        g_at = p[:, None] * OUTPUTS + o[None, :]
-        g = tl.load(g_ptr + g_at, mask=(p < P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
-        total += x.to(tl.float32) * g.to(tl.float32)[:, None, :]
-    at = (sample * OUTPUTS + o)[None, :] * TAPS + tap[:, None]
-    inside = (tap < TAPS)[:, None] & (o < OUTPUTS)[None, :]
-    tl.store(j_ptr + at, tl.sum(total, 0).to(j_ptr.dtype.element_ty), mask=inside)
-
-
-_DEPTHWISE_GRADS = {
-    dtype: Config(
-        kernel=_depthwise_grads_kernel,
-        types=3 * f"{entries} " + 12 * "i32 ",
-        constants={"BLOCK_P": 8, "BLOCK_T": 16, "BLOCK_O": 32},
-        unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
-    )
-    for dtype, entries in TRITON_TYPES.items()
-}
-
-
-def _depthwise_grads(x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...]) -> Tensor:
-    n, height, width, outputs = g_NHWO.shape
-    taps = kernel_size[0] * kernel_size[1]
-    config = _DEPTHWISE_GRADS[x_NHWC.dtype]
-    j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
-    sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
-    grid = (cdiv(outputs, config.block("O")) * cdiv(taps, config.block("T")), n)
-    config.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
-    return j_NK
 
 
 def _conv_example(
@@ -320,6 +272,6 @@ SPECS = (
         },
         flops=_conv_flops,
         bytes=_conv_bytes,
-        configs=(*_WINDOW_GRADS.values(), *_LARGE_WINDOW_GRADS.values(), *_DEPTHWISE_GRADS.values()),
+        configs=(*_WINDOW_GRADS.values(), *_LARGE_WINDOW_GRADS.values(), *DEPTHWISE_GRADS.values()),
     ),
 )

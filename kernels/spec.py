@@ -17,7 +17,7 @@ class _Absent:
     """Stands in for triton where it is not installed: kernels can be defined, not launched."""
 
     def __getattr__(self, name: str) -> Any:
-        return lambda function: function
+        return lambda function=None, **options: function or (lambda decorated: decorated)
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -51,6 +51,11 @@ class Config:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         wrap_triton(self.kernel)[grid](*arguments, **self.constants, **options)
 
+    def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> None:
+        """Launch from within an op that tracing does not look into."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        self.kernel[grid](*arguments, **self.constants, **options)
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -68,6 +73,7 @@ class KernelSpec:
     bytes: Callable[..., int]
     configs: Sequence[Config]
     dtypes: Sequence[torch.dtype] = tuple(TRITON_TYPES)
+    tiles: Sequence[str] = ()  # names of the launch configurations that it takes as ``tile=`` beside the default
     mutates: int = 0  # how many of the first arguments it changes in place, instead of returning anything
 
 

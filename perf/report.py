@@ -20,7 +20,9 @@ All that is compared ran interleaved in one process; times are medians, and the 
 STEPS_NOTE = """Plain is the usual loop; compiled is one graph a step, for both optimizers; ± is half the distance
 between the quartiles. A step that reuses the curvature reads what is kept of J twice; `least` is 1 plus the time
 which that takes at the machine's measured bandwidth, over SGD's step: where it is beyond a target, memory stands in the
-way of it, and only fewer rows or fewer bytes a row can help."""
+way of it, and only fewer rows or fewer bytes a row can help. A refresh multiplies J by its transpose: for a layer with
+P positions that is N / (3 P) of the layer's own forward and backward, more than all of it where P is below N / 3 (the
+last stages of the residual networks), beside the pass that draws labels and the one that makes J."""
 OPTIMIZERS_NOTE = """Capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, inputs unfolded at every
 step. Both take the same steps to rounding."""
@@ -38,6 +40,9 @@ MEMORY_NOTE = {
     "cpu": "Pages of a process of its own, beyond those of torch itself, over a refresh, a reuse and a refresh.",
     "cuda": "`torch.cuda.max_memory_allocated`, over a refresh, a reuse and a refresh.",
 }
+MEMORY_LIMIT = """ J of an exact step takes N numbers for each parameter of a layer with many positions, whatever the
+activations take: where that is beyond a target, `max_bytes` (slower steps), `per_sample_bf16`, `fisher_rows` or
+`compressed` is what buys memory."""
 TRAINING_NOTE = "The paper's settings; means over seeds ± their standard deviation; training time without evaluation."
 
 
@@ -63,7 +68,7 @@ def section(device: Device, folder: Path) -> Iterator[str]:
     )
     yield from _part("Kernels", KERNELS_NOTE[kind], _KERNELS, _kernels(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
-    yield from _part("Memory", MEMORY_NOTE[kind], ("model", "N", "SGD, MiB", "TENGraD, MiB", "ratio"), _memory(device))
+    yield from _part("Memory", MEMORY_NOTE[kind] + MEMORY_LIMIT, _MEMORY, _memory(device))
     yield from _part("3C1F on Fashion-MNIST", TRAINING_NOTE, _TRAINING, _training(device))
     yield from _part("Not measured here", "", ("case", "why"), device.skipped())
 
@@ -124,6 +129,9 @@ def _scaling(device: Device) -> Iterator[Sequence[str]]:
     for case in device.cases("scaling"):
         powers = (f"{case['exponents'][curve]:.2f}" for curve in figures.LABELS)
         yield figures.AXES[case["quantity"]], ", ".join(map(str, case["values"])), *powers
+
+
+_MEMORY = ("model", "N", "SGD, MiB", "TENGraD, MiB", "ratio")
 
 
 def _memory(device: Device) -> Iterator[Sequence[str]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tengrad_triton.kernels.sample_grads import unfold
 from tengrad_triton.kernels.spec import KernelSpec
 from torch import Tensor
@@ -16,15 +17,24 @@ from torch import Tensor
 Work = Callable[..., Any]
 
 
-def _gram_of_pairs(a: list[Tensor], g: list[Tensor]) -> Tensor:
+def _gram_of_pairs(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
     """One product of all positions with all, for each factor."""
-    ks = []
-    for a_NGPI, g_NGPO in zip(a, g, strict=True):
+    n = len(a[0])
+    k_LNN = a[0].new_zeros(count, n, n)
+    for row, a_NGPI, g_NGPO in zip(rows, a, g, strict=True):
         a_GRI, g_GRO = a_NGPI.transpose(0, 1).flatten(1, 2), g_NGPO.transpose(0, 1).flatten(1, 2)
         pairs_GRR = (a_GRI @ a_GRI.mT) * (g_GRO @ g_GRO.mT)
-        n, p = a_NGPI.shape[0], a_NGPI.shape[2]
-        ks.append(pairs_GRR.view(-1, n, p, n, p).sum((0, 2, 4)))
-    return torch.stack(ks)
+        p = a_NGPI.shape[2]
+        k_LNN[row] += pairs_GRR.view(-1, n, p, n, p).sum((0, 2, 4))
+    return k_LNN
+
+
+def _gram_of_stacked(j: list[Tensor], rows: list[int], count: int) -> Tensor:
+    """One batched product, all weights padded to the widest."""
+    widest = max(x.shape[1] for x in j)
+    j_TNK = torch.stack([F.pad(x, (0, widest - x.shape[1])) for x in j])
+    k_LNN = j_TNK.new_zeros(count, *j_TNK.shape[1:2], *j_TNK.shape[1:2])
+    return k_LNN.index_add_(0, torch.tensor(rows, device=j_TNK.device), j_TNK @ j_TNK.mT)
 
 
 def _grouped_convolution(
@@ -48,20 +58,21 @@ def _batched_product(
     return (g_NGOP @ a_NGPI).flatten(1)
 
 
-def _project_by_expansion(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
-    return ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
-
-
-def _expand_by_product(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
-    g_GRO = (g_NGPO * w_N[:, None, None, None]).transpose(0, 1).flatten(1, 2)
-    return g_GRO.mT @ a_NGPI.transpose(0, 1).flatten(1, 2)
+def _project_by_product(
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]
+) -> Tensor:  # fmt: skip
+    y_LN = a[0].new_zeros(shape)
+    for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
+        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1)
+        y_LN[row, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
+    return y_LN
 
 
 OTHERS: Mapping[str, Mapping[str, Work]] = {
     "gram": {"pairs": _gram_of_pairs},
     "conv_sample_grads": {"grouped convolution": _grouped_convolution, "batched product": _batched_product},
-    "project": {"product": _project_by_expansion},
-    "expand": {"product": _expand_by_product},
+    "gram_rows": {"stacked": _gram_of_stacked},
+    "project": {"product": _project_by_product},
 }
 
 

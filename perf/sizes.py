@@ -5,7 +5,7 @@ Key: N samples, G groups, P positions, I inputs and O outputs of a group, K entr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -38,8 +38,9 @@ def _tensor(device: torch.device, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(0))
 
 
-def _gram(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
-    return [_tensor(device, n, g, p, i)], [_tensor(device, n, g, p, o)]
+def _gram(n: int, g: int, p: int, i: int, o: int, device: torch.device, layers: int = 1) -> tuple[Any, ...]:
+    a, g_ = zip(*(_outer(n, g, p, i, o, device) for _ in range(layers)), strict=True)
+    return list(a), list(g_), list(range(layers)), layers
 
 
 def _outer(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
@@ -47,11 +48,7 @@ def _outer(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tupl
 
 
 def _project(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
-    return *_outer(n, g, p, i, o, device), _tensor(device, g, o, i)
-
-
-def _expand(n: int, g: int, p: int, i: int, o: int, device: torch.device) -> tuple[Any, ...]:
-    return *_outer(n, g, p, i, o, device), _tensor(device, n)
+    return *([x] for x in _outer(n, g, p, i, o, device)), [_tensor(device, g * o, 1, i)], [0], [1, n]
 
 
 def _conv(n: int, c: int, o: int, pixels: int, groups: int, device: torch.device) -> tuple[Any, ...]:
@@ -59,16 +56,13 @@ def _conv(n: int, c: int, o: int, pixels: int, groups: int, device: torch.device
     return x_NCHW, _tensor(device, n, o, pixels, pixels), [3, 3], [1, 1], [1, 1], groups
 
 
-def _rows(n: int, k: int, device: torch.device) -> tuple[Any, ...]:
-    return (_tensor(device, n, k),)
+def _rows(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
+    return [_tensor(device, n, k) for _ in range(weights)], list(range(weights)), weights
 
 
-def _rows_and_entries(n: int, k: int, device: torch.device) -> tuple[Any, ...]:
-    return _tensor(device, n, k), _tensor(device, k)
-
-
-def _rows_and_weights(n: int, k: int, device: torch.device) -> tuple[Any, ...]:
-    return _tensor(device, n, k), _tensor(device, n)
+def _rows_and_entries(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
+    j, v = ([_tensor(device, *shape) for _ in range(weights)] for shape in ((n, k), (k, 1, 1)))
+    return j, v, list(range(weights)), [weights, n]
 
 
 def _grams(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
@@ -85,21 +79,25 @@ def _solve(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
     return *_factors(blocks, n, device), _tensor(device, blocks, n)
 
 
-def _state(o: int, k: int, i: int, n: int, device: torch.device) -> tuple[list[Tensor], tuple[Any, ...]]:
-    parameters = [_tensor(device, o, i, k).mT for _ in range(3)]
-    # A rate of zero: however often it is repeated, the numbers stay where they are.
-    numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
-    return parameters, (_tensor(device, n), *numbers, False)
+def _update(
+    of: Callable[[], Iterable[Tensor]], o: int, k: int, i: int, n: int, device: torch.device, weights: int = 1
+) -> tuple[Any, ...]:
+    """Return the arguments of an update whose J is what ``of`` makes, for some weights of one size."""
+
+    def one() -> tuple[Tensor, ...]:
+        # A rate of zero: however often it is repeated, the numbers stay where they are.
+        numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
+        return *(_tensor(device, o, i, k).mT for _ in range(3)), *of(), _tensor(device, n), *numbers
+
+    return *map(list, zip(*(one() for _ in range(weights)), strict=True)), False
 
 
 def _expand_update(n: int, p: int, o: int, k: int, i: int, device: torch.device) -> tuple[Any, ...]:
-    parameters, numbers = _state(o, k, i, n, device)
-    return *parameters, *_outer(n, 1, p, k * i, o, device), *numbers
+    return _update(lambda: _outer(n, 1, p, k * i, o, device), o, k, i, n, device)
 
 
-def _rows_update(n: int, o: int, k: int, i: int, device: torch.device) -> tuple[Any, ...]:
-    parameters, numbers = _state(o, k, i, n, device)
-    return *parameters, _tensor(device, n, o * k * i), *numbers
+def _rows_update(n: int, o: int, k: int, i: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
+    return _update(lambda: (_tensor(device, n, o * k * i),), o, k, i, n, device, weights)
 
 
 # What 3C1F has at N = 128, and what fills a GPU.
@@ -107,9 +105,14 @@ _FC, _CONV = (128, 1, 1, 10368, 500), (128, 128 * 9 * 128)
 _BATCHES = ((5, 128), (30, 128), (16, 512))
 _LARGE = (512, 1, 4, 8192, 8192)
 SIZES: Mapping[str, Mapping[str, Make]] = {
-    "gram": {"linear 10368 to 500": partial(_gram, *_FC), "512 samples, large": partial(_gram, 512, 1, 1, 32768, 8192)},
+    "gram": {
+        "linear 10368 to 500": partial(_gram, *_FC),
+        "30 of linear 512 to 512": partial(_gram, 128, 1, 1, 512, 512, layers=30),
+        "512 samples, large": partial(_gram, 512, 1, 1, 32768, 8192),
+    },
     "gram_rows": {
         "3C1F convolution": partial(_rows, *_CONV),
+        "30 biases of 512": partial(_rows, 128, 512, weights=30),
         "512 samples, large": partial(_rows, 512, 512 * 9 * 128),
     },
     "sample_grads": {
@@ -125,14 +128,10 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
     "cholesky_inverse": {f"{blocks} of {n}": partial(_factors, blocks, n) for blocks, n in _BATCHES},
     "cholesky_solve": {f"{blocks} of {n}": partial(_solve, blocks, n) for blocks, n in _BATCHES},
     "project": {"linear 10368 to 500": partial(_project, *_FC), "512 samples, large": partial(_project, *_LARGE)},
-    "expand": {"linear 10368 to 500": partial(_expand, *_FC), "512 samples, large": partial(_expand, *_LARGE)},
     "project_rows": {
         "3C1F convolution": partial(_rows_and_entries, *_CONV),
+        "30 biases of 512": partial(_rows_and_entries, 128, 512, weights=30),
         "512 samples, large": partial(_rows_and_entries, 512, 512 * 9 * 128),
-    },
-    "expand_rows": {
-        "3C1F convolution": partial(_rows_and_weights, *_CONV),
-        "512 samples, large": partial(_rows_and_weights, 512, 512 * 9 * 128),
     },
     "expand_update_": {
         "linear 10368 to 500": partial(_expand_update, 128, 1, 500, 1, 10368),
@@ -140,6 +139,7 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
     },
     "expand_rows_update_": {
         "3C1F convolution": partial(_rows_update, 128, 128, 9, 128),
+        "30 biases of 512": partial(_rows_update, 128, 512, 1, 1, weights=30),
         "512 samples, large": partial(_rows_update, 512, 512, 9, 128),
     },
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from tengrad_triton.autotune import autotune
 from tengrad_triton.damping import LevenbergMarquardt
 from tengrad_triton.fisher import Bernoulli, Categorical, Gaussian, Likelihood
+from tengrad_triton.interval import Growing
 from tengrad_triton.layers import Call, Canonical, Explicit, Lookup, Outer, canonical
 from tengrad_triton.optimizer import TENGraD
 from tengrad_triton.plan import Plan
@@ -16,6 +17,7 @@ __all__ = [
     "Categorical",
     "Explicit",
     "Gaussian",
+    "Growing",
     "LevenbergMarquardt",
     "Likelihood",
     "Lookup",

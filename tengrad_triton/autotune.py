@@ -13,25 +13,30 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels, plan_file
 from tengrad_triton.backend import kernels_of
 from tengrad_triton.blocks import find_blocks, find_sources, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import LIKELIHOODS
-from tengrad_triton.jacobian import jacobian_of
+from tengrad_triton.jacobian import Jacobian
 from tengrad_triton.plan import Measured, Plan, Representation
 from tengrad_triton.refresh import gather, geometries_of
+from tengrad_triton.representation import jacobian_of
 from tengrad_triton.update import Target
 from tengrad_triton.uses import Uses
+from tengrad_triton.woodbury import directions
 
 EXACT: tuple[Representation, ...] = ("factored", "per_sample")
+TOL, DAMPING = 0.01, 0.1
 Progress = Callable[[int, int, str], None]
 
 
@@ -41,6 +46,8 @@ def autotune(
     loss_fn: Callable[[Any], Tensor] | None = None,
     *,
     representations: Sequence[Representation] = EXACT,
+    tol: float = TOL,
+    damping: float = DAMPING,
     seconds: float = 0.2,
     path: Path | str | None = None,
     progress: Progress | None = None,
@@ -53,7 +60,10 @@ def autotune(
         model: as it will be trained.
         example_input: a batch of the size that it will be trained with.
         loss_fn: makes a scalar of the output; the mean of its squares by default. Times do not depend on its values.
-        representations: to try. ``"per_sample_bf16"`` rounds J, the others are exact.
+        representations: to try. ``"per_sample_bf16"`` rounds J; ``"compressed"`` drops directions of it, as many as
+            ``tol`` lets go of this batch's rows; the others are exact.
+        tol: of ``"compressed"``, as it will be trained with.
+        damping: as it will be trained with; how many directions ``tol`` keeps depends on it.
         seconds: to spend on each kernel of each candidate.
         path: of the plan file; the device's own in the user's cache folder by default.
         progress: called with (weights done, weights in all, the name of the next one).
@@ -75,7 +85,7 @@ def autotune(
         entries[key] = {
             representation: measured
             for representation in representations
-            if (measured := _measured(name, flat[name], representation, parameter, seconds)) is not None
+            if (measured := _measured(name, flat[name], representation, parameter, seconds, (tol, damping))) is not None
         }
     found = Plan({key: entry for key, entry in entries.items() if entry})
     return plan_file.save(found, Path(path) if path is not None else plan_file.default_path(device), device)
@@ -95,21 +105,34 @@ def _uses_of(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> d
 
 
 def _measured(
-    name: str, uses: Uses, representation: Representation, parameter: Tensor, seconds: float
+    name: str,
+    uses: Uses,
+    representation: Representation,
+    parameter: Tensor,
+    seconds: float,
+    accuracy: tuple[float, float],
 ) -> Measured | None:
     """Return a candidate's times, or None, with a warning, where it cannot run."""
     try:
-        calls, nbytes = _calls_of(uses, representation, parameter)
-        return Measured({kernel: _times(kernel, args, seconds) for kernel, args in calls.items()}, nbytes)
+        calls, nbytes, extra = _calls_of(uses, representation, parameter, accuracy)
+        times = {kernel: _times(kernel, args, seconds) for kernel, args in calls.items()}
+        on_gpu = parameter.is_cuda
+        times |= {name: {"torch": _median_seconds(call, seconds, on_gpu)} for name, call in extra.items()}
+        return Measured(times, nbytes)
     except (RuntimeError, ValueError, MemoryError) as error:  # torch's out-of-memory is a RuntimeError
         reason = str(error).partition("\n")[0]
         warnings.warn(f"{name}: {representation} is left out: {reason}", stacklevel=3)
         return None
 
 
-def _calls_of(uses: Uses, representation: Representation, parameter: Tensor) -> tuple[dict[str, tuple[Any, ...]], int]:
-    """Return the arguments with which a refresh and a step call each kernel, and the bytes stored between them."""
+def _calls_of(
+    uses: Uses, representation: Representation, parameter: Tensor, accuracy: tuple[float, float]
+) -> tuple[dict[str, tuple[Any, ...]], int, dict[str, Callable[[], Any]]]:
+    """Return the arguments with which a refresh and a step call each kernel, the bytes stored between them, and what
+    else a refresh does, by name.
+    """
     calls: dict[str, tuple[Any, ...]] = {}
+    extra: dict[str, Callable[[], Any]] = {}
 
     def remembering(kernel: str) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -121,11 +144,20 @@ def _calls_of(uses: Uses, representation: Representation, parameter: Tensor) -> 
     ops = SimpleNamespace(torch_for=(), **{spec.name: remembering(spec.name) for spec in kernels.SPECS})
     rows = jacobian_of(uses, representation, ops)
     k_NN = rows.gram()
+    if representation == "compressed":
+        tol, damping = accuracy
+        compress, seen = partial(_compressed, rows, k_NN, len(k_NN) * damping, tol), dict(calls)
+        rows, extra = compress(), {"compress": compress}
+        calls = seen  # what kernels do within that is part of its time
     rows.project(parameter)
     settings = k_NN.new_tensor([1e-3, 0.9, 0.0, 0.0])
     target = Target("", "", parameter.clone(), torch.zeros_like(parameter), parameter.clone(), settings, False)
     rows.expand_update_(target, k_NN[0], k_NN.new_ones(()))
-    return calls, rows.nbytes
+    return calls, rows.nbytes, extra
+
+
+def _compressed(rows: Jacobian, k_NN: Tensor, shift: float, tol: float) -> Jacobian:
+    return rows.combined(directions(k_NN, shift, tol)[0])
 
 
 def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:
@@ -133,17 +165,24 @@ def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, floa
     torchs = getattr(kernels_of("torch"), kernel)
     on_gpu = _device_of(args).type == "cuda"
     times = {"torch": _median_seconds(lambda: torchs(*args), seconds, on_gpu)}
-    if on_gpu:
-        triton = getattr(kernels, kernel)
-        if _is_as_exact(kernel, args, triton, torchs):
-            times["triton"] = _median_seconds(lambda: triton(*args), seconds, on_gpu)
-        else:
-            warnings.warn(f"{kernel} is less exact than PyTorch's here: PyTorch serves it", stacklevel=5)
+    if not on_gpu:
+        return times
+    op, spec = getattr(kernels, kernel), next(spec for spec in kernels.SPECS if spec.name == kernel)
+    configurations = {"triton": op, **{tile: partial(op, tile=tile) for tile in spec.tiles}}
+    for name, triton in configurations.items():
+        try:
+            if _is_as_exact(spec, args, triton, torchs):
+                times[name] = _median_seconds(partial(triton, *args), seconds, on_gpu)
+            else:
+                warnings.warn(f"{kernel} ({name}) is less exact than PyTorch's here: it is dropped", stacklevel=5)
+        except RuntimeError as error:  # it does not compile, or takes more than the device has
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"{kernel} ({name}) is dropped: {reason}", stacklevel=5)
     return times
 
 
 def _device_of(args: tuple[Any, ...]) -> torch.device:
-    return next(a.device for arg in args for a in (arg if isinstance(arg, list) else [arg]) if isinstance(a, Tensor))
+    return next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
 
 
 def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
@@ -159,17 +198,17 @@ def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> fl
     return statistics.median(taken)
 
 
-def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]) -> bool:
+def _is_as_exact(
+    spec: kernels.KernelSpec, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]
+) -> bool:
     """Whether the kernel's error is at most twice that of PyTorch, both against float64."""
-    spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
 
     def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
-        changed = [argument.clone() for argument in arguments[: spec.mutates]]
+        changed = tree_map_only(Tensor, torch.clone, list(arguments[: spec.mutates]))
         result = function(*changed, *arguments[spec.mutates :])
-        results = changed if spec.mutates else result
-        return list(results) if isinstance(results, (tuple, list)) else [results]
+        return tree_leaves(changed if spec.mutates else result)
 
-    exact = outputs(torchs, [_in_float64(argument) for argument in args])
+    exact = outputs(torchs, tree_map_only(Tensor, _in_float64, list(args)))
 
     def error(function: Callable[..., Any]) -> float:
         found = outputs(function, args)
@@ -178,7 +217,5 @@ def _is_as_exact(kernel: str, args: tuple[Any, ...], fast: Callable[..., Any], t
     return error(fast) <= 2 * error(torchs)
 
 
-def _in_float64(argument: Any) -> Any:
-    if isinstance(argument, list):
-        return [_in_float64(one) for one in argument]
-    return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
+def _in_float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -48,7 +48,7 @@ def full_name(block: str, parameter: str) -> str:
 
 
 BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
-"""How layers form systems: each its own, all together, or as listed; a module's name stands for all within it."""
+"""How layers form systems (M11): each its own, all together, or as listed; a module's name stands for all within it."""
 
 
 def systems_of(choice: BlocksChoice, blocks: Sequence[Block], names: Sequence[str]) -> dict[str, list[str]]:

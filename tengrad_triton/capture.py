@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from tengrad_triton.layers import (
     samples_dim,
     why_no_samples,
 )
+from tengrad_triton.phases import phase
 from tengrad_triton.record import Record, Use
 
 
@@ -70,10 +71,10 @@ class Capture:
         self._sources = sources
         self._sequence_first = any(samples_dim(source.layer) == 1 for source in sources.values())
         self._fisher = fisher
-        self._deriving = Deriving(sources, fisher, likelihood, generator, draws, max_bytes, strays_too)
+        module = getattr(model, "_orig_mod", model)
+        self._deriving = Deriving(module, sources, fisher, likelihood, generator, draws, max_bytes, strays_too)
         self._opened = _Hook(opened) if opened is not None else lambda: None
         self._open: Record | None = None
-        self._busy = False  # with a record: a module that is run again for it may be the model itself
         self._handles: list[RemovableHandle] = []
         self._eager = contextlib.ExitStack()
         self._rng: dict[str, Tensor] = {}
@@ -123,12 +124,13 @@ class Capture:
         if isinstance(model, OptimizedModule):
             # Compiled code does not see hooks that came after it; this one forward runs without compilation.
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.is_grad_enabled() and not self._busy:
+        if torch.is_grad_enabled() and not self._deriving.busy:
             self._opened()
             first = next(
                 (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None
             )
-            self._open = Record(samples=-1 if first is None else len(first))
+            call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
+            self._open = Record(-1 if first is None else len(first), call)
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
         if self._open is not None and draws(layer):
@@ -160,7 +162,9 @@ class Capture:
             why, swapped = why_no_samples(layer, outputs[0], record.samples, self._sequence_first)
             if why:
                 record.misfits[name] = why
-        record.uses.setdefault(name, []).append(Use(call, edges, isinstance(y, Tensor), swapped))
+        record.uses.setdefault(name, []).append(
+            Use(call, edges, isinstance(y, Tensor), swapped, tuple(outputs[0].shape))
+        )
         return replaced if views else None
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -170,8 +174,9 @@ class Capture:
         if record is None or not results:
             return
         _check_batch(record, results[0])
-        self._deriving.look_for_strays(record, results)
-        with self._undisturbed():
+        with self._deriving.undisturbed(), phase("capture"):
+            self._deriving.look_for_mixing(record, results)
+            self._deriving.look_for_strays(record, results)
             if self._fisher == "empirical":
                 self._deriving.listen(record, results)
             else:
@@ -203,17 +208,9 @@ class Capture:
     def complete(self) -> None:
         """Find the rows of layers without a rule where the loss's own backward has left the derivatives."""
         if self._fisher == "empirical":
-            with self._undisturbed():
+            with self._deriving.undisturbed():
                 for record in self.records:
                     self._deriving.rerun(record)
-
-    @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        self._busy = True
-        try:
-            yield
-        finally:
-            self._busy = False
 
 
 def _check_batch(record: Record, output: Tensor) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.blocks import Source
@@ -17,10 +17,13 @@ from tengrad_triton.explicit import adds_up, backward_rows, batched_grads, rerun
 from tengrad_triton.fisher import Factorable, Fisher, Likelihood
 from tengrad_triton.frozen import Switch
 from tengrad_triton.layers import counts_uses, mixes_samples
+from tengrad_triton.provenance import leaves_reached, mixing_layers
 from tengrad_triton.record import Record, Use, listen
 
 Row = tuple[Sequence[Tensor | None], Sequence[Tensor]]
 """The derivatives of one row of each sample by what was asked for, and by the model's outputs."""
+_MIXES = "what it returns for one sample reaches the losses of others"
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)  # each of which torch raises for what it cannot
 _ANOTHER = "its module, run again, is another function: it is random, has a state, or mixes samples"
 
 
@@ -29,6 +32,7 @@ class Deriving:
     """Finds the derivatives behind one forward's record.
 
     Attributes:
+        model: the module itself, not compiled.
         sources: the layers and the parameters that their calls use.
         fisher: which rows there are.
         likelihood: what they are rows of.
@@ -38,8 +42,13 @@ class Deriving:
         strays_too: whether parameters that are used outside of their layers get rows, by a backward pass a sample.
         switch: has backward passes take batch statistics for constants.
         irreproducible: parameters, by id, whose module was another function when it was run again.
+        only_by_graph: parameters, by id, for which that held of the whole model too.
+        mixing: layers, by name, whose calls belong to no single samples.
+        verified: the shapes of all calls for which that was looked for.
+        busy: whether forwards at present are ours.
     """
 
+    model: nn.Module
     sources: Mapping[str, Source]
     fisher: Fisher
     likelihood: Likelihood
@@ -49,6 +58,32 @@ class Deriving:
     strays_too: bool = False
     switch: Switch = field(default_factory=Switch)
     irreproducible: set[int] = field(default_factory=set)
+    only_by_graph: set[int] = field(default_factory=set)
+    mixing: dict[str, str] = field(default_factory=dict)
+    verified: set[Any] = field(default_factory=set)
+    busy: bool = False
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Say that we are busy: what is run again for a record may be the model itself, and is no forward to record."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
+
+    def look_for_mixing(self, record: Record, results: Sequence[Tensor]) -> None:
+        """Note the layers whose outputs' entries for one sample reach the losses of others, once for each new shape.
+
+        With a weight of its own for each sample, a derivative by what is sample n's only is the plain one times weight
+        n. A table of positions, of which there are as many as samples, looks like a batch, and fails this.
+        """
+        shape = tuple((name, *(use.shape for use in uses)) for name, uses in record.uses.items())
+        if shape not in self.verified:
+            self.verified.add(shape)
+            with self.switch.constants():
+                self.mixing |= dict.fromkeys(mixing_layers(record, results, self.sources), _MIXES)
+        record.misfits |= {name: why for name, why in self.mixing.items() if name in record.uses}
 
     def look_for_strays(self, record: Record, results: Sequence[Tensor]) -> None:
         """Note the parameters that the graph reaches in other ways than by calls that a rule or a rerun describes."""
@@ -145,7 +180,7 @@ class Deriving:
         for name, parameters in self._reruns(record).items():
             try:
                 of_layer = rerun_rows(self.sources[name].layer, parameters, record.uses[name], record.samples)
-            except (RuntimeError, ValueError, TypeError, IndexError):  # each of which torch raises for what it cannot
+            except _REFUSALS:
                 of_layer = {}
             for label, parameter in parameters.items():
                 rows.setdefault(parameter, []).extend([of_layer[label]] if label in of_layer else [])
@@ -171,9 +206,32 @@ class Deriving:
     def _fill_by_backward(
         self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> None:
-        if parameters:
-            rows = backward_rows(results, cotangents, parameters, record.samples)
-            record.explicit |= {id(p): j for p, j in zip(parameters, rows, strict=True)}
+        """Fill in rows from the whole model run again, or, where that is another function, from the graph itself."""
+        if not parameters:
+            return
+        again = [] if record.mixed else [p for p in parameters if id(p) not in self.only_by_graph]
+        if again:
+            record.explicit |= self._rows_of_model(record, again, results, cotangents)
+        left = [p for p in parameters if id(p) not in record.explicit]
+        self.only_by_graph |= set(map(id, left))
+        if left:
+            rows = backward_rows(results, cotangents, left, record.samples)
+            record.explicit |= {id(p): j for p, j in zip(left, rows, strict=True)}
+
+    def _rows_of_model(
+        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
+        named = {name: p for name, p in self.model.named_parameters() if any(p is other for other in parameters)}
+        totals = torch.autograd.grad(
+            results, list(named.values()), cotangents, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        call = Use(record.call, [None] * len(results), alone=False, grads=list(cotangents), versions=[0])
+        try:
+            rows = rerun_rows(self.model, named, [call], record.samples)
+        except _REFUSALS:
+            return {}
+        pairs = zip(named.items(), totals, strict=True)
+        return {id(p): rows[name] for (name, p), total in pairs if adds_up(rows[name], total)}
 
     # Derivatives that come with the loss's own backward
 
@@ -196,7 +254,7 @@ class Deriving:
         def hook(grad: Tensor) -> None:
             handle.remove()  # the passes below begin here too
             record.deaf = True
-            with self.switch.constants():
+            with self.undisturbed(), self.switch.constants():
                 if record.mixed:
                     self._fill_uses(record, results[0], grad)
                 self._fill_by_backward(record, by_backward, results[:1], [grad])
@@ -238,21 +296,3 @@ def _check_size(output: Tensor, max_bytes: float) -> None:
             f"derivatives by the outputs alone, where max_bytes allows {max_bytes / 2**30:.2f} GiB: use "
             "fisher='sampled' with fisher_samples=, or raise max_bytes"
         )
-
-
-def leaves_reached(outputs: Sequence[Tensor]) -> Counter[int]:
-    """Count how many edges of the graph behind ``outputs`` end in each leaf, by the leaf's id."""
-    reached: Counter[int] = Counter()
-    seen, stack = set(), [output.grad_fn for output in outputs]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for successor, _ in node.next_functions:
-            leaf = getattr(successor, "variable", None)
-            if leaf is not None:
-                reached[id(leaf)] += 1
-            else:
-                stack.append(successor)
-    return reached

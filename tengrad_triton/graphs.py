@@ -53,6 +53,7 @@ class Graphs:
         groups: the settings of each group that are no numbers of the update.
         systems: which blocks are solved together.
         trust_region: bound of a step's Fisher norm, if there is one.
+        relative: whether the dampings are in units of the blocks' traces.
         kernels: by what PyTorch does better.
         tape: captures the covered layers.
     """
@@ -68,6 +69,7 @@ class Graphs:
     groups: Sequence[Mapping[str, Any]]
     systems: Systems
     trust_region: float | None
+    relative: bool
     kernels: Mapping[tuple[str, ...], Any]
     tape: Tape
 
@@ -106,7 +108,9 @@ class Graphs:
             _, g = passed[1](grad_output)
         uses = self._uses({k: [(a, scale * b) for a, b in zip(passed[2][k], g[k], strict=True)] for k in outputs})
         jacobians = jacobians_of(uses, self.chosen, self.kernels.__getitem__)
-        fresh = curvature(jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()])
+        fresh = curvature(
+            jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()], relative=self.relative
+        )
         fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss, pack_curvature(fresh)
 
@@ -151,5 +155,6 @@ class Graphs:
                 if name in self.trained:
                     grad = -grads[name] if words["maximize"] else grads[name]
                     tensors = (state.parameters[name], state.momenta[name], grad)
-                    targets.append(Target(block.name, label, *tensors, settings, words["nesterov"], words["spring"]))
+                    words_of = (words["nesterov"], words["spring"], block.group)
+                    targets.append(Target(block.name, label, *tensors, settings, *words_of))
         return targets

@@ -16,6 +16,7 @@ from tengrad_triton.blocks import Block, BlocksChoice, find_sources, systems_of
 from tengrad_triton.capture import Capture
 from tengrad_triton.damping import Damping, LevenbergMarquardt, Schedule
 from tengrad_triton.fisher import Fisher, Likelihood
+from tengrad_triton.interval import Growing
 from tengrad_triton.options import RepresentationChoice, Unsupported, checked
 from tengrad_triton.phases import phase
 from tengrad_triton.plan import MAX_BYTES, Choice, Plan
@@ -36,8 +37,8 @@ from tengrad_triton.validation import check_model
 from tengrad_triton.woodbury import Curvature, Systems, curvature, failures_of
 
 PAPER: Mapping[str, Any] = {
-    "lr": 3e-3, "damping": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "refresh_every": 100, "fisher": "sampled",
-    "history": 1, "trust_region": None,
+    "lr": 3e-3, "damping": 0.1, "relative_damping": False, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3,
+    "refresh_every": 100, "fisher": "sampled", "history": 1, "trust_region": None,
 }  # fmt: skip
 """The paper's settings for 3C1F on Fashion-MNIST (appendix, table 6)."""
 
@@ -50,7 +51,8 @@ class TENGraD(Shell[Curvature]):
 
         d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
 
-    J and the factored N×N system are refreshed every ``refresh_every`` steps and reused in between (docs/math.md).
+    J and the factored N×N system are refreshed every ``refresh_every`` steps and reused in between (docs/math.md). The
+    defaults are those that docs/defaults.md found to train without tuning; `TENGraD.paper` has the paper's.
 
     Args:
         model: the module that the training loop calls, wrapped in `torch.compile` or not. Samples are the first
@@ -59,19 +61,22 @@ class TENGraD(Shell[Curvature]):
             ``damping``, ``momentum``, ``nesterov``, ``spring``, ``weight_decay``, ``decoupled_weight_decay`` and
             ``maximize``; a layer's parameters must share a group.
         lr: the learning rate, a number or a 0-dim tensor.
-        damping: α > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`): adapted by how well the
+        damping: ε > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`): adapted by how well the
             quadratic model foretold each refreshing step, which needs ``step(closure)`` and evaluates the closure once
             more then. Read when the curvature is refreshed.
+        relative_damping: whether α = ε trace(F), by block, so that one ε suits every layer, loss and model; otherwise
+            α = ε.
         momentum: of the momentum buffer, in [0, 1).
-        nesterov: whether to look ahead along the momentum.
+        nesterov: whether to look ahead along the momentum; by default where there is one, and no SPRING.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1), in place of momentum: the part of the last
             direction that the present rows do not see is kept.
         weight_decay: λ ≥ 0; added to the natural gradient as λ θ.
         decoupled_weight_decay: shrink θ by 1 − lr λ instead.
         maximize: ascend.
         trust_region: κ > 0: the natural gradient is shortened where the step's squared Fisher norm,
-            Σ lr² dᵀ (F + α I) d over all blocks, would be beyond it. None for no bound.
-        refresh_every: steps from one refresh of the curvature to the next, or a function of the step.
+            Σ lr² dᵀ (F + α I) d over all blocks, would be beyond it, in units of the loss. None for no bound.
+        refresh_every: steps from one refresh of the curvature to the next, or a function of the step; by default more
+            often at first, `Growing`.
         fisher: ``"sampled"`` (labels drawn from the model's own distribution: the Fisher matrix), ``"exact"`` (a row
             for every output of every sample: the Fisher matrix without chance) or ``"empirical"`` (the loss's own
             derivatives; the loss must be a mean over the samples).
@@ -104,17 +109,18 @@ class TENGraD(Shell[Curvature]):
         self,
         model: nn.Module,
         params: Iterable[Any] | None = None,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor = 3e-2,
         *,
-        damping: Damping = 0.1,
+        damping: Damping = 3e-3,
+        relative_damping: bool = True,
         momentum: float = 0.9,
-        nesterov: bool = False,
+        nesterov: bool | None = None,
         spring: float = 0.0,
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        trust_region: float | None = None,
-        refresh_every: int | Callable[[int], int] = 100,
+        trust_region: float | None = 3e-4,
+        refresh_every: int | Callable[[int], int] = Growing(10),  # noqa: B008 - it is frozen
         fisher: Fisher = "sampled",
         likelihood: str | Likelihood = "categorical",
         fisher_samples: int = 1,
@@ -134,7 +140,7 @@ class TENGraD(Shell[Curvature]):
         self._options = checked(
             device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
-            plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region,
+            plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
         )  # fmt: skip
         self._kernels_for = partial(kernels_of, backend)
         self._ops = self._kernels_for()
@@ -148,6 +154,13 @@ class TENGraD(Shell[Curvature]):
     def paper(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
         """Return the optimizer with the paper's settings for 3C1F on Fashion-MNIST, but for those given."""
         return cls(model, params, **{**PAPER, **settings})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its parameters take part from the next step on, which refreshes the curvature."""
+        group = {**self.defaults, **param_group}
+        if group["nesterov"] is None:
+            param_group = {**param_group, "nesterov": bool(group["momentum"]) and not group["spring"]}
+        super().add_param_group(param_group)
 
     def _captures(self, blocks: Sequence[Block]) -> Capture:
         o = self._options
@@ -229,14 +242,16 @@ class TENGraD(Shell[Curvature]):
         if o.fisher_rows is not None:
             drawing = torch.Generator().manual_seed(self._seed + self._steps)
             uses = sampled_rows(uses, o.fisher_rows, drawing)
-        chosen = o.plan.choose(geometries_of(uses), o.by_hand, self._interval(), o.max_bytes)
+        every = self.refresh_every
+        steps = every.most if isinstance(every, Growing) else self._interval()
+        chosen = o.plan.choose(geometries_of(uses), o.by_hand, steps, o.max_bytes)
         systems, rows = systems_of(o.blocks, self._blocks, list(uses)), rows_of(uses)
         few = set(compressed_blocks(uses, chosen))
         tol = {system: o.tol for system, names in systems.items() if few.intersection(names)}
         with phase("curvature"):
             own = jacobians_of(uses, chosen, self._kernels_for)
             jacobians, window = extended(own, rows, self._curvature, o.history)
-            return curvature(jacobians, systems, window, *self._damping_of(systems), self._ops, tol)
+            return curvature(jacobians, systems, window, *self._damping_of(systems), self._ops, tol, o.relative_damping)
 
     def _damping_of(self, systems: Systems) -> tuple[Tensor, Tensor]:
         """Return the dampings that hold at this step, and the failures so far, of some systems."""

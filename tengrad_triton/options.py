@@ -40,6 +40,7 @@ class Options:
     max_bytes: int
     tol: float
     trust_region: float | None
+    relative_damping: bool
 
     @property
     def by_hand(self) -> Representation | Mapping[str, Representation] | None:
@@ -68,6 +69,8 @@ def checked(device: torch.device, *, likelihood: Any, plan: Plan | Path | str | 
     region = options["trust_region"]
     if region is not None and not (is_number(region) and 0 < region < float("inf")):
         raise ValueError(f"trust_region must be positive, or None for no bound, got {region!r}")
+    if not isinstance(options["relative_damping"], bool):
+        raise TypeError(f"relative_damping must be True or False, got {options['relative_damping']!r}")
     chosen = likelihood_of(likelihood)
     check_rows(options["fisher"], chosen, options["fisher_samples"], options["history"], options["representation"])
     found = plan if isinstance(plan, Plan) else load(Path(plan), device) if plan is not None else Plan({})

@@ -12,11 +12,13 @@ from typing import Literal
 Representation = Literal["factored", "per_sample", "per_sample_bf16", "compressed"]
 REPRESENTATIONS: tuple[Representation, ...] = ("factored", "per_sample", "per_sample_bf16", "compressed")
 MAX_BYTES = 4 * 2**30
+_NOTICEABLE = 0.97  # of the incumbent's time, below which a rival is faster by more than timings scatter
+_FLOPS_PER_BYTE = 5  # arithmetic in the time of moving a byte: measured on two cores; more on a GPU
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How one weight's J is stored, and which of its kernels PyTorch does better."""
+    """How one weight's J is stored, and which kernels PyTorch does better, or another configuration (``:tile``)."""
 
     representation: Representation
     torch_for: tuple[str, ...] = ()
@@ -71,26 +73,45 @@ class Geometry:
             return self.per_sample_bytes <= self.factored_bytes
         return self.row_flops < self.pair_flops
 
+    def rows_save(self, refresh_every: int) -> float:
+        """Return how much less a step costs with explicit rows than with factors, in flops; a refresh is shared out.
+
+        Either way takes two products a step: 2 G N P I O flops each from factors, a pass over all J from rows.
+        """
+        products = 4 * self.groups * self.samples * self.positions * self.inputs * self.outputs
+        factored = products + 2 * _FLOPS_PER_BYTE * self.factored_bytes
+        rows = 2 * _FLOPS_PER_BYTE * self.per_sample_bytes
+        way_to_gram = min(self.pair_flops, self.row_flops) - self.row_flops - rows  # J is written and read once more
+        return factored - rows + way_to_gram / refresh_every
+
 
 def choose(
-    geometries: Mapping[str, Geometry], by_hand: Representation | Mapping[str, Representation] | None, max_bytes: int
+    geometries: Mapping[str, Geometry],
+    by_hand: Representation | Mapping[str, Representation] | None,
+    max_bytes: int,
+    refresh_every: int = 100,
 ) -> dict[str, Representation]:
     """Return the representation of every weight: by hand where given, else the cheaper one within the memory.
 
-    The rule stores J_n where it is the cheaper way to the Gram matrix. Where all that would take more than
-    ``max_bytes``, the weights that save the most go back to their factors first: the step gets slower, never wrong.
+    The rule stores J_n where a step costs less with it, its share of a refresh included. Where all that would take more
+    than ``max_bytes``, the weights that lose the least for each byte go back to their factors first: the step gets
+    slower, never wrong.
     """
     given = dict.fromkeys(geometries, by_hand) if isinstance(by_hand, str) else dict(by_hand or {})
     chosen: dict[str, Representation] = {
-        name: given.get(name, "per_sample" if geometry.prefers_rows else "factored")
+        name: given.get(name, "per_sample" if geometry.rows_save(refresh_every) > 0 else "factored")
         for name, geometry in geometries.items()
     }
-    saving = {name: g.per_sample_bytes - g.factored_bytes for name, g in geometries.items()}
-    for name in sorted(saving, key=lambda name: -saving[name]):
-        if saving[name] <= 0 or total_bytes(geometries, chosen) <= max_bytes:
+    bytes_saved = {name: g.per_sample_bytes - g.factored_bytes for name, g in geometries.items()}
+    lost = {
+        name: geometries[name].rows_save(refresh_every) / saved
+        for name, saved in bytes_saved.items()
+        if saved > 0 and name not in given and chosen[name] == "per_sample"
+    }
+    for name in sorted(lost, key=lost.__getitem__):
+        if total_bytes(geometries, chosen) <= max_bytes:
             break
-        if name not in given:
-            chosen[name] = "factored"
+        chosen[name] = "factored"
     return chosen
 
 
@@ -110,7 +131,8 @@ class Measured:
     """One representation of one geometry on one device.
 
     Attributes:
-        seconds: of every kernel that it takes, by who runs it: ``"triton"`` or ``"torch"``.
+        seconds: of every kernel that it takes, by who runs it: ``"torch"``, ``"triton"`` or, by its name, another of
+            the kernel's launch configurations.
         bytes: what it stores.
     """
 
@@ -119,14 +141,23 @@ class Measured:
 
     def per_step(self, refresh_every: int) -> float:
         """Return the seconds a step, each kernel by whoever is faster, a refresh shared by the steps that use it."""
-        best = {kernel: min(times.values()) for kernel, times in self.seconds.items()}
+        best = {kernel: times[_served_by(times)] for kernel, times in self.seconds.items()}
         return sum(t if kernel in STEP_KERNELS else t / refresh_every for kernel, t in best.items())
 
     @property
     def torch_for(self) -> tuple[str, ...]:
-        """Return the kernels that PyTorch does at least as fast as Triton."""
-        both = {kernel: times for kernel, times in self.seconds.items() if len(times) > 1}
-        return tuple(sorted(kernel for kernel, times in both.items() if times["torch"] <= times["triton"]))
+        """Return the kernels that PyTorch does better than Triton, and those that another configuration does."""
+        by = {kernel: _served_by(times) for kernel, times in self.seconds.items() if "triton" in times}
+        named = {
+            kernel: kernel if who == "torch" else f"{kernel}:{who}" for kernel, who in by.items() if who != "triton"
+        }
+        return tuple(sorted(named.values()))
+
+
+def _served_by(times: Mapping[str, float]) -> str:
+    """Return who runs a kernel: Triton as it is, unless a rival is more than the noise of a timing faster."""
+    fastest = min(times, key=times.__getitem__)
+    return fastest if "triton" not in times or times[fastest] < _NOTICEABLE * times["triton"] else "triton"
 
 
 Measurements = Mapping[Representation, Measured]
@@ -150,13 +181,13 @@ class Plan:
         Where the fastest ones take more than ``max_bytes``, the weights that lose the least time for each byte saved
         change to a smaller representation first.
         """
-        analytic = choose(geometries, by_hand, max_bytes)
+        analytic = choose(geometries, by_hand, max_bytes, refresh_every)
         known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
         fixed = {name for name in geometries if by_hand is not None and (isinstance(by_hand, str) or name in by_hand)}
         best = dict(analytic)
         for name, measured in known.items():
             if measured and name not in fixed:
-                best[name] = min(measured, key=lambda r: measured[r].per_step(refresh_every))
+                best[name] = _fastest(measured, analytic[name], refresh_every)
 
         def used() -> int:
             return sum(_stored(geometries[name], known[name], choice) for name, choice in best.items())
@@ -184,6 +215,14 @@ class Plan:
                     slower = rival.per_step(refresh_every) - now.per_step(refresh_every)
                     moves.append((slower / (now.bytes - rival.bytes), name, other))
         return moves
+
+
+def _fastest(measured: Measurements, incumbent: Representation, refresh_every: int) -> Representation:
+    """Return the representation with the fastest mean step; the rule's, unless a rival is noticeably faster."""
+    times = {name: one.per_step(refresh_every) for name, one in measured.items()}
+    fastest = min(times, key=times.__getitem__)
+    stays = incumbent in times and times[fastest] >= _NOTICEABLE * times[incumbent]
+    return incumbent if stays else fastest
 
 
 def _stored(geometry: Geometry, measured: Measurements, choice: Representation) -> int:

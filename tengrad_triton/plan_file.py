@@ -18,7 +18,7 @@ from filelock import FileLock
 from tengrad_triton import kernels
 from tengrad_triton.plan import Measured, Plan
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def header_of(device: torch.device) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Use:
         call: the arguments, detached.
         edges: one for each tensor that the layer returned; None where there is no gradient, or after it came.
         alone: whether the layer returned one tensor, and nothing around it.
+        shape: of the first tensor that the layer returned.
         swapped: whether the samples are the second dimension where the layer's rule expects the first.
     """
 
@@ -28,6 +29,7 @@ class Use:
     edges: list[GradientEdge | None]
     alone: bool
     swapped: bool = False
+    shape: tuple[int, ...] = ()
     grads: list[Tensor | None] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
@@ -79,6 +81,7 @@ class Record:
 
     Attributes:
         samples: how many there are; −1 until known.
+        call: the arguments of the model, detached.
         uses: by the layer's name.
         misfits: why a layer's calls describe no rows, by the layer's name.
         strays: why a parameter's uses are not all in calls of its layers, by the parameter's id.
@@ -91,6 +94,7 @@ class Record:
     """
 
     samples: int
+    call: Call = field(default_factory=lambda: Call(()))
     uses: dict[str, list[Use]] = field(default_factory=dict)
     misfits: dict[str, str] = field(default_factory=dict)
     strays: dict[int, str] = field(default_factory=dict)
@@ -108,10 +112,11 @@ class Record:
     def again(self) -> Record:
         """Return the same forward, to be filled with the derivatives of further rows."""
         uses = {name: [use.again() for use in calls] for name, calls in self.uses.items()}
-        return Record(self.samples, uses, self.misfits, self.strays)
+        return Record(self.samples, self.call, uses, self.misfits, self.strays, mixed=self.mixed)
 
     def clear(self) -> None:
         """Forget everything: the graph of an output that is still around holds the record itself."""
+        self.call = Call(())
         for held in (self.uses, self.siblings, self.explicit, self.totals):
             held.clear()
 

@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block, Source, full_name
 from tengrad_triton.capture import Capture
-from tengrad_triton.jacobian import Jacobian, jacobian_of
+from tengrad_triton.jacobian import Jacobian
 from tengrad_triton.layers import Call, Explicit, Form, canonical
 from tengrad_triton.plan import Choice, Chosen, Geometry
 from tengrad_triton.record import Record
+from tengrad_triton.representation import jacobian_of
 from tengrad_triton.uses import Uses, geometry_of_uses, rows_in, taken
 from tengrad_triton.woodbury import BlockJacobian, Curvature
 
@@ -116,7 +117,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def sampled_rows(gathered: Mapping[str, BlockUses], most: int, generator: torch.Generator) -> dict[str, BlockUses]:
-    """Return ``most`` of the rows, the same ones of every block: any row as likely as any other, so F is unbiased."""
+    """Return ``most`` of the rows, the same of every block: each as likely as any other, so F is unbiased (M10)."""
     uses = next((use for block in gathered.values() for use in block.values()), [])
     sizes = [rows_in(batch[0]) for batch in uses]
     if sum(sizes) <= most:
@@ -169,7 +170,7 @@ def rows_of(gathered: Mapping[str, BlockUses]) -> int:
 def extended(
     blocks: Mapping[str, BlockJacobian], rows: int, before: Curvature | None, history: int
 ) -> tuple[Mapping[str, BlockJacobian], tuple[int, ...]]:
-    """Return J with the rows of the refreshes before this one behind its own, and how many rows are of which.
+    """Return J with the rows of the refreshes before this one behind its own (M10), and how many rows are of which.
 
     Where something has changed (a layer, a size, a representation) the history begins anew.
     """

@@ -21,9 +21,13 @@ from tengrad_triton.graphs import GROUP_WORDS, Calls, Graphs, LossFn, State
 from tengrad_triton.layers import drops_out, mixes_samples
 from tengrad_triton.optimizer import TENGraD
 from tengrad_triton.record import Record
+from tengrad_triton.resident import Resident, stay
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
 from tengrad_triton.woodbury import Curvature
+
+_REPLAYED = ("reduce-overhead", "max-autotune")
+"""The modes of `torch.compile` that capture CUDA graphs."""
 
 
 def compile_train_step(
@@ -40,7 +44,8 @@ def compile_train_step(
         model: takes ``x``; the optimizer's own model.
         loss_fn: takes the model's output and ``y``; returns a scalar mean over the samples.
         optimizer: of that model.
-        mode: of `torch.compile`; ``"reduce-overhead"`` replays CUDA graphs.
+        mode: of `torch.compile`; ``"reduce-overhead"`` replays CUDA graphs, for which J stays where it is and is copied
+            there by each refresh.
         backend: of `torch.compile`.
 
     Raises:
@@ -83,7 +88,10 @@ class TrainStep:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, optimizer: TENGraD, mode: str | None, backend: str) -> None:
         self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
-        self._options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": mode, "backend": backend}
+        self._options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+        self._mode = mode
+        self._place = Resident() if mode in _REPLAYED else None
+        self._placed: Curvature | None = None  # the curvature whose tensors are there
         self._learned: Learned | None = None
         self._warned = False
 
@@ -148,8 +156,12 @@ class TrainStep:
             outputs = self._outputs(first["calls"])
             if before is None or outputs is not None:
                 graphs = self._graphs(first["trained"], outputs or {}, x.device)
-                reuse, refresh = (torch.compile(graph, **self._options) for graph in (graphs.reuse, graphs.refresh))
+                # A refresh uploads lists of work and leaves new tensors behind: nothing to capture and replay.
+                refresh = torch.compile(graphs.refresh, mode=None if self._place else self._mode, **self._options)
+                reuse = torch.compile(graphs.reuse, mode=self._mode, **self._options)
                 self._learned = Learned(_signature(x, y), first["output"], outputs, graphs, reuse, refresh)
+                if self._place:
+                    stay(self._state(self._learned))
         return loss
 
     def _outputs(self, forwards: Sequence[Calls | None]) -> Calls | None:
@@ -193,6 +205,7 @@ class TrainStep:
             groups=[{name: group[name] for name in GROUP_WORDS} for group in optimizer.param_groups],
             systems={} if optimizer._curvature is None else optimizer._curvature.systems,
             trust_region=o.trust_region,
+            relative=o.relative_damping,
             kernels={
                 torch_for: kernels_of(backend, torch_for)
                 for torch_for in {(), *(c.torch_for for c in choices.values())}
@@ -212,10 +225,18 @@ class TrainStep:
         return State(parameters, dict(self._model.named_buffers()), momenta, settings)
 
     def _compiled_reuse(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
-        optimizer, now = self._optimizer, cast("Curvature", self._optimizer._curvature)
+        optimizer, now = self._optimizer, self._resident(cast("Curvature", self._optimizer._curvature))
         loss = learned.reuse(self._state(learned), pack_curvature(now), x, y)
         optimizer._advance(now, optimizer._age)
         return loss
+
+    def _resident(self, curvature: Curvature) -> Curvature:
+        """Return the curvature in tensors that do not move, where the graph is replayed."""
+        if self._place is None or curvature is self._placed:
+            return curvature
+        packed = self._place.take(pack_curvature(curvature))
+        self._placed = unpack_curvature(packed, self._optimizer._blocks, self._optimizer._kernels_for)
+        return self._placed
 
     def _compiled_refresh(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
         optimizer, likelihood, outputs = self._optimizer, learned.graphs.likelihood, learned.outputs or {}
@@ -224,7 +245,7 @@ class TrainStep:
         damping_L, failures_L = optimizer._damping_of(learned.graphs.systems)
         with learned.graphs.tape.hooked():
             loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)
-        optimizer._advance(unpack_curvature(packed, optimizer._blocks, optimizer._kernels_for), 0)
+        optimizer._advance(self._resident(unpack_curvature(packed, optimizer._blocks, optimizer._kernels_for)), 0)
         return loss
 
 

@@ -25,11 +25,12 @@ class Target:
     settings: Tensor
     nesterov: bool
     spring: float = 0.0
+    group: int = 0
 
     def pulled(self, damping: Tensor | float) -> Target:
         """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).
 
-        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) is (F + α I)⁻¹ (V + α μ φ): the residual's formulation, without F φ.
+        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) is (F + α I)⁻¹ (V + α μ φ): the residual's formulation, without F φ (M13).
         """
         if not self.spring:
             return self

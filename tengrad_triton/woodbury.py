@@ -16,6 +16,7 @@ from torch import Tensor
 from tengrad_triton.jacobian import Jacobian, PerSample
 from tengrad_triton.kernels import update_
 from tengrad_triton.phases import phase
+from tengrad_triton.teams import Work, expand_updates_, grams, projections
 from tengrad_triton.update import Target
 
 BlockJacobian = Mapping[str, Jacobian]
@@ -73,84 +74,78 @@ class Curvature:
         The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). All that
         can fail comes before the first update.
         """
-        divisors = self.divisors()
+        divisors, others = self.divisor_L, [target for target in targets if self._rows_of(target) is None]
+        work = self._work(targets)
+        w: list[Tensor] = []
         with phase("solve"):
-            pulled = [target.pulled(divisors.get(target.block, 1.0)) for target in targets]
-            projected = [self._project(target) for target in pulled]
-            solved = self._solve(pulled, projected, ops)
-            if trust_region is not None:
-                scale = self._scale(pulled, projected, solved, trust_region)
-                divisors = {name: divisor / scale for name, divisor in divisors.items()}
+            if work:
+                y_LN = projections(work, len(self.systems), self._length())
+                w = self._solve(y_LN, ops)
+                if trust_region is not None:
+                    divisors = divisors / self._scale(work, y_LN, w, trust_region)
         with phase("update"):
-            for target in pulled:
-                rows = self._rows_of(target)
-                if rows is None:
-                    update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
-                else:
-                    rows.expand_update_(target, solved[target.block], divisors[target.block])
+            if work:
+                expand_updates_(work, w, divisors.unbind())
+            for target in (other.pulled(1.0) for other in others):
+                update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
-        """Return δᵀ F δ = ‖J δ‖² / N for the directions that the targets have as their gradients."""
-        y_N: dict[str, Tensor] = {}
-        for name, y in zip((t.block for t in targets), (self._project(t) for t in targets), strict=True):
-            if y is not None:
-                system = self._system_of()[name]
-                y_N[system] = y + y_N[system] if system in y_N else y
-        squares = [y.square().sum() for y in y_N.values()]
-        return torch.stack(squares).sum() / self.rows if squares else torch.zeros(())
+        """Return δᵀ F δ = ‖J δ‖² / N (M8) for the directions that the targets have as their gradients."""
+        work = self._work([replace(target, spring=0.0) for target in targets])
+        if not work:
+            return torch.zeros(())
+        return projections(work, len(self.systems), self._length()).square().sum() / self.rows
 
-    def divisors(self) -> dict[str, Tensor]:
-        """Return what each block's direction is divided by."""
-        by_system = dict(zip(self.systems, self.divisor_L.unbind(), strict=True))
-        return {block: by_system[system] for block, system in self._system_of().items()}
-
-    def _system_of(self) -> dict[str, str]:
-        return {block: system for system, blocks in self.systems.items() for block in blocks}
+    def _work(self, targets: Sequence[Target]) -> list[Work]:
+        """Return what there is to do: every target that has a J, pulled along its last direction (SPRING)."""
+        divisors = self.divisor_L.unbind()
+        system_of = {block: index for index, blocks in enumerate(self.systems.values()) for block in blocks}
+        work = []
+        for target in targets:
+            rows = self._rows_of(target)
+            if rows is not None:
+                system = system_of[target.block]
+                work.append(Work(rows, system, target.pulled(divisors[system])))
+        return work
 
     def _rows_of(self, target: Target) -> Jacobian | None:
         return self.blocks.get(target.block, {}).get(target.label)
 
-    def _project(self, target: Target) -> Tensor | None:
-        rows = self._rows_of(target)
-        return None if rows is None else rows.project(target.grad)
+    def _length(self) -> int:
+        return max(stack.inverse_LNN.shape[-1] for stack in self.stacks)
 
-    def _solve(
-        self, targets: Sequence[Target], projected: Sequence[Tensor | None], ops: Any
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """Return w_N = (K + N α I)⁻¹ J V for every block."""
-        system_of = self._system_of()
-        w_N: dict[str, Tensor] = {}
+    def _solve(self, y_LN: Tensor, ops: Any) -> list[Tensor]:
+        """Return w_N = (K + N α I)⁻¹ y of every system."""
+        w: dict[str, Tensor] = {}
+        rows = dict(zip(self.systems, y_LN.unbind(), strict=True))
         for stack in self.stacks:
             size = stack.inverse_LNN.shape[-1]
-            y_N = {system: stack.inverse_LNN.new_zeros(size) for system in stack.systems}
-            for target, y in zip(targets, projected, strict=True):
-                system = system_of.get(target.block)
-                if y is not None and system in y_N:
-                    y_N[system] = y_N[system] + F.pad(y, (0, size - len(y)))
-            w_LN = ops.cholesky_solve(stack.inverse_LNN, torch.stack(list(y_N.values())))
-            w_N |= dict(zip(stack.systems, w_LN.unbind(), strict=True))
-        return {block: w_N[system] for block, system in system_of.items()}
+            whole = stack.systems == tuple(self.systems) and size == y_LN.shape[1]
+            y_SN = y_LN if whole else torch.stack([rows[system][:size] for system in stack.systems])
+            solved = ops.cholesky_solve(stack.inverse_LNN, y_SN.to(stack.inverse_LNN.dtype))
+            w |= dict(zip(stack.systems, solved.unbind(), strict=True))
+        return [w[system] for system in self.systems]
 
-    def _scale(
-        self,
-        targets: Sequence[Target],
-        projected: Sequence[Tensor | None],
-        solved: Mapping[str, Tensor],
-        trust_region: float,
-    ) -> Tensor:
+    def _scale(self, work: Sequence[Work], y_LN: Tensor, w: Sequence[Tensor], trust_region: float) -> Tensor:
         """Return min(1, (κ / Σ lr² dᵀ (F + α I) d)^½), without waiting for it: the step's squared Fisher norm is ≤ κ.
 
-        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is.
+        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is (M14).
         """
-        divisors, norms = self.divisors(), []
-        for target, y in zip(targets, projected, strict=True):
-            if y is not None:
-                explained = torch.dot(y, solved[target.block][: len(y)])
-                quadratic = (target.grad.to(y.dtype).square().sum() - explained) / divisors[target.block]
-                norms.append(target.settings[0].to(y.dtype).square() * quadratic)
-        if not norms:
-            return torch.ones(())
-        total = torch.stack(norms).sum()
+        divisors, n = self.divisor_L.unbind(), y_LN.shape[1]
+        parts = list(dict.fromkeys((one.system, one.target.group) for one in work))
+        if len(parts) > len({system for system, _ in parts}):  # a system with several learning rates
+            split = [one._replace(system=parts.index((one.system, one.target.group))) for one in work]
+            y_PN = projections(split, len(parts), n)
+        else:
+            y_PN = torch.stack([y_LN[system] for system, _ in parts])
+        w_PN = torch.stack([_padded(w[system], n) for system, _ in parts])
+        rates = {one.target.group: one.target.settings[0] for one in work}
+        share_P = torch.stack([rates[group] for _, group in parts]).square() / torch.stack(
+            [divisors[k] for k, _ in parts]
+        )
+        norms = torch._foreach_norm([one.target.grad for one in work], 2, dtype=y_LN.dtype)
+        share_T = torch.stack([share_P[parts.index((one.system, one.target.group))] for one in work])
+        total = (share_T * torch.stack(norms).square()).sum() - (share_P * (y_PN * w_PN).sum(1)).sum()
         return (trust_region / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
 
 
@@ -162,12 +157,15 @@ def curvature(
     failures_L: Tensor,
     ops: Any,
     tol: Mapping[str, float] | None = None,
+    relative: bool = False,
 ) -> Curvature:
     """Factor K + N α I for every system, those of one size in one batch; ``failures_L`` counts each one's so far.
 
     Where the factorization fails because rounding made K indefinite, that system takes the gradient over its largest
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
     raises the system's damping tenfold from the next refresh on.
+
+    Where the damping is ``relative``, it is in units of the system's trace(K) / N = tr F, and at least of 1.
 
     A system with fewer parameters than rows is solved in the space of its parameters, unless older rows have to be kept
     with it. The systems named in ``tol`` are compressed to that tolerance: their rank, and nothing else, is read back
@@ -177,32 +175,58 @@ def curvature(
         return Curvature(blocks, {}, (), window, damping_L, failures_L)
     if len(window) == 1:
         blocks = {name: rows for names in systems.values() for name, rows in _reduced(blocks, names).items()}
-    grams = {system: _gram([blocks[name] for name in names]) for system, names in systems.items()}
-    n, first = sum(window), next(iter(grams.values()))
-    failures_L = failures_L.to(first)
-    damping_L = damping_L.to(first) * 10.0**failures_L
-    bound_L = damping_L + torch.stack([k_NN.diagonal().sum() for k_NN in grams.values()]) / n
-    order, stacks = list(systems), []
+    order, n = list(systems), sum(window)
+    sized = _grams(blocks, systems)
+    traces = {
+        system: trace
+        for members, k_LNN in sized
+        for system, trace in zip(members, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
+    }
+    failures_L = failures_L.to(sized[0][1])
+    trace_L = torch.stack([traces[system] for system in order]) / n
+    damping_L = damping_L.to(failures_L) * 10.0**failures_L
+    if relative:
+        damping_L = damping_L * trace_L.clamp(min=1.0)
+    bound_L = damping_L + trace_L
+    shifts = dict(zip(order, (n * damping_L).unbind(), strict=True))
+    stacks: list[Stack] = []
     healthy: dict[str, Tensor] = {}
-    for size in sorted({len(k_NN) for k_NN in grams.values()}):
-        members = tuple(system for system in order if len(grams[system]) == size)
-        shift_L = n * torch.stack([damping_L[order.index(system)] for system in members])
-        factor_LNN, pivot_L = ops.cholesky(torch.stack([grams[system] for system in members]), shift_L)
+    for members, k_LNN in sized:
+        factor_LNN, pivot_L = ops.cholesky(k_LNN, torch.stack([shifts[system] for system in members]))
         healthy_L = pivot_L > 0  # false for NaN too
         stacks.append(Stack(members, torch.where(healthy_L[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)))
         healthy |= dict(zip(members, healthy_L.unbind(), strict=True))
     healthy_L = torch.stack([healthy[system] for system in order])
     divisor_L = torch.where(healthy_L, damping_L, bound_L)
     factored = Curvature(blocks, systems, stacks, window, divisor_L, failures_L + ~healthy_L)
-    shifts = dict(zip(order, (n * damping_L).unbind(), strict=True))
-    return compress(factored, grams, shifts, tol) if tol else factored
+    if not tol:
+        return factored
+    of_system = {system: k_NN for members, k_LNN in sized for system, k_NN in zip(members, k_LNN, strict=True)}
+    return compress(factored, of_system, shifts, tol)
+
+
+def _padded(w_N: Tensor, n: int) -> Tensor:
+    return w_N if len(w_N) == n else F.pad(w_N, (0, n - len(w_N)))
+
+
+def _grams(blocks: Jacobians, systems: Systems) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Return the Gram matrices of all systems, k_LNN, those of one size together."""
+    rows = {system: next(j.rows for name in names for j in blocks[name].values()) for system, names in systems.items()}
+    found = []
+    for size in sorted(set(rows.values())):
+        members = tuple(system for system in systems if rows[system] == size)
+        parts = [
+            (j, at) for at, system in enumerate(members) for name in systems[system] for j in blocks[name].values()
+        ]
+        found.append((members, grams(parts, len(members))))
+    return found
 
 
 def _reduced(blocks: Jacobians, names: Sequence[str]) -> Jacobians:
     """Return the blocks of a system with J replaced by R of J = Q R where it has fewer parameters than rows.
 
-    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many. R is not made where that saves
-    nothing, and where J is not explicit.
+    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many (M12). R is not made where that
+    saves nothing, and where J is not explicit.
     """
     chosen = {(name, label): rows for name in names for label, rows in blocks[name].items()}
     explicit = [rows for rows in chosen.values() if isinstance(rows, PerSample) and rows.j_NK.dtype != torch.bfloat16]
@@ -227,27 +251,31 @@ def failures_of(names: Sequence[str], before: Curvature | None) -> Tensor:
     return torch.stack([counts.get(name, none) for name in names]) if names else torch.empty(0)
 
 
+def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:
+    """Return the combinations of rows that are worth keeping, and (λ + N α)^-½ of each."""
+    eigenvalues_N, q_NN = torch.linalg.eigh(k_NN)
+    kept = eigenvalues_N / (eigenvalues_N + shift) >= tol
+    return q_NN[:, kept].mT, (eigenvalues_N[kept] + shift).rsqrt()
+
+
 def compress(
     full: Curvature, grams: Mapping[str, Tensor], shifts: Mapping[str, Tensor], tol: Mapping[str, float]
 ) -> Curvature:
     """Keep of each system named in ``tol`` the directions whose share of the correction is at least that tolerance.
 
-    With K = Q Λ Qᵀ and v_i = Jᵀ q_i / √λ_i the natural gradient is (V − Σ_i f_i v_i ⟨v_i, V⟩) / α with
-    f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes it by at most tol ‖V‖ / α (docs/math.md, M7).
+    With K = Q Λ Qᵀ the rows Jᵀ q_i are orthogonal, of squared norm λ_i, and (K + N α I)⁻¹ becomes diagonal. The share
+    of row i is f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes the natural gradient by at most
+    tol ‖V‖ / α, and F by what it drops (docs/math.md, M7).
     """
     blocks = dict(full.blocks)
 
     def compressed(system: str, inverse_NN: Tensor) -> Tensor:
         if system not in tol:
             return inverse_NN
-        eigenvalues_N, q_NN = torch.linalg.eigh(grams[system])
-        share_N = eigenvalues_N / (eigenvalues_N + shifts[system])
-        kept = share_N >= tol[system]
-        directions_RN = (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT
+        directions_RN, root_R = directions(grams[system], shifts[system], tol[system])
         for name in full.systems[system]:
             blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
-        root_R = share_N[kept].sqrt()
-        return torch.diag(F.pad(root_R, (0, len(share_N) - len(root_R))))
+        return torch.diag(F.pad(root_R, (0, len(inverse_NN) - len(root_R))))
 
     stacks = [
         Stack(
@@ -257,8 +285,3 @@ def compress(
         for stack in full.stacks
     ]
     return replace(full, blocks=blocks, stacks=stacks)
-
-
-def _gram(blocks: Sequence[BlockJacobian]) -> Tensor:
-    """Return the Gram matrix of a system: its parameters lie side by side in J, so theirs add up."""
-    return torch.stack([rows.gram() for block in blocks for rows in block.values()]).sum(0)

@@ -3,6 +3,8 @@
 As a program this file traces the ops, in a process of its own, because it puts a stand-in for Triton's driver.
 """
 
+import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -59,7 +61,8 @@ def _label(row, config):
 def compile_config(config, target):
     """Compile one configuration for one target, with every argument but the unaligned ones a multiple of 16."""
     names = config.kernel.arg_names
-    types = dict(zip([name for name in names if name not in config.constants], config.types.split(), strict=True))
+    kinds = [tuple(kind.split(",")) if "," in kind else kind for kind in config.types.split()]
+    types = dict(zip([name for name in names if name not in config.constants], kinds, strict=True))
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in config.unaligned}
     signature = types | dict.fromkeys(config.constants, "constexpr")
     source = ASTSource(fn=config.kernel, signature=signature, constexprs=dict(config.constants), attrs=aligned)
@@ -161,14 +164,34 @@ def _launches(graph):
             yield tuner.fn, tuner.configs[0].num_warps, tuner.configs[0].num_stages, fixed | node.kwargs["kwargs"]
 
 
-def _trace(row, arguments):
-    """The launches of an op on CUDA tensors, and how many of its inputs it changes."""
+@contextlib.contextmanager
+def _recorded():
+    """Record what ops launch that tracing does not look into, instead of launching it."""
+    started, start = [], kernels.spec.Config.start
+
+    def record(config, grid, *arguments):
+        started.append((config.kernel, config.num_warps, config.num_stages, config.constants))
+
+    kernels.spec.Config.start = record
+    yield started
+    kernels.spec.Config.start = start
+
+
+def _trace(row, arguments, **tile):
+    """The launches of an op on CUDA tensors, and how many of its arguments it changes."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if torch.is_tensor(leaf)]
-    with FakeTensorMode():
-        fakes = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in tensors]
-        call = _Call(getattr(kernels, row.name), arguments)
+    with FakeTensorMode(), _recorded() as started:
+        fakes = iter([torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") for x in tensors])
+        arguments = pytree.tree_map(lambda leaf: next(fakes) if torch.is_tensor(leaf) else leaf, arguments)
+        call = _Call(functools.partial(getattr(kernels, row.name), **tile), arguments)
+        fakes = [leaf for leaf in pytree.tree_leaves(arguments) if torch.is_tensor(leaf)]
         module, signature = aot_export_module(call, fakes, trace_joint=False)
-    return list(_launches(module.graph)), len(signature.user_inputs_to_mutate)
+        launches = list(_launches(module.graph))
+        if not launches:
+            row.fast(*arguments, **tile)
+    changed = len(pytree.tree_leaves(arguments[: row.mutates]))
+    assert len(signature.user_inputs_to_mutate) == changed, row.name
+    return launches + started
 
 
 def _is_launch_of(config, launch):
@@ -181,9 +204,10 @@ def trace_ops():
     """Trace every example of every op: it launches shipped configurations, all of them, and changes what it says."""
     triton.runtime.driver.set_active(_Driver())
     for row in SPECS:
-        traces = [_trace(row, example(t, torch.device("cpu"))) for example in row.examples.values() for t in row.dtypes]
-        launches = [launch for launched, _ in traces for launch in launched]
-        assert {changed for _, changed in traces} == {row.mutates}, row.name
+        examples = [example(dtype, torch.device("cpu")) for example in row.examples.values() for dtype in row.dtypes]
+        tiles = ({}, *({"tile": tile} for tile in row.tiles))
+        traces = [_trace(row, arguments, **tile) for arguments in examples for tile in tiles]
+        launches = [launch for launched in traces for launch in launched]
         for launch in launches:
             assert any(_is_launch_of(config, launch) for config in row.configs), (row.name, launch)
         for config in row.configs:

@@ -16,6 +16,7 @@ from tengrad_triton.fisher import LIKELIHOODS
 
 TOLERANCE = 1e-9
 SETTINGS = {"lr": 0.05, "damping": 0.03, "momentum": 0.9, "weight_decay": 0.01}
+PLAIN = {"nesterov": False, "relative_damping": False, "trust_region": None}
 SAMPLES, CLASSES = 5, 3
 
 
@@ -126,7 +127,7 @@ def train(case, fisher, likelihood="categorical", loss=F.cross_entropy, steps=3,
     model = case.model().double()
     twin = copy.deepcopy(model)
     recording = dense.Recording(LIKELIHOODS[likelihood])
-    optimizer = TENGraD(model, refresh_every=2, fisher=fisher, likelihood=recording, **SETTINGS, **options)
+    optimizer = TENGraD(model, refresh_every=2, fisher=fisher, likelihood=recording, **SETTINGS, **PLAIN, **options)
     oracle = dense.DenseNGD(twin, dense.blocks_of(twin), **SETTINGS)
     for step, (x, labels) in enumerate(batches(case, steps)):
         target = labels if likelihood == "categorical" else F.one_hot(labels, CLASSES).double()
@@ -205,6 +206,7 @@ LAYERS |= {
     "group norm": Case(lambda: Flat(nn.GroupNorm(2, 4)), (4, 3, 2)),
     "group norm of vectors": Case(lambda: Flat(nn.GroupNorm(2, 4)), (4,)),
     "instance norm": Case(lambda: Flat(nn.InstanceNorm2d(3, affine=True)), (3, 4, 2)),
+    "instance norm 3d": Case(lambda: Flat(nn.InstanceNorm3d(2, affine=True)), (2, 2, 3, 2)),
     "instance norm 1d, kept statistics": Case(
         lambda: Flat(cases.used_norm(nn.InstanceNorm1d(3, affine=True, track_running_stats=True))), (3, 5)
     ),
@@ -246,6 +248,9 @@ LAYERS |= {
     "gru, two layers, both directions, sequence first": rnn(
         nn.GRU, num_layers=2, bidirectional=True, batch_first=False
     ),
+    "positions": Case(lambda: cases.Positions(6, called=True), (6,), 7),
+    "positions, as many as samples": Case(lambda: cases.Positions(SAMPLES, called=True), (SAMPLES,), 7),
+    "positions, as many as samples, not called": Case(lambda: cases.Positions(SAMPLES, called=False), (SAMPLES,), 7),
     "tied linear layers": Case(cases.Tied, (4,)),
     "tied embedding and head": Case(lambda: cases.Language(9, 4), (6,), 9),
     "a weight used outside of its layer": Case(cases.Outside, (4,)),

@@ -5,13 +5,16 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
 
 SPECS = kernels.SPECS
+products = importlib.import_module("tengrad_triton.kernels.products")
 gram_module = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 HARDWARE = torch.cuda.is_available()
@@ -57,7 +60,7 @@ import torch
 from tengrad_triton import kernels
 
 a_NGPI = torch.ones(3, 1, 1, 4)
-assert kernels.gram([a_NGPI], [a_NGPI]).tolist() == [[[16.0] * 3] * 3]
+assert kernels.gram([a_NGPI], [a_NGPI], [0], 1).tolist() == [[[16.0] * 3] * 3]
 """
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
@@ -93,11 +96,10 @@ def _kernel(row):
 
 
 def _run(row, function, arguments):
-    """What a function returns or, where the row says so, what it changes, as a tuple."""
+    """What a function returns or, where the row says so, what it changes, as a list."""
     changed = _map(torch.clone, arguments[: row.mutates])
     result = function(*changed, *arguments[row.mutates :])
-    outputs = changed if row.mutates else result
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tree_leaves(changed if row.mutates else result)
 
 
 def _assert_as_exact_as_torch(row, arguments, results, dtype):
@@ -127,12 +129,22 @@ def test_kernel_is_as_exact_as_torch(row, example, dtype):
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("row", "tile"), [pytest.param(row, tile, id=f"{row.name}-{tile}") for row in SPECS for tile in row.tiles]
+)
+def test_kernel_is_as_exact_in_every_tile(row, tile):
+    arguments = next(iter(row.examples.values()))(HALF, DEVICE)
+    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), tile=tile), arguments), HALF)
+
+
+@on_kernels
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("row", ROWS)
 def test_kernel_takes_any_strides(row):
     arguments = _map(_strided, next(iter(row.examples.values()))(torch.float32, DEVICE))
     # The parameters must stay views of the poisoned memory, so that the launcher meets their strides.
     result = _kernel(row)(*arguments)
-    outputs = arguments[: row.mutates] or (result if isinstance(result, tuple) else (result,))
+    outputs = tree_leaves(arguments[: row.mutates] or result)
     original = next(iter(row.examples.values()))(torch.float32, DEVICE)
     _assert_as_exact_as_torch(row, original, outputs, torch.float32)
 
@@ -163,7 +175,7 @@ def test_op_is_its_definition_in_double_precision(row):
 def test_costs_are_counted_for_every_example(row):
     for example in row.examples.values():
         arguments = example(torch.float32, DEVICE)
-        tensors = [x for x in torch.utils._pytree.tree_leaves(arguments) if torch.is_tensor(x)]
+        tensors = [x for x in tree_leaves(arguments) if torch.is_tensor(x)]
         assert row.flops(*arguments) >= max(x.numel() for x in tensors)
         assert row.bytes(*arguments) >= 4 * max(x.numel() for x in tensors)
 
@@ -177,7 +189,7 @@ def _fast(name):
 @pytest.mark.parametrize("n", [5, 64, 150])
 def test_gram_is_symmetric_and_positive_semidefinite(n):
     a, g = (kernels.spec.normal(n, 1, 2, size, dtype=HALF, device=DEVICE, seed=size) for size in (12, 7))
-    (k_NN,) = _fast("gram")([a], [g])
+    (k_NN,) = _fast("gram")([a], [g], [0], 1)
     assert torch.equal(k_NN, k_NN.mT)
     eigenvalues = torch.linalg.eigvalsh(k_NN.double())
     # Every entry is a float32 rounding of a positive semidefinite matrix's, with N of them in a row.
@@ -189,9 +201,9 @@ def test_gram_is_symmetric_and_positive_semidefinite(n):
 def test_gram_is_the_gram_of_the_sample_grads():
     a, g = (kernels.spec.normal(20, 2, 3, size, dtype=torch.float32, device=DEVICE, seed=size) for size in (12, 7))
     j_NK = _fast("sample_grads")(a, g)
-    factored, explicit = _fast("gram")([a], [g])[0], _fast("gram_rows")(j_NK)
-    truth = gram_module.gram_reference([a.double()], [g.double()])[0]
-    of_torch = _error([gram_module.gram_rows_reference(j_NK)], [truth])
+    factored, explicit = _fast("gram")([a], [g], [0], 1)[0], _fast("gram_rows")([j_NK], [0], 1)[0]
+    truth = gram_module.gram_reference([a.double()], [g.double()], [0], 1)[0]
+    of_torch = _error([gram_module.gram_rows_reference([j_NK], [0], 1)[0]], [truth])
     assert _error([factored], [truth]) <= 2 * of_torch
     assert _error([explicit], [truth]) <= 2 * of_torch
 
@@ -201,7 +213,7 @@ def test_gram_is_the_gram_of_the_sample_grads():
 def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
     row = next(row for row in SPECS if row.name == "gram")
     arguments = row.examples["groups and positions"](torch.float32, DEVICE)
-    monkeypatch.setattr(gram_module, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
+    monkeypatch.setattr(products, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
     _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), torch.float32)
 
 
@@ -227,12 +239,12 @@ def test_ops_reject_shapes_that_do_not_belong_together():
     x = torch.ones(3, 1, 1, 4)
     vector = torch.ones(5)
     for call in (
-        lambda: kernels.gram([x, x[:2]], [x, x[:2]]),
-        lambda: kernels.gram([x], [x[:2]]),
-        lambda: kernels.project(x, x, torch.ones(1, 4, 3)),
-        lambda: kernels.expand(x, x, vector),
-        lambda: kernels.project_rows(torch.ones(3, 4), vector),
-        lambda: kernels.expand_rows(torch.ones(3, 4), vector),
+        lambda: kernels.gram([x, x[:2]], [x, x[:2]], [0, 1], 2),
+        lambda: kernels.gram([x], [x[:2]], [0], 1),
+        lambda: kernels.project([x], [x], [torch.ones(4, 1, 3)], [0], [1, 3]),
+        lambda: kernels.project_rows([torch.ones(3, 4)], [torch.ones(5, 1, 1)], [0], [1, 3]),
+        lambda: kernels.expand_update_(*[[x[0]]] * 3, [x], [x], [vector], [vector.sum()], [vector[:4]], False),
+        lambda: kernels.expand_rows_update_(*[[x[0]]] * 3, [x[:, 0, 0]], [vector], [vector.sum()], [vector[:4]], False),
         lambda: kernels.conv_sample_grads(torch.ones(1, 1, 4, 4), torch.ones(2, 1, 4, 4), [1, 1], [1, 1], [1, 1], 1),
         lambda: kernels.cholesky(torch.ones(2, 3, 4), torch.ones(2)),
         lambda: kernels.cholesky_solve(torch.ones(2, 3, 3), torch.ones(2, 4)),
@@ -240,6 +252,6 @@ def test_ops_reject_shapes_that_do_not_belong_together():
         with pytest.raises(ValueError, match=r"must have shape \(.*\), got \(.*\)"):
             call()
     with pytest.raises(ValueError, match="at least one layer, got none"):
-        kernels.gram([], [])
+        kernels.gram([], [], [], 0)
     with pytest.raises(ValueError, match="4 outputs need a padded input of 9 pixels or more, got 8"):
         kernels.conv_sample_grads(torch.ones(1, 1, 8, 9), torch.ones(1, 1, 4, 4), [3, 3], [2, 2], [1, 1], 1)

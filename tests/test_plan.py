@@ -143,6 +143,42 @@ def test_autotune_measures_each_geometry_once_and_the_optimizer_uses_it(tmp_path
             assert choices[name].representation in fastest
 
 
+def test_compression_is_tried_at_the_users_tolerance(tmp_path):
+    stored = []
+    for tol in (0.5, 1e-9):
+        options = {"representations": ("per_sample", "compressed"), "tol": tol, "path": tmp_path / "plan.json"}
+        plan = autotune(model(), torch.randn(16, 1, 6, 6), seconds=1e-3, **options)
+        stored.append([entry["compressed"].bytes for entry in plan.entries.values()])
+        for entry in plan.entries.values():
+            assert {"compress", "project_rows", "expand_rows_update_"} <= set(entry["compressed"].seconds)
+            assert entry["compressed"].bytes <= entry["per_sample"].bytes
+    assert all(few < many for few, many in zip(*stored, strict=True))
+
+
+def test_an_incumbent_stays_unless_a_rival_is_noticeably_faster():
+    triton = {"torch": 2e-3, "triton": 1e-3, "tall": 0.98e-3}
+    assert measured(0, 1e-3, 1, project_rows=triton).torch_for == ()
+    assert measured(0, 1e-3, 1, project_rows=triton | {"tall": 0.9e-3}).torch_for == ("project_rows:tall",)
+    assert measured(0, 1e-3, 1, project_rows=triton | {"torch": 0.5e-3}).torch_for == ("project_rows",)
+    rows = {"factored": measured(0, 0.98e-3, 1), "per_sample": measured(0, 1e-3, 1)}  # the rule's choice is the latter
+    chosen = Plan({geometry().key: rows}).choose({"w": geometry()}, None, 100, 10**9)
+    assert chosen["w"].representation == "per_sample"
+
+
+def test_every_configuration_that_a_plan_can_name_is_an_op():
+    from functools import partial
+
+    from tengrad_triton import kernels
+    from tengrad_triton.backend import kernels_of
+
+    named = [f"{spec.name}:{tile}" for spec in kernels.SPECS for tile in spec.tiles]
+    ops = kernels_of("auto", named)
+    assert named
+    assert all(isinstance(getattr(ops, name.partition(":")[0]), partial) for name in named)
+    with pytest.raises(ValueError, match="no kernels named project_rows:huge"):
+        kernels_of("auto", ("project_rows:huge",))
+
+
 def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
     from tengrad_triton import kernels
 

@@ -25,7 +25,8 @@ def model_and_batch(dtype=torch.float64):
 def one_step(representation, dtype=torch.float64, **options):
     """Return each parameter's natural gradient (lr 1, no momentum), its gradient, and the optimizer."""
     model, x, y = model_and_batch(dtype)
-    optimizer = TENGraD(model, lr=1.0, damping=DAMPING, momentum=0.0, seed=0, representation=representation, **options)
+    settings = {"lr": 1.0, "damping": DAMPING, "momentum": 0.0, "weight_decay": 0.0, "seed": 0}
+    optimizer = TENGraD.paper(model, representation=representation, **settings, **options)
     before = copy.deepcopy(dict(model.named_parameters()))
     F.cross_entropy(model(x), y).backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -57,6 +58,13 @@ def test_compression_saves_rows_and_converges_to_the_exact_step():
     exact, _, _ = one_step("per_sample")
     for name, natural in exact.items():
         assert torch.allclose(naturals[name], natural, rtol=1e-9, atol=1e-9 * natural.abs().max().item())
+
+
+def test_compression_to_nothing_is_the_gradient_step():
+    naturals, grads, optimizer = one_step({"5.weight": "compressed", "7.weight": "compressed"}, tol=1 - 1e-9)
+    assert all(len(optimizer._curvature.blocks[name]["weight"].j_NK) == 0 for name in ("5", "7"))
+    for name in ("5.weight", "5.bias", "7.weight", "7.bias"):
+        assert torch.allclose(naturals[name], grads[name] / DAMPING, rtol=1e-9)
 
 
 def test_compressed_state_is_reused_and_resumed():

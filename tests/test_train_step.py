@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import TENGraD, compile_train_step
+from tengrad_triton.state import pack_curvature
 
 STEPS, REFRESH = 20, 4
 
@@ -138,6 +140,22 @@ def test_compiled_equals_plain(model, options):
     """
     graphs = 1 if model == "convolution, batch norm, dropout" else 2
     assert compare(model, OPTIONS[options], "aot_eager", rtol=1e-5) == graphs
+
+
+def test_a_replayed_graph_finds_its_curvature_where_it_was():
+    """Refreshes write J and the factors in place under ``reduce-overhead``; the steps are the plain loop's."""
+    torch.compiler.reset()
+    (net, plain), (twin, optimizer) = (prepared("tokens") for _ in range(2))
+    step = compile_train_step(twin, F.cross_entropy, optimizer, mode="reduce-overhead", backend="aot_eager")
+    places = set()
+    for at, (x, y) in enumerate(batches(3 * REFRESH)):
+        (before,) = plain_steps(net, plain, [(x, y)])
+        assert step(x, y).item() == pytest.approx(before, rel=1e-5)
+        if at:  # the first step is a plain one
+            held = [t for t in tree_leaves(pack_curvature(optimizer._curvature)) if torch.is_tensor(t)]
+            places.add(tuple(t.data_ptr() for t in held))
+            assert all(t._dynamo_static_input_type for t in held)
+    assert len(places) == 1
 
 
 @pytest.mark.slow

@@ -109,4 +109,7 @@ def counts_uses(layer: nn.Module) -> bool:
 
 def note_on(layer: nn.Module) -> str:
     """Return what the summary has to say of a layer's rows, if anything."""
+    why = why_no_rule(layer)
+    if why is not None:
+        return f"explicit ({why})"
     return "batch statistics as constants" if mixes_samples(layer) else ""

@@ -64,7 +64,7 @@ class TengradSettings:
         """Return TENGraD over all parameters."""
         from tengrad_triton.optimizer import TENGraD  # noqa: PLC0415
 
-        return TENGraD(
+        return TENGraD.paper(
             model,
             lr=self.lr,
             damping=self.damping,

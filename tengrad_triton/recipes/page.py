@@ -47,7 +47,7 @@ def markdown(run: Run, stem: str) -> str:
         [f"![{CAPTIONS[figure]}]({quote(f'{stem}-{figure}.png')})" for figure in FIGURES],
         ["## Time of a step", *_step_times(run)],
         ["## What was run", bullets(_setup(run) | _optimizers(run)), "To run it again:", block(_command(run), "bash")],
-        ["## Where", _machine(run)],
+        ["## Where", machine(run.sessions)],
     ]
     if run.summary is not None:
         sections.append(["## What TENGraD does with each parameter", block(run.summary.rstrip(), "text")])
@@ -107,11 +107,11 @@ def _words(value: object) -> str:
     return shlex.join(map(str, value if isinstance(value, list) else [value]))
 
 
-def _machine(run: Run) -> str:
+def machine(sessions: Sequence[dict[str, Any]]) -> str:
     """Return a column for each time that the run was started or resumed."""
-    keys = [key for key in run.sessions[0] if not key.endswith("_images")]
-    rows = [(key, *(cell(session.get(key)) for session in run.sessions)) for key in keys]
-    return table(("", *(f"start {number}" for number in range(1, len(run.sessions) + 1))), rows)
+    keys = [key for key in sessions[0] if not key.endswith("_images")]
+    rows = [(key, *(cell(session.get(key)) for session in sessions)) for key in keys]
+    return table(("", *(f"start {number}" for number in range(1, len(sessions) + 1))), rows)
 
 
 def cell(value: Any) -> str:

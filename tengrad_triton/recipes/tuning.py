@@ -10,13 +10,14 @@ from typing import Annotated, Literal
 import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
+from cyclopts.validators import Number
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from tengrad_triton import plan_file
-from tengrad_triton.autotune import EXACT, autotune
+from tengrad_triton.autotune import DAMPING, EXACT, TOL, autotune
 from tengrad_triton.plan import Measured, Plan, Representation
 from tengrad_triton.recipes import machine
 from tengrad_triton.recipes.data import DatasetName
@@ -47,6 +48,10 @@ class Tuning:
     "Images a step."
     bf16: Annotated[bool, Parameter(negative=())] = False
     "Also try per-sample gradients rounded to bfloat16."
+    tol: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] | None = None
+    "Also try J compressed to this tolerance, as TENGraD(tol=...) takes it."
+    damping: PositiveFloat = DAMPING
+    "The damping to train with, on which the directions that are kept depend."
     seconds: PositiveFloat = 0.2
     "Time for each kernel of each candidate."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,13 +69,16 @@ def tune(tuning: Tuning, console: Console) -> None:
     torch.manual_seed(0)
     model = image_model(tuning.model).build(shape, classes, tuning.width).to(device)
     path = tuning.plan or plan_file.default_path(device)
-    representations: tuple[Representation, ...] = (*EXACT, "per_sample_bf16") if tuning.bf16 else EXACT
+    rounded: tuple[Representation, ...] = ("per_sample_bf16",) if tuning.bf16 else ()
+    fewer: tuple[Representation, ...] = () if tuning.tol is None else ("compressed",)
     with _said(console), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=None)
         measured = autotune(
             model,
             torch.randn(tuning.batch_size, *shape, device=device),
-            representations=representations,
+            representations=(*EXACT, *rounded, *fewer),
+            tol=tuning.tol or TOL,
+            damping=tuning.damping,
             seconds=tuning.seconds,
             path=path,
             progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),

@@ -1,0 +1,70 @@
+"""How many kernels a step and a refresh start: as many for a deep model as for a shallow one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tengrad_triton import TENGraD, optimizer, woodbury
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations that compute something; one of the kernels' ops is one, whatever its definition does."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def linear(depth):
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth))), torch.randn(16, 6)
+
+
+def convolutions(depth):
+    layers = [nn.Conv2d(2, 2, 3, padding=1) for _ in range(depth)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(50, 6)), torch.randn(16, 2, 5, 5)
+
+
+MODELS = {"linear layers": linear, "convolutions": convolutions}
+OPTIONS = {
+    "as it comes": {},
+    "bf16": {"representation": "per_sample_bf16"},
+    "one system": {"blocks": "network"},
+    "Nesterov": {"nesterov": True, "weight_decay": 0.1},
+    "trust region": {"trust_region": 1e-3},
+}
+
+
+def counts(make, depth, options, monkeypatch):
+    """Return what a step that reuses the curvature calls, and what a refresh does once J is there."""
+    torch.manual_seed(0)
+    model, x = make(depth)
+    optim = TENGraD(model, lr=1e-3, seed=0, **options)
+    refreshing = Counting()
+
+    def counted(*args, **kwargs):
+        with refreshing:
+            return woodbury.curvature(*args, **kwargs)
+
+    monkeypatch.setattr(optimizer, "curvature", counted)
+    for _ in range(2):
+        F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long)).backward()
+        with Counting() as stepping:
+            optim.step()
+    return stepping.calls, refreshing.calls
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_do_not_grow_with_depth(model, options, monkeypatch):
+    shallow, deep = (counts(MODELS[model], depth, OPTIONS[options], monkeypatch) for depth in (3, 12))
+    for few, many in zip(shallow, deep, strict=True):
+        assert sorted(few) == sorted(many)
+    assert any("update_" in call for call in shallow[0])
+    assert len(shallow[0]) <= 32
