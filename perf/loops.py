@@ -30,7 +30,7 @@ def tengrad(model: nn.Module, refresh_every: int) -> TENGraD:
     """Return TENGraD without its warning that normalization takes the plain step: it is so for every rival here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="no exact rule covers")
-        return TENGraD(model, damping=0.1, refresh_every=refresh_every, seed=0, **SETTINGS)
+        return TENGraD.paper(model, refresh_every=refresh_every, seed=0, **SETTINGS)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from perf.loops import Step, sgd_step, tengrad, tengrad_step
 from perf.models import MODELS
+from tengrad_triton.recipes.peak import peak_pages
 
 STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet
 OPTIMIZERS = ("sgd", "tengrad")
@@ -58,29 +57,16 @@ def peak(model: str, samples: int, optimizer: str, device: torch.device) -> int:
     has allocated.
     """
     made = MODELS[model]
-    before = _peak_pages() if device.type == "cpu" else 0
+    before = peak_pages() if device.type == "cpu" else 0
     x, y = made.batch(samples, device)
     step = _step(made.on(device), optimizer)
     for _ in range(STEPS):
         step(x, y)
-    return _peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    return peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def _step(model: nn.Module, optimizer: str) -> Step:
     return sgd_step(model, "plain") if optimizer == "sgd" else tengrad_step(model, tengrad(model, 2), "plain")
-
-
-def _peak_pages() -> int:
-    """Return the most memory that this process has had, in bytes.
-
-    Linux's own count is of this program; what `resource` tells includes the process that started it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The models that are measured: those of the recipes, and three that the recipes do not have. All are 10-class.
+"""The models that are measured: those of the recipes, and two that the recipes do not have. All are 10-class.
 
 Key: N samples, T tokens, D features of a token; C channels, H and W pixels.
 """
@@ -10,87 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.recipes.models import conv_3c1f, mlp
+from tengrad_triton.recipes.models import conv_3c1f, image_model, mlp
+from tengrad_triton.recipes.models.transformer import Layer
 
 CLASSES = 10
 VOCABULARY = 256
-
-
-class Residual(nn.Module):
-    """Two 3 × 3 convolutions beside a shortcut, as in ResNet-18: a normalization after each convolution."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )  # fmt: skip
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        hidden = self.norm1(self.conv1(x_NCHW)).relu()
-        return (self.norm2(self.conv2(hidden)) + self.shortcut(x_NCHW)).relu()
-
-
-def resnet18() -> nn.Module:
-    """Return ResNet-18 in its CIFAR form: a 3 × 3 stem without pooling. 11.17 million parameters."""
-    stages = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
-    blocks = [Residual(i if first else o, o, s if first else 1) for i, o, s in stages for first in (True, False)]
-    stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
-
-
-class PreActivation(nn.Module):
-    """The block of wide residual networks: normalization and activation come before each convolution."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        activated = self.norm1(x_NCHW).relu()
-        hidden = self.conv2(self.norm2(self.conv1(activated)).relu())
-        return hidden + (x_NCHW if self.shortcut is None else self.shortcut(activated))
-
-
-def wide_resnet(depth: int = 28, widen: int = 4) -> nn.Module:
-    """Return WRN-depth-widen (Zagoruyko and Komodakis 2016). WRN-28-4 has 5.87 million parameters."""
-    blocks, inputs = [], 16
-    for stage, outputs in enumerate((16 * widen, 32 * widen, 64 * widen)):
-        for block in range((depth - 4) // 6):
-            blocks.append(PreActivation(inputs, outputs, 2 if stage > 0 and block == 0 else 1))
-            inputs = outputs
-    tail = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES)]
-    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), *blocks, *tail)
-
-
-class Layer(nn.Module):
-    """A pre-norm transformer layer whose projections are plain `Linear` layers."""
-
-    def __init__(self, features: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(features), nn.LayerNorm(features)
-        self.query, self.key, self.value, self.out = (nn.Linear(features, features) for _ in range(4))
-        self.up, self.down = nn.Linear(features, 4 * features), nn.Linear(4 * features, features)
-
-    def forward(self, x_NTD: Tensor) -> Tensor:
-        normed = self.norm1(x_NTD)
-        split = [p(normed).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value)]
-        mixed = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-        x_NTD = x_NTD + self.out(mixed)
-        return x_NTD + self.down(F.gelu(self.up(self.norm2(x_NTD))))
 
 
 class Transformer(nn.Module):
@@ -145,8 +71,8 @@ class Model:
 
 MODELS: dict[str, Model] = {
     "3C1F": Model(lambda: conv_3c1f((1, 28, 28), CLASSES, 128), (1, 28, 28)),
-    "ResNet-18": Model(resnet18, (3, 32, 32)),
-    "WRN-28-4": Model(wide_resnet, (3, 32, 32)),
+    "ResNet-18": Model(lambda: image_model("resnet18").build((3, 32, 32), CLASSES), (3, 32, 32)),
+    "WRN-28-4": Model(lambda: image_model("wrn-28-4").build((3, 32, 32), CLASSES), (3, 32, 32)),
     "MLP": Model(lambda: mlp((1, 28, 28), CLASSES, 512), (1, 28, 28)),
     "transformer": Model(Transformer, (64,), tokens=True),
     # Small ones, of which a run is over in a moment.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from perf.loops import sgd, tengrad, timed_step
 from perf.models import Model, convolutions
 from perf.optimizers import optimizer_seconds, parts_timer
 from perf.timing import interleaved
+from tengrad_triton.recipes.fit import exponent
 
 Quantity = Literal["samples", "width", "depth"]
 QUANTITIES: tuple[Quantity, ...] = ("samples", "width", "depth")
@@ -59,11 +59,3 @@ def _timers(sizes: dict[Quantity, int], value: int, device: torch.device) -> dic
 
 def _seconds(times: dict[str, dict[str, float]], value: int) -> dict[str, float]:
     return optimizer_seconds(times, f"tengrad {value}") | {"sgd": times[f"sgd {value}"]["median"]}
-
-
-def exponent(values: Sequence[float], seconds: Sequence[float]) -> float:
-    """Return e of the power law seconds ∝ values^e, by least squares between the logarithms."""
-    x, y = [math.log(v) for v in values], [math.log(s) for s in seconds]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - mean_x) ** 2 for a in x)

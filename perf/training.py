@@ -26,7 +26,7 @@ BATCH, EVALUATION_BATCH = 128, 1000
 
 
 def _tengrad(model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    return TENGraD(model, lr=0.003, damping=0.1, momentum=0.9, weight_decay=0.001, refresh_every=100, seed=seed)
+    return TENGraD.paper(model, seed=seed)
 
 
 def _sgd(model: nn.Module, seed: int) -> torch.optim.Optimizer:

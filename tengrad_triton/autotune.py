@@ -24,13 +24,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels, plan_file
 from tengrad_triton.backend import kernels_of
-from tengrad_triton.blocks import find_blocks, full_name
+from tengrad_triton.blocks import find_blocks, find_sources, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import LIKELIHOODS
-from tengrad_triton.jacobian import Jacobian, Uses, jacobian_of
+from tengrad_triton.jacobian import Jacobian
 from tengrad_triton.plan import Measured, Plan, Representation
 from tengrad_triton.refresh import gather, geometries_of
+from tengrad_triton.representation import jacobian_of
 from tengrad_triton.update import Target
+from tengrad_triton.uses import Uses
 from tengrad_triton.woodbury import directions
 
 EXACT: tuple[Representation, ...] = ("factored", "per_sample")
@@ -71,7 +73,7 @@ def autotune(
     """
     twin = copy.deepcopy(model)
     uses = _uses_of(twin, example_input, loss_fn or (lambda output: output.square().mean()))
-    geometries = geometries_of(uses)
+    geometries = {name: g for name, g in geometries_of(uses).items() if g.layout != "table"}  # no kernels serve one
     flat = {full_name(name, label): use for name, block in uses.items() for label, use in block.items()}
     weights = {geometry.key: name for name, geometry in geometries.items()}  # equal geometries are measured once
     device = example_input.device
@@ -91,10 +93,10 @@ def autotune(
 
 def _uses_of(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> dict[str, Mapping[str, Uses]]:
     blocks = find_blocks(model, [{"params": list(model.parameters())}])
-    covered = {block.name: block.layer for block in blocks if block.why_sgd is None}
-    if not covered:
+    sources = find_sources(model, blocks)
+    if not sources:
         raise ValueError(f"no rule covers any layer of {type(model).__name__}: there is nothing to tune")
-    capture = Capture(model, covered, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
+    capture = Capture(model, sources, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
     capture.arm()
     loss_fn(model(x)).backward()
     uses, _ = gather(blocks, capture)

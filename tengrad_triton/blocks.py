@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from tengrad_triton.layers import why_no_rule
+from tengrad_triton.layers import accounted_for, is_silent, refuse_inexact, why_no_rule
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def full_name(block: str, parameter: str) -> str:
 
 
 BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
-"""How layers form systems: each its own, all together, or as listed; a module's name stands for all within it."""
+"""How layers form systems (M11): each its own, all together, or as listed; a module's name stands for all within it."""
 
 
 def systems_of(choice: BlocksChoice, blocks: Sequence[Block], names: Sequence[str]) -> dict[str, list[str]]:
@@ -81,30 +81,81 @@ def _within(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.") or not module
 
 
-def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[Block]:
+@dataclass(frozen=True)
+class Source:
+    """A layer whose calls make rows.
+
+    Attributes:
+        layer: the module.
+        parameters: those that its calls use, by their names within it: its own, and those of modules that it does not
+            call. Some may belong to the block of another module that shares them.
+        explicit: whether no rule describes it, and rows come from running it again.
+    """
+
+    layer: nn.Module
+    parameters: Mapping[str, Tensor]
+    explicit: bool
+
+
+def find_sources(model: nn.Module, blocks: Sequence[Block]) -> dict[str, Source]:
+    """Return the layers whose calls use parameters of covered blocks, by name."""
+    covered = {p for block in blocks if block.why_sgd is None for p in block.parameters.values()}
+    modules, sources = dict(model.named_modules()), {}
+    for name, module in modules.items():
+        own = {} if is_silent(name, modules) else accounted_for(module)
+        parameters = {label: p for label, p in own.items() if p in covered}
+        if parameters:
+            sources[name] = Source(module, parameters, why_no_rule(module) is not None)
+    return sources
+
+
+def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit: bool = False) -> list[Block]:
     """Return a block for every module that owns parameters of ``groups``, and one for those of no module.
 
+    A parametrized layer owns its parametrizations' parameters. ``explicit`` covers what no rule describes.
+
     Raises:
-        ValueError: a module's parameters are in different groups.
+        ValueError: a module's parameters are in different groups, or an option of it makes gradients no derivatives.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
-    owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    modules = dict(model.named_modules())
+    why_uncovered = {} if explicit else _uncovered(modules)
     blocks = []
-    for name, module in model.named_modules():
-        own = {label: p for label, p in module.named_parameters(recurse=False) if p in group_of}
+    for name, module in modules.items():
+        own = {label: p for label, p in _owned(name, module, modules).items() if p in group_of}
         if not own:
             continue
-        indices = {group_of.pop(p) for p in own.values()}
+        refuse_inexact(name, module)
+        indices = {group_of.pop(p) for p in set(own.values())}
         if len(indices) > 1:
             raise ValueError(
                 f"{', '.join(own)} of {name or type(module).__name__!r} are in different parameter groups; they form "
                 "one block of the Fisher matrix: put them into one group"
             )
-        shared = [label for label, p in module.named_parameters(recurse=False) if owners[p] > 1]
-        why = f"{shared[0]} is shared with another module" if shared else why_no_rule(module)
+        why = next((why_uncovered[p] for p in own.values() if p in why_uncovered), None)
         blocks.append(Block(name, module, own, indices.pop(), why))
     strangers = {index: [p for p, i in group_of.items() if i == index] for index in set(group_of.values())}
     for index, parameters in strangers.items():
         labels = {str(k): parameter for k, parameter in enumerate(parameters)}
         blocks.append(Block(f"group {index}", model, labels, index, "not a parameter of the model"))
     return blocks
+
+
+def _owned(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return what a module owns directly, each parameter once."""
+    if is_silent(name, modules):
+        parametrization = name.rpartition(".")[0].endswith("parametrizations")
+        return {} if parametrization else dict(module.named_parameters(recurse=False))
+    accounted = {label: p for label, p in accounted_for(module).items() if not label.startswith("out_proj.")}
+    labels = {p: label for label, p in reversed(accounted.items())}
+    return {label: p for label, p in accounted.items() if labels[p] == label}
+
+
+def _uncovered(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
+    """Return why no rule covers a parameter, for each that some layer without one uses."""
+    why: dict[nn.Parameter, str] = {}
+    for name, module in modules.items():
+        reason = None if is_silent(name, modules) else why_no_rule(module)
+        if reason is not None:
+            why |= {p: reason for p in accounted_for(module).values() if p not in why}
+    return why

@@ -1,7 +1,7 @@
 """Which rows J has: the likelihoods whose labels are drawn, and the names the optimizer takes.
 
 F is the Gauss-Newton matrix of the loss that the likelihood names, with torch's ``reduction="mean"``: with damping and
-learning rate going to 0 and 1 a step is the Gauss-Newton step of that very loss.
+learning rate going to 0 and 1 a step is the Gauss-Newton step of that very loss (docs/math.md, M2 and M9).
 
 Dimensions: N samples, C classes, D outputs of a sample, T tokens, R rows of a sample.
 """
@@ -35,7 +35,7 @@ class Factorable(Protocol):
     """A likelihood that the exact Fisher matrix can be made of."""
 
     def factor(self, output: Tensor) -> Tensor:
-        """Return s_RN…, shaped like ``output`` behind R: Σ_r s_r s_rᵀ is the Hessian of each sample's `nll`."""
+        """Return s_RN…, shaped like ``output`` behind R: Σ_r s_r s_rᵀ is the Hessian of each sample's loss (M9)."""
 
 
 class Noisy:
@@ -62,7 +62,7 @@ class Categorical(Noisy):
     """Logits [N, C] of one label a sample, or of a label a token: the loss is `torch.nn.functional.cross_entropy`.
 
     With tokens that loss is a mean over the M of them that count. A sample's own loss is then N / M times the sum over
-    its tokens, whose draws are independent: derivatives scaled by (N / M)^½ have its Hessian on average.
+    its tokens, whose draws are independent: derivatives scaled by (N / M)^½ have its Hessian on average (M9).
 
     Args:
         dim: of the classes, needed where there are tokens: 1 as in `cross_entropy` ([N, C, T, …]), or -1 for a
@@ -91,7 +91,8 @@ class Categorical(Noisy):
         return (output.float().softmax(self.dim) / noise).argmax(self.dim)
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
-        losses = F.cross_entropy(output.movedim(self.dim, 1), target, reduction="none", ignore_index=self.ignore_index)
+        # A drawn label may be the number that marks the data's ignored ones: which tokens count is in the roots.
+        losses = F.cross_entropy(output.movedim(self.dim, 1), target, reduction="none")
         return (losses * self._roots(losses)).sum()
 
     def factor(self, output: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
 
-from tengrad_triton.blocks import Block
+from tengrad_triton.blocks import Block, Source
 from tengrad_triton.fisher import Noisy
+from tengrad_triton.layers import Form, mixes_samples
 from tengrad_triton.plan import Chosen
-from tengrad_triton.refresh import jacobians_of, uses_of
+from tengrad_triton.refresh import BlockUses, forms_of, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
 from tengrad_triton.update import Target
@@ -23,6 +24,8 @@ Named = Mapping[str, Tensor]
 Calls = Mapping[str, Sequence[Tensor]]
 GROUP_WORDS = ("nesterov", "spring", "maximize")
 LossFn = Callable[[Any, Any], Tensor]
+Pass = tuple[Tensor, Callable[..., Any], Calls]
+"""A forward's output, its pullback to (gradients, derivatives by layers' outputs), and the layers' inputs."""
 
 
 class State(NamedTuple):
@@ -42,6 +45,7 @@ class Graphs:
         model: the module, called with its parameters replaced.
         loss_fn: a scalar mean over the samples, of the model's output and the target.
         blocks: of the optimizer, and under which name the model knows each of their parameters.
+        sources: the layers whose calls make rows.
         names: maps (block, label) to that name.
         trained: the names of those that get a gradient.
         likelihood: draws the Fisher's labels; None for the empirical Fisher.
@@ -49,6 +53,7 @@ class Graphs:
         groups: the settings of each group that are no numbers of the update.
         systems: which blocks are solved together.
         trust_region: bound of a step's Fisher norm, if there is one.
+        relative: whether the dampings are in units of the blocks' traces.
         kernels: by what PyTorch does better.
         tape: captures the covered layers.
     """
@@ -56,6 +61,7 @@ class Graphs:
     model: nn.Module
     loss_fn: LossFn
     blocks: Sequence[Block]
+    sources: Mapping[str, Source]
     names: Mapping[tuple[str, str], str]
     trained: frozenset[str]
     likelihood: Noisy | None
@@ -63,6 +69,7 @@ class Graphs:
     groups: Sequence[Mapping[str, Any]]
     systems: Systems
     trust_region: float | None
+    relative: bool
     kernels: Mapping[tuple[str, ...], Any]
     tape: Tape
 
@@ -90,34 +97,53 @@ class Graphs:
         output, pull, inputs = self._forward(state, zeros, x)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, g = pull(grad_output)
+        # Where samples mix, the rows come from a forward of their own, with the batch's statistics as constants.
+        mixes = any(mixes_samples(module) for module in self.model.modules())
+        passed = self._forward(state, zeros, x, constants=True) if mixes else (output, pull, inputs)
         scale = len(x)  # the loss is a mean, the rows are each sample's own
         if self.likelihood is not None and noise is not None:
-            _, g = pull(grad(self.likelihood.nll)(output, self.likelihood.pick(output, noise)))
+            grad_output = grad(self.likelihood.nll)(passed[0], self.likelihood.pick(passed[0], noise))
             scale = 1
-        blocks = {block.name: block for block in self.blocks}
-        calls = {name: [(a, scale * b) for a, b in zip(inputs[name], g[name], strict=True)] for name in outputs}
-        uses = {name: uses_of(blocks[name], [pairs]) for name, pairs in calls.items()}
+        if mixes or scale == 1:
+            _, g = passed[1](grad_output)
+        uses = self._uses({k: [(a, scale * b) for a, b in zip(passed[2][k], g[k], strict=True)] for k in outputs})
         jacobians = jacobians_of(uses, self.chosen, self.kernels.__getitem__)
-        fresh = curvature(jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()])
+        fresh = curvature(
+            jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()], relative=self.relative
+        )
         fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss, pack_curvature(fresh)
 
-    def _forward(self, state: State, perturbations: Calls, x: Tensor) -> tuple[Tensor, Callable[..., Any], Calls]:
-        """Return the output, its pullback to (gradients, derivatives by layers' outputs), and the layers' inputs."""
+    def _uses(self, calls: Mapping[str, Sequence[tuple[Any, Any]]]) -> dict[str, BlockUses]:
+        """Return what the calls contribute to each parameter of each block with rows."""
+        forms: dict[int, list[Form]] = {}
+        for name, pairs in calls.items():
+            for key, use in forms_of(name, self.sources[name], pairs).items():
+                forms.setdefault(key, []).extend(use)
+        rowed = [name for names in self.systems.values() for name in names]
+        blocks = {block.name: block for block in self.blocks}
+        return {
+            name: {label: [forms[id(blocks[name].parameters[label])]] for label in blocks[name].trained()}
+            for name in rowed
+        }
+
+    def _forward(self, state: State, perturbations: Calls, x: Tensor, constants: bool = False) -> Pass:
+        """Call the model; with ``constants`` a second time, which leaves no trace in its buffers."""
         trained = {name: state.parameters[name].detach() for name in self.trained}
         frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}
 
         def forward(trained: Named, perturbations: Calls) -> tuple[Tensor, Any]:
             # A transform cannot write into a tensor from outside (BatchNorm's averages): it gets copies.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            self.tape.start(perturbations)
+            self.tape.start(perturbations, constants)
             output = functional_call(self.model, {**frozen, **trained, **buffers}, (x,))
             return output, (self.tape.stop(), buffers)
 
         transformed: Any = vjp(forward, trained, perturbations, has_aux=True)
         output, pull, (inputs, buffers) = transformed
-        for name, buffer in state.buffers.items():
-            buffer.copy_(buffers[name])
+        if not constants:
+            for name, buffer in state.buffers.items():
+                buffer.copy_(buffers[name])
         return output, pull, inputs
 
     def _targets(self, state: State, grads: Named) -> list[Target]:

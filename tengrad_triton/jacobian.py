@@ -5,25 +5,22 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from tengrad_triton.backend import KernelsFor
-from tengrad_triton.layers import Explicit, Outer, Windows, joined, matrix_view
-from tengrad_triton.plan import Geometry, Representation
+from tengrad_triton.layers import Outer, Windows, matrix_view
+from tengrad_triton.plan import Representation
 from tengrad_triton.update import Target
+from tengrad_triton.uses import geometry_of, joined, taken
 
-_CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
+CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
 
-Form = Literal["samples", "directions", "parameters"]
+RowKind = Literal["samples", "directions", "parameters"]
 """What a row of explicit J belongs to."""
-
-Uses = Sequence[Sequence[Outer | Explicit]]
-"""What each micro-batch of a step contributes to one parameter: a list a micro-batch, an entry a use within it."""
 
 
 class Jacobian(Protocol):
@@ -78,7 +75,7 @@ class PerSample:
 
     j_NK: Tensor
     ops: Any
-    form: Form = "samples"
+    form: RowKind = "samples"
 
     @property
     def rows(self) -> int:  # noqa: D102
@@ -207,7 +204,7 @@ class Factored:
 
     def _parts(self) -> list[Outer]:
         """Return the layer in parts of its outputs, whose explicit rows take little memory."""
-        chunks = -(-geometry_of(self.outer).per_sample_bytes // _CHUNK_BYTES)
+        chunks = -(-geometry_of(self.outer).per_sample_bytes // CHUNK_BYTES)
         return [Outer(self.outer.a, g) for g in self.outer.g_NGPO.chunk(chunks, dim=3)]
 
     def extended(self, older: Jacobian, rows: int) -> Factored | None:  # noqa: D102
@@ -238,56 +235,3 @@ class Factored:
 def _views(targets: Sequence[Target]) -> tuple[list[Tensor], ...]:
     state = [(target.parameter, target.momentum, target.grad) for target in targets]
     return tuple([matrix_view(x) for x in kind] for kind in zip(*state, strict=True))
-
-
-def unpack(packed: Mapping[str, Any], like: Tensor, kernels_for: KernelsFor) -> Jacobian:
-    """Return what `Jacobian.pack` described, on the device of ``like``."""
-    ops = kernels_for(tuple(packed["torch_for"]))
-
-    def move(value: Any) -> Any:
-        return value.to(like.device) if isinstance(value, Tensor) else value
-
-    if "j_NK" in packed:
-        return PerSample(move(packed["j_NK"]), ops, packed["form"])
-    a = packed["a"]
-    a = Windows(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
-    return Factored(Outer(a, move(packed["g_NGPO"])), ops)
-
-
-def geometry_of(outer: Outer) -> Geometry:
-    """Return the sizes that the choice of a representation looks at."""
-    n, groups, positions, outputs = outer.g_NGPO.shape
-    a, itemsize = outer.a, outer.g_NGPO.itemsize
-    if isinstance(a, Windows):
-        layout = f"conv {a.kernel_size} stride {a.stride} dilation {a.dilation} of {list(a.x_NCHW.shape[2:])}"
-        inputs, stored = a.inputs, a.x_NCHW.nbytes
-    else:
-        layout, inputs, stored = "dense", a.shape[-1], a.nbytes
-    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes, layout)
-
-
-def taken(use: Outer | Explicit, rows: Tensor) -> Outer | Explicit:
-    """Return some of a use's rows."""
-    if isinstance(use, Explicit):
-        return Explicit(use.j_NK[rows])
-    a = replace(use.a, x_NCHW=use.a.x_NCHW[rows]) if isinstance(use.a, Windows) else use.a[rows]
-    return Outer(a, use.g_NGPO[rows])
-
-
-def jacobian_of(uses: Uses, representation: Representation, ops: Any) -> Jacobian:
-    """Return the rows of one parameter: uses within a micro-batch add up, micro-batches follow each other."""
-    if all(isinstance(use, Outer) for batch in uses for use in batch):
-        few = representation == "compressed" and not geometry_of(uses[0][0]).prefers_rows  # type: ignore[arg-type]
-        if representation == "factored" or few:
-            return Factored(joined(uses), ops)  # type: ignore[arg-type]
-    batches = [_added([_rows(use, ops) for use in batch]) for batch in uses]
-    j_NK = batches[0] if len(batches) == 1 else torch.cat(batches)  # torch would copy a single one
-    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops)
-
-
-def _rows(use: Outer | Explicit, ops: Any) -> Tensor:
-    return use.sample_grads(ops) if isinstance(use, Outer) else use.j_NK.flatten(1)
-
-
-def _added(rows: Sequence[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.stack(tuple(rows)).sum(0)

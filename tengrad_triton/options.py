@@ -15,9 +15,9 @@ from tengrad_triton.fisher import FISHERS, Factorable, Fisher, Likelihood, likel
 from tengrad_triton.plan import REPRESENTATIONS, Plan, Representation
 from tengrad_triton.plan_file import load
 
-Unsupported = Literal["sgd", "error"]
+Unsupported = Literal["explicit", "sgd", "error"]
 RepresentationChoice = Literal["auto"] | Representation | Mapping[str, Representation]
-_WORDS = {"fisher": FISHERS, "unsupported": ("sgd", "error"), "backend": ("auto", "torch")}
+_WORDS = {"fisher": FISHERS, "unsupported": ("explicit", "sgd", "error"), "backend": ("auto", "torch")}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Options:
     max_bytes: int
     tol: float
     trust_region: float | None
+    relative_damping: bool
 
     @property
     def by_hand(self) -> Representation | Mapping[str, Representation] | None:
@@ -58,7 +59,7 @@ def checked(device: torch.device, *, likelihood: Any, plan: Plan | Path | str | 
         if options[name] not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
     for name in ("fisher_samples", "history", "fisher_rows"):
-        _check_count(name, options[name], optional=name == "fisher_rows")
+        check_count(name, options[name], optional=name == "fisher_rows")
     _check_blocks(options["blocks"])
     _check_representation(options["representation"])
     if not is_number(options["max_bytes"]) or options["max_bytes"] < 0:
@@ -68,13 +69,16 @@ def checked(device: torch.device, *, likelihood: Any, plan: Plan | Path | str | 
     region = options["trust_region"]
     if region is not None and not (is_number(region) and 0 < region < float("inf")):
         raise ValueError(f"trust_region must be positive, or None for no bound, got {region!r}")
+    if not isinstance(options["relative_damping"], bool):
+        raise TypeError(f"relative_damping must be True or False, got {options['relative_damping']!r}")
     chosen = likelihood_of(likelihood)
-    _check_rows(options["fisher"], chosen, options["fisher_samples"], options["history"], options["representation"])
+    check_rows(options["fisher"], chosen, options["fisher_samples"], options["history"], options["representation"])
     found = plan if isinstance(plan, Plan) else load(Path(plan), device) if plan is not None else Plan({})
     return Options(likelihood=chosen, plan=found, **options)
 
 
-def _check_count(name: str, value: Any, optional: bool) -> None:
+def check_count(name: str, value: Any, optional: bool = False) -> None:
+    """Reject what is no number of things; None is one where it is optional."""
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
@@ -100,7 +104,8 @@ def _check_representation(representation: Any) -> None:
             raise ValueError(f"representation must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def _check_rows(fisher: Fisher, likelihood: Likelihood, draws: int, history: int, representation: Any) -> None:
+def check_rows(fisher: Fisher, likelihood: Likelihood, draws: int, history: int, representation: Any) -> None:
+    """Reject rows that the likelihood cannot give, or that exclude each other."""
     if draws > 1 and fisher != "sampled":
         raise ValueError(f"fisher_samples={draws} draws labels, which fisher={fisher!r} does not: use fisher='sampled'")
     if fisher == "exact" and not isinstance(likelihood, Factorable):

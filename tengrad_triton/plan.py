@@ -32,7 +32,8 @@ Chosen = Mapping[str, Choice]
 class Geometry:
     """The sizes of one weight's outer products Σ_p g_np a_npᵀ, and what its two representations cost.
 
-    ``layout`` names what else a kernel's time depends on: a convolution's kernel, stride and dilation.
+    ``layout`` names what else a kernel's time depends on: a convolution's kernel, stride and dilation, or that it is a
+    table of O rows that are looked up.
     """
 
     samples: int
@@ -68,6 +69,8 @@ class Geometry:
     @property
     def prefers_rows(self) -> bool:
         """Whether explicit per-sample gradients are the cheaper way to K: nearly every convolution, no plain linear."""
+        if self.layout == "table":  # neither way forms pairs of positions: what is smaller is cheaper
+            return self.per_sample_bytes <= self.factored_bytes
         return self.row_flops < self.pair_flops
 
     def rows_save(self, refresh_every: int) -> float:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.backend import KernelsFor
-from tengrad_triton.blocks import Block, full_name
+from tengrad_triton.blocks import Block, Source, full_name
 from tengrad_triton.capture import Capture
-from tengrad_triton.jacobian import Jacobian, Uses, geometry_of, jacobian_of, taken
-from tengrad_triton.layers import Canonical, Explicit, Outer, canonical
+from tengrad_triton.jacobian import Jacobian
+from tengrad_triton.layers import Call, Explicit, Form, canonical
 from tengrad_triton.plan import Choice, Chosen, Geometry
+from tengrad_triton.record import Record
+from tengrad_triton.representation import jacobian_of
+from tengrad_triton.uses import Uses, geometry_of_uses, rows_in, taken
 from tengrad_triton.woodbury import BlockJacobian, Curvature
 
 BlockUses = Mapping[str, Uses]
@@ -34,58 +38,88 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
             "the curvature is due for a refresh, and no forward and backward of the model was seen since the last "
             "step: call model(inputs) itself, with gradients, before loss.backward() and optimizer.step()"
         )
+    capture.complete()
+    found = [_forms_of_record(capture.sources, record, capture.scale) for record in capture.records]
     gathered: dict[str, BlockUses] = {}
     missing: dict[str, str] = {}
-    rows = dict(capture.rows())
     for name, block in covered.items():
-        if name not in rows:
-            missing[name] = capture.why_missing(name)
-            continue
-        try:
-            gathered[name] = uses_of(block, rows[name])
-        except KeyError as unknown:
-            missing[name] = f"the rule for {type(block.layer).__name__} says nothing of {unknown.args[0]}"
+        trained = {label: block.parameters[label] for label in block.trained()}
+        absent = [p for p in trained.values() if not all(id(p) in forms for forms in found)]
+        if absent:
+            missing[name] = _why_missing(absent[0], capture)
+        else:
+            gathered[name] = {label: [forms.pop(id(p)) for forms in found] for label, p in trained.items()}
     return gathered, missing
 
 
-def uses_of(block: Block, forwards: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> BlockUses:
-    """Return what a block's calls, (x, grad_y) in each forward, contribute to each of its parameters.
+def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int) -> dict[int, list[Form]]:
+    """Return what a forward contributes to each parameter, by the parameter's id."""
+    forms: dict[int, list[Form]] = {
+        key: [Explicit(scale * rows if scale != 1 else rows)] for key, rows in record.explicit.items()
+    }
+    for name, source in sources.items():
+        calls = [use for use in record.uses.get(name, []) if use.arrived]
+        wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.strays.keys()
+        if source.explicit or not wanted or name in record.misfits:
+            continue
+        of_source = forms_of(name, source, [(use.inputs(name), use.derivatives(scale)) for use in calls])
+        for key in wanted & of_source.keys():
+            forms.setdefault(key, []).extend(of_source[key])
+    return forms
+
+
+def forms_of(name: str, source: Source, calls: Sequence[tuple[Any, Any]]) -> dict[int, list[Form]]:
+    """Return what the calls of a layer, (input, derivatives), contribute to its parameters, by the parameter's id.
 
     Raises:
-        KeyError: the layer's rule says nothing of that parameter.
-        ValueError: it returned rows of another size than the parameter.
+        ValueError: the layer's rule returned rows of another size than the parameter, or of other samples.
     """
-    forms = [[_canonical(block, x, grad_y) for x, grad_y in forward] for forward in forwards]
-    return {label: [[form[label] for form in forward] for forward in forms] for label in block.trained()}
+    forms: dict[int, list[Form]] = {}
+    for x, grad_y in calls:
+        form = canonical(source.layer, _widened(x), _widened(grad_y))
+        for label, parameter in source.parameters.items():
+            if label in form:
+                use = _checked(form[label], parameter, source.layer, full_name(name, label))
+                forms.setdefault(id(parameter), []).append(use)
+    return forms
 
 
-def _canonical(block: Block, x: Tensor, grad_y: Tensor) -> Canonical:
-    form = canonical(block.layer, _widened(x), _widened(grad_y))
-    for label, parameter in block.parameters.items():
-        if label in form and _entries(form[label]) != parameter.numel():
-            raise ValueError(
-                f"the rule for {type(block.layer).__name__} returned rows of {_entries(form[label])} entries for "
-                f"{block.label(label)!r}, which has {parameter.numel()}"
-            )
-    return form
+def _checked(use: Form, parameter: Tensor, layer: nn.Module, name: str) -> Form:
+    if use.entries != parameter.numel():
+        raise ValueError(
+            f"the rule for {type(layer).__name__} returned rows of {use.entries} entries for {name!r}, which has "
+            f"{parameter.numel()}"
+        )
+    return Explicit(use.j_NK.reshape(-1, *parameter.shape)) if isinstance(use, Explicit) else use
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """Return half precision as float32: a Gram matrix needs its digits."""
+def _why_missing(parameter: Tensor, capture: Capture) -> str:
+    """Return why a parameter has no rows."""
+    for record in capture.records:
+        if id(parameter) in record.strays:
+            return record.strays[id(parameter)]
+        for name, source in capture.sources.items():
+            labels = [label for label, p in source.parameters.items() if p is parameter]
+            if labels and any(use.arrived for use in record.uses.get(name, [])):
+                return f"the rule for {type(source.layer).__name__} says nothing of {labels[0]}"
+    return "not called by the model's forward"
+
+
+def _widened(value: Any) -> Any:
+    """Return half precision as float32, in whatever it stands: a Gram matrix needs its digits."""
+    if isinstance(value, Call):
+        return replace(value, args=_widened(value.args), kwargs=_widened(dict(value.kwargs)))
+    return tree_map_only(Tensor, _wide, value)
+
+
+def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
 
 
-def _entries(use: Outer | Explicit) -> int:
-    if isinstance(use, Explicit):
-        return use.j_NK[0].numel()
-    geometry = geometry_of(use)
-    return geometry.groups * geometry.inputs * geometry.outputs
-
-
 def sampled_rows(gathered: Mapping[str, BlockUses], most: int, generator: torch.Generator) -> dict[str, BlockUses]:
-    """Return ``most`` of the rows, the same ones of every block: any row as likely as any other, so F is unbiased."""
+    """Return ``most`` of the rows, the same of every block: each as likely as any other, so F is unbiased (M10)."""
     uses = next((use for block in gathered.values() for use in block.values()), [])
-    sizes = [_rows(batch[0]) for batch in uses]
+    sizes = [rows_in(batch[0]) for batch in uses]
     if sum(sizes) <= most:
         return dict(gathered)
     drawn, _ = torch.randperm(sum(sizes), generator=generator)[:most].sort()
@@ -98,19 +132,14 @@ def sampled_rows(gathered: Mapping[str, BlockUses], most: int, generator: torch.
     return {name: {label: some(uses) for label, uses in block.items()} for name, block in gathered.items()}
 
 
-def _rows(use: Outer | Explicit) -> int:
-    return len(use.j_NK if isinstance(use, Explicit) else use.g_NGPO)
-
-
 def geometries_of(gathered: Mapping[str, BlockUses]) -> dict[str, Geometry]:
     """Return the sizes of every weight that multiplies what its layer sees, by its full name."""
     geometries = {}
     for name, block in gathered.items():
         for label, uses in block.items():
-            first = uses[0][0]
-            if isinstance(first, Outer):
-                geometry = geometry_of(first)
-                rows = sum(_rows(batch[0]) for batch in uses)
+            geometry = geometry_of_uses(uses[0])
+            if geometry is not None:
+                rows = sum(rows_in(batch[0]) for batch in uses)
                 stored = geometry.factored_bytes * rows // geometry.samples
                 geometries[full_name(name, label)] = replace(geometry, samples=rows, factored_bytes=stored)
     return geometries
@@ -135,13 +164,13 @@ def jacobians_of(gathered: dict[str, BlockUses], chosen: Chosen, kernels_for: Ke
 def rows_of(gathered: Mapping[str, BlockUses]) -> int:
     """Return how many rows J will have."""
     uses = next((use for block in gathered.values() for use in block.values()), [])
-    return sum(_rows(batch[0]) for batch in uses)
+    return sum(rows_in(batch[0]) for batch in uses)
 
 
 def extended(
     blocks: Mapping[str, BlockJacobian], rows: int, before: Curvature | None, history: int
 ) -> tuple[Mapping[str, BlockJacobian], tuple[int, ...]]:
-    """Return J with the rows of the refreshes before this one behind its own, and how many rows are of which.
+    """Return J with the rows of the refreshes before this one behind its own (M10), and how many rows are of which.
 
     Where something has changed (a layer, a size, a representation) the history begins anew.
     """

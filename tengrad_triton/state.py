@@ -9,7 +9,7 @@ import torch
 
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block
-from tengrad_triton.jacobian import unpack
+from tengrad_triton.representation import unpack
 from tengrad_triton.woodbury import Curvature, Stack
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.blocks import Block, full_name
-from tengrad_triton.jacobian import Factored, PerSample
+from tengrad_triton.jacobian import PerSample
+from tengrad_triton.layers import note_on
 from tengrad_triton.plan import Choice
 from tengrad_triton.woodbury import Curvature
 
@@ -71,10 +72,11 @@ def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
         return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
     used = (
         "gram, project, expand_update_"
-        if isinstance(rows, Factored)
+        if not isinstance(rows, PerSample)
         else "gram_rows, project_rows, expand_rows_update_"
     )
     system = next(system for system, names in curvature.systems.items() if block.name in names)
     reduced = isinstance(rows, PerSample) and rows.form == "parameters"
-    chosen = rows.representation + (", as many rows as parameters" if reduced else "")
+    notes = (note_on(block.layer), "as many rows as parameters" if reduced else "")
+    chosen = ", ".join(filter(None, (rows.representation, *notes)))
     return Row(name, shape, system or ".", chosen, used, rows.nbytes)

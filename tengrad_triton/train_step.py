@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from tengrad_triton.backend import Backend, kernels_of
-from tengrad_triton.capture import Record
 from tengrad_triton.fisher import Noisy
 from tengrad_triton.graphs import GROUP_WORDS, Calls, Graphs, LossFn, State
+from tengrad_triton.layers import drops_out, mixes_samples
 from tengrad_triton.optimizer import TENGraD
+from tengrad_triton.record import Record
 from tengrad_triton.resident import Resident, stay
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
@@ -49,7 +50,13 @@ def compile_train_step(
 
     Raises:
         ValueError: the optimizer belongs to another model.
+        TypeError: it is no `TENGraD`.
     """
+    if not isinstance(optimizer, TENGraD):
+        raise TypeError(
+            f"optimizer must be a TENGraD, got {type(optimizer).__name__}: compile the model by torch.compile, and a "
+            "rival's step by its compile_step()"
+        )
     if optimizer.model is not model:
         raise ValueError("the optimizer belongs to another model: pass the one that it was made with")
     return TrainStep(optimizer._module, loss_fn, optimizer, mode, backend)
@@ -157,23 +164,24 @@ class TrainStep:
                     stay(self._state(self._learned))
         return loss
 
-    def _outputs(self, forwards: Sequence[Calls]) -> Calls | None:
+    def _outputs(self, forwards: Sequence[Calls | None]) -> Calls | None:
         """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
         optimizer, curvature = self._optimizer, self._optimizer._curvature
         o = optimizer._options
         drawn = isinstance(o.likelihood, Noisy) and getattr(o.likelihood, "target", None) is None
         drawn = o.fisher == "empirical" or (o.fisher == "sampled" and drawn)
         single = o.fisher_samples == 1 and o.fisher_rows is None and o.history == 1
-        compressed = any(
-            choice.representation == "compressed" for choice in optimizer.choices().values()
+        fixed = (
+            curvature is not None
+            and not optimizer.adapts
+            and not any(choice.representation == "compressed" for choice in optimizer.choices().values())
         )  # its rank depends on the data
-        if len(forwards) != 1 or curvature is None or not drawn or not single or compressed or optimizer.adapts:
+        if len(forwards) != 1 or forwards[0] is None or not (drawn and single and fixed):
             return None
-        return (
-            {name: forwards[0][name] for name in curvature.blocks}
-            if curvature.blocks.keys() <= forwards[0].keys()
-            else None
-        )
+        modules = list(self._model.modules())
+        if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
+            return None  # rows take a forward of their own then, which would drop out others
+        return forwards[0]
 
     def _graphs(self, trained: frozenset[str], outputs: Calls, device: torch.device) -> Graphs:
         optimizer = self._optimizer
@@ -189,6 +197,7 @@ class TrainStep:
             model=self._model,
             loss_fn=self._loss_fn,
             blocks=blocks,
+            sources=optimizer._capture.sources,
             names={(block.name, label): full[p] for block in blocks for label, p in block.parameters.items()},
             trained=trained,
             likelihood=cast("Noisy", o.likelihood) if sampled else None,
@@ -196,11 +205,15 @@ class TrainStep:
             groups=[{name: group[name] for name in GROUP_WORDS} for group in optimizer.param_groups],
             systems={} if optimizer._curvature is None else optimizer._curvature.systems,
             trust_region=o.trust_region,
+            relative=o.relative_damping,
             kernels={
                 torch_for: kernels_of(backend, torch_for)
                 for torch_for in {(), *(c.torch_for for c in choices.values())}
             },
-            tape=Tape({block.name: block.layer for block in blocks if block.name in outputs}),
+            tape=Tape(
+                {name: optimizer._capture.sources[name].layer for name in outputs},
+                [module for module in self._model.modules() if mixes_samples(module)],
+            ),
         )
 
     # The compiled steps
@@ -236,11 +249,17 @@ class TrainStep:
         return loss
 
 
-def _calls_of(record: Record) -> Calls:
-    """Return tensors like the output of each call of each layer all of whose calls a derivative came back to."""
-    grads = {name: [use.grad_y for use in uses] for name, uses in record.uses.items()}
-    outputs = {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}
-    return {name: outputs[name] for name, calls in grads.items() if len(outputs[name]) == len(calls)}
+def _calls_of(record: Record) -> Calls | None:
+    """Return tensors like the output of each call of each layer that a derivative came back to.
+
+    None where a graph cannot capture them all: a layer with several tensors, one without a rule, a call without any.
+    """
+    if record.explicit or record.strays or any(not use.is_plain for use in record.all_uses()):
+        return None
+    grads = {name: [use.grads[0] for use in uses] for name, uses in record.uses.items()}
+    if any(g is None for calls in grads.values() for g in calls):
+        return None
+    return {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}
 
 
 def _signature(x: Tensor, y: Tensor) -> Any:

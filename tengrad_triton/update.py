@@ -30,7 +30,7 @@ class Target:
     def pulled(self, damping: Tensor | float) -> Target:
         """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).
 
-        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) is (F + α I)⁻¹ (V + α μ φ): the residual's formulation, without F φ.
+        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) is (F + α I)⁻¹ (V + α μ φ): the residual's formulation, without F φ (M13).
         """
         if not self.spring:
             return self
@@ -52,7 +52,7 @@ class Settings:
         """Return the group's numbers as they are now, on its device, in float32 at least."""
         decay, lr, first = group["weight_decay"], group["lr"], group["params"][0]
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-        momentum = 0.0 if group["spring"] else group["momentum"]  # SPRING's is part of the gradient
+        momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's is part of the gradient
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
         if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, first.device):
@@ -70,3 +70,17 @@ def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Return numbers as a tensor in float64 without waiting for the device, as copying them from the host would."""
     filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
     return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)
+
+
+def table_update_(
+    param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor, nesterov: bool
+) -> None:
+    """`kernels.update_` along grad / divisor, without a tensor of the parameter's size for that direction."""
+    lr, momentum, weight_decay, shrink = settings.unbind()
+    divisor = divisor.to(grad.dtype)
+    momentum_buffer.mul_(momentum).addcdiv_(grad, divisor).addcmul_(param, weight_decay)
+    if nesterov:
+        param.mul_(1 - lr * (shrink + weight_decay)).addcdiv_(grad, -divisor / lr)
+        param.addcmul_(momentum_buffer, -lr * momentum)
+    else:
+        param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)

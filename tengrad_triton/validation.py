@@ -33,14 +33,15 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise TypeError(f"damping must be a number, 'lm' or a function of the step, got {group['damping']!r}")
     if not 0 < group["damping"] < float("inf"):
         raise ValueError(f"damping must be positive, got {group['damping']}: F + damping I is not invertible otherwise")
-    _check_range("weight_decay", group["weight_decay"], 0.0)
-    _check_range("momentum", group["momentum"], 0.0, below=1.0)
-    _check_range("spring", group["spring"], 0.0, below=1.0)
-    if group["nesterov"] and (group["momentum"] == 0 or group["spring"]):
+    check_range("weight_decay", group["weight_decay"], 0.0)
+    check_range("momentum", group["momentum"], 0.0, below=1.0)
+    spring = group.get("spring", 0.0)  # TENGraD's alone
+    check_range("spring", spring, 0.0, below=1.0)
+    if group["nesterov"] and (group["momentum"] == 0 or spring):
         raise ValueError("nesterov=True needs momentum and no spring: it looks ahead along the momentum")
-    if group["spring"] and group["weight_decay"] and not group["decoupled_weight_decay"]:
+    if spring and group["weight_decay"] and not group["decoupled_weight_decay"]:
         raise ValueError(
-            f"spring={group['spring']} keeps the last natural gradient, which weight decay would be mixed with: "
+            f"spring={spring} keeps the last natural gradient, which weight decay would be mixed with: "
             "use decoupled_weight_decay=True"
         )
     for parameter in group["params"]:
@@ -50,12 +51,13 @@ def check_group(group: Mapping[str, Any]) -> None:
 
 def _check_lr(lr: Any) -> None:
     if not isinstance(lr, Tensor):
-        _check_range("lr", lr, 0.0)
+        check_range("lr", lr, 0.0)
     elif lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
 
 
-def _check_range(name: str, value: Any, least: float, below: float = float("inf")) -> None:
+def check_range(name: str, value: Any, least: float, below: float = float("inf")) -> None:
+    """Reject what is no number in [least, below)."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not least <= value < below:

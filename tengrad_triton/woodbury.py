@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tengrad_triton.jacobian import Jacobian, PerSample
 from tengrad_triton.kernels import update_
+from tengrad_triton.phases import phase
 from tengrad_triton.teams import Work, expand_updates_, grams, projections
 from tengrad_triton.update import Target
 
@@ -75,17 +76,21 @@ class Curvature:
         """
         divisors, others = self.divisor_L, [target for target in targets if self._rows_of(target) is None]
         work = self._work(targets)
-        if work:
-            y_LN = projections(work, len(self.systems), self._length())
-            w = self._solve(y_LN, ops)
-            if trust_region is not None:
-                divisors = divisors / self._scale(work, y_LN, w, trust_region)
-            expand_updates_(work, w, divisors.unbind())
-        for target in (other.pulled(1.0) for other in others):
-            update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
+        w: list[Tensor] = []
+        with phase("solve"):
+            if work:
+                y_LN = projections(work, len(self.systems), self._length())
+                w = self._solve(y_LN, ops)
+                if trust_region is not None:
+                    divisors = divisors / self._scale(work, y_LN, w, trust_region)
+        with phase("update"):
+            if work:
+                expand_updates_(work, w, divisors.unbind())
+            for target in (other.pulled(1.0) for other in others):
+                update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
-        """Return δᵀ F δ = ‖J δ‖² / N for the directions that the targets have as their gradients."""
+        """Return δᵀ F δ = ‖J δ‖² / N (M8) for the directions that the targets have as their gradients."""
         work = self._work([replace(target, spring=0.0) for target in targets])
         if not work:
             return torch.zeros(())
@@ -124,7 +129,7 @@ class Curvature:
     def _scale(self, work: Sequence[Work], y_LN: Tensor, w: Sequence[Tensor], trust_region: float) -> Tensor:
         """Return min(1, (κ / Σ lr² dᵀ (F + α I) d)^½), without waiting for it: the step's squared Fisher norm is ≤ κ.
 
-        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is.
+        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is (M14).
         """
         divisors, n = self.divisor_L.unbind(), y_LN.shape[1]
         parts = list(dict.fromkeys((one.system, one.target.group) for one in work))
@@ -152,12 +157,15 @@ def curvature(
     failures_L: Tensor,
     ops: Any,
     tol: Mapping[str, float] | None = None,
+    relative: bool = False,
 ) -> Curvature:
     """Factor K + N α I for every system, those of one size in one batch; ``failures_L`` counts each one's so far.
 
     Where the factorization fails because rounding made K indefinite, that system takes the gradient over its largest
     possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
     raises the system's damping tenfold from the next refresh on.
+
+    Where the damping is ``relative``, it is in units of the system's trace(K) / N = tr F, and at least of 1.
 
     A system with fewer parameters than rows is solved in the space of its parameters, unless older rows have to be kept
     with it. The systems named in ``tol`` are compressed to that tolerance: their rank, and nothing else, is read back
@@ -175,8 +183,11 @@ def curvature(
         for system, trace in zip(members, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
     }
     failures_L = failures_L.to(sized[0][1])
+    trace_L = torch.stack([traces[system] for system in order]) / n
     damping_L = damping_L.to(failures_L) * 10.0**failures_L
-    bound_L = damping_L + torch.stack([traces[system] for system in order]) / n
+    if relative:
+        damping_L = damping_L * trace_L.clamp(min=1.0)
+    bound_L = damping_L + trace_L
     shifts = dict(zip(order, (n * damping_L).unbind(), strict=True))
     stacks: list[Stack] = []
     healthy: dict[str, Tensor] = {}
@@ -214,8 +225,8 @@ def _grams(blocks: Jacobians, systems: Systems) -> list[tuple[tuple[str, ...], T
 def _reduced(blocks: Jacobians, names: Sequence[str]) -> Jacobians:
     """Return the blocks of a system with J replaced by R of J = Q R where it has fewer parameters than rows.
 
-    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many. R is not made where that saves
-    nothing, and where J is not explicit.
+    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many (M12). R is not made where that
+    saves nothing, and where J is not explicit.
     """
     chosen = {(name, label): rows for name in names for label, rows in blocks[name].items()}
     explicit = [rows for rows in chosen.values() if isinstance(rows, PerSample) and rows.j_NK.dtype != torch.bfloat16]
@@ -241,11 +252,10 @@ def failures_of(names: Sequence[str], before: Curvature | None) -> Tensor:
 
 
 def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the combinations of rows that are worth keeping, and each one's share of the correction."""
+    """Return the combinations of rows that are worth keeping, and (λ + N α)^-½ of each."""
     eigenvalues_N, q_NN = torch.linalg.eigh(k_NN)
-    share_N = eigenvalues_N / (eigenvalues_N + shift)
-    kept = share_N >= tol
-    return (q_NN[:, kept] / eigenvalues_N[kept].sqrt()).mT, share_N[kept]
+    kept = eigenvalues_N / (eigenvalues_N + shift) >= tol
+    return q_NN[:, kept].mT, (eigenvalues_N[kept] + shift).rsqrt()
 
 
 def compress(
@@ -253,18 +263,19 @@ def compress(
 ) -> Curvature:
     """Keep of each system named in ``tol`` the directions whose share of the correction is at least that tolerance.
 
-    With K = Q Λ Qᵀ and v_i = Jᵀ q_i / √λ_i the natural gradient is (V − Σ_i f_i v_i ⟨v_i, V⟩) / α with
-    f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes it by at most tol ‖V‖ / α (docs/math.md, M7).
+    With K = Q Λ Qᵀ the rows Jᵀ q_i are orthogonal, of squared norm λ_i, and (K + N α I)⁻¹ becomes diagonal. The share
+    of row i is f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes the natural gradient by at most
+    tol ‖V‖ / α, and F by what it drops (docs/math.md, M7).
     """
     blocks = dict(full.blocks)
 
     def compressed(system: str, inverse_NN: Tensor) -> Tensor:
         if system not in tol:
             return inverse_NN
-        directions_RN, share_R = directions(grams[system], shifts[system], tol[system])
+        directions_RN, root_R = directions(grams[system], shifts[system], tol[system])
         for name in full.systems[system]:
             blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
-        return torch.diag(F.pad(share_R.sqrt(), (0, len(inverse_NN) - len(share_R))))
+        return torch.diag(F.pad(root_R, (0, len(inverse_NN) - len(root_R))))
 
     stacks = [
         Stack(

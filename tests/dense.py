@@ -1,7 +1,10 @@
-"""The oracle: the paper's step with dense Fisher blocks from `torch.func` per-sample gradients, in float64."""
+"""The oracle: the paper's step with dense Fisher blocks from the gradients of one sample at a time, in float64."""
+
+import re
+from contextlib import contextmanager
 
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class Recording:
@@ -20,12 +23,38 @@ class Recording:
 
 def sample_gradients(model, x, target, nll):
     """Return {name: [N, *shape]}: the gradient of each sample's own loss."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
+    rows, params = [], dict(model.named_parameters())
+    with batch_statistics(model, x):
+        for n in range(len(x)):
+            loss = nll(model(x[n : n + 1]), target[n : n + 1])
+            grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True, allow_unused=True)
+            rows.append(dict(zip(params, grads, strict=True)))
+    return {name: torch.stack([row[name] for row in rows]) for name in params}
 
-    def loss(params, x, target):
-        return nll(functional_call(model, params, (x[None],)), target[None])
 
-    return vmap(grad(loss), in_dims=(None, 0, 0), randomness="error")(params, x, target)
+@contextmanager
+def batch_statistics(model, x):
+    """Have batch norms that use a batch's statistics use, as constants, those of a forward of ``x``."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)]
+    kept = [(m.running_mean, m.running_var, m.training) for m in norms]
+    seen = {}
+
+    def note(module, args):
+        seen[module] = torch.var_mean(args[0], [d for d in range(args[0].dim()) if d != 1], correction=0)
+
+    hooks = [m.register_forward_pre_hook(note) for m in norms]
+    with torch.no_grad():
+        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model(x)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(copies[name])
+    for hook in hooks:
+        hook.remove()
+    for m in norms:
+        (m.running_var, m.running_mean), m.training = seen[m], False
+    yield
+    for m, before in zip(norms, kept, strict=True):
+        m.running_mean, m.running_var, m.training = before
 
 
 class DenseNGD:
@@ -62,7 +91,7 @@ def blocks_of(model):
     """Return the parameters' names, grouped by the module that owns them."""
     groups = {}
     for name, _ in model.named_parameters():
-        groups.setdefault(name.rpartition(".")[0], []).append(name)
+        groups.setdefault(re.sub(r"(\.parametrizations\..*|\.[^.]*)$", "", f".{name}"), []).append(name)
     return list(groups.values())
 
 

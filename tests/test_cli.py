@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from typing import get_args
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from test_train import assert_same
 
 from tengrad_triton.recipes import train
 from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.settings import Settings
 
-NAMES = get_args(OptimizerName)
+NAMES = Settings().optimizer
 SMALL = ["--device", "cpu", "--threads", "1", "--width", "4", "--train-limit", "150", "--test-limit", "50"]
 # Three steps an epoch, so that no epoch ends at a refresh.
 SMALL += ["--batch-size", "64", "--tengrad.refresh-every", "4"]
@@ -102,10 +101,10 @@ MISTAKES = {
     "command": (["trian"], "trian"),
     "flag": (["train", "--learning-rate", "1"], "--learning-rate"),
     "stray value": (["train", "3"], "3"),
-    "optimizer": (["train", "--optimizer", "sgd", "adam"], '"tengrad", "sgd", "adamw"'),
+    "optimizer": (["train", "--optimizer", "sgd", "adam"], '"tengrad", "sgd", "adamw", "kfac"'),
     "no optimizer": (["train", "--optimizer"], "at least one"),
     "optimizer twice": (["train", "--optimizer", "sgd", "sgd"], "once"),
-    "model": (["train", "--model", "resnet"], '"3c1f", "mlp"'),
+    "model": (["train", "--model", "resnet"], "choose from 3c1f, mlp, "),
     "data set": (["train", "--dataset", "mnist"], '"fashion-mnist"'),
     "no number": (["train", "--width", "wide"], "--width"),
     "no value": (["train", "--epochs"], "--epochs"),
@@ -174,14 +173,14 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 def interrupt_at(step, monkeypatch):
     """Have Ctrl-C come in the given step of training."""
-    original, taken = train._step, iter(range(10**6))
+    original, taken = train.one_step, iter(range(10**6))
 
     def interrupted(*arguments):
         if next(taken) == step:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(train, "_step", interrupted)
+    monkeypatch.setattr(train, "one_step", interrupted)
 
 
 @pytest.mark.parametrize("interrupted", NAMES)

@@ -121,7 +121,7 @@ def test_torch_schedulers_and_tensor_lr():
 
 def test_groups_have_their_own_settings():
     model = small_model()
-    optimizer = TENGraD(
+    optimizer = TENGraD.paper(
         model,
         [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[4:].parameters(), "damping": 1.0}],
         lr=0.1,
@@ -150,7 +150,9 @@ def test_added_group_takes_part_from_the_next_step():
 
 def test_callable_damping_and_refresh_take_effect_at_the_refresh():
     model = small_model()
-    optimizer = TENGraD(model, damping=lambda step: 1.0 / (1 + step), refresh_every=lambda step: 2 if step < 4 else 1)
+    optimizer = TENGraD.paper(
+        model, damping=lambda step: 1.0 / (1 + step), refresh_every=lambda step: 2 if step < 4 else 1
+    )
     seen = []
     for step in range(6):
         take_steps(model, optimizer, step, step + 1)
@@ -179,7 +181,7 @@ def test_update_rule_around_the_natural_gradient(nesterov, decoupled):
     """With damping far above the curvature the natural gradient is ∇L / damping: torch's SGD at lr / damping."""
     damping, lr, decay = 1e9, 0.1, 0.01
     model, twin = small_model().double(), small_model().double()
-    optimizer = TENGraD(
+    optimizer = TENGraD.paper(
         model, lr=lr * damping, damping=damping, nesterov=nesterov, seed=0,
         weight_decay=decay / damping, decoupled_weight_decay=decoupled,
     )  # fmt: skip
@@ -242,7 +244,7 @@ def test_a_factorization_that_fails_is_survived_counted_and_damped():
     """Equal samples of great size make K singular, and the damping is far below its rounding."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    optimizer = TENGraD(model, lr=1e-3, damping=1e-12, refresh_every=1)
+    optimizer = TENGraD.paper(model, lr=1e-3, damping=1e-12, refresh_every=1)
     x, y = torch.full((40, 6), 1e3), torch.arange(40) % 4
     raised = []
     for _ in range(2):

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 from statistics import median
-from typing import get_args
 
 import pytest
 import torch
@@ -19,10 +18,10 @@ from tengrad_triton.recipes import commands
 from tengrad_triton.recipes.cli import main
 from tengrad_triton.recipes.figures import FIGURES, draw, running_mean
 from tengrad_triton.recipes.metrics import Record, Row, Steps
-from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.page import GENERATED, GPU_NOTE
+from tengrad_triton.recipes.settings import Settings
 
-NAMES = get_args(OptimizerName)
+NAMES = Settings().optimizer
 
 
 @pytest.fixture(scope="module")

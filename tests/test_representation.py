@@ -25,7 +25,8 @@ def model_and_batch(dtype=torch.float64):
 def one_step(representation, dtype=torch.float64, **options):
     """Return each parameter's natural gradient (lr 1, no momentum), its gradient, and the optimizer."""
     model, x, y = model_and_batch(dtype)
-    optimizer = TENGraD(model, lr=1.0, damping=DAMPING, momentum=0.0, seed=0, representation=representation, **options)
+    settings = {"lr": 1.0, "damping": DAMPING, "momentum": 0.0, "weight_decay": 0.0, "seed": 0}
+    optimizer = TENGraD.paper(model, representation=representation, **settings, **options)
     before = copy.deepcopy(dict(model.named_parameters()))
     F.cross_entropy(model(x), y).backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -15,6 +15,7 @@ from tengrad_triton import Bernoulli, Categorical, Gaussian, TENGraD
 
 TOLERANCE = 1e-9
 N, LR, DAMPING = 6, 0.05, 0.03
+PLAIN = {"relative_damping": False, "trust_region": None, "nesterov": False}  # as the formulas of the tests have it
 LIKELIHOODS = {"categorical": Categorical(), "gaussian": Gaussian(), "bernoulli": Bernoulli()}
 LOSSES = {
     "categorical": F.cross_entropy,
@@ -100,7 +101,7 @@ def one_step(likelihood="categorical", **options):
     """Return the direction that one step took, the oracle's model from before it, the gradients and the optimizer."""
     model = small_model()
     before = copy.deepcopy(model)
-    optimizer = TENGraD(model, lr=LR, damping=DAMPING, momentum=0.0, **{"likelihood": likelihood, **options})
+    optimizer = TENGraD(model, lr=LR, damping=DAMPING, momentum=0.0, **{"likelihood": likelihood, **PLAIN, **options})
     x, y = batch(0, likelihood if isinstance(likelihood, str) else "categorical")
     loss = LOSSES[likelihood] if isinstance(likelihood, str) else F.cross_entropy
     optimizer.zero_grad()
@@ -205,7 +206,7 @@ def test_history_is_the_mean_over_the_last_refreshes(blocks, representation):
     twin = copy.deepcopy(model)
     optimizer = TENGraD(
         model, lr=LR, damping=DAMPING, momentum=0.0, refresh_every=1, history=2, blocks=blocks, likelihood=recording,
-        representation=representation,
+        representation=representation, **PLAIN,
     )  # fmt: skip
     for step in range(4):
         x, y = batch(step)
@@ -253,7 +254,9 @@ def test_history_survives_a_checkpoint():
 def test_fewer_parameters_than_rows_are_solved_in_their_own_space():
     model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3)).double()
     twin, recording = copy.deepcopy(model), Recording(Categorical())
-    optimizer = TENGraD(model, lr=1.0, damping=DAMPING, momentum=0.0, likelihood=recording, representation="per_sample")
+    optimizer = TENGraD(
+        model, lr=1.0, damping=DAMPING, momentum=0.0, likelihood=recording, representation="per_sample", **PLAIN
+    )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 3, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (40,), generator=generator)
@@ -296,6 +299,20 @@ def test_a_label_a_token(fisher, ignored):
     assert (fisher_KK - expected).norm() < bound * expected.norm()
 
 
+def test_a_drawn_label_counts_even_where_its_number_is_ignored():
+    """Which tokens count is a matter of the data's labels: padding may well be a class that the model can draw."""
+    model = nn.Linear(3, 2).double()
+    nn.init.constant_(model.weight, 0.0)
+    model.bias.data = torch.tensor([5.0, 0.0]).double()  # nearly every draw is class 0, which is also the padding
+    x, y = torch.randn(8, 3).double(), torch.tensor([1, 0] * 4)
+    likelihood = Categorical(ignore_index=0)
+    likelihood.target = y
+    optimizer = TENGraD(model, lr=0.0, likelihood=likelihood, representation="per_sample", seed=0)
+    F.cross_entropy(model(x), y, ignore_index=0).backward()
+    optimizer.step()
+    assert (optimizer._curvature.blocks[""]["bias"].j_NK.abs().sum(1) > 0).tolist() == (y != 0).tolist()
+
+
 # Controls
 
 
@@ -311,12 +328,33 @@ def test_trust_region_bounds_the_fisher_norm_of_the_step(blocks, region):
     assert dense.relative_error(taken, {name: scale * d for name, d in direction.items()}) < TOLERANCE
 
 
+@pytest.mark.parametrize("factor", [1.0, 30.0])  # of the inputs
+@pytest.mark.parametrize("blocks", SYSTEMS)
+def test_relative_damping_is_in_units_of_the_trace(blocks, factor):
+    model, recording = small_model(), Recording(Categorical())
+    twin, (x, y) = copy.deepcopy(model), batch(0)
+    options = {**PLAIN, "relative_damping": True, "blocks": CHOICES[blocks], "likelihood": recording}
+    optimizer = TENGraD(model, lr=LR, damping=DAMPING, momentum=0.0, **options)
+    F.cross_entropy(model(factor * x), y).backward()
+    optimizer.step()
+    rows = drawn_rows(twin, factor * x, recording.targets, recording.nll)
+    grads = gradients(twin, factor * x, y, F.cross_entropy)
+    traces = [sum(rows[name].square().sum() for name in block).item() / N for block in SYSTEMS[blocks]]
+    expected = {}
+    for block, trace in zip(SYSTEMS[blocks], traces, strict=True):
+        expected |= natural(rows, grads, [block], DAMPING * max(trace, 1.0))
+    assert max(traces) > 1
+    assert factor > 1 or blocks == "network" or min(traces) < 1
+    taken = {name: (p - model.get_parameter(name)) / LR for name, p in twin.named_parameters()}
+    assert dense.relative_error(taken, expected) < TOLERANCE
+
+
 def test_spring_is_the_residual_formulation():
     """φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) (Goldshlager, Abrahamsen, Lin 2024, equation 22), densely."""
     mu, model, recording = 0.8, small_model(), Recording(Categorical())
     twin = copy.deepcopy(model)
     optimizer = TENGraD(
-        model, lr=LR, damping=DAMPING, spring=mu, refresh_every=1, blocks="network", likelihood=recording
+        model, lr=LR, damping=DAMPING, spring=mu, refresh_every=1, blocks="network", likelihood=recording, **PLAIN
     )
     phi = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     for step in range(4):
@@ -358,7 +396,7 @@ def closure_of(model, optimizer, x, y, losses):
 def test_levenberg_marquardt_follows_the_reduction_ratio(lr, grows):
     model, recording, losses = small_model(), Recording(Categorical()), []
     before = copy.deepcopy(model)
-    optimizer = TENGraD(model, lr=lr, damping="lm", momentum=0.5, likelihood=recording, refresh_every=2)
+    optimizer = TENGraD(model, lr=lr, damping="lm", momentum=0.5, likelihood=recording, refresh_every=2, **PLAIN)
     x, y = batch(0)
     start = optimizer.param_groups[0]["damping"]
     optimizer.step(closure_of(model, optimizer, x, y, losses))
@@ -380,6 +418,18 @@ def test_levenberg_marquardt_follows_the_reduction_ratio(lr, grows):
     assert len(losses) == 3  # a step that reuses the curvature evaluates once
 
 
+@pytest.mark.parametrize("representation", ["factored", "per_sample", "compressed"])
+def test_curvature_along_a_direction_is_that_of_the_rows(representation):
+    """δᵀ F δ, which the quadratic model needs, from whatever a block keeps of J."""
+    recording = Recording(Categorical())
+    _, model, grads, optimizer, x = one_step(recording, representation=representation, tol=1e-6)
+    rows = drawn_rows(model, x, recording.targets, recording.nll)
+    targets = optimizer._targets()
+    actual = optimizer._curvature.curvature_along(targets)
+    parts = [sum(rows[name] @ grads[name].flatten() for name in block) for block in LAYERS]
+    assert actual.item() == pytest.approx(sum(part.square().mean() for part in parts).item(), rel=1e-4)
+
+
 def test_levenberg_marquardt_needs_a_closure():
     model = small_model()
     optimizer = TENGraD(model, damping="lm")
@@ -395,6 +445,8 @@ def test_paper_settings_are_one_call_away():
     optimizer = TENGraD.paper(small_model(), lr=0.01)
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert (optimizer.param_groups[0]["damping"], optimizer.refresh_every) == (0.1, 100)
+    assert not optimizer.param_groups[0]["nesterov"]
+    assert (optimizer._options.relative_damping, optimizer._options.trust_region) == (False, None)
 
 
 BAD = {
@@ -410,6 +462,7 @@ BAD = {
     "half a row": ({"fisher_rows": 0.5}, TypeError, "fisher_rows must be a whole number"),
     "no history": ({"history": 0}, ValueError, "history must be at least 1"),
     "compressed history": ({"history": 2, "representation": "compressed"}, ValueError, "choose one of the two"),
+    "unclear damping": ({"relative_damping": 1}, TypeError, "relative_damping must be True or False"),
     "no trust": ({"trust_region": 0}, ValueError, "trust_region must be positive"),
     "spring of one": ({"spring": 1.0}, ValueError, r"spring must be in \[0, 1\)"),
     "nesterov and spring": ({"spring": 0.5, "nesterov": True}, ValueError, "no spring"),
@@ -435,5 +488,5 @@ def test_exact_rows_beyond_the_memory_are_refused_with_the_numbers():
 def test_a_system_needs_one_damping():
     model = small_model()
     groups = [{"params": model[0].parameters()}, {"params": model[3:].parameters(), "damping": 1.0}]
-    with pytest.raises(ValueError, match=r"'network' are solved together and need one damping, got 0.1, 1.0"):
+    with pytest.raises(ValueError, match=r"'network' are solved together and need one damping, got 0.003, 1.0"):
         TENGraD(model, groups, blocks="network")

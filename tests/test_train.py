@@ -8,7 +8,6 @@ import math
 import re
 from importlib.metadata import version
 from itertools import pairwise
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,13 +21,23 @@ from tengrad_triton.recipes.data import load
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.experiment import start
 from tengrad_triton.recipes.figures import FIGURES
-from tengrad_triton.recipes.metrics import Row, parsed_steps
-from tengrad_triton.recipes.optimizers import AdamwSettings, OptimizerName, SgdSettings, TengradSettings
+from tengrad_triton.recipes.metrics import Record, Row, Steps, parsed_steps
+from tengrad_triton.recipes.muon import MuonSettings
+from tengrad_triton.recipes.optimizers import AdamwSettings, SgdSettings, TengradSettings
+from tengrad_triton.recipes.rivals import (
+    BASELINES,
+    EkfacSettings,
+    KbfgslSettings,
+    KbfgsSettings,
+    KfacSettings,
+    ShampooSettings,
+)
 from tengrad_triton.recipes.run import RunFolder, replacing
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.settings import Settings, installed
 from tengrad_triton.recipes.train import Job, diverged, fit, record_of, warm_up
 
-NAMES = get_args(OptimizerName)
+NAMES = installed()
+DEFAULTS = Settings().optimizer
 IMAGES = 150  # two steps of 64 and one of 22 an epoch
 
 
@@ -84,13 +93,13 @@ def assert_same(left, right, where="state"):
 def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
     seen = {}
 
-    def record(model, optimizer, images, labels):
+    def record(model, optimizer, images, labels, closure):
         weights = [p.detach().clone() for p in model.parameters()]
         seen.setdefault(name, []).append((weights, images, labels))
-        return step(model, optimizer, images, labels)
+        return step(model, optimizer, images, labels, closure)
 
-    step = train._step
-    monkeypatch.setattr(train, "_step", record)
+    step = train.one_step
+    monkeypatch.setattr(train, "one_step", record)
     for name in NAMES:
         states(job(epochs=2), name)
     reference = seen.pop("sgd")
@@ -104,7 +113,12 @@ def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_learns_the_digits(name):
     steady = TengradSettings(damping=0.3, refresh_every=4)  # at 0.1 rounding decides whether 76 or 83 % are reached
-    trained = job(train_limit=500, test_limit=None, width=16, epochs=12, batch_size=32, tengrad=steady)
+    quick = {"tengrad": steady, "muon": MuonSettings(lr=0.01), "kfac": KfacSettings(lr=0.01, refresh_every=4)}
+    quick |= {"ekfac": EkfacSettings(lr=0.01, damping=0.3, refresh_every=4, rescale_every=2)}
+    quick |= {"kbfgs": KbfgsSettings(lr=0.03, damping=0.3, refresh_every=4)}
+    quick |= {"shampoo": ShampooSettings(lr=0.3)}
+    quick |= {"kbfgsl": KbfgslSettings(lr=0.03, damping=0.3, refresh_every=4)}
+    trained = job(train_limit=500, test_limit=None, width=16, epochs=12, batch_size=32, **quick)
     rows = record_of(states(trained, name)[-1]).rows
     assert rows[-1].train_loss < 0.2 * rows[0].train_loss
     assert rows[-1].test_accuracy > 0.7
@@ -180,16 +194,45 @@ def test_neither_a_warm_up_nor_the_test_set_changes_the_training(name):
     assert_same(other["optimizer"], plain["optimizer"])
 
 
-def test_only_tengrad_has_a_summary():
+def test_those_with_a_curvature_have_a_summary():
     summaries = {name: warm_up(job(), name).summary for name in NAMES}
-    assert "0.weight" in summaries.pop("tengrad")
-    assert set(summaries.values()) == {None}
+    for name, summary in summaries.items():
+        assert (summary is not None and "0.weight" in summary) == (
+            Settings().of(name).needs == BASELINES or name == "tengrad"
+        )
 
 
 def test_the_seed_changes_weights_and_order():
     assert job().build("sgd")[0][0].weight.ne(job(seed=1).build("sgd")[0][0].weight).all()
     first, second = (states(job(epochs=1, seed=seed), "sgd")[-1]["rows"][0]["train_loss"] for seed in (0, 1))
     assert first != second
+
+
+def test_a_loss_above_the_first_one_all_through_an_epoch_is_divergence():
+    rows = [Row("sgd", epoch, 3.0, 0.1, 3.0, 0.1, 1.0, 1.0) for epoch in (1, 2)]
+    cases = {(2.3, 4.0, 2.6, 2.6): True, (2.3, 4.0, 2.6, 2.2): False, (2.3, 2.2, 2.31, 2.32): False}
+    for losses, expected in cases.items():
+        steps = Steps(torch.arange(4.0), torch.tensor(losses), torch.zeros(4))
+        assert diverged(Record(rows, steps)) == expected
+        assert not diverged(Record(rows[:1], Steps(*(column[:2] for column in steps.columns))))
+    assert not diverged(Record())
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_rates_decay_after_the_epochs_that_are_named(interrupted, monkeypatch):
+    rates = []
+
+    def record(model, optimizer, *more):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(model, optimizer, *more)
+
+    step = train.one_step
+    monkeypatch.setattr(train, "one_step", record)
+    decaying = {"decay_at": (1, 3), "decay": 0.5, "muon": MuonSettings(lr=2**-12)}
+    state = states(job(epochs=2, **decaying), "muon")[-1] if interrupted else None
+    states(job(epochs=4, **decaying), "muon", state)
+    assert [by_group[0] for by_group in rates] == [2**-12] * 3 + [2**-13] * 6 + [2**-14] * 3
+    assert all(len(set(by_group)) == 1 for by_group in rates)
 
 
 @pytest.mark.parametrize("refresh_every", [1, 100])
@@ -229,15 +272,16 @@ def test_a_run_leaves_whole_files_only(run):
     files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     events = {file for file in files if file.startswith("tensorboard/")}
     named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv", "tengrad-summary.txt"}
-    assert files - events == named | {f"{name}.png" for name in FIGURES} | {f"checkpoints/{name}.pt" for name in NAMES}
-    assert {file.split("/")[1] for file in events} == set(NAMES)
+    checkpoints = {f"checkpoints/{name}.pt" for name in DEFAULTS}
+    assert files - events == named | {f"{name}.png" for name in FIGURES} | checkpoints
+    assert {file.split("/")[1] for file in events} == set(DEFAULTS)
 
 
 def test_settings_are_what_was_asked_for(run):
     settings = json.loads((run / "settings.json").read_text())
     assert settings["sgd"] == dataclasses.asdict(SgdSettings(lr=0.05))
     assert settings["adamw"]["betas"] == list(AdamwSettings().betas)
-    assert (settings["optimizer"], settings["epochs"], settings["train_limit"]) == (list(NAMES), 2, IMAGES)
+    assert (settings["optimizer"], settings["epochs"], settings["train_limit"]) == (list(DEFAULTS), 2, IMAGES)
     assert "data" not in settings
 
 
@@ -245,7 +289,7 @@ def test_csv_and_json_hold_a_row_an_optimizer_and_epoch(run):
     with (run / "metrics.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     rows = [Row(**row) for row in json.loads((run / "metrics.json").read_text())]
-    assert [(row.optimizer, row.epoch) for row in rows] == [(name, epoch) for name in NAMES for epoch in (1, 2)]
+    assert [(row.optimizer, row.epoch) for row in rows] == [(name, epoch) for name in DEFAULTS for epoch in (1, 2)]
     assert [{key: str(value) for key, value in vars(row).items()} for row in rows] == table
     assert all(0 <= row.test_accuracy <= 1 and row.train_loss > 0 and row.train_seconds > 0 for row in rows)
 
@@ -256,11 +300,11 @@ def test_machine_and_versions_are_known(run):
     assert session["tengrad-triton"] == version("tengrad-triton")
     assert session["threads"] == torch.get_num_threads()
     assert session["device"]
-    assert set(session["warm_up_seconds"]) == set(NAMES)
+    assert set(session["warm_up_seconds"]) == set(DEFAULTS)
     assert session["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", session["commit"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DEFAULTS)
 def test_tensorboard_csv_and_checkpoint_have_the_same_numbers(run, name):
     events = EventAccumulator(str(run / "tensorboard" / name))
     events.Reload()

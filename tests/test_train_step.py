@@ -39,10 +39,10 @@ class Loose(nn.Module):
         return self.fc(x) * self.scale
 
 
-def convolutional():
+def convolutional(norm, *dropout):
     return nn.Sequential(
-        *(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 2, padding=1), nn.BatchNorm2d(4, affine=False)),
-        *(nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.3), nn.Linear(36, 3)),
+        *(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 4, 2, padding=1), norm),
+        *(nn.ReLU(inplace=True), nn.Flatten(), *dropout, nn.Linear(36, 3)),
     )
 
 
@@ -50,7 +50,9 @@ MODELS = {
     "in-place activations": lambda: nn.Sequential(
         nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)
     ),
-    "convolution, batch norm, dropout": convolutional,
+    "convolution, dropout": lambda: convolutional(nn.GroupNorm(2, 4), nn.Dropout(0.3)),
+    "convolution, batch norm": lambda: convolutional(nn.BatchNorm2d(4)),
+    "convolution, batch norm, dropout": lambda: convolutional(nn.BatchNorm2d(4, affine=False), nn.Dropout(0.3)),
     "a shared module": Twice,
     "loose parameters": Loose,
     "tokens": lambda: nn.Sequential(
@@ -81,7 +83,7 @@ def prepared(model, **options):
     settings = {"refresh_every": REFRESH, "seed": 0, **options}
     if model == "loose parameters":
         with pytest.warns(UserWarning, match="no rule for Loose"):
-            optimizer = TENGraD(net, **settings)
+            optimizer = TENGraD(net, unsupported="sgd", **settings)
     else:
         optimizer = TENGraD(net, **settings)
     return net, optimizer
@@ -132,8 +134,12 @@ def compare(model, options, backend, rtol):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("model", MODELS)
 def test_compiled_equals_plain(model, options):
-    """aot_eager runs the same kernels in the same order: only the order of additions may differ."""
-    assert compare(model, OPTIONS[options], "aot_eager", rtol=1e-5) == 2  # reuse and refresh, and no recompile
+    """aot_eager runs the same kernels in the same order: only the order of additions may differ.
+
+    Two graphs, reuse and refresh, and no recompile; a refresh that would drop out other units takes the plain step.
+    """
+    graphs = 1 if model == "convolution, batch norm, dropout" else 2
+    assert compare(model, OPTIONS[options], "aot_eager", rtol=1e-5) == graphs
 
 
 def test_a_replayed_graph_finds_its_curvature_where_it_was():
@@ -154,7 +160,7 @@ def test_a_replayed_graph_finds_its_curvature_where_it_was():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inductor's own
-@pytest.mark.parametrize("model", ["convolution, batch norm, dropout", "a shared module"])
+@pytest.mark.parametrize("model", ["convolution, batch norm", "convolution, dropout", "a shared module"])
 def test_compiled_equals_plain_under_inductor(model):
     with torch._inductor.config.patch(fallback_random=True):  # dropout's numbers are then eager's
         assert compare(model, {}, "inductor", rtol=1e-4) == 2

@@ -39,7 +39,7 @@ MISTAKES = {
     "no plan": (["plan", "show", "nowhere.json"], "nowhere.json: no such plan: make one with tengrad-triton autotune"),
     "no action": (["plan"], "requires an argument"),
     "another action": (["plan", "delete"], 'Choose from: "show"'),
-    "unknown model": (["autotune", "--model", "vgg"], 'Choose from: "3c1f", "mlp"'),
+    "unknown model": (["autotune", "--model", "vgg"], "choose from 3c1f, mlp, "),
     "no time": ([*SMALL, "--seconds", "0"], "--seconds"),
 }
 

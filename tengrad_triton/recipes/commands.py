@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.console import Console
 from tengrad_triton.recipes import experiment, tuning
 from tengrad_triton.recipes import report as pages
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.paper.asked import TARGETS, Asked, known_target
+from tengrad_triton.recipes.paper.execute import execute
 from tengrad_triton.recipes.run import RunFolder
 from tengrad_triton.recipes.settings import Settings
 from tengrad_triton.recipes.tuning import Tuning
@@ -104,8 +106,42 @@ def plan(action: Literal["show"], file: Path | None = None, /, *, refresh_every:
     return Showing(file, refresh_every)
 
 
-Request = Training | Reporting | Tuning | Showing
-COMMANDS: dict[str, Callable[..., Request]] = {"train": train, "report": report, "autotune": autotune, "plan": plan}
+@dataclass(frozen=True)
+class Papering:
+    """What `tengrad-triton paper` was asked for."""
+
+    targets: tuple[str, ...]
+    asked: Asked
+
+
+def paper(
+    *targets: Annotated[str, Parameter(validator=known_target)],
+    asked: Asked = Asked(),  # noqa: B008
+) -> Papering:
+    """Run the paper's experiments, and write a report with its numbers beside ours.
+
+    Targets: table1, table2, figure1, figure4 to figure15, tables3-5, phases, memory, or all.
+
+    Parameters
+    ----------
+    targets
+        The tables and figures, named as in the paper.
+    asked
+        One flag a field.
+    """
+    if not targets:
+        raise UsageError(f"paper: no target: name one or several of {', '.join(TARGETS)}")
+    return Papering(targets, asked)
+
+
+Request = Training | Reporting | Tuning | Showing | Papering
+COMMANDS: dict[str, Callable[..., Request]] = {
+    "train": train,
+    "report": report,
+    "autotune": autotune,
+    "plan": plan,
+    "paper": paper,
+}
 
 
 def run(arguments: list[str]) -> None:
@@ -118,6 +154,8 @@ def run(arguments: list[str]) -> None:
             tuning.tune(asked, console)
         case Showing(path, refresh_every):
             tuning.show(path, refresh_every, console)
+        case Papering(targets, asked):
+            execute(targets, asked, arguments, console)
         case Training(settings, out, None):
             experiment.start(settings, out, console)
         case Training(_, out, Path() as path):

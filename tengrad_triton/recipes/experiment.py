@@ -14,8 +14,9 @@ from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 from tengrad_triton.recipes.figures import draw
 from tengrad_triton.recipes.metrics import History
 from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.rivals import PACKAGE
 from tengrad_triton.recipes.run import RunFolder, add_events, check_free
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.settings import Settings, is_installed
 from tengrad_triton.recipes.terminal import Display, summary_table
 from tengrad_triton.recipes.train import Job, WarmUp, diverged, fit, record_of, warm_up
 
@@ -26,18 +27,19 @@ def start(settings: Settings, out: Path | None, console: Console) -> None:
     """Train into a new folder, which is made only once data, model and optimizers are known to fit together."""
     path = out or Path("runs") / f"{settings.dataset}-{settings.model}-{datetime.now():%Y%m%d-%H%M%S}"
     check_free(path)
-    job = _job(settings, console)
-    warm_ups = _warm_up(job)
-    _train_all(job, RunFolder.create(path, settings), warm_ups, console)
+    job = job_of(settings, console)
+    warm_ups = warm_up_all(job)
+    _train_and_show(job, RunFolder.create(path, settings), warm_ups, console)
 
 
 def resume(settings: Settings, run: RunFolder, console: Console) -> None:
     """Train on from the last whole epoch in a folder."""
-    job = _job(settings, console)
-    _train_all(job, run, _warm_up(job), console)
+    job = job_of(settings, console)
+    _train_and_show(job, run, warm_up_all(job), console)
 
 
-def _job(settings: Settings, console: Console) -> Job:
+def job_of(settings: Settings, console: Console) -> Job:
+    """Return what a run's optimizers share, with its data loaded."""
     device = machine.chosen_device(settings.device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -45,10 +47,11 @@ def _job(settings: Settings, console: Console) -> Job:
     return Job(settings, data.to(device), device)
 
 
-def _warm_up(job: Job) -> WarmUps:
-    """Return each optimizer's warm-up; raises `UsageError` if one cannot take its settings."""
+def warm_up_all(job: Job) -> WarmUps:
+    """Return each optimizer's warm-up; raises `UsageError` if one is not installed or cannot take its settings."""
     done: WarmUps = {}
     for name in job.settings.optimizer:
+        check_installed(name)
         try:
             done[name] = warm_up(job, name)
         except ValueError as error:
@@ -58,7 +61,28 @@ def _warm_up(job: Job) -> WarmUps:
     return done
 
 
-def _train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> None:
+def check_installed(name: OptimizerName) -> None:
+    """Raise `UsageError` if the package that an optimizer comes from is not there."""
+    package = Settings().of(name).needs
+    if not is_installed(package):
+        advice = "pip install 'tengrad-triton[rivals]'" if package == PACKAGE else "leave it out"
+        raise UsageError(f"{name} needs the package {package}, which is not installed: {advice}")
+
+
+def _train_and_show(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> None:
+    title = job.settings.title(len(job.data.train))
+    console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
+    try:
+        history = train_all(job, run, warm_ups, console)
+    except KeyboardInterrupt as stop:
+        command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
+        raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
+    draw(history, title, run.path, "")
+    console.print(summary_table(history))
+
+
+def train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
+    """Train every optimizer from its last checkpoint to its end; return what all of them measured."""
     settings = job.settings
     history: History = {name: record_of(run.load_checkpoint(name)) for name in settings.optimizer}
     seconds = {name: warm.seconds for name, warm in warm_ups.items()}
@@ -69,17 +93,10 @@ def _train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) ->
     for name, warm in warm_ups.items():
         if warm.summary is not None:
             run.write_text(f"{name}-summary.txt", warm.summary)
-    title = settings.title(len(job.data.train))
-    console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
-    try:
-        for name in settings.optimizer:
-            _train_one(job, name, run, history, console)
-    except KeyboardInterrupt as stop:
-        command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
-        raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
+    for name in settings.optimizer:
+        _train_one(job, name, run, history, console)
     run.write_metrics(history)
-    draw(history, title, run.path, "")
-    console.print(summary_table(history))
+    return history
 
 
 def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, console: Console) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,6 +36,19 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "tengrad-triton": _version("tengrad-triton"),
         "commit": _commit(),
     }
+
+
+def now(device: torch.device) -> float:
+    """Return the host's time in seconds, after all that the device has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def clock(device: torch.device) -> float:
+    """Return the processor's time on one thread of a CPU, which other programs do not disturb; elsewhere `now`."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else now(device)
 
 
 def _version(package: str) -> str | None:

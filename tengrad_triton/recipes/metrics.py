@@ -29,6 +29,7 @@ class Row:
     test_accuracy: float
     train_seconds: float
     eval_seconds: float
+    cpu_seconds: float = 0.0  # the host's processors' in training: on one thread, what other programs do not disturb
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """The optimizers of the recipes: one frozen dataclass of settings each, which builds it.
 
-The defaults suit the default run: of a grid for each, what had the best accuracy after 15 epochs on the last fifth of
-the digits' training set, as a mean over six seeds. Other data need their own.
+The defaults of tengrad, sgd and adamw suit the default run: of a grid for each, what had the best accuracy after 15
+epochs on the last fifth of the digits' training set, as a mean over six seeds. The rivals' (`rivals.py`, `muon.py`) are
+those of their own papers and packages. Other data need their own.
 
-A new optimizer is a dataclass here, its name in `OptimizerName` and a field of `Settings`.
+A new optimizer is a dataclass here or there, its name in `OptimizerName` and a field of `Settings`.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from cyclopts import Parameter
@@ -17,11 +18,19 @@ from torch import nn
 from tengrad_triton.fisher import Fisher
 from tengrad_triton.plan import Representation
 
-OptimizerName = Literal["tengrad", "sgd", "adamw"]
+OptimizerName = Literal["tengrad", "sgd", "adamw", "kfac", "ekfac", "kbfgs", "kbfgsl", "muon", "soap", "shampoo"]
 
 
 class OptimizerSettings(Protocol):
-    """What every optimizer's settings can do."""
+    """What every optimizer's settings can do.
+
+    Attributes:
+        needs: the package that has to be installed.
+        closure: whether a step evaluates the loss by itself, and takes a function for that.
+    """
+
+    needs: ClassVar[str]
+    closure: ClassVar[bool]
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return the optimizer of all parameters; raises `ValueError` on settings that it cannot take."""
@@ -32,6 +41,8 @@ class OptimizerSettings(Protocol):
 class TengradSettings:
     """TENGraD: exact natural-gradient steps, layer by layer."""
 
+    needs: ClassVar[str] = "torch"
+    closure: ClassVar[bool] = False
     lr: PositiveFloat = 0.005
     "Learning rate."
     damping: PositiveFloat = 0.1
@@ -53,7 +64,7 @@ class TengradSettings:
         """Return TENGraD over all parameters."""
         from tengrad_triton.optimizer import TENGraD  # noqa: PLC0415
 
-        return TENGraD(
+        return TENGraD.paper(
             model,
             lr=self.lr,
             damping=self.damping,
@@ -71,6 +82,8 @@ class TengradSettings:
 class SgdSettings:
     """torch's SGD with momentum."""
 
+    needs: ClassVar[str] = "torch"
+    closure: ClassVar[bool] = False
     lr: PositiveFloat = 0.05
     "Learning rate."
     momentum: NonNegativeFloat = 0.9
@@ -88,6 +101,8 @@ class SgdSettings:
 class AdamwSettings:
     """torch's AdamW."""
 
+    needs: ClassVar[str] = "torch"
+    closure: ClassVar[bool] = False
     lr: PositiveFloat = 0.01
     "Learning rate."
     betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.9, 0.999)

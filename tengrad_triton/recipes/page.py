@@ -43,14 +43,14 @@ def markdown(run: Run, stem: str) -> str:
     """Return the page, which links to the figures that `draw` writes with the prefix `stem`-."""
     sections: list[Sequence[str]] = [
         [GENERATED, f"# {run.title}", *_unfinished(run)],
-        [_table(OUTCOME, outcomes(run.history)), OUTCOME_NOTE],
+        [table(OUTCOME, outcomes(run.history)), OUTCOME_NOTE],
         [f"![{CAPTIONS[figure]}]({quote(f'{stem}-{figure}.png')})" for figure in FIGURES],
         ["## Time of a step", *_step_times(run)],
-        ["## What was run", _list(_setup(run) | _optimizers(run)), "To run it again:", _block(_command(run), "bash")],
-        ["## Where", _machine(run)],
+        ["## What was run", bullets(_setup(run) | _optimizers(run)), "To run it again:", block(_command(run), "bash")],
+        ["## Where", machine(run.sessions)],
     ]
     if run.summary is not None:
-        sections.append(["## What TENGraD does with each parameter", _block(run.summary.rstrip(), "text")])
+        sections.append(["## What TENGraD does with each parameter", block(run.summary.rstrip(), "text")])
     return "\n\n".join(part for section in sections for part in section) + "\n"
 
 
@@ -68,18 +68,23 @@ def _unfinished(run: Run) -> list[str]:
 def _step_times(run: Run) -> list[str]:
     if any(session["device_type"] != "cpu" for session in run.sessions):
         return [GPU_NOTE]
-    return [_table(STEP_TIME, step_times(run.history, run.settings.tengrad.refresh_every)), STEP_NOTE]
+    return [table(STEP_TIME, step_times(run.history, run.settings.tengrad.refresh_every)), STEP_NOTE]
 
 
 def _setup(run: Run) -> dict[str, object]:
     settings, last = run.settings, run.sessions[-1]
     return {
-        "model": f"{settings.model}, width {settings.width}",
+        "model": f"{settings.model}, width {settings.channels}",
         "data": f"{settings.dataset}, {last['train_images']} images to train with and {last['test_images']} to test",
         "batch": f"{settings.batch_size} images",
         "epochs": settings.epochs,
+        **({"learning rates": f"× {settings.decay} after epochs {_decays(settings)}"} if settings.decay_at else {}),
         "seed": settings.seed,
     }
+
+
+def _decays(settings: Settings) -> str:
+    return ", ".join(map(str, settings.decay_at))
 
 
 def _optimizers(run: Run) -> dict[str, object]:
@@ -102,29 +107,32 @@ def _words(value: object) -> str:
     return shlex.join(map(str, value if isinstance(value, list) else [value]))
 
 
-def _machine(run: Run) -> str:
+def machine(sessions: Sequence[dict[str, Any]]) -> str:
     """Return a column for each time that the run was started or resumed."""
-    keys = [key for key in run.sessions[0] if not key.endswith("_images")]
-    rows = [(key, *(_cell(session.get(key)) for session in run.sessions)) for key in keys]
-    return _table(("", *(f"start {number}" for number in range(1, len(run.sessions) + 1))), rows)
+    keys = [key for key in sessions[0] if not key.endswith("_images")]
+    rows = [(key, *(cell(session.get(key)) for session in sessions)) for key in keys]
+    return table(("", *(f"start {number}" for number in range(1, len(sessions) + 1))), rows)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return one entry of machine.json as text."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(part)}" for key, part in value.items())
+        return ", ".join(f"{key} {cell(part)}" for key, part in value.items())
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table whose first column is text and whose others are numbers."""
     rule = ["---", *["---:"] * (len(heading) - 1)]
     lines = ([cell.replace("|", "\\|") for cell in row] for row in (heading, rule, *rows))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _list(items: dict[str, object]) -> str:
+def bullets(items: dict[str, object]) -> str:
+    """Return a Markdown list of names and values."""
     return "\n".join(f"- {key}: {value}" for key, value in items.items())
 
 
-def _block(text: str, language: str) -> str:
+def block(text: str, language: str) -> str:
+    """Return text as a block of code."""
     return f"```{language}\n{text}\n```"

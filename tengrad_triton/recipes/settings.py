@@ -1,16 +1,19 @@
 """The settings of a run: what the command line takes, and what settings.json keeps."""
 
 import dataclasses
+import importlib.util
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import Parameter
-from cyclopts.types import PositiveInt, ResolvedExistingDirectory
+from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
 from cyclopts.validators import Number
 
 from tengrad_triton.recipes.data import DatasetName
-from tengrad_triton.recipes.models import ModelName
+from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.models import image_model
+from tengrad_triton.recipes.muon import MuonSettings
 from tengrad_triton.recipes.optimizers import (
     AdamwSettings,
     OptimizerName,
@@ -18,11 +21,30 @@ from tengrad_triton.recipes.optimizers import (
     SgdSettings,
     TengradSettings,
 )
+from tengrad_triton.recipes.rivals import (
+    EkfacSettings,
+    KbfgslSettings,
+    KbfgsSettings,
+    KfacSettings,
+    ShampooSettings,
+    SoapSettings,
+)
 
 
-def _each_once(_: type, names: tuple[str, ...]) -> None:
+def each_once(_: type, names: tuple[str, ...]) -> None:
+    """Reject no optimizer, or one twice; raises `ValueError`."""
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"got {' '.join(names) or 'nothing'}, expected at least one optimizer, and each of them once")
+
+
+def _known_model(_: type, name: str) -> None:
+    try:
+        image_model(name)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+ModelName = Annotated[str, Parameter(validator=_known_model)]
 
 
 @Parameter(name="*")
@@ -32,13 +54,13 @@ class Settings:
 
     optimizer: Annotated[
         tuple[OptimizerName, ...],
-        Parameter(consume_multiple=True, negative=(), validator=_each_once, show_default=" ".join),
+        Parameter(consume_multiple=True, negative=(), validator=each_once, show_default=" ".join),
     ] = ("tengrad", "sgd", "adamw")
     "Optimizers to train with, one after the other, from the same weights and in the same order of the data."
     model: ModelName = "3c1f"
-    "Three convolutions and two linear layers, or a perceptron with two hidden layers."
-    width: PositiveInt = 32
-    "Channels of a convolution, or units of a hidden layer (the paper's 3c1f has 128)."
+    "3c1f or mlp (of width 32), mobilenetv2, resnet18, resnet50, vit-tiny, wrn-DEPTH-WIDEN, densenet-DEPTH-GROWTH."
+    width: PositiveInt | None = None
+    "Channels of the first convolution, units of a hidden layer or features of a token; the model's own if not given."
     dataset: DatasetName = "digits"
     "Data set: digits ship with scikit-learn, the others come from the Hugging Face hub or from --data."
     data: ResolvedExistingDirectory | None = None
@@ -51,6 +73,10 @@ class Settings:
     "Passes over the training set."
     batch_size: PositiveInt = 128
     "Images a step."
+    decay_at: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, negative=())] = ()
+    "Epochs after which every optimizer's learning rate is multiplied by --decay."
+    decay: PositiveFloat = 0.1
+    "What the learning rates are multiplied by."
     seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))] = 0
     "Seed of the weights, of the order of the data and of the labels that TENGraD draws."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,6 +86,18 @@ class Settings:
     tengrad: TengradSettings = field(default_factory=TengradSettings)
     sgd: SgdSettings = field(default_factory=SgdSettings)
     adamw: AdamwSettings = field(default_factory=AdamwSettings)
+    kfac: KfacSettings = field(default_factory=KfacSettings)
+    ekfac: EkfacSettings = field(default_factory=EkfacSettings)
+    kbfgs: KbfgsSettings = field(default_factory=KbfgsSettings)
+    kbfgsl: KbfgslSettings = field(default_factory=KbfgslSettings)
+    muon: MuonSettings = field(default_factory=MuonSettings)
+    soap: SoapSettings = field(default_factory=SoapSettings)
+    shampoo: ShampooSettings = field(default_factory=ShampooSettings)
+
+    @property
+    def channels(self) -> int:
+        """The width, or the model's own."""
+        return image_model(self.model).width if self.width is None else self.width
 
     def of(self, name: OptimizerName) -> OptimizerSettings:
         """Return the settings of one optimizer."""
@@ -68,7 +106,7 @@ class Settings:
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON has them; what was not given is left out."""
-        given = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+        given = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if v not in (None, ())})
         plain: dict[str, Any] = json.loads(json.dumps(given, default=str))
         return plain
 
@@ -78,7 +116,17 @@ class Settings:
 
     def title(self, images: int) -> str:
         """Say in a line what was trained on how many images."""
-        return f"{self.model}, width {self.width}, on {images} images of {self.dataset}"
+        return f"{self.model}, width {self.channels}, on {images} images of {self.dataset}"
+
+
+def installed() -> tuple[OptimizerName, ...]:
+    """Return the optimizers whose packages are there."""
+    return tuple(name for name in get_args(OptimizerName) if is_installed(Settings().of(name).needs))
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a package can be imported, without doing it."""
+    return importlib.util.find_spec(package) is not None
 
 
 def _flags(plain: dict[str, Any], prefix: str = "--") -> dict[str, Any]:

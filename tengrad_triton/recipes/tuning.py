@@ -22,7 +22,8 @@ from tengrad_triton.plan import Measured, Plan, Representation
 from tengrad_triton.recipes import machine
 from tengrad_triton.recipes.data import DatasetName
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.models import MODELS, ImageShape, ModelName
+from tengrad_triton.recipes.models import ImageShape, image_model
+from tengrad_triton.recipes.settings import ModelName
 
 SHAPES: dict[DatasetName, tuple[ImageShape, int]] = {
     "digits": ((1, 8, 8), 10),
@@ -39,8 +40,8 @@ class Tuning:
 
     model: ModelName = "3c1f"
     "The model, as in tengrad-triton train."
-    width: PositiveInt = 32
-    "Channels of a convolution, or units of a hidden layer."
+    width: PositiveInt | None = None
+    "As in tengrad-triton train."
     dataset: DatasetName = "digits"
     "The data set whose image size and classes the model gets; no data is read."
     batch_size: PositiveInt = 128
@@ -66,7 +67,7 @@ def tune(tuning: Tuning, console: Console) -> None:
     device = machine.chosen_device(tuning.device)
     shape, classes = SHAPES[tuning.dataset]
     torch.manual_seed(0)
-    model = MODELS[tuning.model](shape, classes, tuning.width).to(device)
+    model = image_model(tuning.model).build(shape, classes, tuning.width).to(device)
     path = tuning.plan or plan_file.default_path(device)
     rounded: tuple[Representation, ...] = ("per_sample_bf16",) if tuning.bf16 else ()
     fewer: tuple[Representation, ...] = () if tuning.tol is None else ("compressed",)

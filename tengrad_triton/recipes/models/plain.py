@@ -1,20 +1,14 @@
-"""The models of the recipes. A new one is a name in `ModelName` and a row in `MODELS`.
+"""Two models without normalization: the paper's 3C1F and a perceptron.
 
 Key: C channels, H height and W width of an image.
 """
-
-from collections.abc import Callable
-from typing import Literal
 
 from torch import nn
 
 from tengrad_triton.recipes.errors import UsageError
 
-ModelName = Literal["3c1f", "mlp"]
-ImageShape = tuple[int, int, int]
 
-
-def conv_3c1f(shape_CHW: ImageShape, classes: int, width: int) -> nn.Module:
+def conv_3c1f(shape_CHW: tuple[int, int, int], classes: int, width: int) -> nn.Module:
     """Return the paper's 3C1F: three convolutions of `width` channels (128 there), one pooling, two linear layers.
 
     28 x 28 images become 9 x 9 maps, so the first linear layer has 81 * width inputs. Raises `UsageError` if the image
@@ -38,7 +32,7 @@ def conv_3c1f(shape_CHW: ImageShape, classes: int, width: int) -> nn.Module:
     )
 
 
-def mlp(shape_CHW: ImageShape, classes: int, width: int) -> nn.Module:
+def mlp(shape_CHW: tuple[int, int, int], classes: int, width: int) -> nn.Module:
     """Return a perceptron with two hidden layers of `width` units."""
     channels, height, wide = shape_CHW
     return nn.Sequential(
@@ -49,6 +43,3 @@ def mlp(shape_CHW: ImageShape, classes: int, width: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(width, classes),
     )
-
-
-MODELS: dict[ModelName, Callable[[ImageShape, int, int], nn.Module]] = {"3c1f": conv_3c1f, "mlp": mlp}

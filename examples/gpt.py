@@ -1,0 +1,149 @@
+"""A small GPT on the help topics that ship with Python, against AdamW: per-token cross-entropy, a tied head.
+
+Dimensions: N samples, T tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples import guide
+from examples.race import Runner, best_of, race
+from examples.text import VOCABULARY, Text, batch, prose
+from examples.transformer import GPT
+from tengrad_triton import Categorical, TENGraD
+from tengrad_triton.recipes.page import block, bullets
+
+SAMPLES, LENGTH = 32, 32
+SIZES: Mapping[str, int] = {"features": 64, "heads": 4, "blocks": 2}
+SETTINGS: dict[str, Any] = {"lr": 0.2, "damping": 0.1, "trust_region": 1e-3, "refresh_every": 20}
+ADAMW_LR = (1e-3, 3e-3, 1e-2)
+
+
+def loss_of(model: nn.Module, x_NT: Tensor, y_NT: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a token, in nats."""
+    return F.cross_entropy(model(x_NT).flatten(0, 1), y_NT.flatten())
+
+
+def loss_on_test(model: nn.Module, text: Text, pieces: int = 128) -> float:
+    """Return the loss on pieces of the test's topics, the same ones every time."""
+    with torch.no_grad():
+        return float(loss_of(model, *batch(text.test, pieces, LENGTH, torch.Generator().manual_seed(0))))
+
+
+def tengrad(model: nn.Module, **settings: Any) -> TENGraD:
+    """Return the optimizer; of a language model it has to know where the classes are."""
+    return TENGraD(model, likelihood=Categorical(dim=-1), **settings)
+
+
+def runner(name: str, setting: str, model: nn.Module, optimizer: torch.optim.Optimizer, text: Text) -> Runner:
+    """Return a runner; the learning rate falls to 0 along a cosine, and the batches are the same for all."""
+    drawn, lr = torch.Generator().manual_seed(1), optimizer.param_groups[0]["lr"]
+
+    def step(share: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * share)) / 2
+        optimizer.zero_grad()
+        loss_of(model, *batch(text.train, SAMPLES, LENGTH, drawn)).backward()
+        optimizer.step()
+
+    return Runner(name, setting, step, lambda: loss_on_test(model, text))
+
+
+def untrained(seed: int) -> GPT:
+    """Return the model with random weights."""
+    torch.manual_seed(seed)
+    return GPT(VOCABULARY, LENGTH, **SIZES)
+
+
+def runners(text: Text, start: nn.Module, **settings: Any) -> list[Runner]:
+    """Return a runner for each setting, all from the weights of ``start``; ``settings`` are for TENGraD."""
+
+    def of(name: str, setting: str, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Runner:
+        model = copy.deepcopy(start)
+        return runner(name, setting, model, optimizer(model), text)
+
+    given = {**SETTINGS, **settings}
+    ours = of("TENGraD", f"lr {given['lr']:g}, cosine", lambda model: tengrad(model, **given))
+    adamw = [
+        of("AdamW", f"lr {lr:g}, cosine", partial(lambda lr, model: torch.optim.AdamW(model.parameters(), lr), lr))
+        for lr in ADAMW_LR
+    ]
+    return [ours, *adamw]
+
+
+INTRODUCTION = """# A small GPT
+
+A transformer of torch's own layers (`nn.MultiheadAttention`, `nn.LayerNorm`, `nn.Embedding`, a head tied to the
+embedding) on text that ships with Python: the help topics of `pydoc`, character by character. Every parameter has its
+exact block, the tied one a single block with both uses. A label a token is `Categorical(dim=-1)` ([M9](../math.md))."""
+
+
+def verdict(runners: Sequence[Runner]) -> str:
+    """Return the comparison in a sentence."""
+    ours, adamw = best_of(runners)
+    by_step = next(point.value for point in reversed(adamw.curve) if point.step <= ours.steps)
+    return (
+        f"**In the same wall-clock time TENGraD comes to a test loss of {ours.best:.3f} nats a character, and AdamW at "
+        f"its best learning rate to {adamw.best:.3f}.** After as many steps as TENGraD took, AdamW stood at "
+        f"{by_step:.3f}."
+    )
+
+
+def settings(seconds: float, seed: int, text: Text) -> dict[str, object]:
+    """Return what was run, for the page."""
+    count = sum(parameter.numel() for parameter in untrained(seed).parameters())
+    return {
+        "model": ", ".join(f"{size} {name}" for name, size in SIZES.items()) + f", {count} parameters, float32",
+        "text": f"{len(text.train)} characters to train with and {len(text.test)} of other pages to test",
+        "a step": f"{SAMPLES} pieces of {LENGTH} characters",
+        "TENGraD": ", ".join(f"{name} {value:g}" for name, value in SETTINGS.items()),
+        "time": f"{seconds:g} s of stepping a setting",
+        "seed": seed,
+    }
+
+
+def main(*, out: Path = Path("docs/guides"), seconds: float = 30.0, seed: int = 0, threads: int = 1) -> None:
+    """Compare, then write gpt.md and its figure into the folder `out`.
+
+    Parameters
+    ----------
+    out
+        Folder of the page.
+    seconds
+        Wall-clock time of each setting.
+    seed
+        Of the first weights.
+    threads
+        Of torch.
+    """
+    torch.set_num_threads(threads)
+    began, text = time.perf_counter(), prose()
+    entered = runners(text, untrained(seed))
+    with guide.display() as progress:
+        race(entered, seconds, 30, progress)
+    guide.curves(out / "gpt.png", entered, "test loss (nats a character)", "A small GPT on Python's help topics")
+    sections = [
+        INTRODUCTION, verdict(entered), guide.outcome(entered, "test loss", "AdamW"), guide.clock(),
+        "![Test loss by time and by step, of each optimizer's best setting.](gpt.png)",
+        "## The optimizer", block(inspect.getsource(tengrad).rstrip(), "python"),
+        "## What was run", bullets(settings(seconds, seed, text)),
+    ]  # fmt: skip
+    command = f"python -m examples.gpt --out docs/guides --seconds {seconds:g} --seed {seed} --threads {threads}"
+    guide.write(out / "gpt.md", command, sections, time.perf_counter() - began)
+    print(verdict(entered))
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,69 @@
+"""A network that carries its own derivatives and Laplacian forward, through a layer that TENGraD learns of here.
+
+Inner derivatives by `torch.func` would call the layers where no hook can see it. Instead every layer is called once, on
+a stack of D + 2 positions a point: the value, its D first derivatives and its Laplacian (the forward Laplacian of Li et
+al. 2024).
+
+Dimensions: N points, D coordinates, P = D + 2 positions, I inputs and O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tengrad_triton import Explicit, Outer, canonical
+
+
+class JetLinear(nn.Module):
+    """A linear layer on a value and its derivatives: the weight acts on every position, the bias on the value only."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(outputs, inputs)))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x_NPI: Tensor) -> Tensor:
+        """Return [N, P, O]."""
+        y_NPO = F.linear(x_NPI, self.weight)
+        return y_NPO + F.pad(self.bias[None], (0, 0, 0, x_NPI.shape[1] - 1))
+
+
+@canonical.register
+def _(layer: JetLinear, x: Tensor, grad_y: Tensor) -> dict[str, Outer | Explicit]:
+    """The weight as a linear layer over positions; the bias from the first position alone."""
+    return {"weight": Outer(x[:, None], grad_y[:, None]), "bias": Explicit(grad_y[:, 0])}
+
+
+def jet_of(x_ND: Tensor) -> Tensor:
+    """Return [N, P, D]: the coordinates themselves, their derivatives by each other, and no Laplacian."""
+    eye_NDD = torch.eye(x_ND.shape[1]).to(x_ND).expand(len(x_ND), -1, -1)
+    return torch.cat([x_ND[:, None], eye_NDD, torch.zeros_like(x_ND)[:, None]], 1)
+
+
+def jet_tanh(z_NPI: Tensor) -> Tensor:
+    """Return the tanh of a value, with its derivatives by the chain rule: Δ tanh z = t' Δz + t'' ‖∇z‖²."""
+    value, first, laplacian = z_NPI[:, :1], z_NPI[:, 1:-1], z_NPI[:, -1:]
+    t = value.tanh()
+    slope = 1 - t.square()
+    bend = -2 * t * slope * first.square().sum(1, keepdim=True)
+    return torch.cat([t, slope * first, slope * laplacian + bend], 1)
+
+
+class JetNetwork(nn.Module):
+    """An MLP with tanh between its layers, from points [N, D] to the jet of u: [N, P]."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(JetLinear(inputs, outputs) for inputs, outputs in pairwise(widths))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return u, its D first derivatives and its Laplacian, for each point."""
+        jet = self.layers[0](jet_of(x_ND))
+        for layer in self.layers[1:]:
+            jet = layer(jet_tanh(jet))
+        return jet[:, :, 0]

@@ -1,0 +1,81 @@
+"""The figures of the study: loss and quality by step and by time, and the loss at the end by learning rate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from studies.optimizers import BUILDERS, FACTORS
+from studies.problems import PROBLEMS
+from studies.results import Curve, Results
+from studies.runs import SEEDS
+from tengrad_triton.recipes.figures import STYLES
+from tengrad_triton.recipes.run import replacing
+
+COLOR = dict(zip(BUILDERS, STYLES, strict=False))
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Write ``defaults-PROBLEM.png`` for each problem, and ``defaults-lr.png``."""
+    for name in results.problems:
+        _save(_of_problem(results, name), folder / f"defaults-{name}.png")
+    _save(_by_rate(results), folder / "defaults-lr.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _of_problem(results: Results, name: str) -> Figure:
+    figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
+    grid: Sequence[Sequence[Axes]] = figure.subplots(2, 2, sharex="col", sharey="row")
+    for curve in results.curves(name):
+        color, marker = COLOR[curve.optimizer]
+        style = {"color": color, "marker": marker, "markersize": 4, "linestyle": "--" if curve.tuned else "-"}
+        for row, quantity in zip(grid, ("loss", "quality"), strict=True):
+            _draw_curve(row, curve, quantity, style)
+    quality = results.quality(name)
+    grid[0][0].set(ylabel="test loss", yscale="log")
+    grid[1][0].set(ylabel=quality, yscale="log" if quality == "error" else "linear")
+    grid[1][0].set(xlabel="step")
+    grid[1][1].set(xlabel="time of training (s)")
+    for panel in (panel for row in grid for panel in row):
+        panel.grid(alpha=0.3)
+    grid[0][1].legend(fontsize="small")
+    figure.suptitle(f"{PROBLEMS[name].title}: mean of {len(SEEDS)} seeds, and their range")
+    return figure
+
+
+def _draw_curve(row: Sequence[Axes], curve: Curve, quantity: str, style: dict[str, object]) -> None:
+    seeds = [getattr(run, quantity) for run in curve.runs]
+    points = list(zip(*seeds, strict=False))
+    means, low, high = ([f(values) for values in points] for f in (statistics.mean, min, max))
+    for panel, x in zip(row, (curve.runs[0].steps, curve.times), strict=True):
+        panel.plot(x[: len(points)], means, label=curve.label, **style)
+        panel.fill_between(x[: len(points)], low, high, color=style["color"], alpha=0.1, linewidth=0)
+
+
+def _by_rate(results: Results) -> Figure:
+    figure = Figure(figsize=(11, 6.5), dpi=110, layout="constrained")
+    panels = list(figure.subplots(2, 3).flat)
+    for panel, name in zip(panels, results.problems, strict=False):
+        for optimizer in results.optimizers(name):
+            ends = {factor: results.ends(name, optimizer, factor) for factor in FACTORS[optimizer]}
+            found = {factor: values for factor, values in ends.items() if values}
+            color, marker = COLOR[optimizer]
+            worst = [max(values) for values in found.values()]
+            panel.plot(list(found), worst, color=color, marker=marker, label=optimizer)
+        panel.set(
+            xscale="log", yscale="log", title=name, xlabel="learning rate / default", ylabel="test loss at the end"
+        )
+        panel.grid(alpha=0.3, which="both")
+    for panel in panels[len(results.problems) :]:
+        panel.axis("off")
+    panels[0].legend(fontsize="small")
+    return figure

@@ -1,0 +1,161 @@
+"""The page of the study, docs/defaults.md: a pure function of the results."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from studies.optimizers import FACTORS
+from studies.problems import PROBLEMS
+from studies.results import Curve, Results
+from studies.runs import ABLATIONS, SEEDS
+from tengrad_triton import TENGraD
+from tengrad_triton.recipes.page import table
+
+GENERATED = "<!-- Written by `python -m studies.defaults`: changes by hand are lost. -->"
+SETTINGS = (
+    *("lr", "damping", "relative_damping", "trust_region", "momentum", "nesterov", "refresh_every", "history"),
+    *("fisher", "blocks"),
+)
+INTRODUCTION = """
+What `TENGraD(model)` does when nobody sets anything, on five models, over {seeds} seeds each: with the default
+learning rate, a third of it and three times it; beside `torch.optim.AdamW`, and `torch.optim.Muon` for the hidden
+matrices with AdamW for the rest, with their own defaults and with the best learning rate of {grid} times the default
+by the first seed's loss at the end. That choice is made on the test loss, which favours them. Only
+`likelihood="gaussian"` is given, to the PINN: it trains by a mean square.
+"""
+TIMES = """
+One thread of a machine that other programs used at the same time. Times of a step are medians, from rounds in which
+the optimizers take ten steps each in turn, so that other load hits all alike. The time axes are made of them: so many
+steps that reuse the curvature, so many that refresh it. Evaluations are not counted.
+"""
+
+
+def markdown(results: Results, machine: dict[str, Any], texts: dict[str, str]) -> str:
+    """Return the page; ``texts`` are the sections that are written by hand from the numbers, by their place."""
+    tried = ", ".join(f"{factor:.2g}" for factor in FACTORS["adamw"])
+    sections = [
+        f"{GENERATED}\n\n# Defaults that train",
+        " ".join(INTRODUCTION.format(seeds=len(SEEDS), grid=tried).split()),
+        table(("setting", "default"), [(f"`{name}`", f"{value}") for name, value in _defaults().items()]),
+        *_race(results),
+        *_safety(results),
+        *(section for name in results.problems for section in _problem(results, name)),
+        *_ablations(results),
+        "## Where and how\n\n" + " ".join(TIMES.split()),
+        table(("", ""), [(key, str(value)) for key, value in machine.items() if value is not None]),
+        "To run it again; what has its file in `studies/results` is not run twice:",
+        "```bash\npython -m studies.defaults --data DIR --out docs\n```",
+    ]
+    return "\n\n".join([*sections[:2], *filter(None, [texts.get("summary")]), *sections[2:]]) + "\n"
+
+
+def _defaults() -> dict[str, Any]:
+    known = inspect.signature(TENGraD).parameters
+    return {name: known[name].default for name in SETTINGS}
+
+
+def _race(results: Results) -> Iterable[str]:
+    """How TENGraD stands when AdamW has taken all its steps, and how long it took to AdamW's loss."""
+    yield "## By wall-clock time"
+    head = (
+        "model",
+        "AdamW's lr",
+        "its time",
+        "its loss then",
+        "TENGraD's loss then",
+        "TENGraD's time to that loss",
+        "ratio",
+    )
+    rows = []
+    for name in results.problems:
+        ours, *rivals = _named(results, name, "tengrad") + _named(results, name, "adamw")
+        rows += [(name, *_against(ours, rival)) for rival in rivals if rival.optimizer == "adamw"]
+    yield table(head, rows)
+    yield (
+        "Times until the end of AdamW's run; losses are means over the seeds, on what was not trained with. The ratio "
+        "is AdamW's time over TENGraD's: above 1, TENGraD is ahead."
+    )
+
+
+def _named(results: Results, problem: str, optimizer: str) -> list[Curve]:
+    curves = [curve for curve in results.curves(problem) if curve.optimizer == optimizer]
+    return curves[:1] if optimizer == "tengrad" else curves
+
+
+def _against(ours: Curve, rival: Curve) -> tuple[str, ...]:
+    end, loss = rival.times[len(rival.losses) - 1], rival.losses[-1]
+    then, reached = ours.loss_at(end), ours.seconds_to(loss)
+    return (
+        f"{rival.runs[0].lr:.2g}{' (tuned)' if rival.tuned else ''}",
+        f"{end:.2f} s",
+        f"{loss:.3g}",
+        "-" if then is None else f"{then:.3g}",
+        "not reached" if reached is None else f"{reached:.2f} s",
+        "-" if reached is None else f"{end / reached:.2f}",
+    )
+
+
+def _safety(results: Results) -> Iterable[str]:
+    yield "## A factor of three in the learning rate either way"
+    head = ("model", *(f"lr {_lr(results, factor):.2g}" for factor in FACTORS["tengrad"]), "diverged")
+    rows = []
+    for name in results.problems:
+        ends = [results.ends(name, "tengrad", factor) for factor in FACTORS["tengrad"]]
+        missing = sum(results.diverged(name, "tengrad", factor) for factor in FACTORS["tengrad"])
+        cells = [f"{statistics.mean(e):.3g} ({min(e):.3g} to {max(e):.3g})" if e else "-" for e in ends]
+        rows.append((name, *cells, f"{missing} of {sum(map(len, ends)) + missing}"))
+    yield table(head, rows)
+    yield (
+        f"Loss at the end: mean of {len(SEEDS)} seeds, and their range. A run diverged if a loss was not finite, or "
+        "ended above where it began."
+    )
+    yield "![The worst seed's loss at the end by learning rate over the default](figures/defaults-lr.png)"
+
+
+def _lr(results: Results, factor: float) -> float:
+    return float(_defaults()["lr"]) * factor
+
+
+def _problem(results: Results, name: str) -> Iterable[str]:
+    quality = results.quality(name)
+    yield f"## {PROBLEMS[name].title}"
+    head = ("optimizer", "lr", "train loss", "test loss", f"test {quality}", "a step", "a refreshing step", "the run")
+    yield table(head, [_row(curve, quality) for curve in results.curves(name)])
+    yield f"![Loss and {quality} by step and by time](figures/defaults-{name}.png)"
+
+
+def _row(curve: Curve, quality: str) -> tuple[str, ...]:
+    worth = curve.end("quality")
+    return (
+        curve.optimizer,
+        f"{curve.runs[0].lr:.2g}{' (tuned)' if curve.tuned else ''}",
+        f"{curve.end('train_loss'):.3g}",
+        f"{curve.end('loss'):.3g}",
+        f"{worth:.1%}" if quality == "accuracy" else f"{worth:.2g}",
+        f"{1e3 * curve.seconds['reuse']:.1f} ms",
+        f"{1e3 * curve.seconds['refresh']:.1f} ms" if curve.optimizer == "tengrad" else "",
+        f"{curve.times[-1]:.1f} s",
+    )
+
+
+def _ablations(results: Results) -> Iterable[str]:
+    found = {change: {name: results.ablation(name, change) for name in results.problems} for change in ("", *ABLATIONS)}
+    if not any(run for change, runs in found.items() if change for run in runs.values()):
+        return
+    yield "## What each default is there for"
+    rows = [(change or "the defaults", *map(_ending, runs.values())) for change, runs in found.items()]
+    yield table(("test loss at the end, first seed", *results.problems), rows)
+
+
+def _ending(run: Any) -> str:
+    if run is None:
+        return "-"
+    return "diverged" if run.diverged else f"{run.loss[-1]:.3g}"
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Return a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,117 @@
+"""What the runs say, as the page and the figures need it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from itertools import pairwise
+
+from studies.optimizers import BUILDERS
+from studies.problems import PROBLEMS
+from studies.runs import SEEDS, Case, Run, Store, of, takes_part, tuned
+from tengrad_triton import Growing
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An optimizer's runs at one learning rate, a run a seed, and the seconds of its two kinds of steps."""
+
+    optimizer: str
+    tuned: bool
+    runs: tuple[Run, ...]
+    seconds: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """Return what a legend calls it."""
+        return f"{self.optimizer}, lr {self.runs[0].lr:.2g}{' (tuned)' if self.tuned else ''}"
+
+    def end(self, quantity: str = "loss") -> float:
+        """Return the mean over the seeds at the end; of a run that ended early, the last there was."""
+        return statistics.mean(getattr(run, quantity)[-1] for run in self.runs)
+
+    @property
+    def times(self) -> list[float]:
+        """Return the seconds of training behind each evaluation."""
+        refreshes, every = set(), Growing()
+        step = 0
+        while step < self.runs[0].steps[-1]:
+            refreshes.add(step)
+            step += every(step)
+        extra = self.seconds["refresh"] - self.seconds["reuse"]  # nothing but for TENGraD
+        return [n * self.seconds["reuse"] + extra * sum(s < n for s in refreshes) for n in self.runs[0].steps]
+
+    @property
+    def losses(self) -> list[float]:
+        """Return the mean loss over the seeds at each evaluation."""
+        return [statistics.mean(values) for values in zip(*(run.loss for run in self.runs), strict=False)]
+
+    def loss_at(self, seconds: float) -> float | None:
+        """Return the loss at a time, by linear interpolation; None before the first evaluation, the end's after it."""
+        points = list(zip(self.times, self.losses, strict=False))
+        for (t0, l0), (t1, l1) in pairwise(points):
+            if t0 <= seconds <= t1:
+                return l0 + (l1 - l0) * (seconds - t0) / (t1 - t0)
+        return points[-1][1] if seconds > points[-1][0] else None
+
+    def seconds_to(self, loss: float) -> float | None:
+        """Return when the loss was first as low as that, by linear interpolation; None if it never was."""
+        points = list(zip(self.times, self.losses, strict=False))
+        if points[0][1] <= loss:
+            return points[0][0]
+        for (t0, l0), (t1, l1) in pairwise(points):
+            if l1 <= loss:
+                return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
+        return None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that was kept."""
+
+    store: Store
+
+    @property
+    def problems(self) -> list[str]:
+        """Return the problems that were timed and trained."""
+        return [name for name in PROBLEMS if self.seconds(name) and self.curves(name)]
+
+    def seconds(self, problem: str) -> dict[str, dict[str, float]]:
+        """Return the times of a step, by optimizer."""
+        return (self.store.read(f"{problem}-timing.json") or {}).get("seconds", {})
+
+    def quality(self, problem: str) -> str:
+        """Return what the quality is called."""
+        return "error" if problem == "pinn" else "accuracy"
+
+    def optimizers(self, problem: str) -> list[str]:
+        """Return who takes part."""
+        return [name for name in BUILDERS if takes_part(problem, name)]
+
+    def curve(self, problem: str, optimizer: str, factor: float, is_tuned: bool = False) -> Curve | None:
+        """Return the runs at one learning rate, or None if there is none."""
+        runs = tuple(run for run in of(self.store, problem, optimizer, factor) if run.steps)
+        seconds = self.seconds(problem)[optimizer]
+        return Curve(optimizer, is_tuned, runs, seconds) if runs else None
+
+    def curves(self, problem: str) -> list[Curve]:
+        """Return each optimizer with its default, and with the learning rate that was the best."""
+        found = []
+        for name in self.optimizers(problem):
+            best = tuned(problem, name, self.store)
+            found.append(self.curve(problem, name, 1))
+            if best != 1:
+                found.append(self.curve(problem, name, best, is_tuned=True))
+        return [curve for curve in found if curve is not None]
+
+    def ends(self, problem: str, optimizer: str, factor: float) -> list[float]:
+        """Return the losses at the end, by seed, of those that did not diverge."""
+        return [run.loss[-1] for run in of(self.store, problem, optimizer, factor) if run.loss and not run.diverged]
+
+    def diverged(self, problem: str, optimizer: str, factor: float) -> int:
+        """Return how many seeds diverged."""
+        return sum(run.diverged for run in of(self.store, problem, optimizer, factor))
+
+    def ablation(self, problem: str, change: str) -> Run | None:
+        """Return the run with one of the defaults changed; the defaults' own if ``change`` is empty."""
+        return self.store.run(Case(problem, "tengrad", 1, SEEDS[0], change))

@@ -1,0 +1,42 @@
+"""How long a step takes: all optimizers in turn, a few steps each, so that other load hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+
+from studies.optimizers import BUILDERS, close
+from studies.problems import PROBLEMS
+from studies.runs import Case, started, step, takes_part
+
+TURNS, STEPS = 8, 10  # a turn of TENGraD begins with a refresh
+
+
+def step_seconds(problem: str, data: Path) -> dict[str, dict[str, float]]:
+    """Return each optimizer's median seconds of a step that refreshes the curvature, and of one that does not."""
+    task = PROBLEMS[problem].task(data)
+    batches = task.batches(0)
+    names = [name for name in BUILDERS if takes_part(problem, name)]
+    running = {name: started(Case(problem, name, 1, 0), task) for name in names}
+    running["tengrad"][1].refresh_every = STEPS  # type: ignore[attr-defined]
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    for turn in range(TURNS + 1):  # the first warms up
+        drawn = [next(batches) for _ in range(STEPS)]
+        for name, (model, optimizer) in running.items():
+            times = []
+            for batch in drawn:
+                start = time.perf_counter()
+                step(model, optimizer, task, batch)
+                times.append(time.perf_counter() - start)
+            if turn:
+                seconds[name].append(times)
+    for _, optimizer in running.values():
+        close(optimizer)
+    return {name: _medians(times, name == "tengrad") for name, times in seconds.items()}
+
+
+def _medians(turns: list[list[float]], refreshes: bool) -> dict[str, float]:
+    others = statistics.median(t for times in turns for t in times[refreshes:])
+    first = statistics.median(times[0] for times in turns) if refreshes else others
+    return {"refresh": first, "reuse": others}

@@ -1,0 +1,61 @@
+"""Where the graph behind a forward's output comes from: whose samples, and by how many ways to which parameters.
+
+Dimensions: N samples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.blocks import Source
+from tengrad_triton.layers import samples_dim
+from tengrad_triton.record import Record
+
+
+def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[str, Source]) -> set[str]:
+    """Return the layers with a rule whose outputs' entries for one sample reach the losses of others.
+
+    With a weight of its own for each sample, a derivative by what is sample n's only is the plain one times weight n.
+    """
+    ruled = [(name, use) for name, uses in record.uses.items() for use in uses if name not in record.misfits]
+    checked = [(n, use, use.edges[0]) for n, use in ruled if use.edges[0] and not sources[n].explicit]
+    if not checked:
+        return set()
+    weights_N = torch.rand(record.samples, generator=torch.Generator().manual_seed(0)).to(results[0]) + 0.5
+    cotangents = [torch.ones_like(result) for result in results]
+    weighted = [weights_N.view(-1, *(1 for _ in c.shape[1:])) * c for c in cotangents]
+    edges = [edge for _, _, edge in checked]
+    plain, own = (
+        torch.autograd.grad(results, edges, c, retain_graph=True, allow_unused=True) for c in (cotangents, weighted)
+    )
+    mixing = set()
+    for (name, use, _), g, g_own in zip(checked, plain, own, strict=True):
+        if g is None or g_own is None:
+            continue
+        dim = 1 if use.swapped else samples_dim(sources[name].layer)
+        expected = g * weights_N.to(g.dtype).view(-1, *(1 for _ in g.shape[dim + 1 :]))
+        if (g_own - expected).norm() > torch.finfo(g.dtype).eps ** 0.5 * expected.norm():
+            mixing.add(name)
+    return mixing
+
+
+def leaves_reached(outputs: Sequence[Tensor]) -> Counter[int]:
+    """Count how many edges of the graph behind ``outputs`` end in each leaf, by the leaf's id."""
+    reached: Counter[int] = Counter()
+    seen, stack = set(), [output.grad_fn for output in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for successor, _ in node.next_functions:
+            leaf = getattr(successor, "variable", None)
+            if leaf is not None:
+                reached[id(leaf)] += 1
+            else:
+                stack.append(successor)
+    return reached

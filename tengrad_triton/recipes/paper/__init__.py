@@ -1,0 +1,1 @@
+"""`tengrad-triton paper`: the paper's tables and figures, as `train` runs and measurements, its numbers beside ours."""

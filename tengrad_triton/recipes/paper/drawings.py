@@ -1,0 +1,151 @@
+"""The figures of the paper's report; each says at which scale it was made.
+
+Key: K entries of a weight.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from torch import Tensor
+
+from tengrad_triton.recipes.figures import STYLES
+from tengrad_triton.recipes.paper.asked import Asked
+from tengrad_triton.recipes.paper.curves import ORDER, Finished, by_epoch, by_optimizer
+from tengrad_triton.recipes.run import replacing
+
+QUANTITIES: Mapping[str, tuple[str, float]] = {
+    "train_loss": ("training cross-entropy (nats)", 1.0),
+    "test_loss": ("test cross-entropy (nats)", 1.0),
+    "train_accuracy": ("train accuracy (%)", 100.0),
+    "test_accuracy": ("test accuracy (%)", 100.0),
+}
+MORE = (("#56B4E9", "P"), ("#7F3C8D", "*"), ("#8C564B", "<"), ("#7F7F7F", ">"))
+STYLE = dict(zip(ORDER, (*STYLES[:2], *STYLES[3:], *MORE[:1], STYLES[2], *MORE[1:]), strict=True))  # train's for its
+DPI = 90
+
+
+def save(figure: Figure, out: Path, name: str) -> str:
+    """Write one PNG into the report's folder of figures, and return its path as the page has it."""
+    (out / "figures").mkdir(exist_ok=True)
+    file = f"figures/paper-{name}.png"
+    with replacing(out / file) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return file
+
+
+def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name: str) -> str:
+    """Draw a quantity by epoch and by time, with the standard deviation over the seeds as bars."""
+    label, scale = QUANTITIES[quantity]
+    figure = Figure(figsize=(10, 4.2), dpi=DPI, layout="constrained")
+    panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
+    for optimizer, group in by_optimizer(runs).items():
+        spreads, seconds = by_epoch(group, quantity, scale)
+        color, marker = STYLE[optimizer]
+        count = f"{optimizer} (diverged)" if any(run.diverged for run in group) else optimizer
+        for panel, x in zip(panels, (range(1, len(spreads) + 1), seconds), strict=True):
+            panel.errorbar(
+                x, [s.mean for s in spreads], [s.std for s in spreads],
+                color=color, marker=marker, markersize=5, capsize=3, linewidth=1.3, label=count,
+            )  # fmt: skip
+    panels[0].set(xlabel="epoch", ylabel=label)
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels[1].set(xlabel="training time (s), evaluations excluded")
+    panels[1].set_xlim(left=0)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        if "loss" in quantity:
+            panel.set_yscale("log")
+    panels[1].legend(fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    return save(figure, out, name)
+
+
+def blocks(found: Mapping[str, Tensor], layer: str, asked: Asked, name: str) -> str:
+    """Draw |α (F + αI)⁻¹ - I|, entry by entry: what sets a block of the inverse apart from one without curvature."""
+    figure = Figure(figsize=(3.4 * len(found), 4.1), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    apart = {
+        method: (block - torch.eye(len(block), device=block.device)).abs().cpu() for method, block in found.items()
+    }
+    top = max(float(apart_KK.max()) for apart_KK in apart.values())
+    norm = LogNorm(1e-4 * top, top) if top > 0 and math.isfinite(top) else None
+    for panel, (method, apart_KK) in zip(panels, apart.items(), strict=True):
+        image = panel.imshow(apart_KK.clamp(min=1e-4 * top).numpy(), norm=norm, cmap="magma", interpolation="nearest")
+        panel.set_title(method, fontsize="medium")
+        panel.set(xticks=[], yticks=[])
+    figure.colorbar(image, ax=panels, shrink=0.8)
+    figure.suptitle(f"3C1F, {layer}: |α (F + αI)⁻¹ - I|; scale: {asked.scale.said()}", fontsize="medium")
+    return save(figure, asked.out, name)
+
+
+def sensitivity(cells: Mapping[tuple[float, float], float | None], title: str, out: Path, name: str) -> str:
+    """Draw accuracies by learning rate and damping; a cell without a number diverged."""
+    rates, dampings = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    table = [[cells.get((lr, damping)) for lr in rates] for damping in dampings]
+    figure = Figure(figsize=(1.6 + 0.9 * len(rates), 1.6 + 0.55 * len(dampings)), dpi=DPI, layout="constrained")
+    panel = figure.subplots()
+    numbers = [[math.nan if cell is None else cell for cell in row] for row in table]
+    panel.imshow(numbers, cmap="viridis", aspect="auto", origin="lower")
+    for y, row in enumerate(table):
+        for x, cell in enumerate(row):
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
+            panel.text(
+                x, y, "diverged" if cell is None else f"{cell:.1f}", ha="center", va="center", fontsize=8, bbox=box
+            )
+    panel.set_xticks(range(len(rates)), [str(rate) for rate in rates])
+    panel.set_yticks(range(len(dampings)), [str(damping) for damping in dampings])
+    panel.set(xlabel="learning rate", ylabel="damping")
+    figure.suptitle(title, fontsize="medium")
+    return save(figure, out, name)
+
+
+def complexity(cases: Sequence[Mapping[str, Any]], base: Mapping[str, int], out: Path) -> str:
+    """Draw table 1: the costs by each quantity, on logarithmic axes."""
+    quantities = list(dict.fromkeys(case["quantity"] for case in cases))
+    figure = Figure(figsize=(3.6 * len(quantities), 6.4), dpi=DPI, layout="constrained")
+    grid = figure.subplots(2, len(quantities), squeeze=False, sharey="row", sharex="col")
+    for row, cost in enumerate(("curvature", "step")):
+        for panel, quantity in zip(grid[row], quantities, strict=True):
+            for case in (case for case in cases if case["quantity"] == quantity):
+                color, marker = STYLE[case["optimizer"]]
+                seconds = [1e3 * s if s > 0 else math.nan for s in case["seconds"][cost]]
+                panel.plot(case["values"], seconds, color=color, marker=marker, markersize=5, label=case["optimizer"])
+            panel.set(xscale="log", yscale="log")
+            panel.xaxis.set_major_locator(FixedLocator(case["values"]))
+            panel.xaxis.set_minor_locator(NullLocator())
+            panel.set_xticklabels([str(value) for value in case["values"]])
+            panel.grid(alpha=0.3)
+        grid[row][0].set_ylabel(
+            "a refresh more than a step (ms)" if cost == "curvature" else "the optimizer's step (ms)"
+        )
+    for panel, quantity in zip(grid[1], quantities, strict=True):
+        panel.set_xlabel(quantity)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
+    figure.suptitle("perceptron, " + ", ".join(f"{key} {value}" for key, value in base.items()), fontsize="small")
+    return save(figure, out, "table1")
+
+
+def phases(seconds: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, out: Path) -> str:
+    """Draw the parts of a step as stacked bars: those that reuse the curvature, and those that refresh it."""
+    figure = Figure(figsize=(10, 0.9 + 0.36 * len(seconds)), dpi=DPI, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, kind in zip(panels, ("reuse", "refresh"), strict=True):
+        for place, by_kind in enumerate(seconds.values()):
+            left = 0.0
+            for (phase, part), (color, _) in zip(by_kind.get(kind, {}).items(), STYLES, strict=False):
+                panel.barh(place, 1e3 * part, left=1e3 * left, color=color, label=phase if place == 0 else None)
+                left += part
+        panel.set(xlabel="ms", title=f"a step that {'reuses the curvature' if kind == 'reuse' else 'refreshes it'}")
+    panels[0].set_yticks(range(len(seconds)), list(seconds))
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+    figure.suptitle(title, fontsize="medium")
+    return save(figure, out, "phases")

@@ -1,0 +1,88 @@
+"""What nobody sets must train: an untouched TENGraD on real digits, and with a learning rate a factor of three off."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+from tengrad_triton import Growing, TENGraD
+
+STEPS, BATCH = 60, 64
+LR = inspect.signature(TENGraD).parameters["lr"].default
+
+
+def convolutions():
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(128, 10)),
+    )
+
+
+def normalized():
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
+        *(nn.Flatten(), nn.Linear(16, 10)),
+    )
+
+
+def perceptron():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+MODELS = {"mlp": perceptron, "convolutions": convolutions, "batch norm": normalized}
+
+
+def digits():
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1, torch.from_numpy(labels)
+
+
+def losses(model, optimizer, steps, x, y):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x[rows]), y[rows])
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_an_untouched_optimizer_trains(model, factor):
+    """The loss never rises far above a guess's, ln 10, and ends at less than a third of it."""
+    torch.manual_seed(0)
+    net = MODELS[model]()
+    optimizer = TENGraD(net, lr=LR * factor, seed=0) if factor != 1 else TENGraD(net, seed=0)
+    seen = list(losses(net, optimizer, STEPS, *digits()))
+    assert max(seen) < 1.5 * seen[0]
+    assert sum(seen[-5:]) / 5 < seen[0] / 3
+
+
+def test_fitted_labels_leave_no_curvature_and_no_divergence():
+    """Where every label is certain F vanishes: a damping relative to its trace alone would vanish with it."""
+    torch.manual_seed(0)
+    net = perceptron()
+    x, y = digits()
+    seen = list(losses(net, TENGraD(net, seed=0), 200, x[:128], y[:128]))
+    assert sum(seen[-20:]) / 20 < 0.1 * seen[0]
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, True), ({"momentum": 0.0}, False), ({"spring": 0.9}, False)])
+def test_looks_ahead_where_there_is_momentum(settings, expected):
+    assert TENGraD(perceptron(), **settings).param_groups[0]["nesterov"] is expected
+
+
+def test_growing_interval():
+    steps, step, every = [], 0, Growing(10)
+    while step < 100:
+        steps.append(step)
+        step += every(step)
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 22, 29, 38, 48, 58, 68, 78, 88, 98]
+    with pytest.raises(ValueError, match="most must be at least 1 step, got 0"):
+        Growing(0)
