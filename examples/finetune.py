@@ -20,7 +20,7 @@ from examples.text import batch, code, prose
 from tengrad_triton.recipes.page import block, bullets
 from tengrad_triton.summary import Summary
 
-SETTINGS: dict[str, Any] = {"lr": 0.03}
+SETTINGS: dict[str, Any] = {"lr": 0.1}
 PRETRAINING_LR = 3e-3
 
 INTRODUCTION = """# Fine-tuning, with nothing left out

@@ -28,7 +28,7 @@ from tengrad_triton.recipes.page import block, bullets
 
 SAMPLES, LENGTH = 32, 32
 SIZES: Mapping[str, int] = {"features": 64, "heads": 4, "blocks": 2}
-SETTINGS: dict[str, Any] = {"lr": 0.1, "damping": 0.1, "trust_region": 1e-3, "refresh_every": 10}
+SETTINGS: dict[str, Any] = {"lr": 0.2, "damping": 0.1, "trust_region": 1e-3, "refresh_every": 20}
 ADAMW_LR = (1e-3, 3e-3, 1e-2)
 
 

@@ -122,7 +122,7 @@ def descend(model: Wide, x_ND: Tensor, y_N1: Tensor, share: float, steps: int) -
     """Take full-batch steps with ``share`` of the largest η; return what happened, and λ_min of each layer at first."""
     optimizer = TENGraD(
         model, lr=0.0, damping=1.0, momentum=0.0, refresh_every=1, fisher="exact", likelihood="gaussian",
-        representation="per_sample",
+        representation="per_sample", relative_damping=False, trust_region=None,
     )  # fmt: skip
     first = [p.detach().clone() for p in model.parameters()]
 

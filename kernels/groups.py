@@ -21,7 +21,7 @@ from torch import Tensor
 from .spec import Config, cdiv, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
-MOST = 256  # members of one launch: the table kernel's arguments must fit into the 32 KB that CUDA grants
+MOST = 128  # members of one launch: their addresses and numbers must fit into the 32 KB of arguments that CUDA grants
 
 
 @triton.jit(

@@ -36,6 +36,8 @@ repeated in one CUDA graph, so that the host's part is not counted; what fits th
 }
 SCALING_NOTE = """3 × 3 convolutions on 14 × 14 pixels, one quantity varied at a time; exponents of the power law by
 least squares."""
+LAYERS_NOTE = """One layer and a small linear head, in the plain loop: steps of milliseconds, of which what Python and
+dispatch take is a large part. `perf/layers.py` has the sizes."""
 MEMORY_NOTE = {
     "cpu": "Pages of a process of its own, beyond those of torch itself, over a refresh, a reuse and a refresh.",
     "cuda": "`torch.cuda.max_memory_allocated`, over a refresh, a reuse and a refresh.",
@@ -68,6 +70,7 @@ def section(device: Device, folder: Path) -> Iterator[str]:
     )
     yield from _part("Kernels", KERNELS_NOTE[kind], _KERNELS, _kernels(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
+    yield from _part("Layers", LAYERS_NOTE, _LAYERS, _layers(device))
     yield from _part("Memory", MEMORY_NOTE[kind] + MEMORY_LIMIT, _MEMORY, _memory(device))
     yield from _part("3C1F on Fashion-MNIST", TRAINING_NOTE, _TRAINING, _training(device))
     yield from _part("Not measured here", "", ("case", "why"), device.skipped())
@@ -129,6 +132,16 @@ def _scaling(device: Device) -> Iterator[Sequence[str]]:
     for case in device.cases("scaling"):
         powers = (f"{case['exponents'][curve]:.2f}" for curve in figures.LABELS)
         yield figures.AXES[case["quantity"]], ", ".join(map(str, case["values"])), *powers
+
+
+_LAYERS = ("layer", "N", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD", "J, MiB")
+
+
+def _layers(device: Device) -> Iterator[Sequence[str]]:
+    for case in device.cases("layers"):
+        ratios = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
+        sgd, kept = _ms(case["seconds"]["sgd"]["median"]), f"{case['kept_bytes'] / 2**20:.1f}"
+        yield case["layer"], str(case["samples"]), sgd, *ratios, kept
 
 
 _MEMORY = ("model", "N", "SGD, MiB", "TENGraD, MiB", "ratio")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from perf.layers import LAYERS, LayerCase
 from perf.memory import MemoryCase
 from perf.optimizers import OptimizerCase
 from perf.scaling import ScalingCase
@@ -36,7 +37,7 @@ class Selection:
     skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-SUITES = ("kernels", "optimizers", "memory", "scaling", "steps")
+SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "steps")
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 
 QUICK = Selection(
@@ -51,6 +52,7 @@ QUICK = Selection(
             for quantity in ("samples", "width", "depth")
         ],
         "memory": [MemoryCase("tiny 3C1F", 8)],
+        "layers": [LayerCase("Conv2d, depthwise", 4, 2), LayerCase("tied embedding and head", 4, 2)],
     },
 )
 
@@ -85,6 +87,7 @@ CPU = Selection(
             ScalingCase("depth", (2, 4, 8, 16), _BASE, 7),
         ],
         "memory": [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128)],
+        "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
     },
     skipped={
         "steps": {f"{model}, N = 512": _MINUTES for model in ("ResNet-18", "WRN-28-4")}
@@ -115,6 +118,7 @@ GPU = Selection(
             ScalingCase("depth", (2, 4, 8, 16), _BASE | {"samples": 128, "width": 128}, 7),
         ],
         "memory": [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128)],
+        "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
     },
     skipped={"optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix, of three"}},
 )

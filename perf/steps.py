@@ -11,7 +11,7 @@ from torch import Tensor
 
 from perf import limits
 from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step
-from perf.models import MODELS
+from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step, now
 
 # Rounds: the first step of a compiled loop is a plain one, and CUDA graphs are recorded after a run without them.
@@ -34,22 +34,26 @@ class StepCase:
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, their ratios, and what J takes."""
-        made = MODELS[self.model]
-        x, y = made.batch(self.samples, device)
-        # A GPU works behind the host: steps are timed a block at a time, as a training loop lets them run.
-        block = 10 if device.type == "cuda" else 1
-        model = made.on(device)
-        optimizer = tengrad(model, refresh_every=block + 1)
-        ours = tengrad_step(model, optimizer, self.mode)
-        sgd = sgd_step(made.on(device), self.mode)
-        timers = {"sgd": _sgd_timer(sgd, block, x, y), "tengrad": _tengrad_timer(ours, block, x, y)}
-        for _ in range(WARM_UP[self.mode]):
-            for timer in timers.values():
-                timer()
-        times = interleaved(timers, self.rounds)
-        kept = {"kept_bytes": sum(row.bytes for row in optimizer.summary().rows)}
-        reading = {"reading_seconds": kept["kept_bytes"] * READS / limits.measure(device).bytes_per_second}
-        return {**asdict(self), "block": block, "seconds": times, **ratios(times), **kept, **reading}
+        return {**asdict(self), **measured(MODELS[self.model], self.samples, self.rounds, self.mode, device)}
+
+
+def measured(made: Model, samples: int, rounds: int, mode: Mode, device: torch.device) -> dict[str, Any]:
+    """Return what `StepCase.measure` says, of any model."""
+    x, y = made.batch(samples, device)
+    # A GPU works behind the host: steps are timed a block at a time, as a training loop lets them run.
+    block = 10 if device.type == "cuda" else 1
+    model = made.on(device)
+    optimizer = tengrad(model, refresh_every=block + 1)
+    ours = tengrad_step(model, optimizer, mode)
+    sgd = sgd_step(made.on(device), mode)
+    timers = {"sgd": _sgd_timer(sgd, block, x, y), "tengrad": _tengrad_timer(ours, block, x, y)}
+    for _ in range(WARM_UP[mode]):
+        for timer in timers.values():
+            timer()
+    times = interleaved(timers, rounds)
+    kept = {"kept_bytes": sum(row.bytes for row in optimizer.summary().rows)}
+    reading = {"reading_seconds": kept["kept_bytes"] * READS / limits.measure(device).bytes_per_second}
+    return {"block": block, "seconds": times, **ratios(times), **kept, **reading}
 
 
 def ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -69,8 +69,6 @@ class Geometry:
     @property
     def prefers_rows(self) -> bool:
         """Whether explicit per-sample gradients are the cheaper way to K: nearly every convolution, no plain linear."""
-        if self.layout == "table":  # neither way forms pairs of positions: what is smaller is cheaper
-            return self.per_sample_bytes <= self.factored_bytes
         return self.row_flops < self.pair_flops
 
     def rows_save(self, refresh_every: int) -> float:
@@ -78,6 +76,8 @@ class Geometry:
 
         Either way takes two products a step: 2 G N P I O flops each from factors, a pass over all J from rows.
         """
+        if self.layout == "table":  # looked up either way: what is smaller is cheaper
+            return float(self.factored_bytes - self.per_sample_bytes)
         products = 4 * self.groups * self.samples * self.positions * self.inputs * self.outputs
         factored = products + 2 * _FLOPS_PER_BYTE * self.factored_bytes
         rows = 2 * _FLOPS_PER_BYTE * self.per_sample_bytes

@@ -17,15 +17,14 @@ from tengrad_triton.update import Target
 
 @runtime_checkable
 class Team(Protocol):
-    """A Jacobian that is served together with others of the same ``team``: what it says of itself, or None if alone.
+    """A Jacobian that is served together with those of the same ``team``; any other is served by its own methods.
 
-    The methods are called on any of the members, and take one entry a member; ``systems`` says which row of the result
-    it adds to.
+    The functions take an entry for each member; ``systems`` says which row of the result it adds to.
     """
 
     @property
     def team(self) -> Hashable:
-        """Return what members have in common: those with equal answers can share a launch."""
+        """Return what members have in common: those that say the same can share a launch."""
 
     @staticmethod
     def gram_all(members: Sequence[Any], systems: list[int], count: int) -> Tensor:

@@ -4,6 +4,7 @@ As a program this file traces the ops, in a process of its own, because it puts 
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tengrad_triton.kernels import groups
 from torch._functorch.aot_autograd import aot_export_module
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses import FakeTensorMode
@@ -111,6 +113,17 @@ def test_config_compiles_for_cuda_without_spills(config, target, tmp_path):
     assert "tf32" not in compiled.asm["ptx"]
     if config.async_copies:
         assert re.search(r"\bLDGSTS\.\S*128", code)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_cache")
+def test_the_arguments_of_the_largest_table_fit(tmp_path):
+    """128 layers, each with the eight tensors and 21 numbers of a factored update, in 64 bits."""
+    addresses, numbers = (",".join(groups.MOST * count * [kind]) for count, kind in ((8, "*fp32"), (21, "i64")))
+    largest = dataclasses.replace(groups.TABLE, types=f"{addresses} {numbers} *i64")
+    _, spilled, code = cuda_resources(compile_config(largest, CUDA["sm_90"]), tmp_path)
+    assert spilled == 0
+    assert re.search(r"\bSTG\b", code)
 
 
 @pytest.mark.usefixtures("_fresh_cache")

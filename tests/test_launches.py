@@ -45,7 +45,7 @@ def counts(make, depth, options, monkeypatch):
     """Return what a step that reuses the curvature calls, and what a refresh does once J is there."""
     torch.manual_seed(0)
     model, x = make(depth)
-    optim = TENGraD(model, lr=1e-3, seed=0, **options)
+    optim = TENGraD(model, lr=1e-3, refresh_every=2, seed=0, **options)
     refreshing = Counting()
 
     def counted(*args, **kwargs):

@@ -328,6 +328,27 @@ def test_trust_region_bounds_the_fisher_norm_of_the_step(blocks, region):
     assert dense.relative_error(taken, {name: scale * d for name, d in direction.items()}) < TOLERANCE
 
 
+@pytest.mark.parametrize("factor", [1.0, 30.0])  # of the inputs
+@pytest.mark.parametrize("blocks", SYSTEMS)
+def test_relative_damping_is_in_units_of_the_trace(blocks, factor):
+    model, recording = small_model(), Recording(Categorical())
+    twin, (x, y) = copy.deepcopy(model), batch(0)
+    options = {**PLAIN, "relative_damping": True, "blocks": CHOICES[blocks], "likelihood": recording}
+    optimizer = TENGraD(model, lr=LR, damping=DAMPING, momentum=0.0, **options)
+    F.cross_entropy(model(factor * x), y).backward()
+    optimizer.step()
+    rows = drawn_rows(twin, factor * x, recording.targets, recording.nll)
+    grads = gradients(twin, factor * x, y, F.cross_entropy)
+    traces = [sum(rows[name].square().sum() for name in block).item() / N for block in SYSTEMS[blocks]]
+    expected = {}
+    for block, trace in zip(SYSTEMS[blocks], traces, strict=True):
+        expected |= natural(rows, grads, [block], DAMPING * max(trace, 1.0))
+    assert max(traces) > 1
+    assert factor > 1 or blocks == "network" or min(traces) < 1
+    taken = {name: (p - model.get_parameter(name)) / LR for name, p in twin.named_parameters()}
+    assert dense.relative_error(taken, expected) < TOLERANCE
+
+
 def test_spring_is_the_residual_formulation():
     """φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) (Goldshlager, Abrahamsen, Lin 2024, equation 22), densely."""
     mu, model, recording = 0.8, small_model(), Recording(Categorical())
@@ -424,6 +445,8 @@ def test_paper_settings_are_one_call_away():
     optimizer = TENGraD.paper(small_model(), lr=0.01)
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert (optimizer.param_groups[0]["damping"], optimizer.refresh_every) == (0.1, 100)
+    assert not optimizer.param_groups[0]["nesterov"]
+    assert (optimizer._options.relative_damping, optimizer._options.trust_region) == (False, None)
 
 
 BAD = {
@@ -439,6 +462,7 @@ BAD = {
     "half a row": ({"fisher_rows": 0.5}, TypeError, "fisher_rows must be a whole number"),
     "no history": ({"history": 0}, ValueError, "history must be at least 1"),
     "compressed history": ({"history": 2, "representation": "compressed"}, ValueError, "choose one of the two"),
+    "unclear damping": ({"relative_damping": 1}, TypeError, "relative_damping must be True or False"),
     "no trust": ({"trust_region": 0}, ValueError, "trust_region must be positive"),
     "spring of one": ({"spring": 1.0}, ValueError, r"spring must be in \[0, 1\)"),
     "nesterov and spring": ({"spring": 0.5, "nesterov": True}, ValueError, "no spring"),
