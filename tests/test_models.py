@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused(name, shape, width, message):
 
 def test_every_optimizer_has_settings():
     assert [type(Settings().of(name)).__name__.lower() for name in get_args(OptimizerName)] == [
-        f"{name}settings" for name in get_args(OptimizerName)
+        f"{name}settings".replace("_", "") for name in get_args(OptimizerName)
     ]
 
 

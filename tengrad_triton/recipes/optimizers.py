@@ -7,7 +7,7 @@ those of their own papers and packages. Other data need their own.
 A new optimizer is a dataclass here or there, its name in `OptimizerName` and a field of `Settings`.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
@@ -18,7 +18,9 @@ from torch import nn
 from tengrad_triton.fisher import Fisher
 from tengrad_triton.plan import Representation
 
-OptimizerName = Literal["tengrad", "sgd", "adamw", "kfac", "ekfac", "kbfgs", "kbfgsl", "muon", "soap", "shampoo"]
+OptimizerName = Literal[
+    "tengrad", "sgd", "adamw", "tengrad_defaults", "kfac", "ekfac", "kbfgs", "kbfgsl", "muon", "soap", "shampoo"
+]
 
 
 class OptimizerSettings(Protocol):
@@ -75,6 +77,31 @@ class TengradSettings:
             representation=self.representation,
             plan=self.plan,
         )
+
+
+@Parameter(group="TENGraD, by its defaults")
+@dataclass(frozen=True, kw_only=True)
+class TengradDefaultsSettings:
+    """TENGraD with the library's defaults: relative damping, a trust region, look-ahead, refreshes that grow rarer."""
+
+    needs: ClassVar[str] = "torch"
+    closure: ClassVar[bool] = False
+    lr: PositiveFloat = 0.03
+    "Learning rate."
+    damping: PositiveFloat = 0.003
+    "Damping, relative to each block's trace."
+    momentum: NonNegativeFloat = 0.9
+    "Momentum."
+    weight_decay: NonNegativeFloat = 0.0
+    "Weight decay."
+    trust_region: PositiveFloat = 3e-4
+    "Bound of a step's squared Fisher norm."
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return TENGraD over all parameters."""
+        from tengrad_triton.optimizer import TENGraD  # noqa: PLC0415
+
+        return TENGraD(model, **asdict(self))
 
 
 @Parameter(group="SGD")

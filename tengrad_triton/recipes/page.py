@@ -96,7 +96,7 @@ def _optimizers(run: Run) -> dict[str, object]:
 def _command(run: Run) -> str:
     """Return the command with every setting that the run depends on, whatever the defaults become."""
     flags = run.settings.flags() | ({"--data": "DIR"} if run.local_data else {})
-    of_one = {name: f"--{name}." for name in get_args(OptimizerName)}
+    of_one = {name: f"--{name.replace('_', '-')}." for name in get_args(OptimizerName)}
     shared = [flag for flag in flags if not flag.startswith(tuple(of_one.values()))]
     lines = [shared, *([flag for flag in flags if flag.startswith(of_one[name])] for name in run.settings.optimizer)]
     given = (" ".join(f"{flag} {_words(flags[flag])}" for flag in line) for line in lines)

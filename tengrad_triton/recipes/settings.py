@@ -19,6 +19,7 @@ from tengrad_triton.recipes.optimizers import (
     OptimizerName,
     OptimizerSettings,
     SgdSettings,
+    TengradDefaultsSettings,
     TengradSettings,
 )
 from tengrad_triton.recipes.rivals import (
@@ -86,6 +87,7 @@ class Settings:
     tengrad: TengradSettings = field(default_factory=TengradSettings)
     sgd: SgdSettings = field(default_factory=SgdSettings)
     adamw: AdamwSettings = field(default_factory=AdamwSettings)
+    tengrad_defaults: TengradDefaultsSettings = field(default_factory=TengradDefaultsSettings)
     kfac: KfacSettings = field(default_factory=KfacSettings)
     ekfac: EkfacSettings = field(default_factory=EkfacSettings)
     kbfgs: KbfgsSettings = field(default_factory=KbfgsSettings)

@@ -96,7 +96,7 @@ class Asked:
     "Rows of table 2, by the beginning of their title, such as 3C1F; all that the target shows if not given."
     optimizer: Annotated[
         tuple[OptimizerName, ...], Parameter(consume_multiple=True, negative=(), validator=each_once)
-    ] = ("tengrad", "sgd", "kfac", "ekfac", "kbfgs", "adamw", "muon")
+    ] = ("tengrad", "sgd", "kfac", "ekfac", "kbfgs", "tengrad_defaults", "adamw", "muon")
     "Optimizers; kbfgsl, and soap and shampoo where their package is installed, can be named too."
     seeds: PositiveInt = SEEDS
     "Runs of each, with seeds from 0."

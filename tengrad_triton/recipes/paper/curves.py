@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-ORDER = ("tengrad", "sgd", "kfac", "ekfac", "kbfgs", "kbfgsl", "adamw", "muon", "soap", "shampoo")
+ORDER = ("tengrad", "tengrad_defaults", "sgd", "kfac", "ekfac", "kbfgs", "kbfgsl", "adamw", "muon", "soap", "shampoo")
 Rows = Sequence[Mapping[str, Any]]  # what metrics.json has of a run: a number that is not finite is null
 LEVELS = (50, 60, 70, 75, 80, 82, 84, 86, 88, 90, 91, 92, 93, 94, 95)  # percent
 

@@ -26,8 +26,9 @@ QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_accuracy": ("train accuracy (%)", 100.0),
     "test_accuracy": ("test accuracy (%)", 100.0),
 }
-MORE = (("#56B4E9", "P"), ("#7F3C8D", "*"), ("#8C564B", "<"), ("#7F7F7F", ">"))
-STYLE = dict(zip(ORDER, (*STYLES[:2], *STYLES[3:], *MORE[:1], STYLES[2], *MORE[1:]), strict=True))  # train's for its
+MORE = (("#56B4E9", "P"), ("#7F3C8D", "*"), ("#8C564B", "<"), ("#7F7F7F", ">"), ("#004060", "h"))
+COLOURED = ("tengrad", "sgd", "adamw", *(name for name in ORDER if name not in ("tengrad", "sgd", "adamw")))
+STYLE = dict(zip(COLOURED, (*STYLES, *MORE), strict=True))  # those of `train` for its three
 DPI = 90
 
 

@@ -24,7 +24,7 @@ STILL: Mapping[str, Any] = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "re
 
 
 def _tengrad(model: nn.Module, damping: float, **settings: Any) -> torch.optim.Optimizer:
-    return TENGraD(model, damping=damping, **STILL, **settings)
+    return TENGraD.paper(model, damping=damping, **STILL, **settings)
 
 
 def _kfac(model: nn.Module, damping: float, **settings: Any) -> torch.optim.Optimizer:
