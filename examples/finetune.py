@@ -20,7 +20,7 @@ from examples.text import batch, code, prose
 from tengrad_triton.recipes.page import block, bullets
 from tengrad_triton.summary import Summary
 
-SETTINGS: dict[str, Any] = {"lr": 0.1}
+SETTINGS: dict[str, Any] = {"damping": 0.03}
 PRETRAINING_LR = 3e-3
 
 INTRODUCTION = """# Fine-tuning, with nothing left out
@@ -84,7 +84,7 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
     with guide.display() as progress:
         race(entered, seconds, 30, progress)
     title = "From help topics to source code"
-    guide.curves(out / "finetune.png", entered, "test loss on code (nats a character)", title)
+    guide.curves(out / "finetune.png", entered, "test loss on code (nats a character)", title, "linear")
     what: dict[str, object] = {
         "pre-training": f"{seconds:g} s of AdamW, lr {PRETRAINING_LR:g}, on the help topics",
         "fine-tuning": f"{len(text.train)} characters of code to train with and {len(text.test)} to test; {seconds:g} "

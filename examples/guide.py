@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -30,7 +31,9 @@ def display() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
 
 
-def curves(path: Path, runners: Sequence[Runner], label: str, title: str) -> None:
+def curves(
+    path: Path, runners: Sequence[Runner], label: str, title: str, scale: Literal["log", "linear"] = "log"
+) -> None:
     """Write a PNG of what each optimizer's best setting came to, by time and by step."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_time, by_step = figure.subplots(1, 2, sharey=True)
@@ -40,10 +43,10 @@ def curves(path: Path, runners: Sequence[Runner], label: str, title: str) -> Non
         by_time.plot([p.seconds for p in runner.curve], values, label=f"{runner.name}, {runner.setting}", **style)
         by_step.plot([max(1, p.step) for p in runner.curve], values, **style)
     for panel in (by_time, by_step):
-        panel.set_yscale("log")
+        panel.set_yscale(scale)
         panel.grid(alpha=0.3)
     by_time.set(xlabel="time of stepping (s)", ylabel=label)
-    by_step.set(xlabel="step", xscale="log")
+    by_step.set(xlabel="step", xscale=scale)
     by_time.legend(fontsize="small", loc="upper right")
     figure.suptitle(title)
     save(figure, path)

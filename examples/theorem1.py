@@ -109,12 +109,13 @@ def rows(optimizer: TENGraD) -> Mapping[str, Tensor]:
 
 def least_eigenvalues(j: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the least eigenvalue of J_l J_lᵀ of each layer, from the Gram matrix that the optimizer factors."""
-    return {name: float(torch.linalg.eigvalsh(kernels.gram_rows(j_NK) / 2)[0]) for name, j_NK in j.items()}
+    k_LNN = kernels.gram_rows(list(j.values()), list(range(len(j))), len(j)) / 2
+    return dict(zip(j, torch.linalg.eigvalsh(k_LNN)[:, 0].tolist(), strict=True))
 
 
 def moved(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
     """Return ‖J − J₀‖ for J of all layers side by side."""
-    k_NN = torch.stack([kernels.gram_rows(now[name] - start[name]) for name in start]).sum(0)
+    (k_NN,) = kernels.gram_rows([now[name] - start[name] for name in start], [0] * len(start), 1)
     return math.sqrt(float(torch.linalg.eigvalsh(k_NN / 2)[-1].clamp(min=0)))
 
 

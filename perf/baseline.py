@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tengrad_triton.blocks import Source
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import likelihood_of
 
@@ -51,19 +52,22 @@ class PaperNGD:
         self._refresh_every, self._steps = refresh_every, 0
         self._captured: dict[str, Captured] = {}
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        self._capture = Capture(model, self._layers, "sampled", likelihood_of("categorical"), generator)
+        sources = {name: Source(layer, dict(layer.named_parameters()), False) for name, layer in self._layers.items()}
+        self._capture = Capture(model, sources, "sampled", likelihood_of("categorical"), generator)
         self._capture.arm()
 
     def zero_grad(self) -> None:
-        self._capture.records.clear()
+        self._capture.forget()
         for parameter in self._momenta:
             parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
         if self._steps % self._refresh_every == 0:
-            rows = {name: forwards[0][0] for name, forwards in self._capture.rows()}
-            self._captured = {name: self._refresh(self._layers[name], *uses) for name, uses in rows.items()}
+            (record,) = self._capture.records
+            calls = {name: uses[0] for name, uses in record.uses.items()}
+            rows = {name: (use.inputs(name), use.derivatives()) for name, use in calls.items()}
+            self._captured = {name: self._refresh(self._layers[name], *row) for name, row in rows.items()}
         for name, captured in self._captured.items():
             self._update(self._layers[name], captured)
         self._steps += 1

@@ -56,7 +56,14 @@ class Curve:
 
     def seconds_to(self, loss: float) -> float | None:
         """Return when the loss was first as low as that, by linear interpolation; None if it never was."""
-        points = list(zip(self.times, self.losses, strict=False))
+        return self._first(loss, self.times)
+
+    def steps_to(self, loss: float) -> float | None:
+        """Return after how many steps that was."""
+        return self._first(loss, [float(step) for step in self.runs[0].steps])
+
+    def _first(self, loss: float, at: list[float]) -> float | None:
+        points = list(zip(at, self.losses, strict=False))
         if points[0][1] <= loss:
             return points[0][0]
         for (t0, l0), (t1, l1) in pairwise(points):

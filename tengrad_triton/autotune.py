@@ -69,11 +69,15 @@ def autotune(
         progress: called with (weights done, weights in all, the name of the next one).
 
     Raises:
-        ValueError: no rule covers any layer of the model.
+        ValueError: there is no weight to tune.
     """
     twin = copy.deepcopy(model)
     uses = _uses_of(twin, example_input, loss_fn or (lambda output: output.square().mean()))
     geometries = {name: g for name, g in geometries_of(uses).items() if g.layout != "table"}  # no kernels serve one
+    if not geometries:
+        raise ValueError(
+            f"no weight of {type(model).__name__} multiplies what its layer sees: there is nothing to tune"
+        )
     flat = {full_name(name, label): use for name, block in uses.items() for label, use in block.items()}
     weights = {geometry.key: name for name, geometry in geometries.items()}  # equal geometries are measured once
     device = example_input.device
@@ -94,8 +98,6 @@ def autotune(
 def _uses_of(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> dict[str, Mapping[str, Uses]]:
     blocks = find_blocks(model, [{"params": list(model.parameters())}])
     sources = find_sources(model, blocks)
-    if not sources:
-        raise ValueError(f"no rule covers any layer of {type(model).__name__}: there is nothing to tune")
     capture = Capture(model, sources, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
     capture.arm()
     loss_fn(model(x)).backward()

@@ -106,7 +106,8 @@ class Graphs:
             scale = 1
         if mixes or scale == 1:
             _, g = passed[1](grad_output)
-        uses = self._uses({k: [(a, scale * b) for a, b in zip(passed[2][k], g[k], strict=True)] for k in outputs})
+        calls = {k: [(a, scale * b) for a, b in zip(passed[2][k], g[k], strict=True)] for k in outputs}
+        uses = self._uses(calls, len(x))
         jacobians = jacobians_of(uses, self.chosen, self.kernels.__getitem__)
         fresh = curvature(
             jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()], relative=self.relative
@@ -114,11 +115,11 @@ class Graphs:
         fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss, pack_curvature(fresh)
 
-    def _uses(self, calls: Mapping[str, Sequence[tuple[Any, Any]]]) -> dict[str, BlockUses]:
+    def _uses(self, calls: Mapping[str, Sequence[tuple[Any, Any]]], samples: int) -> dict[str, BlockUses]:
         """Return what the calls contribute to each parameter of each block with rows."""
         forms: dict[int, list[Form]] = {}
         for name, pairs in calls.items():
-            for key, use in forms_of(name, self.sources[name], pairs).items():
+            for key, use in forms_of(name, self.sources[name], pairs, samples).items():
                 forms.setdefault(key, []).extend(use)
         rowed = [name for names in self.systems.values() for name in names]
         blocks = {block.name: block for block in self.blocks}

@@ -245,6 +245,9 @@ class TENGraD(Shell[Curvature]):
         every = self.refresh_every
         steps = every.most if isinstance(every, Growing) else self._interval()
         chosen = o.plan.choose(geometries_of(uses), o.by_hand, steps, o.max_bytes)
+        if o.history > 1:  # a plan may know the compressed form, which keeps no rows
+            kept = Choice("per_sample")
+            chosen = {name: kept if c.representation == "compressed" else c for name, c in chosen.items()}
         systems, rows = systems_of(o.blocks, self._blocks, list(uses)), rows_of(uses)
         few = set(compressed_blocks(uses, chosen))
         tol = {system: o.tol for system, names in systems.items() if few.intersection(names)}

@@ -62,13 +62,14 @@ def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int) 
         wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.strays.keys()
         if source.explicit or not wanted or name in record.misfits:
             continue
-        of_source = forms_of(name, source, [(use.inputs(name), use.derivatives(scale)) for use in calls])
+        pairs = [(use.inputs(name), use.derivatives(scale)) for use in calls]
+        of_source = forms_of(name, source, pairs, record.samples)
         for key in wanted & of_source.keys():
             forms.setdefault(key, []).extend(of_source[key])
     return forms
 
 
-def forms_of(name: str, source: Source, calls: Sequence[tuple[Any, Any]]) -> dict[int, list[Form]]:
+def forms_of(name: str, source: Source, calls: Sequence[tuple[Any, Any]], samples: int) -> dict[int, list[Form]]:
     """Return what the calls of a layer, (input, derivatives), contribute to its parameters, by the parameter's id.
 
     Raises:
@@ -79,16 +80,21 @@ def forms_of(name: str, source: Source, calls: Sequence[tuple[Any, Any]]) -> dic
         form = canonical(source.layer, _widened(x), _widened(grad_y))
         for label, parameter in source.parameters.items():
             if label in form:
-                use = _checked(form[label], parameter, source.layer, full_name(name, label))
+                use = _checked(form[label], parameter, samples, source.layer, full_name(name, label))
                 forms.setdefault(id(parameter), []).append(use)
     return forms
 
 
-def _checked(use: Form, parameter: Tensor, layer: nn.Module, name: str) -> Form:
+def _checked(use: Form, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Form:
     if use.entries != parameter.numel():
         raise ValueError(
             f"the rule for {type(layer).__name__} returned rows of {use.entries} entries for {name!r}, which has "
             f"{parameter.numel()}"
+        )
+    if rows_in(use) != samples:
+        raise ValueError(
+            f"the rule for {type(layer).__name__} returned {rows_in(use)} rows for {name!r}, where the batch has "
+            f"{samples} samples"
         )
     return Explicit(use.j_NK.reshape(-1, *parameter.shape)) if isinstance(use, Explicit) else use
 

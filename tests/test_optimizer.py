@@ -411,8 +411,17 @@ def test_frozen_parameters_and_parameters_of_no_module():
     assert scale.item() != 1
 
 
-def test_a_custom_rule_of_the_wrong_size_is_named():
+BAD_ROWS = {
+    "entries": (lambda rows: rows[:, :5], r"returned rows of 5 entries for '1.weight', which has 36"),
+    "samples": (lambda rows: rows[:2], r"returned 2 rows for '1.weight', where the batch has \d+ samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_custom_rule_of_the_wrong_size_is_named(case):
     from tengrad_triton import Explicit, canonical
+
+    spoil, message = BAD_ROWS[case]
 
     class Scale(nn.Module):
         def __init__(self):
@@ -424,11 +433,11 @@ def test_a_custom_rule_of_the_wrong_size_is_named():
 
     @canonical.register
     def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
-        return {"weight": Explicit((grad_y * x)[:, :5])}
+        return {"weight": Explicit(spoil(grad_y * x))}
 
     model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))
     optimizer = TENGraD(model)
     x, y = batch()
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(ValueError, match=r"rule for Scale returned rows of 5 entries for '1.weight', which has 36"):
+    with pytest.raises(ValueError, match=f"rule for Scale {message}"):
         optimizer.step()

@@ -192,5 +192,5 @@ def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
 
 
 def test_nothing_to_tune(tmp_path):
-    with pytest.raises(ValueError, match="no rule covers any layer of BatchNorm1d"):
+    with pytest.raises(ValueError, match="no weight of BatchNorm1d multiplies what its layer sees"):
         autotune(nn.BatchNorm1d(4), torch.randn(16, 4), path=tmp_path / "plan.json")
