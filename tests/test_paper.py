@@ -25,7 +25,7 @@ from tengrad_triton.recipes.models import image_model
 from tengrad_triton.recipes.paper import complexity, estimates, inverses, page
 from tengrad_triton.recipes.paper.asked import OF_RUNS, TARGETS, Asked, Scale
 from tengrad_triton.recipes.paper.curves import Finished, by_epoch, levels, times_to
-from tengrad_triton.recipes.paper.published import ROWS
+from tengrad_triton.recipes.paper.published import ROWS, chosen_rows
 from tengrad_triton.recipes.paper.runs import runs_of, settings_of
 from tengrad_triton.recipes.settings import Settings
 
@@ -237,6 +237,20 @@ def test_searches_try_every_point(target, data, tmp_path):
     assert set(outcomes(tmp_path / "out", "grid")) == labels
     table = table_after("Learning rate, weight decay", (tmp_path / "out/paper.md").read_text())
     assert table["3C1F, Fashion-MNIST"][-1] == "0 of 2"
+
+
+CHOICES = {
+    ("3c1f",): [0],
+    ("WideResNet",): [1, 2],
+    ("wideresnet, cifar-10",): [1],
+    ("wrn-28-4-cifar10", "3C1F"): [1, 0],
+    ("MobileNetV2", "mobilenetv2-cifar10"): [5, 6],
+}
+
+
+@pytest.mark.parametrize("words", CHOICES, ids=str)
+def test_rows_are_chosen_by_their_names_or_by_how_these_begin(words):
+    assert chosen_rows(words) == tuple(ROWS[index] for index in CHOICES[words])
 
 
 def test_all_is_every_target_and_the_papers_own_scale_is_the_default():
