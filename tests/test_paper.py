@@ -111,7 +111,7 @@ def test_the_papers_numbers_stand_beside_ours(whole):
             if label.startswith(f"{name}-")
         ]
         assert table[name][2].startswith(f"{mean(tops):.2f} ± ")
-    assert "\nScale: width 4, epochs 2, batch 16.\n" in text
+    assert "\nScale: width 4, epochs 2, batch 16. With 24 test images a single accuracy" in text
     assert "| WideResNet, CIFAR-10 | 94.01 % in 1128 s | 94.10 % in 1108 s | not measured |" in text
     assert "On a GPU, at the paper's own scale: not measured." in text
 
@@ -122,9 +122,9 @@ def test_the_distances_are_those_of_the_files(whole):
         found = json.loads((whole / f"results/{name}.json").read_text())
         table = table_after(f"## Figure {name.removeprefix('figure')}:", text)
         assert set(table) == set(found["distances"]) == set(inverses.METHODS)
-        assert found["distances"]["exact NGD"] == {"relative": 0, "of curvature": 0}
+        assert found["distances"]["exact NGD"] == pytest.approx({"relative": 0, "of curvature": 0, "cosine": 1})
         for method, cells in table.items():
-            assert cells[0] == f"{found['distances'][method]['relative']:.4f}"
+            assert cells == [f"{number:.4f}" for number in found["distances"][method].values()]
 
 
 def test_costs_and_phases_are_those_of_the_files(whole):
@@ -446,6 +446,15 @@ def test_a_block_of_the_inverse_is_the_dense_one(method, network):
     dense_KK = torch.linalg.inv(fisher_KK + damping * torch.eye(len(fisher_KK), dtype=torch.float64))
     block = inverses.inverse_block(inverses.METHODS[method], model, 0, (x, torch.arange(7) % 3), damping)
     torch.testing.assert_close(block, damping * dense_KK[:12, :12], rtol=1e-9, atol=1e-12)
+
+
+def test_distances_are_those_of_the_definitions():
+    exact, other = torch.diag(torch.tensor([0.5, 1.0])), torch.diag(torch.tensor([0.5, 0.0]))
+    found = inverses.distances({"exact NGD": exact, "other": other, "none": torch.eye(2)})
+    assert found["other"] == pytest.approx({"relative": 1 / 1.25**0.5, "of curvature": 2, "cosine": 0.5 / 1.25**0.5})
+    assert found["none"] == pytest.approx({"relative": 0.5 / 1.25**0.5, "of curvature": 1, "cosine": None})
+    flat = inverses.distances({"exact NGD": torch.eye(2), "other": other})["other"]
+    assert (flat["of curvature"], flat["cosine"]) == (None, None)
 
 
 def test_shown_entries_are_spread_over_the_weight():

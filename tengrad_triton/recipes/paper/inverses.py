@@ -95,16 +95,21 @@ def _answer(optimizer: torch.optim.Optimizer, model: nn.Module, weight: nn.Param
 
 
 def distances(blocks: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
-    """Return how far each block is from exact NGD's, in the Frobenius norm.
+    """Return how far each block X is from exact NGD's X*, in the Frobenius norm, both times α.
 
-    ``relative`` is over the exact block's norm; ``of curvature`` over that of what sets it apart from the identity, and
-    None where nothing does.
+    ``relative`` is ‖X - X*‖ / ‖X*‖; ``of curvature`` ‖X - X*‖ / ‖X* - I‖; ``cosine`` is that of the angle between
+    X - I and X* - I. The last two are None where there is no curvature.
     """
     exact_KK = blocks["exact NGD"]
-    change = torch.linalg.matrix_norm(exact_KK - torch.eye(len(exact_KK), device=exact_KK.device)).item()
-    size = torch.linalg.matrix_norm(exact_KK).item()
-    apart = {name: torch.linalg.matrix_norm(block_KK - exact_KK).item() for name, block_KK in blocks.items()}
-    return {
-        name: {"relative": error / size, "of curvature": error / change if change else None}
-        for name, error in apart.items()
-    }
+    eye_KK = torch.eye(len(exact_KK), dtype=exact_KK.dtype, device=exact_KK.device)
+    exact, change = exact_KK.norm().item(), (exact_KK - eye_KK).norm().item()
+    found: dict[str, dict[str, float | None]] = {}
+    for name, block_KK in blocks.items():
+        error, own = (block_KK - exact_KK).norm().item(), (block_KK - eye_KK).norm().item()
+        aligned = ((block_KK - eye_KK) * (exact_KK - eye_KK)).sum().item()
+        found[name] = {
+            "relative": error / exact,
+            "of curvature": error / change if change else None,
+            "cosine": aligned / (change * own) if change and own else None,
+        }
+    return found

@@ -3,7 +3,9 @@
 Every number is measured, or the paper's own and marked as such.
 """
 
+import math
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ GENERATED = "<!-- Written by `tengrad-triton paper`: changes by hand are lost. -
 INTRODUCTION = (
     "The experiments of Soori et al. 2021 by `tengrad-triton paper`, with the paper's numbers beside ours. The paper's "
     "are means of five runs on a V100; ours are means over the seeds, ± their standard deviation, on the machine "
-    "below. A run counts as diverged if its loss is no number, or stays above its first value for a whole epoch."
+    "below. A run counts as diverged if its loss is no number, or stays a tenth above its first value for an epoch."
 )
 SCALES = "Each part says what of its scale is not the paper's."
 CLOCKS = {
@@ -57,7 +59,12 @@ def markdown(document: Document, files: Files) -> str:
     parts = [GENERATED, "# The paper's experiments", f"{INTRODUCTION} {CLOCKS[clock_of(document)]}", SCALES]
     for title, runs in finished(document, "runs").items():
         scale = scale_of(document, title)
-        parts += [f"## Table 2: {title}", f"Scale: {scale}.", *sections.outcome(title, runs), *_curves(title, files)]
+        parts += [
+            f"## Table 2: {title}",
+            f"Scale: {scale}. {_resolution(document, title, runs)}",
+            *sections.outcome(title, runs),
+            *_curves(title, files),
+        ]
     parts += _missing(document)
     for name, what in INVERSES.items():
         if name in document["measured"]:
@@ -67,6 +74,14 @@ def markdown(document: Document, files: Files) -> str:
         if name in document["measured"]:
             parts += write(document["measured"][name], files)
     return "\n\n".join([*parts, *_what_was_run(document)]) + "\n"
+
+
+def _resolution(document: Document, title: str, runs: Sequence[Finished]) -> str:
+    """Say how far the test set alone leaves an accuracy uncertain."""
+    images = min(run["machine"]["test_images"] for run in document["runs"] if run["row"] == title)
+    share = statistics.mean(run.top()[0] for run in runs) / 100
+    error = 100 * math.sqrt(share * (1 - share) / images)
+    return f"With {images} test images a single accuracy has a standard error of {error:.1f} points."
 
 
 def scale_of(document: Document, title: str, kind: str = "runs") -> str:

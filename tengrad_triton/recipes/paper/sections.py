@@ -25,10 +25,12 @@ OUTCOME_NOTE = (
     "Top is the best test accuracy after an epoch, as a mean over the runs. To SGD's top: the training time to SGD's "
     "mean top accuracy, over the runs that reach it. Resolution is one epoch."
 )
+DISTANCES = ("relative", "of curvature", "cosine")
 INVERSE_NOTE = (
     "Relative: ‖X - X*‖ / ‖X*‖ in the Frobenius norm, X* being exact NGD's block of (F + αI)⁻¹ over all parameters. Of "
-    "curvature: ‖X - X*‖ / ‖X* - I/α‖, where 1 is as far as no curvature at all. All but the last use a row for every "
-    "class of every sample; the last draws one label a sample, as training does."
+    "curvature: ‖X - X*‖ / ‖X* - I/α‖, where 1 is as far as no curvature at all. Cosine: of the angle between X - I/α "
+    "and X* - I/α, which is their structure without its size. All but the last use a row for every class of every "
+    "sample; the last draws one label a sample, as training does."
 )
 Files = Mapping[str, str]
 
@@ -102,7 +104,7 @@ def _verdict(sound: Mapping[str, Sequence[Finished]], target: float | None) -> l
 def inverse(name: str, what: str, found: Mapping[str, Any], file: str) -> list[str]:
     """Return one of figures 6 to 8 with its distances."""
     rows = [
-        (method, f"{distance['relative']:.4f}", "-" if (of := distance["of curvature"]) is None else f"{of:.3f}")
+        (method, *("-" if distance[key] is None else f"{distance[key]:.4f}" for key in DISTANCES))
         for method, distance in found["distances"].items()
     ]
     number, shape = name.removeprefix("figure"), " × ".join(map(str, found["weight"]))
@@ -110,7 +112,7 @@ def inverse(name: str, what: str, found: Mapping[str, Any], file: str) -> list[s
         f"Weight {shape}, {found['shown']} of its entries; {found['samples']} samples, α = {found['damping']}, after "
         f"one epoch of SGD; scale: {found['scale']}."
     )
-    heading = ("block of the inverse", "relative", "of curvature")
+    heading = ("block of the inverse", *DISTANCES)
     return [f"## Figure {number}: {what} of 3C1F", about, f"![The {what}]({file})", table(heading, rows), INVERSE_NOTE]
 
 
