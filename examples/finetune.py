@@ -89,7 +89,7 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
         "pre-training": f"{seconds:g} s of AdamW, lr {PRETRAINING_LR:g}, on the help topics",
         "fine-tuning": f"{len(text.train)} characters of code to train with and {len(text.test)} to test; {seconds:g} "
         "s of stepping a setting",
-        "TENGraD": ", ".join(f"{name} {value:g}" for name, value in {**gpt.SETTINGS, **SETTINGS}.items()),
+        "TENGraD": ", ".join(f"{name} {value}" for name, value in {**gpt.SETTINGS, **SETTINGS}.items()),
         "model and batches": "as in [A small GPT](gpt.md)",
         "seed": seed,
     }

@@ -28,7 +28,9 @@ from tengrad_triton.recipes.page import block, bullets
 
 SAMPLES, LENGTH = 64, 32
 SIZES: Mapping[str, int] = {"features": 64, "heads": 4, "blocks": 2}
-SETTINGS: dict[str, Any] = {"lr": 0.2, "damping": 0.1, "trust_region": 1e-3, "refresh_every": 20}
+SETTINGS: dict[str, Any] = {
+    "lr": 0.2, "damping": 0.1, "relative_damping": False, "nesterov": False, "trust_region": 1e-3, "refresh_every": 20,
+}  # fmt: skip
 ADAMW_LR = (2e-3, 4e-3, 8e-3)
 
 
@@ -106,7 +108,7 @@ def settings(seconds: float, seed: int, text: Text) -> dict[str, object]:
         "model": ", ".join(f"{size} {name}" for name, size in SIZES.items()) + f", {count} parameters, float32",
         "text": f"{len(text.train)} characters to train with and {len(text.test)} of other pages to test",
         "a step": f"{SAMPLES} pieces of {LENGTH} characters",
-        "TENGraD": ", ".join(f"{name} {value:g}" for name, value in SETTINGS.items()),
+        "TENGraD": ", ".join(f"{name} {value}" for name, value in SETTINGS.items()),
         "time": f"{seconds:g} s of stepping a setting",
         "seed": seed,
     }

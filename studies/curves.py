@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from studies.optimizers import BUILDERS, FACTORS
 from studies.problems import PROBLEMS
@@ -16,6 +17,7 @@ from studies.runs import SEEDS
 from tengrad_triton.recipes.figures import STYLES
 from tengrad_triton.recipes.run import replacing
 
+RATES = sorted({factor for factors in FACTORS.values() for factor in factors})
 COLOR = dict(zip(BUILDERS, STYLES, strict=False))
 
 
@@ -41,8 +43,11 @@ def _of_problem(results: Results, name: str) -> Figure:
         for row, quantity in zip(grid, ("loss", "quality"), strict=True):
             _draw_curve(row, curve, quantity, style)
     quality = results.quality(name)
-    grid[0][0].set(ylabel="test loss", yscale="log")
-    grid[1][0].set(ylabel=quality, yscale="log" if quality == "error" else "linear")
+    grid[0][0].set(ylabel="test loss")
+    _log(grid[0][0])
+    grid[1][0].set(ylabel=quality)
+    if quality == "error":
+        _log(grid[1][0])
     grid[1][0].set(xlabel="step")
     grid[1][1].set(xlabel="time of training (s)")
     for panel in (panel for row in grid for panel in row):
@@ -50,6 +55,14 @@ def _of_problem(results: Results, name: str) -> Figure:
     grid[0][1].legend(fontsize="small")
     figure.suptitle(f"{PROBLEMS[name].title}: mean of {len(SEEDS)} seeds, and their range")
     return figure
+
+
+def _log(panel: Axes) -> None:
+    """Make the vertical scale logarithmic; within a decade, the numbers between the powers of ten are written too."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
 
 
 def _draw_curve(row: Sequence[Axes], curve: Curve, quantity: str, style: dict[str, object]) -> None:
@@ -71,9 +84,10 @@ def _by_rate(results: Results) -> Figure:
             color, marker = COLOR[optimizer]
             worst = [max(values) for values in found.values()]
             panel.plot(list(found), worst, color=color, marker=marker, label=optimizer)
-        panel.set(
-            xscale="log", yscale="log", title=name, xlabel="learning rate / default", ylabel="test loss at the end"
-        )
+        panel.set(xscale="log", title=name, xlabel="learning rate / default", ylabel="test loss at the end")
+        panel.set_xticks(RATES, [f"{rate:.2g}" for rate in RATES])
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        _log(panel)
         panel.grid(alpha=0.3, which="both")
     for panel in panels[len(results.problems) :]:
         panel.axis("off")

@@ -54,7 +54,8 @@ def markdown(results: Results, machine: dict[str, Any], texts: dict[str, str]) -
 
 def _defaults() -> dict[str, Any]:
     known = inspect.signature(TENGraD).parameters
-    return {name: known[name].default for name in SETTINGS}
+    defaults = {name: known[name].default for name in SETTINGS}
+    return defaults | {"nesterov": "where there is momentum"}  # None says so
 
 
 def _race(results: Results) -> Iterable[str]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from tengrad_triton.blocks import Source
 from tengrad_triton.layers import samples_dim
-from tengrad_triton.record import Record
+from tengrad_triton.record import Record, Use
 
 
 def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[str, Source]) -> set[str]:
@@ -23,24 +24,39 @@ def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[st
     """
     ruled = [(name, use) for name, uses in record.uses.items() for use in uses if name not in record.misfits]
     checked = [(n, use, use.edges[0]) for n, use in ruled if use.edges[0] and not sources[n].explicit]
-    if not checked:
+    results = [result for result in results if result.dim() and len(result) == record.samples]
+    if not checked or not results:
         return set()
-    weights_N = torch.rand(record.samples, generator=torch.Generator().manual_seed(0)).to(results[0]) + 0.5
-    cotangents = [torch.ones_like(result) for result in results]
+    generator = torch.Generator().manual_seed(0)
+    weights_N = torch.rand(record.samples, generator=generator).to(results[0]) + 0.5
+    cotangents = [torch.randn(result.shape, generator=generator).to(result) for result in results]
     weighted = [weights_N.view(-1, *(1 for _ in c.shape[1:])) * c for c in cotangents]
-    edges = [edge for _, _, edge in checked]
-    plain, own = (
-        torch.autograd.grad(results, edges, c, retain_graph=True, allow_unused=True) for c in (cotangents, weighted)
-    )
+    size = torch.stack([c.norm() for c in cotangents]).norm()
+    plain, own = (_norms(results, checked, sources, c) for c in (cotangents, weighted))
     mixing = set()
-    for (name, use, _), g, g_own in zip(checked, plain, own, strict=True):
-        if g is None or g_own is None:
-            continue
-        dim = 1 if use.swapped else samples_dim(sources[name].layer)
-        expected = g * weights_N.to(g.dtype).view(-1, *(1 for _ in g.shape[dim + 1 :]))
-        if (g_own - expected).norm() > torch.finfo(g.dtype).eps ** 0.5 * expected.norm():
+    for (name, _, _), norm_N, own_N in zip(checked, plain, own, strict=True):
+        # To half the digits; what is next to nothing beside the cotangents is rounding.
+        eps, expected_N = torch.finfo(norm_N.dtype).eps, norm_N * weights_N.to(norm_N.dtype)
+        if (own_N - expected_N).norm() > eps**0.5 * expected_N.norm() + eps**0.75 * size.to(norm_N.dtype):
             mixing.add(name)
     return mixing
+
+
+def _norms(
+    results: Sequence[Tensor],
+    calls: Sequence[tuple[str, Use, GradientEdge]],
+    sources: Mapping[str, Source],
+    cotangents: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return the norm of the derivative by each call's output, by sample: all that is kept of one pass for the next."""
+    edges = [edge for _, _, edge in calls]
+    grads = torch.autograd.grad(results, edges, cotangents, retain_graph=True, allow_unused=True)
+    norms = []
+    for (name, use, _), g in zip(calls, grads, strict=True):
+        dim = 1 if use.swapped else samples_dim(sources[name].layer)
+        samples_first = cotangents[0].new_zeros(1, 1) if g is None else g.transpose(0, dim).flatten(1)
+        norms.append(samples_first.norm(dim=1))
+    return norms
 
 
 def leaves_reached(outputs: Sequence[Tensor]) -> Counter[int]:
