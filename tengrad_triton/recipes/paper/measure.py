@@ -94,7 +94,8 @@ def _table1(job_of: JobOf, asked: Asked, job: Job, console: Console) -> dict[str
 
 
 def _phases(job_of: JobOf, asked: Asked, job: Job, console: Console) -> dict[str, Any]:
-    by_name = {name: phases.measured(job_of(_small(asked, name)), name) for name in asked.optimizer}
+    names = [name for name in asked.optimizer if name != "tengrad_defaults"]  # whose steps are tengrad's two kinds
+    by_name = {name: phases.measured(job_of(_small(asked, name)), name) for name in names}
     return {"seconds": by_name, "title": job.settings.title(len(job.data.train)), "batch_size": job.settings.batch_size}
 
 

@@ -30,6 +30,10 @@ CLOCKS = {
     ),
 }
 SHARED = ("model", "width", "train_limit", "test_limit", "epochs", "batch_size", "decay_at", "decay")
+PLACE = (
+    *("device", "device_type", "cores", "threads", "platform"),
+    *("python", "torch", "triton", "tengrad-triton", "commit"),
+)
 Files = Mapping[str, str]  # a figure's name and its file
 Document = Mapping[str, Any]
 
@@ -138,7 +142,7 @@ def _what_was_run(document: Document) -> list[str]:
     commands = [f"tengrad-triton {shlex.join(entry['command'])}" for entry in document["asked"]]
     parts = ["## What was run", block("\n".join(commands), "bash")]
     kinds: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for run in document["runs"]:
+    for run in sorted(document["runs"], key=lambda run: ORDER.index(run["optimizer"])):
         if run["kind"] == "runs":
             kinds.setdefault((run["row"], run["optimizer"]), run)
     for title in dict.fromkeys(title for title, _ in kinds):
@@ -159,22 +163,17 @@ def _plain(value: Any) -> str:
 
 def _machines(document: Document) -> list[str]:
     """Return a column for every machine, commit and number of threads."""
-    keys = (
-        "device",
-        "device_type",
-        "cores",
-        "threads",
-        "platform",
-        "python",
-        "torch",
-        "triton",
-        "tengrad-triton",
-        "commit",
-    )
-    machines = [run["machine"] for run in document["runs"]]
-    machines += [found["machine"] for found in document["measured"].values()]
-    distinct: list[tuple[str, ...]] = list(dict.fromkeys(tuple(cell(m.get(key)) for key in keys) for m in machines))
-    if not distinct:
+    of: dict[tuple[str, ...], dict[str, None]] = {}  # what ran there, in order
+    for run in sorted(document["runs"], key=lambda run: ORDER.index(run["optimizer"])):
+        of.setdefault(_where(run["machine"]), {})[f"{run['row']}: {run['optimizer']}"] = None
+    for name, found in document["measured"].items():
+        of.setdefault(_where(found["machine"]), {})[name] = None
+    if not of:
         return ["Nothing has been measured yet."]
-    heading: Sequence[str] = ("", *(f"machine {number}" for number in range(1, len(distinct) + 1)))
-    return [table(heading, [(key, *values) for key, *values in zip(keys, *distinct, strict=True)])]
+    heading: Sequence[str] = ("", *(f"start {number}" for number in range(1, len(of) + 1)))
+    rows = [(key, *values) for key, *values in zip(PLACE, *of, strict=True)]
+    return [table(heading, rows), *(f"Start {n}: {'; '.join(what)}." for n, what in enumerate(of.values(), 1))]
+
+
+def _where(machine: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(cell(machine.get(key)) for key in PLACE)

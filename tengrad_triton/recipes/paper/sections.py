@@ -173,11 +173,15 @@ def table1(found: Mapping[str, Any], files: Files) -> list[str]:
 
 def phases(found: Mapping[str, Any], files: Files) -> list[str]:
     """Return the time of a step by phase."""
-    kinds = [(name, kind, parts) for name, by_kind in found["seconds"].items() for kind, parts in by_kind.items()]
-    heading = ("step", *kinds[0][2], "all")
+    steps = {
+        f"{name}, {kind}" if len(by_kind) > 1 else name: parts
+        for name, by_kind in found["seconds"].items()
+        for kind, parts in by_kind.items()
+    }
+    heading = ("step", *next(iter(steps.values())), "all")
     rows = [
-        (f"{name}, {kind}", *(f"{1e3 * part:.2f}" for part in parts.values()), f"{1e3 * sum(parts.values()):.2f}")
-        for name, kind, parts in kinds
+        (label, *(f"{1e3 * part:.2f}" for part in parts.values()), f"{1e3 * sum(parts.values()):.2f}")
+        for label, parts in steps.items()
     ]
     text = (
         f"Milliseconds of one step under torch's profiler, {found['title']}, batch {found['batch_size']}. An optimizer "
