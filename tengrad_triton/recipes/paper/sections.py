@@ -184,8 +184,9 @@ def phases(found: Mapping[str, Any], files: Files) -> list[str]:
         for label, parts in steps.items()
     ]
     text = (
-        f"Milliseconds of one step under torch's profiler, {found['title']}, batch {found['batch_size']}. An optimizer "
-        "that marks no phase has its step as the update; a further evaluation is in forward and backward."
+        f"Milliseconds of one step by the wall clock, under torch's profiler, {found['title']}, batch "
+        f"{found['batch_size']}. An optimizer that marks no phase has its step as the update; a further evaluation is in "
+        "forward and backward."
     )
     return ["## Time of a step by phase", text, table(heading, rows), f"![Phases]({files['phases']})"]
 
