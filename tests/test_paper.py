@@ -22,16 +22,17 @@ from tengrad_triton.recipes import train
 from tengrad_triton.recipes.cli import main
 from tengrad_triton.recipes.fit import exponent
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.paper import complexity, estimates, inverses, page
+from tengrad_triton.recipes.paper import complexity, estimates, inverses, page, phases
 from tengrad_triton.recipes.paper.asked import OF_RUNS, TARGETS, Asked, Scale
 from tengrad_triton.recipes.paper.curves import Finished, by_epoch, levels, times_to
-from tengrad_triton.recipes.paper.published import ROWS
+from tengrad_triton.recipes.paper.published import ROWS, chosen_rows
 from tengrad_triton.recipes.paper.runs import runs_of, settings_of
 from tengrad_triton.recipes.settings import Settings
 
 SMALL = ["--scale.width", "4", "--scale.batch-size", "16", "--scale.depth", "10"]
 SMALL += ["--device", "cpu", "--threads", "1"]
 NAMES = ("tengrad", "sgd", "kfac", "adamw")
+CPU = torch.device("cpu")
 BLOCKS = ("figure6", "figure7", "figure8")
 
 
@@ -137,13 +138,22 @@ def test_costs_and_phases_are_those_of_the_files(whole):
         fits = [case["exponents"].get(cost) for case in costs if case["optimizer"] == "kfac"]
         cells = table_after("## Table 1:", text)[f"kfac, {cost}"]
         assert cells[1:] == ["-" if fit is None else f"{fit:.2f}" for fit in fits]
-    phases = json.loads((whole / "results/phases.json").read_text())["seconds"]
-    assert set(phases) == set(NAMES)
+    seconds = json.loads((whole / "results/phases.json").read_text())["seconds"]
+    assert set(seconds) == set(NAMES)
     for name in ("tengrad", "kfac"):
-        assert phases[name]["refresh"]["curvature"] > 0 == phases[name]["reuse"]["curvature"]
-        assert min(phases[name]["reuse"][part] for part in ("forward and backward", "solve", "update")) > 0
-    assert set(phases["adamw"]) == {"reuse"}
-    assert phases["adamw"]["reuse"]["update"] > 0
+        assert seconds[name]["refresh"]["curvature"] > 0 == seconds[name]["reuse"]["curvature"]
+        assert min(seconds[name]["reuse"][part] for part in ("forward and backward", "solve", "update")) > 0
+    assert set(seconds["adamw"]) == {"reuse"}
+    assert seconds["adamw"]["reuse"]["update"] > 0
+
+
+def test_an_optimizer_that_is_made_of_others_is_counted_once():
+    job = train.Job(
+        Settings(model="mlp", width=5, batch_size=6), train_split(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), 3), CPU
+    )
+    parts = phases.measured(job, "muon")["reuse"]
+    assert parts["forward and backward"] > 0
+    assert parts["update"] > 0
 
 
 def test_peaks_are_measured_in_processes_of_their_own(data, tmp_path):
@@ -237,6 +247,20 @@ def test_searches_try_every_point(target, data, tmp_path):
     assert set(outcomes(tmp_path / "out", "grid")) == labels
     table = table_after("Learning rate, weight decay", (tmp_path / "out/paper.md").read_text())
     assert table["3C1F, Fashion-MNIST"][-1] == "0 of 2"
+
+
+CHOICES = {
+    ("3c1f",): [0],
+    ("WideResNet",): [1, 2],
+    ("wideresnet, cifar-10",): [1],
+    ("wrn-28-4-cifar10", "3C1F"): [1, 0],
+    ("MobileNetV2", "mobilenetv2-cifar10"): [5, 6],
+}
+
+
+@pytest.mark.parametrize("words", CHOICES, ids=str)
+def test_rows_are_chosen_by_their_names_or_by_how_these_begin(words):
+    assert chosen_rows(words) == tuple(ROWS[index] for index in CHOICES[words])
 
 
 def test_all_is_every_target_and_the_papers_own_scale_is_the_default():
@@ -372,7 +396,7 @@ def test_the_least_memory_is_counted_by_hand(name):
     """An mlp of width 5 on 2 x 2 pixels: layers 4 to 5, 5 to 5 and 5 to 3; every layer's output is kept."""
     images = torch.zeros(6, 1, 2, 2, dtype=torch.uint8)
     split = train_split(images, 3)
-    job = train.Job(Settings(model="mlp", width=5, batch_size=6), split, torch.device("cpu"))
+    job = train.Job(Settings(model="mlp", width=5, batch_size=6), split, CPU)
     parameters, kept = (4 * 5 + 5) + (5 * 5 + 5) + (5 * 3 + 3), 4 + 5 + 5 + 5 + 5 + 3
     sizes = [(4, 5), (5, 5), (5, 3)]
     factors = sum(i**2 + o**2 for i, o in sizes)

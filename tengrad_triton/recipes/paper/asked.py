@@ -13,6 +13,7 @@ from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.paper.published import DAMPINGS, RATES, ROWS, SEEDS, WEIGHT_DECAYS, Row, chosen_rows
 from tengrad_triton.recipes.settings import each_once
 
+MANY = Parameter(consume_multiple=True, negative=(), show_default=lambda values: " ".join(map(str, values)) or "all")
 MODELS_OF_FIGURES = ("wrn-28-4", "mobilenetv2", "densenet-19-100")
 
 
@@ -79,11 +80,11 @@ class Scale:
 class Grid:
     """The values that figures 9 and 10 and tables 3 to 5 try."""
 
-    lr: Annotated[tuple[PositiveFloat, ...], Parameter(consume_multiple=True, negative=())] = RATES
+    lr: Annotated[tuple[PositiveFloat, ...], MANY] = RATES
     "Learning rates."
-    weight_decay: Annotated[tuple[PositiveFloat, ...], Parameter(consume_multiple=True, negative=())] = WEIGHT_DECAYS
+    weight_decay: Annotated[tuple[PositiveFloat, ...], MANY] = WEIGHT_DECAYS
     "Weight decays; figures 9 and 10 keep the tuned one."
-    damping: Annotated[tuple[PositiveFloat, ...], Parameter(consume_multiple=True, negative=())] = DAMPINGS
+    damping: Annotated[tuple[PositiveFloat, ...], MANY] = DAMPINGS
     "Dampings."
 
 
@@ -92,11 +93,18 @@ class Grid:
 class Asked:
     """What to run, at which scale, with what, and into which folder."""
 
-    row: Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative=())] = ()
-    "Rows of table 2, by the beginning of their title, such as 3C1F; all that the target shows if not given."
-    optimizer: Annotated[
-        tuple[OptimizerName, ...], Parameter(consume_multiple=True, negative=(), validator=each_once)
-    ] = ("tengrad", "sgd", "kfac", "ekfac", "kbfgs", "tengrad_defaults", "adamw", "muon")
+    row: Annotated[tuple[str, ...], MANY] = ()
+    "Rows of table 2, by their title or its beginning, such as 3C1F; all that the target shows if not given."
+    optimizer: Annotated[tuple[OptimizerName, ...], MANY, Parameter(validator=each_once)] = (
+        "tengrad",
+        "sgd",
+        "kfac",
+        "ekfac",
+        "kbfgs",
+        "tengrad_defaults",
+        "adamw",
+        "muon",
+    )
     "Optimizers; kbfgsl, and soap and shampoo where their package is installed, can be named too."
     seeds: PositiveInt = SEEDS
     "Runs of each, with seeds from 0."

@@ -21,7 +21,7 @@ INTRODUCTION = (
     "are means of five runs on a V100; ours are means over the seeds, ± their standard deviation, on the machine "
     "below. A run counts as diverged if its loss is no number, or stays a tenth above its first value for an epoch."
 )
-SCALES = "Each part says what of its scale is not the paper's."
+SCALES = "Each part says what of its scale is not the paper's. All numbers: [paper.json](paper.json)."
 CLOCKS = {
     "train_seconds": "Times are those of training, after a warm-up and without the evaluations.",
     "cpu_seconds": (

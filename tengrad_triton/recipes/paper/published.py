@@ -123,10 +123,12 @@ ROWS = (
 
 
 def chosen_rows(words: tuple[str, ...]) -> tuple[Row, ...]:
-    """Return the rows whose title or key begins with one of the words; raises `UsageError` if one fits none."""
+    """Return the rows whose title or key is a word or begins with it; raises `UsageError` where a word fits none."""
     chosen: list[Row] = []
     for word in words:
-        found = [row for row in ROWS if any(name.lower().startswith(word.lower()) for name in (row.title, row.key))]
+        named = [(row, (row.title.lower(), row.key.lower())) for row in ROWS]
+        found = [row for row, names in named if word.lower() in names]
+        found = found or [row for row, names in named if any(name.startswith(word.lower()) for name in names)]
         if not found or not word:
             raise UsageError(f"--row {word}: no such row: choose from {'; '.join(row.title for row in ROWS)}")
         chosen += [row for row in found if row not in chosen]
