@@ -208,6 +208,8 @@ def test_another_scale_needs_another_folder(whole, data, capsys):
     words = ["table2", "--row", "3C1F", "--optimizer", "sgd", "--seeds", "1", "--scale.train-images", "20"]
     assert run(data, whole, *words) == 2
     assert "was run with another train_limit" in one_line(capsys)
+    assert run(data, whole, "figure6", "--scale.train-images", "20") == 2
+    assert "was measured at another scale" in one_line(capsys)
 
 
 # -- every target ----------------------------------------------------------------------------------------------------

@@ -52,9 +52,7 @@ def estimated(job: Job, name: OptimizerName) -> Estimate:
     settings = job.settings
     first, *later = seconds_of_steps(job, name, steps=4)
     plain = statistics.median(later)
-    every = getattr(
-        settings.of(name), "refresh_every", 10
-    )  # what has no such setting has no curvature, or grows from 10
+    every = getattr(settings.of(name), "refresh_every", 10)  # tengrad_defaults begins with 10
     refresh = max(0.0, first - plain) / every
     steps = settings.epochs * -(-len(job.data.train) // settings.batch_size)
     images = len(job.data.test) * settings.epochs

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.machine import describe
 from tengrad_triton.recipes.optimizers import OptimizerName
 from tengrad_triton.recipes.paper import complexity, drawings, inverses, phases
@@ -27,7 +28,7 @@ def measure(targets: tuple[str, ...], job_of: JobOf, asked: Asked, console: Cons
     results = asked.out / "results"
     results.mkdir(exist_ok=True)
     folder = RunFolder(results)
-    missing = [name for name in targets if not (results / f"{name}.json").exists()]
+    missing = [name for name in targets if (name in INVERSES or name in MEASURED) and _is_missing(name, asked)]
     blocks = tuple(target for target in missing if target in INVERSES)
     if blocks:
         _measure_inverses(blocks, job_of, asked, folder, console)
@@ -36,6 +37,17 @@ def measure(targets: tuple[str, ...], job_of: JobOf, asked: Asked, console: Cons
         job = job_of(_small(asked, "sgd"))
         found = WAYS[target](job_of, asked, job, console)
         folder.write_json(f"{target}.json", {"machine": describe(job.device), "scale": asked.scale.said(), **found})
+
+
+def _is_missing(target: str, asked: Asked) -> bool:
+    """Tell whether a target has to be measured; raises `UsageError` if it was, at another scale."""
+    file = asked.out / "results" / f"{target}.json"
+    if not file.exists():
+        return True
+    scale = RunFolder(file.parent).read_json(file.name)["scale"]
+    if scale != asked.scale.said():
+        raise UsageError(f"{file}: was measured at another scale ({scale}): name another --out, or ask for the same")
+    return False
 
 
 def _small(asked: Asked, name: OptimizerName) -> Settings:
@@ -113,4 +125,3 @@ WAYS: Mapping[str, Callable[[JobOf, Asked, Job, Console], dict[str, Any]]] = {
     "phases": _phases,
     "memory": _memory,
 }
-assert set(WAYS) == set(MEASURED)
