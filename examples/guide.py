@@ -70,7 +70,7 @@ def _rows(runners: Sequence[Runner], target: float) -> Iterator[tuple[str, ...]]
     for r in runners:
         there = r.reached(target)
         time = "–" if there is None else f"{there.seconds:.1f}"
-        values = (f"{value:.3g}" for value in (r.best, r.curve[-1].value))
+        values = (f"{value:#.3g}" for value in (r.best, r.curve[-1].value))
         yield r.name, r.setting, *values, str(r.steps), f"{1e3 * r.seconds / r.steps:.1f}", time
 
 

@@ -46,6 +46,7 @@ def markdown(results: Results, machine: dict[str, Any], texts: dict[str, str]) -
         *_ablations(results),
         "## Where and how\n\n" + " ".join(TIMES.split()),
         table(("", ""), [(key, str(value)) for key, value in machine.items() if value is not None]),
+        f"The steps were timed there. The runs, whose losses no load changes, are of {', '.join(results.commits)}.",
         "To run it again; what has its file in `studies/results` is not run twice:",
         "```bash\npython -m studies.defaults --data DIR --out docs\n```",
     ]

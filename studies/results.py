@@ -83,6 +83,12 @@ class Results:
         """Return the problems that were timed and trained."""
         return [name for name in PROBLEMS if self.seconds(name) and self.curves(name)]
 
+    @property
+    def commits(self) -> list[str]:
+        """Return the commits of the runs."""
+        files = self.store.folder.glob("*-seed*.json")
+        return sorted({(self.store.read(file.name) or {})["commit"] for file in files})
+
     def seconds(self, problem: str) -> dict[str, dict[str, float]]:
         """Return the times of a step, by optimizer."""
         return (self.store.read(f"{problem}-timing.json") or {}).get("seconds", {})

@@ -9,7 +9,9 @@ Dimensions: N samples.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ def rerun_rows(
     Raises:
         RuntimeError: torch cannot do that with what the layer does.
     """
-    rows = [_rows_of_call(layer, parameters, use, samples, scale) for use in uses if use.arrived]
+    with _quiet():
+        rows = [_rows_of_call(layer, parameters, use, samples, scale) for use in uses if use.arrived]
     return {name: torch.stack([part[name] for part in rows]).sum(0) for name in parameters}
 
 
@@ -60,6 +63,14 @@ def _rows_of_call(
     batched = [leaf for s, leaf in zip(split, leaves, strict=True) if s]
     cotangents = [scale * grad for grad in use.grads if grad is not None]
     return vmap(one, randomness="error", chunk_size=max(1, _CHUNK_BYTES // entries))(batched, cotangents)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from warning that `vmap` loops over an operation: it is right, and there is no other way."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
 def adds_up(rows_N: Tensor, total: Tensor) -> bool:
@@ -95,7 +106,8 @@ def batched_grads(
     """Yield the derivatives of Σ ⟨cotangent, output⟩ for each row of cotangents: one backward pass where torch can."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
-        batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
+        with _quiet():
+            batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
     except RuntimeError:  # an operation that has no rule for a batch of backward passes, or too little memory
         for row in zip(*cotangents, strict=True):
             yield torch.autograd.grad(outputs, inputs, row, **options)

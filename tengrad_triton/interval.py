@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Growing:
     """A third of the steps taken so far, and at most ``most``: the curvature changes fastest while training begins.
 
-    An untrained network's curvature can grow a hundredfold within ten steps, and a step along the old one diverges
-    (docs/defaults.md). For ``most=10`` the first 38 steps take 14 refreshes; from then on it is every tenth.
+    For ``most=10`` steps 0 to 38 take 14 refreshes, and from then on it is every tenth. What that gains stands in
+    docs/defaults.md.
     """
 
     most: int = 10

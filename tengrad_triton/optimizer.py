@@ -63,9 +63,10 @@ class TENGraD(Shell[Curvature]):
         lr: the learning rate, a number or a 0-dim tensor.
         damping: ε > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`): adapted by how well the
             quadratic model foretold each refreshing step, which needs ``step(closure)`` and evaluates the closure once
-            more then. Read when the curvature is refreshed.
-        relative_damping: whether α = ε trace(F), by block, so that one ε suits every layer, loss and model; otherwise
-            α = ε.
+            more then (with ``trust_region=None``: a step that a region shortens looks foretold at any damping). Read
+            when the curvature is refreshed.
+        relative_damping: whether α = ε max(1, trace(F)), by block, so that one ε suits every layer, loss and model;
+            otherwise α = ε.
         momentum: of the momentum buffer, in [0, 1).
         nesterov: whether to look ahead along the momentum; by default where there is one, and no SPRING.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1), in place of momentum: the part of the last
