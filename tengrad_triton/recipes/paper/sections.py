@@ -185,8 +185,8 @@ def phases(found: Mapping[str, Any], files: Files) -> list[str]:
     ]
     text = (
         f"Milliseconds of one step by the wall clock, under torch's profiler, {found['title']}, batch "
-        f"{found['batch_size']}. An optimizer that marks no phase has its step as the update; a further evaluation is in "
-        "forward and backward."
+        f"{found['batch_size']}; one optimizer after the other, so that parts compare best within a row. An optimizer "
+        "that marks no phase has its step as the update; a further evaluation is in forward and backward."
     )
     return ["## Time of a step by phase", text, table(heading, rows), f"![Phases]({files['phases']})"]
 
