@@ -25,11 +25,13 @@ P positions that is N / (3 P) of the layer's own forward and backward, more than
 last stages of the residual networks), beside the pass that draws labels and the one that makes J."""
 OPTIMIZERS_NOTE = """Capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, inputs unfolded at every
-step. Both take the same steps to rounding."""
+step. Both take the same steps to rounding. What stands in the way of the target at the smallest case: with few samples
+and pixels a step that reuses the curvature is dispatching operations in either, and there is little else to save."""
 KERNELS_NOTE = {
     "cpu": """No kernel runs on a CPU: the ops run their definitions in torch, and the rivals are other expressions. The
 limit is the longer of bytes over the measured bandwidth and operations over the measured rate of a float32 matrix
-product; what fits the caches can beat it.""",
+product; what fits the caches can beat it. Compiled, a list of small tensors is one loop, where the definition is an
+operation a tensor: that, and unfolding where a grouped convolution alone is faster, is what is missed.""",
     "cuda": """The rivals are torch's expressions, eager and compiled, of which the best counts. The limit is the longer
 of bytes over the measured bandwidth and operations over the measured rate of a float32 matrix product. Calls are
 repeated in one CUDA graph, so that the host's part is not counted; what fits the L2 cache can beat the limit.""",
