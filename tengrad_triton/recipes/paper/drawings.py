@@ -6,6 +6,7 @@ Key: K entries of a weight.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def sensitivity(cells: Mapping[tuple[float, float], float | None], title: str, o
     panel.set_xticks(range(len(rates)), [str(rate) for rate in rates])
     panel.set_yticks(range(len(dampings)), [str(damping) for damping in dampings])
     panel.set(xlabel="learning rate", ylabel="damping")
-    figure.suptitle(title, fontsize="medium")
+    figure.suptitle(fill(title, 70), fontsize="medium")
     return save(figure, out, name)
 
 
