@@ -18,12 +18,12 @@ from tengrad_triton.record import Record, Use
 
 
 def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[str, Source]) -> set[str]:
-    """Return the layers with a rule whose outputs' entries for one sample reach the losses of others.
+    """Return the layers whose outputs' entries for one sample reach the losses of others.
 
     With a weight of its own for each sample, a derivative by what is sample n's only is the plain one times weight n.
     """
-    ruled = [(name, use) for name, uses in record.uses.items() for use in uses if name not in record.misfits]
-    checked = [(n, use, use.edges[0]) for n, use in ruled if use.edges[0] and not sources[n].explicit]
+    fitting = [(name, use) for name, uses in record.uses.items() for use in uses if name not in record.misfits]
+    checked = [(name, use, use.edges[0]) for name, use in fitting if use.edges[0]]
     results = [result for result in results if result.dim() and len(result) == record.samples]
     if not checked or not results:
         return set()
@@ -35,6 +35,8 @@ def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[st
     plain, own = (_norms(results, checked, sources, c) for c in (cotangents, weighted))
     mixing = set()
     for (name, _, _), norm_N, own_N in zip(checked, plain, own, strict=True):
+        if len(norm_N) != record.samples:  # no batch at all, which nobody takes for one
+            continue
         # To half the digits; what is next to nothing beside the cotangents is rounding.
         eps, expected_N = torch.finfo(norm_N.dtype).eps, norm_N * weights_N.to(norm_N.dtype)
         if (own_N - expected_N).norm() > eps**0.5 * expected_N.norm() + eps**0.75 * size.to(norm_N.dtype):

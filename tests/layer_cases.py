@@ -143,6 +143,25 @@ class Positions(nn.Module):
         return self.head((self.embedding(ids) + position).tanh().mean(1))
 
 
+class OwnTable(nn.Module):
+    """A table of one's own, which no rule describes."""
+
+    def __init__(self, tokens, entries):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(tokens, entries))
+
+    def forward(self, places):
+        return self.table[places]
+
+
+class OwnPositions(Positions):
+    """The table of positions is one of one's own."""
+
+    def __init__(self, tokens):
+        super().__init__(tokens, called=True)
+        self.position = OwnTable(tokens, 4)
+
+
 class Loose(nn.Module):
     """Parameters of the model's own, one of them with four dimensions, between layers."""
 

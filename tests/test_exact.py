@@ -251,6 +251,7 @@ LAYERS |= {
     "positions": Case(lambda: cases.Positions(6, called=True), (6,), 7),
     "positions, as many as samples": Case(lambda: cases.Positions(SAMPLES, called=True), (SAMPLES,), 7),
     "positions, as many as samples, not called": Case(lambda: cases.Positions(SAMPLES, called=False), (SAMPLES,), 7),
+    "positions of one's own, as many as samples": Case(lambda: cases.OwnPositions(SAMPLES), (SAMPLES,), 7),
     "tied linear layers": Case(cases.Tied, (4,)),
     "tied embedding and head": Case(lambda: cases.Language(9, 4), (6,), 9),
     "a weight used outside of its layer": Case(cases.Outside, (4,)),
