@@ -59,7 +59,7 @@ class Deriving:
     switch: Switch = field(default_factory=Switch)
     irreproducible: set[int] = field(default_factory=set)
     only_by_graph: set[int] = field(default_factory=set)
-    mixing: dict[str, str] = field(default_factory=dict)
+    mixing: set[str] = field(default_factory=set)
     verified: set[Any] = field(default_factory=set)
     busy: bool = False
 
@@ -82,8 +82,8 @@ class Deriving:
         if shape not in self.verified:
             self.verified.add(shape)
             with self.switch.constants():
-                self.mixing |= dict.fromkeys(mixing_layers(record, results, self.sources), _MIXES)
-        record.misfits |= {name: why for name, why in self.mixing.items() if name in record.uses}
+                self.mixing |= mixing_layers(record, results, self.sources)
+        record.misfits |= dict.fromkeys(self.mixing & record.uses.keys(), _MIXES)
 
     def look_for_strays(self, record: Record, results: Sequence[Tensor]) -> None:
         """Note the parameters that the graph reaches in other ways than by calls that a rule or a rerun describes."""

@@ -34,7 +34,7 @@ def _(layer: nn.MultiheadAttention, x: Call, grad_y: list[Tensor | None]) -> Can
     by_z = torch.zeros_like(z_TNE) if grads[0] is None else grads[0] @ w_EE
     by_weights = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads[1:], strict=True)]
     by_projection = pull((by_z, *by_weights))
-    form: dict[str, Form] = _of_bias_tokens(layer, inputs, by_projection)
+    form: dict[str, Form] = _of_bias_tokens(layer, by_projection)
     form |= _of_inputs(layer, inputs, by_projection)
     grad_y_TNE = torch.zeros_like(z_TNE) if grads[0] is None else grads[0]
     z, g = z_TNE.transpose(0, 1), grad_y_TNE.transpose(0, 1)
@@ -93,7 +93,7 @@ def _widened(mask: Tensor, like: Tensor) -> Tensor:
     return mask.to(like) if mask.is_floating_point() else mask
 
 
-def _of_bias_tokens(layer: nn.MultiheadAttention, inputs: list[Tensor], by_projection: Any) -> dict[str, Form]:
+def _of_bias_tokens(layer: nn.MultiheadAttention, by_projection: Any) -> dict[str, Form]:
     if layer.bias_k is None:
         return {}
     last = {"bias_k": by_projection[1], "bias_v": by_projection[2]}

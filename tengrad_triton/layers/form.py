@@ -9,7 +9,7 @@ group, K entries of a flat gradient; V rows of a table, D entries of a row; C ch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any
@@ -147,8 +147,6 @@ class Call:
 
 Inputs = Tensor | Call
 """A layer's input where it takes one tensor, or the whole call."""
-Derivatives = Tensor | Sequence[Tensor | None]
-"""The derivative of each sample's own loss by a layer's output, or by each of its outputs."""
 
 
 @singledispatch
@@ -171,11 +169,6 @@ def arguments(layer: nn.Module, x: Inputs) -> dict[str, Any]:
     bound = inspect.signature(layer.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
-
-
-def first_of(grad_y: Derivatives) -> Tensor | None:
-    """Return the derivative by a layer's only, or first, output."""
-    return grad_y if isinstance(grad_y, Tensor) else grad_y[0]
 
 
 def matrix_view(parameter: Tensor) -> Tensor:
