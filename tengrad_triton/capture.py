@@ -27,6 +27,7 @@ from tengrad_triton.layers import (
     Call,
     draws,
     frozen_scale,
+    input_of,
     may_draw,
     may_mix_samples,
     mixes_samples,
@@ -139,7 +140,7 @@ class Capture:
     def _after_mixing(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         if self._open is None or not y.requires_grad or not mixes_samples(layer):
             return None
-        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        x = input_of(args, kwargs)
         self._open.mixed = True
         return frozen(x, y, frozen_scale(layer, x), self._deriving.switch)
 

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from tengrad_triton.layers import frozen_scale, mixes_samples
+from tengrad_triton.layers import frozen_scale, input_of, mixes_samples
 
 Perturbations = Mapping[str, Sequence[Tensor]]
 
@@ -70,7 +69,7 @@ class _PerturbedCall:
         self._tape, self._name = tape, name
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        x = input_of(args, kwargs)
         return self._tape.perturbed(self._name, x, y)
 
 
@@ -81,6 +80,6 @@ class _ConstantCall:
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         if not self._tape.constants or not mixes_samples(layer):
             return None
-        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        x = input_of(args, kwargs)
         scaled = x * frozen_scale(layer, x)
         return scaled + (y - scaled).detach()  # y itself, with the scale for its derivative

@@ -14,6 +14,7 @@ from tengrad_triton.layers.form import (
     Windows,
     canonical,
     canonical_rows,
+    input_of,
     matrix_view,
 )
 from tengrad_triton.layers.rerun import rng_state
@@ -52,6 +53,7 @@ __all__ = [
     "drops_out",
     "embedding",
     "frozen_scale",
+    "input_of",
     "is_silent",
     "matrix_view",
     "may_draw",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
 from tengrad_triton.kernels.sample_grads import unfold
@@ -169,6 +170,11 @@ def arguments(layer: nn.Module, x: Inputs) -> dict[str, Any]:
     bound = inspect.signature(layer.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+def input_of(args: Any, kwargs: Any) -> Tensor:
+    """Return the first tensor among a call's arguments."""
+    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
 
 
 def matrix_view(parameter: Tensor) -> Tensor:
