@@ -93,6 +93,7 @@ class Graphs:
         y: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take a step with the curvature of this batch; return the loss and the curvature."""
+        x = x.clone()  # the curvature may keep it, and the training loop may write its next batch there
         zeros = {name: [torch.zeros_like(call) for call in calls] for name, calls in outputs.items()}
         output, pull, inputs = self._forward(state, zeros, x)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block, Source, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.jacobian import Jacobian
-from tengrad_triton.layers import Call, Explicit, Form, canonical
+from tengrad_triton.layers import Call, Explicit, Form, Inputs, canonical
 from tengrad_triton.plan import Choice, Chosen, Geometry
 from tengrad_triton.record import Record
 from tengrad_triton.representation import jacobian_of
@@ -57,16 +58,26 @@ def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int) 
     forms: dict[int, list[Form]] = {
         key: [Explicit(scale * rows if scale != 1 else rows)] for key, rows in record.explicit.items()
     }
+    given = tree_leaves((record.call.args, record.call.kwargs))
+    lent = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
     for name, source in sources.items():
         calls = [use for use in record.uses.get(name, []) if use.arrived]
         wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.strays.keys()
         if source.explicit or not wanted or name in record.misfits:
             continue
-        pairs = [(use.inputs(name), use.derivatives(scale)) for use in calls]
+        pairs = [(_own(use.inputs(name), lent), use.derivatives(scale)) for use in calls]
         of_source = forms_of(name, source, pairs, record.samples)
         for key in wanted & of_source.keys():
             forms.setdefault(key, []).extend(of_source[key])
     return forms
+
+
+def _own(x: Inputs, lent: Collection[int]) -> Inputs:
+    """Return a layer's input, with a copy of what the training loop lent the model: its next batch may go there."""
+    if isinstance(x, Call):
+        args, kwargs = tree_map_only(Tensor, partial(_own, lent=lent), (x.args, x.kwargs))
+        return replace(x, args=args, kwargs=kwargs)
+    return x.clone() if x.untyped_storage().data_ptr() in lent else x
 
 
 def forms_of(name: str, source: Source, calls: Sequence[tuple[Any, Any]], samples: int) -> dict[int, list[Form]]:

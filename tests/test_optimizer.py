@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tengrad_triton import TENGraD, kernels
+from tengrad_triton import TENGraD, compile_train_step, kernels
 from tengrad_triton.plan import Geometry, choose, total_bytes
 
 
@@ -441,3 +441,39 @@ def test_a_custom_rule_of_the_wrong_size_is_named(case):
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match=f"rule for Scale {message}"):
         optimizer.step()
+
+
+def tokens_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(9, 5), nn.Flatten(), nn.Linear(15, 4))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("kind", ["vectors", "tokens"])
+def test_the_loop_may_write_every_batch_into_the_same_tensor(kind, compiled):
+    """What a refresh keeps of a batch is its own: the next batch of a loader with a static buffer does not reach it."""
+
+    def trained(lent):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)) if kind == "vectors" else tokens_model()
+        optimizer = TENGraD(model, refresh_every=3, representation="factored", seed=0)
+        step = compile_train_step(model, F.cross_entropy, optimizer, backend="aot_eager") if compiled else None
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(seed)
+            fresh = (
+                torch.randn(7, 3, generator=generator)
+                if kind == "vectors"
+                else torch.randint(9, (7, 3), generator=generator)
+            )
+            x = fresh if lent is None else lent.copy_(fresh)
+            y = torch.randint(4, (7,), generator=generator)
+            if step is not None:
+                step(x, y)
+                continue
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return flat(model)
+
+    buffer = torch.empty(7, 3) if kind == "vectors" else torch.empty(7, 3, dtype=torch.long)
+    assert torch.equal(trained(buffer), trained(None))
