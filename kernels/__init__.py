@@ -25,6 +25,8 @@ from .spec import KernelSpec
 from .triangular import SPECS as TRIANGULAR_SPECS
 from .triangular import cholesky_inverse, cholesky_solve
 from .update import update_
+from .windows import SPECS as WINDOWS_SPECS
+from .windows import expand_windows_update_, project_windows
 
 # One row a kernel: the tests, the benchmarks and the ahead-of-time compile iterate over these.
 SPECS: tuple[KernelSpec, ...] = (
@@ -36,6 +38,7 @@ SPECS: tuple[KernelSpec, ...] = (
     *REUSE_UPDATE_SPECS,
     *ROWS_SPECS,
     *ROWS_UPDATE_SPECS,
+    *WINDOWS_SPECS,
 )
 
 __all__ = [
@@ -47,10 +50,12 @@ __all__ = [
     "conv_sample_grads",
     "expand_rows_update_",
     "expand_update_",
+    "expand_windows_update_",
     "gram",
     "gram_rows",
     "project",
     "project_rows",
+    "project_windows",
     "sample_grads",
     "update_",
 ]

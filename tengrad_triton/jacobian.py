@@ -5,9 +5,10 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ RowKind = Literal["samples", "directions", "parameters"]
 class Jacobian(Protocol):
     """Rows J_n of one parameter, N of them.
 
-    A class whose products are taken for many parameters in one launch is a `teams.Team` as well.
+    A class whose products are taken for many parameters in one launch is a `Team` as well.
     """
 
     @property
@@ -64,8 +65,51 @@ class Jacobian(Protocol):
         """Return the bytes stored."""
 
 
+class Team(ABC):
+    """A Jacobian that is served together with those of the same ``team`` (see `teams`).
+
+    The functions take an entry for each member; ``systems`` says which row of the result it adds to.
+    """
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Return N."""
+
+    @property
+    @abstractmethod
+    def team(self) -> Hashable:
+        """Return what members have in common: those that say the same can share a launch."""
+
+    @staticmethod
+    @abstractmethod
+    def gram_all(members: Sequence[Any], systems: list[int], count: int) -> Tensor:
+        """Return k_LNN, each system's sum of its members' `Jacobian.gram`."""
+
+    @staticmethod
+    @abstractmethod
+    def project_all(members: Sequence[Any], v: Sequence[Tensor], systems: list[int], shape: list[int]) -> Tensor:
+        """Return y_LN of this shape, each system's sum of its members' `Jacobian.project`."""
+
+    @staticmethod
+    @abstractmethod
+    def expand_update_all_(
+        members: Sequence[Any], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
+    ) -> None:
+        """Do each member's `Jacobian.expand_update_`; the targets agree on ``nesterov``."""
+
+    def gram(self) -> Tensor:  # noqa: D102
+        return self.gram_all([self], [0], 1)[0]
+
+    def project(self, v: Tensor) -> Tensor:  # noqa: D102
+        return self.project_all([self], [v], [0], [1, self.rows])[0]
+
+    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
+        self.expand_update_all_([self], [target], [w_N], [divisor])
+
+
 @dataclass(frozen=True)
-class PerSample:
+class PerSample(Team):
     """J itself, a row of K numbers a sample: every product is one pass over memory.
 
     In bfloat16 the rounded rows are J in every product, so that the step is exact for a slightly different Fisher.
@@ -84,15 +128,6 @@ class PerSample:
     @property
     def team(self) -> Hashable:  # noqa: D102
         return PerSample, self.j_NK.dtype, self.ops.torch_for
-
-    def gram(self) -> Tensor:  # noqa: D102
-        return self.gram_all([self], [0], 1)[0]
-
-    def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        return self.project_all([self], [v], [0], [1, self.rows])[0]
-
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
-        self.expand_update_all_([self], [target], [w_N], [divisor])
 
     @staticmethod
     def gram_all(members: Sequence[PerSample], systems: list[int], count: int) -> Tensor:  # noqa: D102
@@ -137,7 +172,7 @@ class PerSample:
 
 
 @dataclass(frozen=True)
-class Factored:
+class Factored(Team):
     """What the layer saw, a, and the derivatives of its output, g: J_n = Σ_p g_np a_npᵀ is never kept."""
 
     outer: Outer
@@ -153,16 +188,7 @@ class Factored:
 
     @property
     def team(self) -> Hashable:  # noqa: D102
-        return Factored, self.outer.g_NGPO.dtype, self.ops.torch_for
-
-    def gram(self) -> Tensor:  # noqa: D102
-        return self.gram_all([self], [0], 1)[0]
-
-    def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        return self.project_all([self], [v], [0], [1, self.rows])[0]
-
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
-        self.expand_update_all_([self], [target], [w_N], [divisor])
+        return type(self.outer.a), self.outer.g_NGPO.dtype, self.ops.torch_for
 
     @staticmethod
     def gram_all(members: Sequence[Factored], systems: list[int], count: int) -> Tensor:
@@ -183,16 +209,24 @@ class Factored:
     def project_all(  # noqa: D102
         members: Sequence[Factored], v: Sequence[Tensor], systems: list[int], shape: list[int]
     ) -> Tensor:
-        a, g = [one._a_NGPI() for one in members], [one.outer.g_NGPO for one in members]
+        if isinstance(members[0].outer.a, Windows):
+            x, g, sizes = _convolutions(members)
+            return members[0].ops.project_windows(x, g, _weights(members, v), sizes, systems, shape)
+        a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
         return members[0].ops.project(a, g, [matrix_view(x) for x in v], systems, shape)
 
     @staticmethod
     def expand_update_all_(  # noqa: D102
         members: Sequence[Factored], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
     ) -> None:
-        a, g = [one._a_NGPI() for one in members], [one.outer.g_NGPO for one in members]
-        state, settings = _views(targets), [target.settings for target in targets]
-        members[0].ops.expand_update_(*state, a, g, list(w), list(divisors), settings, targets[0].nesterov)
+        numbers = list(w), list(divisors), [target.settings for target in targets], targets[0].nesterov
+        if isinstance(members[0].outer.a, Windows):
+            x, g, sizes = _convolutions(members)
+            state = [_weights(members, tensors) for tensors in _state(targets)]
+            members[0].ops.expand_windows_update_(*state, x, g, sizes, *numbers)
+            return
+        a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
+        members[0].ops.expand_update_(*_views(targets), a, g, *numbers)
 
     def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
         groups, inputs, rows = self.outer.g_NGPO.shape[1], geometry_of(self.outer).inputs, len(directions_RN)
@@ -232,6 +266,23 @@ class Factored:
         return (a.x_NCHW if isinstance(a, Windows) else a).nbytes + self.outer.g_NGPO.nbytes
 
 
-def _views(targets: Sequence[Target]) -> tuple[list[Tensor], ...]:
-    state = [(target.parameter, target.momentum, target.grad) for target in targets]
-    return tuple([matrix_view(x) for x in kind] for kind in zip(*state, strict=True))
+def _state(targets: Sequence[Target]) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*((target.parameter, target.momentum, target.grad) for target in targets), strict=True)
+
+
+def _views(targets: Sequence[Target]) -> list[list[Tensor]]:
+    return [[matrix_view(x) for x in kind] for kind in _state(targets)]
+
+
+def _convolutions(members: Sequence[Factored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Return inputs, derivatives [N, O, H, W], and what `kernels.windows.slidings` reads."""
+    views = [cast("Windows", one.outer.a) for one in members]
+    g = [one.outer.g_NOHW(view) for one, view in zip(members, views, strict=True)]
+    sizes = [number for view in views for number in (*view.stride, *view.padding, *view.dilation, view.groups)]
+    return [view.x_NCHW for view in views], g, sizes
+
+
+def _weights(members: Sequence[Factored], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return parameter-shaped tensors as weights of convolutions in a plane."""
+    sizes = [cast("Windows", one.outer.a).kernel_size for one in members]
+    return [x.view(*x.shape[:2], *size) for x, size in zip(tensors, sizes, strict=True)]

@@ -143,7 +143,8 @@ class TENGraD(Shell[Curvature]):
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
         )  # fmt: skip
-        self._kernels_for = partial(kernels_of, backend)
+        # On a CPU the ops would call the definitions too, at a price: as much again as a small layer's arithmetic.
+        self._kernels_for = partial(kernels_of, "torch" if device.type == "cpu" else backend)
         self._ops = self._kernels_for()
         defaults = {
             "lr": lr, "damping": damping, "momentum": momentum, "nesterov": nesterov, "spring": spring,

@@ -122,7 +122,11 @@ def total_bytes(geometries: Mapping[str, Geometry], chosen: Mapping[str, Represe
     )
 
 
-STEP_KERNELS = frozenset({"project", "expand_update_", "project_rows", "expand_rows_update_"})
+STEP_KERNELS = frozenset(
+    f"{product}{of}{update}"
+    for product, update in (("project", ""), ("expand", "_update_"))
+    for of in ("", "_rows", "_windows")
+)
 """The kernels that every step runs; the others run when the curvature is refreshed."""
 
 

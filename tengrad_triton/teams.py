@@ -6,39 +6,13 @@ Dimensions: L systems, N rows of J.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tengrad_triton.jacobian import Jacobian
+from tengrad_triton.jacobian import Jacobian, Team
 from tengrad_triton.update import Target
-
-
-@runtime_checkable
-class Team(Protocol):
-    """A Jacobian that is served together with those of the same ``team``; any other is served by its own methods.
-
-    The functions take an entry for each member; ``systems`` says which row of the result it adds to.
-    """
-
-    @property
-    def team(self) -> Hashable:
-        """Return what members have in common: those that say the same can share a launch."""
-
-    @staticmethod
-    def gram_all(members: Sequence[Any], systems: list[int], count: int) -> Tensor:
-        """Return k_LNN, each system's sum of its members' `Jacobian.gram`."""
-
-    @staticmethod
-    def project_all(members: Sequence[Any], v: Sequence[Tensor], systems: list[int], shape: list[int]) -> Tensor:
-        """Return y_LN of this shape, each system's sum of its members' `Jacobian.project`."""
-
-    @staticmethod
-    def expand_update_all_(
-        members: Sequence[Any], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
-    ) -> None:
-        """Do each member's `Jacobian.expand_update_`; the targets agree on ``nesterov``."""
 
 
 class Work(NamedTuple):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from tengrad_triton.backend import Backend, kernels_of
 from tengrad_triton.fisher import Noisy
 from tengrad_triton.graphs import GROUP_WORDS, Calls, Graphs, LossFn, State
 from tengrad_triton.layers import drops_out, mixes_samples
@@ -188,9 +187,6 @@ class TrainStep:
         full = {parameter: name for name, parameter in self._model.named_parameters()}
         blocks = [block for block in optimizer._blocks if all(p in full for p in block.parameters.values())]
         choices = optimizer.choices()
-        backend: Backend = (
-            "torch" if device.type == "cpu" else optimizer._options.backend
-        )  # inductor fuses definitions, not ops
         o = optimizer._options
         sampled = o.fisher == "sampled" and isinstance(o.likelihood, Noisy)
         return Graphs(
@@ -206,10 +202,7 @@ class TrainStep:
             systems={} if optimizer._curvature is None else optimizer._curvature.systems,
             trust_region=o.trust_region,
             relative=o.relative_damping,
-            kernels={
-                torch_for: kernels_of(backend, torch_for)
-                for torch_for in {(), *(c.torch_for for c in choices.values())}
-            },
+            kernels={t: optimizer._kernels_for(t) for t in {(), *(c.torch_for for c in choices.values())}},
             tape=Tape(
                 {name: optimizer._capture.sources[name].layer for name in outputs},
                 [module for module in self._model.modules() if mixes_samples(module)],

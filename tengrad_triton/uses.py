@@ -24,7 +24,8 @@ def geometry_of(outer: Outer) -> Geometry:
     n, groups, positions, outputs = outer.g_NGPO.shape
     a, itemsize = outer.a, outer.g_NGPO.itemsize
     if isinstance(a, Windows):
-        layout = f"conv {a.kernel_size} stride {a.stride} dilation {a.dilation} of {list(a.x_NCHW.shape[2:])}"
+        sizes = f"{a.kernel_size} stride {a.stride} padding {a.padding} dilation {a.dilation}"
+        layout = f"conv {sizes} of {list(a.x_NCHW.shape[2:])}"
         inputs, stored = a.inputs, a.x_NCHW.nbytes
     else:
         layout, inputs, stored = "dense", a.shape[-1], a.nbytes

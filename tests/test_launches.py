@@ -1,5 +1,7 @@
 """How many kernels a step and a refresh start: as many for a deep model as for a shallow one."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tengrad_triton import TENGraD, optimizer, woodbury
+from tengrad_triton.backend import kernels_of
 
 
 class Counting(TorchDispatchMode):
@@ -41,11 +44,18 @@ OPTIONS = {
 }
 
 
+def with_ops(optim):
+    """Have an optimizer on a CPU call the ops, as one on a GPU does."""
+    optim._kernels_for = partial(kernels_of, "auto")
+    optim._ops = kernels_of("auto")
+    return optim
+
+
 def counts(make, depth, options, monkeypatch):
     """Return what a step that reuses the curvature calls, and what a refresh does once J is there."""
     torch.manual_seed(0)
     model, x = make(depth)
-    optim = TENGraD(model, lr=1e-3, refresh_every=2, seed=0, **options)
+    optim = with_ops(TENGraD(model, lr=1e-3, refresh_every=2, seed=0, **options))
     refreshing = Counting()
 
     def counted(*args, **kwargs):
@@ -68,3 +78,19 @@ def test_launches_do_not_grow_with_depth(model, options, monkeypatch):
         assert sorted(few) == sorted(many)
     assert any("update_" in call for call in shallow[0])
     assert len(shallow[0]) <= 32
+
+
+@pytest.mark.parametrize("representation", ["factored", "per_sample", "per_sample_bf16", "compressed"])
+@pytest.mark.parametrize("model", MODELS)
+def test_ops_take_the_steps_of_their_definitions(model, representation):
+    ends = []
+    for prepare in (with_ops, lambda optim: optim):
+        torch.manual_seed(0)
+        net, x = MODELS[model](2)
+        optim = prepare(TENGraD(net, refresh_every=2, seed=0, representation=representation))
+        for _ in range(3):
+            optim.zero_grad()
+            F.cross_entropy(net(x), torch.arange(16) % 6).backward()
+            optim.step()
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert torch.equal(*ends)

@@ -65,7 +65,7 @@ MAY_IMPORT = {
     "uses": {"layers", "plan"},
     "graphs": {"blocks", "fisher", "layers", "plan", "refresh", "state", "tape", "update", "woodbury"},
     "train_step": {
-        *("backend", "fisher", "graphs", "layers", "optimizer", "record", "resident", "state", "tape", "woodbury"),
+        *("fisher", "graphs", "layers", "optimizer", "record", "resident", "state", "tape", "woodbury"),
     },
     "teams": {"jacobian", "update"},
     "woodbury": {"jacobian", "phases", "teams", "update", "kernels"},

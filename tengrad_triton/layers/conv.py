@@ -18,14 +18,19 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-def windows(layer: Any, padded: Tensor) -> Tensor | Windows:
-    """Return what each position of a convolution sees of its padded input [N, C, *]: a_NGPI, unformed in a plane."""
+def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | Windows:
+    """Return what each position of a convolution sees of its input [N, C, *], with zeros around it: a_NGPI, unformed in
+    a plane.
+    """
     kernel_size, stride, dilation = (list(size) for size in (layer.kernel_size, layer.stride, layer.dilation))
-    if padded.dim() == 5:
+    if x.dim() == 5:
+        padded = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
         return _unfolded(padded, kernel_size, stride, dilation, layer.groups)
-    if padded.dim() == 3:  # a line is a plane one pixel high
-        padded, kernel_size, stride, dilation = padded.unsqueeze(2), [1, *kernel_size], [1, *stride], [1, *dilation]
-    return Windows(padded, kernel_size, stride, dilation, layer.groups)
+    if x.dim() == 3:  # a line is a plane one pixel high
+        x, padding, kernel_size, stride, dilation = (
+            x.unsqueeze(2), [0, *padding], [1, *kernel_size], [1, *stride], [1, *dilation]
+        )  # fmt: skip
+    return Windows(x, kernel_size, stride, dilation, layer.groups, list(padding))
 
 
 def _unfolded(
@@ -57,10 +62,14 @@ def _bias(grad_y: Tensor) -> Explicit:
 
 @canonical.register
 def _(layer: Convolution, x: Tensor, grad_y: Tensor) -> Canonical:
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     # torch keeps the padding of every spelling here (numbers, 'same', 'valid'), last dimension first, as F.pad wants it
-    padded = F.pad(x, list(layer._reversed_padding_repeated_twice), mode=mode)
-    return {"weight": Outer(windows(layer, padded), _grouped(grad_y, layer.groups)), "bias": _bias(grad_y)}
+    around = list(layer._reversed_padding_repeated_twice)
+    if layer.padding_mode == "zeros" and around[::2] == around[1::2]:
+        seen = windows(layer, x, around[::-2])
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        seen = windows(layer, F.pad(x, around, mode=mode), [0] * len(layer.kernel_size))
+    return {"weight": Outer(seen, _grouped(grad_y, layer.groups)), "bias": _bias(grad_y)}
 
 
 @canonical.register
@@ -72,4 +81,4 @@ def _(layer: Transposed, x: Tensor, grad_y: Tensor) -> Canonical:
     seen = [(pixels - 1) * step + gap * (size - 1) + 1 for pixels, size, step, gap in axes]
     for axis, pixels in enumerate(seen):  # what output_padding adds, no window sees
         padded = padded.narrow(2 + axis, 0, pixels)
-    return {"weight": Outer(windows(layer, padded), _grouped(x, layer.groups)), "bias": _bias(grad_y)}
+    return {"weight": Outer(windows(layer, padded, [0] * len(seen)), _grouped(x, layer.groups)), "bias": _bias(grad_y)}

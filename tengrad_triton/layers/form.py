@@ -15,6 +15,7 @@ from functools import singledispatch
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -24,17 +25,26 @@ from tengrad_triton.kernels.sample_grads import unfold
 
 @dataclass(frozen=True)
 class Windows:
-    """A padded image x_NCHW seen through a convolution's windows: a_NGPI with I = (kh, kw, C / groups), unformed."""
+    """An image x_NCHW seen through a convolution's windows: a_NGPI with I = (kh, kw, C / groups), unformed.
+
+    ``padding`` is by zeros, of rows and of columns; any other is part of the image.
+    """
 
     x_NCHW: Tensor
     kernel_size: list[int]
     stride: list[int]
     dilation: list[int]
     groups: int
+    padding: list[int] = field(default_factory=lambda: [0, 0])
+
+    def padded(self) -> Tensor:
+        """Return the image with its padding."""
+        rows, columns = self.padding
+        return F.pad(self.x_NCHW, (columns, columns, rows, rows)) if rows or columns else self.x_NCHW
 
     def unfold(self) -> Tensor:
         """Return a_NGPI."""
-        return unfold(self.x_NCHW, self.kernel_size, self.stride, self.dilation, self.groups)
+        return unfold(self.padded(), self.kernel_size, self.stride, self.dilation, self.groups)
 
     def pack(self) -> dict[str, Any]:
         """Return the arguments that make the same object."""
@@ -44,6 +54,7 @@ class Windows:
             "stride": self.stride,
             "dilation": self.dilation,
             "groups": self.groups,
+            "padding": self.padding,
         }
 
     @property
@@ -79,11 +90,16 @@ class Outer:
         """Return j_NK, the explicit per-sample gradients."""
         if not isinstance(self.a, Windows):
             return ops.sample_grads(self.a, self.g_NGPO)
-        view, n = self.a, len(self.g_NGPO)
-        g_NOP = self.g_NGPO.mT.reshape(n, -1, self.g_NGPO.shape[2])
-        height = (view.x_NCHW.shape[2] - view.dilation[0] * (view.kernel_size[0] - 1) - 1) // view.stride[0] + 1
-        g_NOHW = g_NOP.unflatten(2, (height, -1))
-        return ops.conv_sample_grads(view.x_NCHW, g_NOHW, view.kernel_size, view.stride, view.dilation, view.groups)
+        view = self.a
+        return ops.conv_sample_grads(
+            view.padded(), self.g_NOHW(view), view.kernel_size, view.stride, view.dilation, view.groups
+        )
+
+    def g_NOHW(self, view: Windows) -> Tensor:
+        """Return the derivatives by the pixels of the convolution's output."""
+        g_NOP = self.g_NGPO.mT.reshape(len(self.g_NGPO), -1, self.g_NGPO.shape[2])
+        reach = view.x_NCHW.shape[2] + 2 * view.padding[0] - view.dilation[0] * (view.kernel_size[0] - 1) - 1
+        return g_NOP.unflatten(2, (reach // view.stride[0] + 1, -1))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,233 @@
+"""Project and expand for convolutions that keep their factors: an image seen through windows, and derivatives.
+
+PyTorch's own convolutions are the definition, which never unfold the image. The kernels of `reuse` and `reuse_update`
+take unfolded windows, which exist for the time of the launch.
+
+Dimensions: N samples, C channels, O outputs, H and W pixels; G, P, I as in `reuse`; L rows of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn.grad import conv2d_weight
+
+from .reuse import SPECS as PROJECT
+from .reuse import _project
+from .reuse_update import SPECS as EXPAND
+from .reuse_update import _expand_update_
+from .sample_grads import unfold
+from .spec import KernelSpec, expect, nbytes, normal, runs_kernel, widen
+from .update import example_numbers, expect_update, update_along
+
+
+class Sliding(NamedTuple):
+    """How a convolution's windows slide over its input."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def unfold(self, x_NCHW: Tensor, weight: Tensor) -> Tensor:
+        """Return a_NGPI."""
+        padded = F.pad(x_NCHW, [p for p in reversed(self.padding) for _ in range(2)])
+        return unfold(padded, list(weight.shape[2:]), list(self.stride), list(self.dilation), self.groups)
+
+
+def slidings(sizes: Sequence[int]) -> Iterator[Sliding]:
+    """Yield what a flat list holds: stride, padding, dilation, each by row and by column, and groups of every layer."""
+    for at in range(0, len(sizes), 7):
+        a, b, c, d, e, f, groups = sizes[at : at + 7]
+        yield Sliding((a, b), (c, d), (e, f), groups)
+
+
+@custom_op("tengrad_triton::project_windows", mutates_args=())
+def project_windows(
+    x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]
+) -> Tensor:
+    """Return y_LN with y[rows[t], n] = Σ_p g_npᵀ V a_np over the convolutions of a row (paper, equation 6).
+
+    ``x`` are inputs [N, C, H, W], ``g`` derivatives by outputs [N, O, H, W], ``v`` shaped like weights; ``sizes`` has
+    the numbers of `slidings`, and ``shape`` is [L, N].
+    """
+    for x_NCHW, g_NOHW, v_OCHW, view in zip(x, g, v, slidings(sizes), strict=True):
+        _expect_convolution(x_NCHW, g_NOHW, v_OCHW, view)
+    make = _project_windows if runs_kernel(*x, *g, *v) else project_windows_reference
+    return make(x, g, v, sizes, rows, shape)
+
+
+@project_windows.register_fake
+def _(x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]) -> Tensor:
+    return x[0].new_empty(shape, dtype=torch.promote_types(x[0].dtype, torch.float32))
+
+
+def _expect_convolution(x_NCHW: Tensor, g_NOHW: Tensor, weight: Tensor, view: Sliding) -> None:
+    n, outputs, *pixels = g_NOHW.shape
+    expect("x_NCHW", x_NCHW, n, *x_NCHW.shape[1:])
+    expect("the weight", weight, outputs, x_NCHW.shape[1] // view.groups, *weight.shape[2:])
+    axes = zip(x_NCHW.shape[2:], weight.shape[2:], view.stride, view.padding, view.dilation, strict=True)
+    seen = [(pixel + 2 * pad - gap * (size - 1) - 1) // step + 1 for pixel, size, step, pad, gap in axes]
+    if pixels != seen:
+        raise ValueError(f"g_NOHW must have {tuple(seen)} pixels, got {tuple(pixels)}")
+
+
+def project_windows_reference(
+    x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]
+) -> Tensor:
+    """y_n = ⟨g_n, x_n * V⟩, added up over the convolutions of a row."""
+    y_LN = x[0].new_zeros(shape, dtype=torch.promote_types(x[0].dtype, torch.float32))
+    for row, x_NCHW, g_NOHW, v_OCHW, view in zip(rows, x, g, v, slidings(sizes), strict=True):
+        seen_NOHW = F.conv2d(widen(x_NCHW), v_OCHW.to(y_LN.dtype), None, *view)
+        y_LN[row, : len(x_NCHW)] += (seen_NOHW * g_NOHW).sum((1, 2, 3))
+    return y_LN
+
+
+def _project_windows(
+    x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]
+) -> Tensor:
+    return _project(*_factors(x, g, v, sizes), [v_OCHW.flatten(2).mT for v_OCHW in v], rows, shape)
+
+
+def _factors(
+    x: Sequence[Tensor], g: Sequence[Tensor], weights: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a_NGPI and g_NGPO of every convolution."""
+    views = list(slidings(sizes))
+    a = [view.unfold(x_NCHW, weight) for x_NCHW, weight, view in zip(x, weights, views, strict=True)]
+    return a, [x.unflatten(1, (view.groups, -1)).flatten(3).mT for x, view in zip(g, views, strict=True)]
+
+
+@custom_op("tengrad_triton::expand_windows_update_", mutates_args=("params", "momenta"))
+def expand_windows_update_(
+    params: list[Tensor],
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    x: list[Tensor],
+    g: list[Tensor],
+    sizes: list[int],
+    w: list[Tensor],
+    divisors: list[Tensor],
+    settings: list[Tensor],
+    nesterov: bool,
+) -> None:
+    """Step convolutions' weights along (grad − Σ_n w_n J_n) / divisor in place (paper, equation 7).
+
+    `update_` is the rule; the rest is as in `project_windows`.
+    """
+    states = zip(params, momenta, grads, x, g, slidings(sizes), w, divisors, settings, strict=True)
+    for param, momentum, grad, x_NCHW, g_NOHW, view, w_N, *numbers in states:
+        expect_update(param, momentum, grad, *numbers)
+        _expect_convolution(x_NCHW, g_NOHW, param, view)
+        expect("w_N", w_N, x_NCHW.shape[0])
+    kernel = runs_kernel(*params, *momenta, *grads, *x, *g, *w)
+    update = _expand_windows_update_ if kernel else expand_windows_update_reference_
+    update(params, momenta, grads, x, g, sizes, w, divisors, settings, nesterov)
+
+
+def expand_windows_update_reference_(
+    params: list[Tensor],
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    x: list[Tensor],
+    g: list[Tensor],
+    sizes: list[int],
+    w: list[Tensor],
+    divisors: list[Tensor],
+    settings: list[Tensor],
+    nesterov: bool,
+) -> None:
+    """`update_` along (grad − U) / divisor, where U is the gradient of the weight for derivatives w_n g_n."""
+    states = zip(params, momenta, grads, x, g, slidings(sizes), w, divisors, settings, strict=True)
+    for param, momentum, grad, x_NCHW, g_NOHW, view, w_N, *numbers in states:
+        weighted_NOHW = widen(g_NOHW) * w_N[:, None, None, None]
+        expanded = conv2d_weight(widen(x_NCHW), list(param.shape), weighted_NOHW, *view)
+        update_along(param, momentum, grad, expanded, nesterov, *numbers)
+
+
+def _expand_windows_update_(
+    params: list[Tensor],
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    x: list[Tensor],
+    g: list[Tensor],
+    sizes: list[int],
+    w: list[Tensor],
+    divisors: list[Tensor],
+    settings: list[Tensor],
+    nesterov: bool,
+) -> None:
+    params_OKI, momenta_OKI, grads_OKI = (
+        [tensor.view(*tensor.shape[:2], -1).mT for tensor in kind] for kind in (params, momenta, grads)
+    )
+    a, g = _factors(x, g, params, sizes)
+    _expand_update_(params_OKI, momenta_OKI, grads_OKI, a, g, w, divisors, settings, nesterov)
+
+
+# (input, outputs, kernel, how it slides) of some layers.
+_EXAMPLES: Sequence[tuple[tuple[int, int, int, int], int, tuple[int, int], Sliding]] = (
+    ((30, 8, 9, 8), 12, (3, 3), Sliding((1, 1), (1, 1), (1, 1), 1)),
+    ((30, 10, 7, 9), 6, (3, 2), Sliding((2, 1), (0, 1), (1, 2), 2)),
+    ((20, 5, 1, 11), 7, (1, 4), Sliding((1, 3), (0, 2), (1, 1), 1)),
+)
+
+
+def _example_layers(dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+    """Return input, derivatives, and (parameter, momentum, gradient) of every example."""
+    layers = []
+    for shape, outputs, kernel, view in _EXAMPLES:
+        x_NCHW = normal(*shape, dtype=dtype, device=device)
+        state = [
+            normal(outputs, shape[1] // view.groups, *kernel, dtype=torch.float32, device=device, seed=seed)
+            for seed in (3, 4, 5)
+        ]
+        pixels = F.conv2d(x_NCHW.float(), state[0], None, *view).shape[2:]
+        layers.append((x_NCHW, normal(shape[0], outputs, *pixels, dtype=dtype, device=device, seed=1), state))
+    return layers
+
+
+_SIZES = [number for *_, view in _EXAMPLES for number in (*view.stride, *view.padding, *view.dilation, view.groups)]
+
+
+def _project_example(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+    x, g, states = map(list, zip(*_example_layers(dtype, device), strict=True))
+    return x, g, [state[2] for state in states], _SIZES, [1, 1, 0], [2, 30]
+
+
+def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) -> tuple[object, ...]:
+    x, g, states = map(list, zip(*_example_layers(dtype, device), strict=True))
+    numbers = zip(*(example_numbers(len(x_NCHW), device) for x_NCHW in x), strict=True)
+    return *map(list, zip(*states, strict=True)), x, g, _SIZES, *map(list, numbers), nesterov
+
+
+def _flops(g: Sequence[Tensor], weights: Sequence[Tensor]) -> int:
+    return sum(2 * g_NOHW.numel() * weight[0].numel() for g_NOHW, weight in zip(g, weights, strict=True))
+
+
+SPECS = (
+    KernelSpec(
+        name="project_windows",
+        fast=_project_windows,
+        reference=project_windows_reference,
+        examples={"three convolutions": _project_example},
+        flops=lambda x, g, v, *_: _flops(g, v),
+        bytes=lambda x, g, v, sizes, rows, shape: nbytes(*x, *g, *v) + 4 * shape[0] * shape[1],
+        configs=PROJECT[0].configs,
+    ),
+    KernelSpec(
+        name="expand_windows_update_",
+        fast=_expand_windows_update_,
+        reference=expand_windows_update_reference_,
+        examples={name: partial(_update_example, nesterov=name == "nesterov") for name in ("heavy ball", "nesterov")},
+        flops=lambda params, momenta, grads, x, g, *_: _flops(g, params) + 9 * sum(p.numel() for p in params),
+        bytes=lambda params, momenta, grads, x, g, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *x, *g),
+        configs=EXPAND[0].configs,
+        mutates=2,
+    ),
+)
