@@ -58,12 +58,12 @@ def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
 
 def _layer_gram(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     n, groups, positions, _ = a_NGPI.shape
-    slab = max(1, _SLAB_ELEMENTS // (groups * positions * n * positions))
+    a_GRI, g_GRO = (x.transpose(0, 1).flatten(1, 2) for x in (a_NGPI, g_NGPO))  # R samples and their positions
+    slab = positions * max(1, _SLAB_ELEMENTS // (groups * positions * n * positions))
     rows = []
-    for a_SGPI, g_SGPO in zip(torch.split(a_NGPI, slab), torch.split(g_NGPO, slab), strict=True):
-        aa = torch.einsum("ngpi,mgqi->gnpmq", a_SGPI, a_NGPI)
-        gg = torch.einsum("ngpo,mgqo->gnpmq", g_SGPO, g_NGPO)
-        rows.append((aa * gg).sum((0, 2, 4)))
+    for a_GSI, g_GSO in zip(a_GRI.split(slab, 1), g_GRO.split(slab, 1), strict=True):
+        pairs_GSR = (a_GSI @ a_GRI.mT) * (g_GSO @ g_GRO.mT)
+        rows.append(pairs_GSR.view(groups, -1, positions, n, positions).sum((0, 2, 4)))
     return torch.cat(rows)
 
 

@@ -1,6 +1,6 @@
 """Every row of SPECS at its sizes, against torch's expressions and against the machine's limit.
 
-pytest-benchmark times the op; the rivals have their turn in the setup of each of its rounds, so that all interleave.
+pytest-benchmark times the kernel; the rivals have their turn in the setup of each of its rounds: all interleave.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from perf.launches import Repeated
 from perf.rivals import rivals
 from perf.sizes import sized
 from perf.timing import spread
-from tengrad_triton import kernels
+from tengrad_triton.backend import kernels_of
 
 
 def pytest_generate_tests(metafunc):
@@ -37,7 +37,9 @@ def room(device):
 def test_kernel(benchmark, request, case, device, limits):
     option, spec = request.config.getoption, case.spec
     arguments = case.make(device)
-    op = Repeated(getattr(kernels, spec.name), arguments, device)
+    # What the optimizer calls on this device.
+    ours = getattr(kernels_of("auto" if device.type == "cuda" else "torch"), spec.name)
+    op = Repeated(ours, arguments, device)
     others, failed = {}, {}
     for name, work in rivals(spec, option("compiled")).items():
         try:

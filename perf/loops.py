@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from torch.nn.functional import cross_entropy
 from perf.baseline import PaperNGD
 from perf.timing import now
 from tengrad_triton import TENGraD, compile_train_step
+from tengrad_triton.interval import Growing
+from tengrad_triton.plan import MAX_BYTES
 
 Mode = Literal["plain", "compiled", "cuda graphs"]
 TORCH_MODES: dict[Mode, str | None] = {"compiled": None, "cuda graphs": "reduce-overhead"}
@@ -26,11 +28,21 @@ PARTS = ("forward", "backward", "update")
 Step = Callable[[Tensor, Tensor], Any]
 
 
-def tengrad(model: nn.Module, refresh_every: int) -> TENGraD:
-    """Return TENGraD without its warning that normalization takes the plain step: it is so for every rival here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="no exact rule covers")
-        return TENGraD.paper(model, refresh_every=refresh_every, seed=0, **SETTINGS)
+@dataclass(frozen=True)
+class Often(Growing):
+    """Refreshes as often as they are timed; layers are served in the way that is best at the paper's interval."""
+
+    most: int = 100
+    steps: int = 2
+
+    def __call__(self, step: int) -> int:
+        """Return how many steps a refresh serves while it is timed."""
+        return self.steps
+
+
+def tengrad(model: nn.Module, refresh_every: int, max_bytes: int = MAX_BYTES) -> TENGraD:
+    """Return TENGraD with the paper's settings, but that it refreshes more often."""
+    return TENGraD.paper(model, refresh_every=Often(steps=refresh_every), seed=0, max_bytes=max_bytes, **SETTINGS)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

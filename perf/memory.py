@@ -14,6 +14,7 @@ from torch import nn
 
 from perf.loops import Step, sgd_step, tengrad, tengrad_step
 from perf.models import MODELS
+from tengrad_triton.plan import MAX_BYTES
 from tengrad_triton.recipes.peak import peak_pages
 
 STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet
@@ -22,13 +23,15 @@ OPTIMIZERS = ("sgd", "tengrad")
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A model and a batch size."""
+    """A model, a batch size, and a budget for J where there is one."""
 
     model: str
     samples: int
+    max_bytes: int = MAX_BYTES
 
     def __str__(self) -> str:
-        return f"memory of {self.model}, N = {self.samples}"
+        budget = "" if self.max_bytes == MAX_BYTES else f", J within {self.max_bytes >> 20} MiB"
+        return f"memory of {self.model}, N = {self.samples}{budget}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return each optimizer's peak in bytes, and the ratio."""
@@ -45,12 +48,14 @@ class MemoryCase:
             optimizer,
             "--device",
             str(device),
+            "--max-bytes",
+            str(self.max_bytes),
         ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout)["bytes"]
 
 
-def peak(model: str, samples: int, optimizer: str, device: torch.device) -> int:
+def peak(model: str, samples: int, optimizer: str, device: torch.device, max_bytes: int) -> int:
     """Return the most bytes that were in use at once, beyond what was in use before the model was there.
 
     On a CPU these are the process's pages: what torch's own code takes is not part of it. On a GPU they are what torch
@@ -59,14 +64,16 @@ def peak(model: str, samples: int, optimizer: str, device: torch.device) -> int:
     made = MODELS[model]
     before = peak_pages() if device.type == "cpu" else 0
     x, y = made.batch(samples, device)
-    step = _step(made.on(device), optimizer)
+    step = _step(made.on(device), optimizer, max_bytes)
     for _ in range(STEPS):
         step(x, y)
     return peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
-def _step(model: nn.Module, optimizer: str) -> Step:
-    return sgd_step(model, "plain") if optimizer == "sgd" else tengrad_step(model, tengrad(model, 2), "plain")
+def _step(model: nn.Module, optimizer: str, max_bytes: int) -> Step:
+    if optimizer == "sgd":
+        return sgd_step(model, "plain")
+    return tengrad_step(model, tengrad(model, 2, max_bytes), "plain")
 
 
 def main() -> None:
@@ -76,8 +83,9 @@ def main() -> None:
     parser.add_argument("samples", type=int)
     parser.add_argument("optimizer", choices=OPTIMIZERS)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    options = parser.parse_args()
-    print(json.dumps({"bytes": peak(options.model, options.samples, options.optimizer, options.device)}))
+    parser.add_argument("--max-bytes", type=int, default=MAX_BYTES)
+    o = parser.parse_args()
+    print(json.dumps({"bytes": peak(o.model, o.samples, o.optimizer, o.device, o.max_bytes)}))
 
 
 if __name__ == "__main__":

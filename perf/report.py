@@ -97,7 +97,19 @@ def _runs(device: Device) -> Iterator[Sequence[str]]:
         yield suite, info["started"][:10], short, str(info["threads"]), info["torch"], str(info["triton"])
 
 
-_STEPS = ("model", "N", "loop", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD", "J, MiB", "least", "rounds")
+_STEPS = (
+    "model",
+    "N",
+    "loop",
+    "J within, MiB",
+    "SGD, ms",
+    "refresh / SGD",
+    "reuse / SGD",
+    "mean / SGD",
+    "J, MiB",
+    "least",
+    "rounds",
+)
 
 
 def _steps(device: Device) -> Iterator[Sequence[str]]:
@@ -107,8 +119,19 @@ def _steps(device: Device) -> Iterator[Sequence[str]]:
         ratios = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
         time = f"{_ms(sgd['median'])} ± {half:.2g}"
         least = f"{1 + case['reading_seconds'] / sgd['median']:.2f}"
-        kept = f"{case['kept_bytes'] / 2**20:.0f}"
-        yield case["model"], str(case["samples"]), case["mode"], time, *ratios, kept, least, str(int(sgd["rounds"]))
+        kept = _mebibytes(case["kept_bytes"])
+        budget = _mebibytes(case["max_bytes"])
+        yield (
+            case["model"],
+            str(case["samples"]),
+            case["mode"],
+            budget,
+            time,
+            *ratios,
+            kept,
+            least,
+            str(int(sgd["rounds"])),
+        )
 
 
 _OPTIMIZERS = ("model", "N", "step", "authors', ms", "TENGraD, ms", "times faster")
@@ -136,7 +159,7 @@ def _scaling(device: Device) -> Iterator[Sequence[str]]:
         yield figures.AXES[case["quantity"]], ", ".join(map(str, case["values"])), *powers
 
 
-_LAYERS = ("layer", "N", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD", "J, MiB")
+_LAYERS = ("layer", "N", "SGD, ms", *_RATIOS, "J, MiB")
 
 
 def _layers(device: Device) -> Iterator[Sequence[str]]:
@@ -146,12 +169,12 @@ def _layers(device: Device) -> Iterator[Sequence[str]]:
         yield case["layer"], str(case["samples"]), sgd, *ratios, kept
 
 
-_MEMORY = ("model", "N", "SGD, MiB", "TENGraD, MiB", "ratio")
+_MEMORY = ("model", "N", "J within, MiB", "SGD, MiB", "TENGraD, MiB", "ratio")
 
 
 def _memory(device: Device) -> Iterator[Sequence[str]]:
     for case in device.cases("memory"):
-        mebibytes = (f"{case['bytes'][name] / 2**20:.0f}" for name in ("sgd", "tengrad"))
+        mebibytes = map(_mebibytes, (case["max_bytes"], case["bytes"]["sgd"], case["bytes"]["tengrad"]))
         yield case["model"], str(case["samples"]), *mebibytes, f"{case['over_sgd']:.2f}"
 
 
@@ -166,6 +189,10 @@ def _training(device: Device) -> Iterator[Sequence[str]]:
 
 def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f}"
 
 
 def _us(seconds: float) -> str:

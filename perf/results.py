@@ -11,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel at one size, against torch's expressions and the machine's limit. Times are of one call, seconds."""
+    """One kernel at one size, against torch's expressions and the machine's limit. Times are of one call, seconds.
+
+    It is beaten where three quarters of the best rival's calls are faster than three quarters of its own.
+    """
 
     name: str
     size: str
@@ -21,6 +24,7 @@ class Kernel:
     limit: float
     rival: str | None
     rival_seconds: float
+    beaten: bool
 
     @property
     def speedup(self) -> float | None:
@@ -81,6 +85,7 @@ def _kernel(benchmark: dict[str, Any], kind: str) -> Kernel:
         limit=info["limit_seconds"],
         rival=best,
         rival_seconds=medians.get(best, 0.0),
+        beaten=best is not None and info["rivals"][best]["q3"] < stats["q1"] / info["calls"],
     )
 
 

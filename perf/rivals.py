@@ -17,15 +17,13 @@ from torch import Tensor
 Work = Callable[..., Any]
 
 
-def _gram_of_pairs(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
-    """One product of all positions with all, for each factor."""
+def _gram_by_einsum(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
+    """The equation as it stands."""
     n = len(a[0])
     k_LNN = a[0].new_zeros(count, n, n)
     for row, a_NGPI, g_NGPO in zip(rows, a, g, strict=True):
-        a_GRI, g_GRO = a_NGPI.transpose(0, 1).flatten(1, 2), g_NGPO.transpose(0, 1).flatten(1, 2)
-        pairs_GRR = (a_GRI @ a_GRI.mT) * (g_GRO @ g_GRO.mT)
-        p = a_NGPI.shape[2]
-        k_LNN[row] += pairs_GRR.view(-1, n, p, n, p).sum((0, 2, 4))
+        aa, gg = (torch.einsum("ngpx,mgqx->gnpmq", x, x) for x in (a_NGPI, g_NGPO))
+        k_LNN[row] += (aa * gg).sum((0, 2, 4))
     return k_LNN
 
 
@@ -69,7 +67,7 @@ def _project_by_product(
 
 
 OTHERS: Mapping[str, Mapping[str, Work]] = {
-    "gram": {"pairs": _gram_of_pairs},
+    "gram": {"einsum": _gram_by_einsum},
     "conv_sample_grads": {"grouped convolution": _grouped_convolution, "batched product": _batched_product},
     "gram_rows": {"stacked": _gram_of_stacked},
     "project": {"product": _project_by_product},

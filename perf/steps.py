@@ -13,6 +13,7 @@ from perf import limits
 from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step
 from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step, now
+from tengrad_triton.plan import MAX_BYTES
 
 # Rounds: the first step of a compiled loop is a plain one, and CUDA graphs are recorded after a run without them.
 WARM_UP: dict[Mode, int] = {"plain": 1, "compiled": 2, "cuda graphs": 3}
@@ -22,28 +23,33 @@ READS = 2  # of all that is kept, in a step: once to project, once to expand
 
 @dataclass(frozen=True)
 class StepCase:
-    """A model, a batch size, and how many rounds there is time for."""
+    """A model, a batch size, how many rounds there is time for, and a budget for J where there is one."""
 
     model: str
     samples: int
     rounds: int
     mode: Mode = "plain"
+    max_bytes: int = MAX_BYTES
 
     def __str__(self) -> str:
-        return f"{self.model}, N = {self.samples}, {self.mode}"
+        budget = "" if self.max_bytes == MAX_BYTES else f", J within {self.max_bytes >> 20} MiB"
+        return f"{self.model}, N = {self.samples}, {self.mode}{budget}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, their ratios, and what J takes."""
-        return {**asdict(self), **measured(MODELS[self.model], self.samples, self.rounds, self.mode, device)}
+        made = MODELS[self.model]
+        return {**asdict(self), **measured(made, self.samples, self.rounds, self.mode, device, self.max_bytes)}
 
 
-def measured(made: Model, samples: int, rounds: int, mode: Mode, device: torch.device) -> dict[str, Any]:
+def measured(
+    made: Model, samples: int, rounds: int, mode: Mode, device: torch.device, max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
     """Return what `StepCase.measure` says, of any model."""
     x, y = made.batch(samples, device)
     # A GPU works behind the host: steps are timed a block at a time, as a training loop lets them run.
     block = 10 if device.type == "cuda" else 1
     model = made.on(device)
-    optimizer = tengrad(model, refresh_every=block + 1)
+    optimizer = tengrad(model, block + 1, max_bytes)
     ours = tengrad_step(model, optimizer, mode)
     sgd = sgd_step(made.on(device), mode)
     timers = {"sgd": _sgd_timer(sgd, block, x, y), "tengrad": _tengrad_timer(ours, block, x, y)}

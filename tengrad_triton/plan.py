@@ -5,6 +5,7 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ Representation = Literal["factored", "per_sample", "per_sample_bf16", "compresse
 REPRESENTATIONS: tuple[Representation, ...] = ("factored", "per_sample", "per_sample_bf16", "compressed")
 MAX_BYTES = 4 * 2**30
 _NOTICEABLE = 0.97  # of the incumbent's time, below which a rival is faster by more than timings scatter
-_FLOPS_PER_BYTE = 5  # arithmetic in the time of moving a byte: measured on two cores; more on a GPU
+_FLOPS_PER_BYTE = 8  # arithmetic in the time of moving a byte: measured on two cores; more on a GPU
 
 
 @dataclass(frozen=True)
@@ -94,24 +95,25 @@ def choose(
     """Return the representation of every weight: by hand where given, else the cheaper one within the memory.
 
     The rule stores J_n where a step costs less with it, its share of a refresh included. Where all that would take more
-    than ``max_bytes``, the weights that lose the least for each byte go back to their factors first: the step gets
-    slower, never wrong.
+    than ``max_bytes``, the weights that lose the least for each byte take what is smaller first: the step gets slower,
+    never wrong.
     """
     given = dict.fromkeys(geometries, by_hand) if isinstance(by_hand, str) else dict(by_hand or {})
     chosen: dict[str, Representation] = {
         name: given.get(name, "per_sample" if geometry.rows_save(refresh_every) > 0 else "factored")
         for name, geometry in geometries.items()
     }
-    bytes_saved = {name: g.per_sample_bytes - g.factored_bytes for name, g in geometries.items()}
-    lost = {
-        name: geometries[name].rows_save(refresh_every) / saved
-        for name, saved in bytes_saved.items()
-        if saved > 0 and name not in given and chosen[name] == "per_sample"
-    }
+    lost: dict[str, float] = {}
+    smaller: dict[str, Representation] = {}
+    for name, geometry in geometries.items():
+        saved = geometry.per_sample_bytes - geometry.factored_bytes
+        smaller[name] = "factored" if saved > 0 else "per_sample"
+        if saved and name not in given and chosen[name] != smaller[name]:
+            lost[name] = abs(geometry.rows_save(refresh_every) / saved)
     for name in sorted(lost, key=lost.__getitem__):
         if total_bytes(geometries, chosen) <= max_bytes:
             break
-        chosen[name] = "factored"
+        chosen[name] = smaller[name]
     return chosen
 
 
@@ -199,6 +201,12 @@ class Plan:
         while used() > max_bytes and (moves := self._savings(known, best, fixed, refresh_every)):
             _, name, smaller = min(moves)
             best[name] = smaller
+        if used() > max_bytes and len(fixed) < len(geometries):
+            warnings.warn(
+                f"J takes {used():,} bytes at least, and max_bytes is {max_bytes:,}: fewer rows (fisher_rows), rounded "
+                "or compressed ones (representation) take less",
+                stacklevel=2,
+            )
         return {
             name: Choice(choice, known[name][choice].torch_for if choice in known[name] else ())
             for name, choice in best.items()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step, kernels
-from tengrad_triton.plan import Geometry, choose, total_bytes
+from tengrad_triton.plan import Geometry, Plan, choose, total_bytes
 
 
 def small_model():
@@ -218,7 +218,9 @@ def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(flat(model), before)
     assert_same(optimizer.state_dict(), state)
-    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"no forward and backward of the model was seen"):
+        optimizer.step()  # the batch was used up
+    take_steps(model, optimizer, 2, 3)
     assert not torch.equal(flat(model), before)
 
 
@@ -298,7 +300,8 @@ GEOMETRIES = {
     "3c1f convolution": ((128, 1, 784, 1152, 128), "per_sample", "per_sample"),
     "3c1f linear": ((128, 1, 1, 10368, 500), "factored", "factored"),
     "resnet-50, 3x3 on 7x7": ((128, 1, 49, 4608, 512), "per_sample", "per_sample"),
-    "512 channels on 4x4": ((128, 1, 16, 4608, 512), "per_sample", "factored"),
+    "512 channels on 4x4": ((128, 1, 16, 4608, 512), "factored", "factored"),
+    "512 channels on 5x5": ((128, 1, 25, 4608, 512), "per_sample", "factored"),
     "depthwise": ((128, 96, 3136, 9, 1), "per_sample", "per_sample"),
     "transformer linear": ((128, 1, 512, 4096, 4096), "per_sample", "per_sample"),
 }
@@ -326,6 +329,18 @@ def test_memory_budget_is_respected_where_factors_are_smaller():
     few, many = (Geometry(8, 1, p, 50, 50, 4, factored_bytes=1000) for p in (50, 500))
     assert choose({"few": few, "many": many}, None, 100_000) == {"few": "factored", "many": "per_sample"}
     assert choose(geometries, "per_sample", max_bytes=0) == plenty  # by hand is by hand
+
+
+def test_memory_budget_is_respected_where_rows_are_smaller():
+    wide = {"wide": Geometry(128, 1, 16, 4608, 512, 4, factored_bytes=1_300_000_000)}
+    assert choose(wide, None, max_bytes=2**60, refresh_every=1) == {"wide": "factored"}  # no way to K is dearer
+    assert choose(wide, None, max_bytes=1_250_000_000, refresh_every=1) == {"wide": "per_sample"}
+
+
+def test_a_budget_that_nothing_exact_fits_is_said():
+    geometries = {"w": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000)}
+    with pytest.warns(UserWarning, match=r"J takes 1,000 bytes at least, and max_bytes is 10: fewer rows"):
+        assert Plan({}).choose(geometries, None, 1, max_bytes=10)["w"].representation == "factored"
 
 
 # Bad settings: the arguments, the error, and what its message says.
