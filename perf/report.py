@@ -97,19 +97,8 @@ def _runs(device: Device) -> Iterator[Sequence[str]]:
         yield suite, info["started"][:10], short, str(info["threads"]), info["torch"], str(info["triton"])
 
 
-_STEPS = (
-    "model",
-    "N",
-    "loop",
-    "J within, MiB",
-    "SGD, ms",
-    "refresh / SGD",
-    "reuse / SGD",
-    "mean / SGD",
-    "J, MiB",
-    "least",
-    "rounds",
-)
+_RATIOS = ("refresh / SGD", "reuse / SGD", "mean / SGD")
+_STEPS = ("model", "N", "loop", "J within, MiB", "SGD, ms", *_RATIOS, "J, MiB", "least", "rounds")
 
 
 def _steps(device: Device) -> Iterator[Sequence[str]]:
@@ -120,18 +109,8 @@ def _steps(device: Device) -> Iterator[Sequence[str]]:
         time = f"{_ms(sgd['median'])} ± {half:.2g}"
         least = f"{1 + case['reading_seconds'] / sgd['median']:.2f}"
         kept = _mebibytes(case["kept_bytes"])
-        budget = _mebibytes(case["max_bytes"])
-        yield (
-            case["model"],
-            str(case["samples"]),
-            case["mode"],
-            budget,
-            time,
-            *ratios,
-            kept,
-            least,
-            str(int(sgd["rounds"])),
-        )
+        what = case["model"], str(case["samples"]), case["mode"], _mebibytes(case["max_bytes"])
+        yield *what, time, *ratios, kept, least, str(int(sgd["rounds"]))
 
 
 _OPTIMIZERS = ("model", "N", "step", "authors', ms", "TENGraD, ms", "times faster")
