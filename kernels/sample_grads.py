@@ -11,13 +11,13 @@ of a flat gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
-from torch.nn.grad import conv2d_weight
 
 from .depthwise import DEPTHWISE_GRADS, depthwise_grads
 from .reuse import expect_factors, factors
@@ -36,7 +36,7 @@ from .spec import (
     triton,
 )
 
-_UNFOLD_BELOW = 4  # positions for each channel below which unfolding a convolution's input pays (measured on two cores)
+_UNFOLD_BELOW = 1  # positions for each channel below which unfolding a convolution's input pays (measured on two cores)
 _CACHED_BYTES = 8 * 2**20  # unfolded inputs that a CPU's caches hold
 
 
@@ -185,8 +185,22 @@ def _fill_from_grouped(
     (n, groups), channels, outputs = j_NGOI.shape[:2], x_NCHW.shape[1], g_NOHW.shape[1]
     x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
-    j = conv2d_weight(x_1CHW, size, g_1OHW, tuple(stride), 0, tuple(dilation), n * groups)
+    j = weight_grad(x_1CHW, g_1OHW, size, stride, [0, 0], dilation, n * groups)
     j_NGOI.view(n * outputs, *kernel_size, channels // groups).copy_(j.permute(0, 2, 3, 1))
+
+
+def weight_grad(
+    x_NCHW: Tensor,
+    g_NOHW: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the gradient of a convolution's weight; unlike `torch.nn.grad.conv2d_weight`, without a copy of one."""
+    rest = (None, stride, padding, dilation, False, [0, 0], groups, (False, True, False))
+    return torch.ops.aten.convolution_backward(g_NOHW, x_NCHW, x_NCHW.new_empty(size), *rest)[1]
 
 
 def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int) -> Tensor:

@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
-from torch.nn.grad import conv2d_weight
 
 from .reuse import SPECS as PROJECT
 from .reuse import _project
 from .reuse_update import SPECS as EXPAND
 from .reuse_update import _expand_update_
-from .sample_grads import unfold
+from .sample_grads import unfold, weight_grad
 from .spec import KernelSpec, expect, nbytes, normal, runs_kernel, widen
 from .update import example_numbers, expect_update, update_along
 
@@ -147,7 +146,7 @@ def expand_windows_update_reference_(
     states = zip(params, momenta, grads, x, g, slidings(sizes), w, divisors, settings, strict=True)
     for param, momentum, grad, x_NCHW, g_NOHW, view, w_N, *numbers in states:
         weighted_NOHW = widen(g_NOHW) * w_N[:, None, None, None]
-        expanded = conv2d_weight(widen(x_NCHW), list(param.shape), weighted_NOHW, *view)
+        expanded = weight_grad(widen(x_NCHW), weighted_NOHW, param.shape, *view)
         update_along(param, momentum, grad, expanded, nesterov, *numbers)
 
 
