@@ -11,7 +11,6 @@ of a flat gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.library import triton_op
 
 from .depthwise import DEPTHWISE_GRADS, depthwise_grads
 from .reuse import expect_factors, factors
+from .sliding import Sliding
 from .spec import (
     TRITON_TYPES,
     Config,
@@ -175,7 +175,7 @@ def _fill_from_unfolded(
     j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
 ) -> None:
     n, groups, outputs, _ = j_NGOI.shape
-    a_NGPI = unfold(x_NCHW, kernel_size, stride, dilation, groups)
+    a_NGPI = _sliding(stride, dilation, groups).unfold(x_NCHW, kernel_size)
     torch.matmul(g_NOHW.reshape(n, groups, outputs, -1), a_NGPI, out=j_NGOI)
 
 
@@ -185,32 +185,13 @@ def _fill_from_grouped(
     (n, groups), channels, outputs = j_NGOI.shape[:2], x_NCHW.shape[1], g_NOHW.shape[1]
     x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
-    j = weight_grad(x_1CHW, g_1OHW, size, stride, [0, 0], dilation, n * groups)
+    j = _sliding(stride, dilation, n * groups).weight_grad(x_1CHW, g_1OHW, size)
     j_NGOI.view(n * outputs, *kernel_size, channels // groups).copy_(j.permute(0, 2, 3, 1))
 
 
-def weight_grad(
-    x_NCHW: Tensor,
-    g_NOHW: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Return the gradient of a convolution's weight; unlike `torch.nn.grad.conv2d_weight`, without a copy of one."""
-    rest = (None, stride, padding, dilation, False, [0, 0], groups, (False, True, False))
-    return torch.ops.aten.convolution_backward(g_NOHW, x_NCHW, x_NCHW.new_empty(size), *rest)[1]
-
-
-def unfold(x_NCHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int) -> Tensor:
-    """Return a_NGPI with I = (kh, kw, C / groups): what each position of a convolution sees of a padded input."""
-    n, channels = x_NCHW.shape[:2]
-    (kh, kw), (sh, sw), (dh, dw) = kernel_size, stride, dilation
-    x_NHWC = contiguous(x_NCHW.permute(0, 2, 3, 1))
-    windows = x_NHWC.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
-    a = windows.unflatten(3, (groups, channels // groups)).permute(0, 3, 1, 2, 5, 6, 4)
-    return a.reshape(n, groups, -1, kh * kw * channels // groups)
+def _sliding(stride: list[int], dilation: list[int], groups: int) -> Sliding:
+    (sh, sw), (dh, dw) = stride, dilation
+    return Sliding((sh, sw), (0, 0), (dh, dw), groups)
 
 
 def _conv_sample_grads(

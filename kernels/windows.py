@@ -8,12 +8,10 @@ Dimensions: N samples, C channels, O outputs, H and W pixels; G, P, I as in `reu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
@@ -21,30 +19,9 @@ from .reuse import SPECS as PROJECT
 from .reuse import _project
 from .reuse_update import SPECS as EXPAND
 from .reuse_update import _expand_update_
-from .sample_grads import unfold, weight_grad
+from .sliding import Sliding, slidings
 from .spec import KernelSpec, expect, nbytes, normal, runs_kernel, widen
 from .update import example_numbers, expect_update, update_along
-
-
-class Sliding(NamedTuple):
-    """How a convolution's windows slide over its input."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    def unfold(self, x_NCHW: Tensor, weight: Tensor) -> Tensor:
-        """Return a_NGPI."""
-        padded = F.pad(x_NCHW, [p for p in reversed(self.padding) for _ in range(2)])
-        return unfold(padded, list(weight.shape[2:]), list(self.stride), list(self.dilation), self.groups)
-
-
-def slidings(sizes: Sequence[int]) -> Iterator[Sliding]:
-    """Yield what a flat list holds: stride, padding, dilation, each by row and by column, and groups of every layer."""
-    for at in range(0, len(sizes), 7):
-        a, b, c, d, e, f, groups = sizes[at : at + 7]
-        yield Sliding((a, b), (c, d), (e, f), groups)
 
 
 @custom_op("tengrad_triton::project_windows", mutates_args=())
@@ -54,7 +31,7 @@ def project_windows(
     """Return y_LN with y[rows[t], n] = Σ_p g_npᵀ V a_np over the convolutions of a row (paper, equation 6).
 
     ``x`` are inputs [N, C, H, W], ``g`` derivatives by outputs [N, O, H, W], ``v`` shaped like weights; ``sizes`` has
-    the numbers of `slidings`, and ``shape`` is [L, N].
+    all `Sliding.numbers`, and ``shape`` is [L, N].
     """
     for x_NCHW, g_NOHW, v_OCHW, view in zip(x, g, v, slidings(sizes), strict=True):
         _expect_convolution(x_NCHW, g_NOHW, v_OCHW, view)
@@ -68,13 +45,9 @@ def _(x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows:
 
 
 def _expect_convolution(x_NCHW: Tensor, g_NOHW: Tensor, weight: Tensor, view: Sliding) -> None:
-    n, outputs, *pixels = g_NOHW.shape
-    expect("x_NCHW", x_NCHW, n, *x_NCHW.shape[1:])
-    expect("the weight", weight, outputs, x_NCHW.shape[1] // view.groups, *weight.shape[2:])
-    axes = zip(x_NCHW.shape[2:], weight.shape[2:], view.stride, view.padding, view.dilation, strict=True)
-    seen = [(pixel + 2 * pad - gap * (size - 1) - 1) // step + 1 for pixel, size, step, pad, gap in axes]
-    if pixels != seen:
-        raise ValueError(f"g_NOHW must have {tuple(seen)} pixels, got {tuple(pixels)}")
+    n, channels, *pixels = x_NCHW.shape
+    expect("the weight", weight, g_NOHW.shape[1], channels // view.groups, *weight.shape[2:])
+    expect("g_NOHW", g_NOHW, n, len(weight), *view.pixels(pixels, weight.shape[2:]))
 
 
 def project_windows_reference(
@@ -83,7 +56,7 @@ def project_windows_reference(
     """y_n = ⟨g_n, x_n * V⟩, added up over the convolutions of a row."""
     y_LN = x[0].new_zeros(shape, dtype=torch.promote_types(x[0].dtype, torch.float32))
     for row, x_NCHW, g_NOHW, v_OCHW, view in zip(rows, x, g, v, slidings(sizes), strict=True):
-        seen_NOHW = F.conv2d(widen(x_NCHW), v_OCHW.to(y_LN.dtype), None, *view)
+        seen_NOHW = view.convolved(widen(x_NCHW), v_OCHW.to(y_LN.dtype))
         y_LN[row, : len(x_NCHW)] += (seen_NOHW * g_NOHW).sum((1, 2, 3))
     return y_LN
 
@@ -99,7 +72,7 @@ def _factors(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return a_NGPI and g_NGPO of every convolution."""
     views = list(slidings(sizes))
-    a = [view.unfold(x_NCHW, weight) for x_NCHW, weight, view in zip(x, weights, views, strict=True)]
+    a = [view.unfold(x_NCHW, weight.shape[2:]) for x_NCHW, weight, view in zip(x, weights, views, strict=True)]
     return a, [x.unflatten(1, (view.groups, -1)).flatten(3).mT for x, view in zip(g, views, strict=True)]
 
 
@@ -146,7 +119,7 @@ def expand_windows_update_reference_(
     states = zip(params, momenta, grads, x, g, slidings(sizes), w, divisors, settings, strict=True)
     for param, momentum, grad, x_NCHW, g_NOHW, view, w_N, *numbers in states:
         weighted_NOHW = widen(g_NOHW) * w_N[:, None, None, None]
-        expanded = weight_grad(widen(x_NCHW), weighted_NOHW, param.shape, *view)
+        expanded = view.weight_grad(widen(x_NCHW), weighted_NOHW, param.shape)
         update_along(param, momentum, grad, expanded, nesterov, *numbers)
 
 
@@ -171,9 +144,9 @@ def _expand_windows_update_(
 
 # (input, outputs, kernel, how it slides) of some layers.
 _EXAMPLES: Sequence[tuple[tuple[int, int, int, int], int, tuple[int, int], Sliding]] = (
-    ((30, 8, 9, 8), 12, (3, 3), Sliding((1, 1), (1, 1), (1, 1), 1)),
+    ((30, 8, 9, 8), 12, (3, 3), Sliding(padding=(1, 1))),
     ((30, 10, 7, 9), 6, (3, 2), Sliding((2, 1), (0, 1), (1, 2), 2)),
-    ((20, 5, 1, 11), 7, (1, 4), Sliding((1, 3), (0, 2), (1, 1), 1)),
+    ((20, 5, 1, 11), 7, (1, 4), Sliding((1, 3), (0, 2))),
 )
 
 
@@ -186,12 +159,12 @@ def _example_layers(dtype: torch.dtype, device: torch.device) -> list[tuple[Tens
             normal(outputs, shape[1] // view.groups, *kernel, dtype=torch.float32, device=device, seed=seed)
             for seed in (3, 4, 5)
         ]
-        pixels = F.conv2d(x_NCHW.float(), state[0], None, *view).shape[2:]
+        pixels = view.pixels(shape[2:], kernel)
         layers.append((x_NCHW, normal(shape[0], outputs, *pixels, dtype=dtype, device=device, seed=1), state))
     return layers
 
 
-_SIZES = [number for *_, view in _EXAMPLES for number in (*view.stride, *view.padding, *view.dilation, view.groups)]
+_SIZES = [number for *_, view in _EXAMPLES for number in view.numbers]
 
 
 def _project_example(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:

@@ -275,11 +275,10 @@ def _views(targets: Sequence[Target]) -> list[list[Tensor]]:
 
 
 def _convolutions(members: Sequence[Factored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Return inputs, derivatives [N, O, H, W], and what `kernels.windows.slidings` reads."""
+    """Return inputs, derivatives [N, O, H, W], and all `Sliding.numbers`."""
     views = [cast("Windows", one.outer.a) for one in members]
     g = [one.outer.g_NOHW(view) for one, view in zip(members, views, strict=True)]
-    sizes = [number for view in views for number in (*view.stride, *view.padding, *view.dilation, view.groups)]
-    return [view.x_NCHW for view in views], g, sizes
+    return [view.x_NCHW for view in views], g, [number for view in views for number in view.sliding.numbers]
 
 
 def _weights(members: Sequence[Factored], tensors: Sequence[Tensor]) -> list[Tensor]:

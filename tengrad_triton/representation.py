@@ -33,7 +33,7 @@ def unpack(packed: Mapping[str, Any], like: Tensor, kernels_for: KernelsFor) -> 
         outer = unpack({k: v for k, v in packed.items() if k != "lookup"}, like, kernels_for) if "a" in packed else None
         return Table(lookup, outer.outer if isinstance(outer, Factored) else None, ops)
     a = packed["a"]
-    a = Windows(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
+    a = Windows.unpack(**{name: move(value) for name, value in a.items()}) if isinstance(a, Mapping) else move(a)
     return Factored(Outer(a, move(packed["g_NGPO"])), ops)
 
 

@@ -24,7 +24,8 @@ def geometry_of(outer: Outer) -> Geometry:
     n, groups, positions, outputs = outer.g_NGPO.shape
     a, itemsize = outer.a, outer.g_NGPO.itemsize
     if isinstance(a, Windows):
-        sizes = f"{a.kernel_size} stride {a.stride} padding {a.padding} dilation {a.dilation}"
+        slides = a.sliding
+        sizes = f"{a.kernel_size} stride {slides.stride} padding {slides.padding} dilation {slides.dilation}"
         layout = f"conv {sizes} of {list(a.x_NCHW.shape[2:])}"
         inputs, stored = a.inputs, a.x_NCHW.nbytes
     else:

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tengrad_triton.kernels.sliding import Sliding
 from tengrad_triton.layers.form import Canonical, Explicit, Outer, Windows, canonical
 
 # torch's names for them, of one to three dimensions
@@ -22,15 +23,14 @@ def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | Windows:
     """Return what each position of a convolution sees of its input [N, C, *], with zeros around it: a_NGPI, unformed in
     a plane.
     """
-    kernel_size, stride, dilation = (list(size) for size in (layer.kernel_size, layer.stride, layer.dilation))
+    kernel_size, stride, dilation = (tuple(size) for size in (layer.kernel_size, layer.stride, layer.dilation))
     if x.dim() == 5:
         padded = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
         return _unfolded(padded, kernel_size, stride, dilation, layer.groups)
     if x.dim() == 3:  # a line is a plane one pixel high
-        x, padding, kernel_size, stride, dilation = (
-            x.unsqueeze(2), [0, *padding], [1, *kernel_size], [1, *stride], [1, *dilation]
-        )  # fmt: skip
-    return Windows(x, kernel_size, stride, dilation, layer.groups, list(padding))
+        x, padding = x.unsqueeze(2), (0, *padding)
+        kernel_size, stride, dilation = (1, *kernel_size), (1, *stride), (1, *dilation)
+    return Windows(x, list(kernel_size), Sliding(stride, tuple(padding), dilation, layer.groups))
 
 
 def _unfolded(

@@ -15,52 +15,41 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
-from tengrad_triton.kernels.sample_grads import unfold
+from tengrad_triton.kernels.sliding import Sliding, slidings
 
 
 @dataclass(frozen=True)
 class Windows:
     """An image x_NCHW seen through a convolution's windows: a_NGPI with I = (kh, kw, C / groups), unformed.
 
-    ``padding`` is by zeros, of rows and of columns; any other is part of the image.
+    Padding by anything but zeros is part of the image.
     """
 
     x_NCHW: Tensor
     kernel_size: list[int]
-    stride: list[int]
-    dilation: list[int]
-    groups: int
-    padding: list[int] = field(default_factory=lambda: [0, 0])
-
-    def padded(self) -> Tensor:
-        """Return the image with its padding."""
-        rows, columns = self.padding
-        return F.pad(self.x_NCHW, (columns, columns, rows, rows)) if rows or columns else self.x_NCHW
+    sliding: Sliding
 
     def unfold(self) -> Tensor:
         """Return a_NGPI."""
-        return unfold(self.padded(), self.kernel_size, self.stride, self.dilation, self.groups)
+        return self.sliding.unfold(self.x_NCHW, self.kernel_size)
 
     def pack(self) -> dict[str, Any]:
-        """Return the arguments that make the same object."""
-        return {
-            "x_NCHW": self.x_NCHW,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "padding": self.padding,
-        }
+        """Return tensors and plain numbers from which `unpack` makes the same object."""
+        return {"x_NCHW": self.x_NCHW, "kernel_size": self.kernel_size, "sliding": self.sliding.numbers}
+
+    @staticmethod
+    def unpack(x_NCHW: Tensor, kernel_size: list[int], sliding: list[int]) -> Windows:
+        """Return what was packed."""
+        return Windows(x_NCHW, kernel_size, next(slidings(sliding)))
 
     @property
     def inputs(self) -> int:
         """Return I."""
-        return self.kernel_size[0] * self.kernel_size[1] * self.x_NCHW.shape[1] // self.groups
+        return self.kernel_size[0] * self.kernel_size[1] * self.x_NCHW.shape[1] // self.sliding.groups
 
 
 @dataclass(frozen=True)
@@ -90,16 +79,14 @@ class Outer:
         """Return j_NK, the explicit per-sample gradients."""
         if not isinstance(self.a, Windows):
             return ops.sample_grads(self.a, self.g_NGPO)
-        view = self.a
-        return ops.conv_sample_grads(
-            view.padded(), self.g_NOHW(view), view.kernel_size, view.stride, view.dilation, view.groups
-        )
+        view, slides = self.a, self.a.sliding
+        numbers = view.kernel_size, list(slides.stride), list(slides.dilation), slides.groups
+        return ops.conv_sample_grads(slides.padded(view.x_NCHW), self.g_NOHW(view), *numbers)
 
     def g_NOHW(self, view: Windows) -> Tensor:
         """Return the derivatives by the pixels of the convolution's output."""
         g_NOP = self.g_NGPO.mT.reshape(len(self.g_NGPO), -1, self.g_NGPO.shape[2])
-        reach = view.x_NCHW.shape[2] + 2 * view.padding[0] - view.dilation[0] * (view.kernel_size[0] - 1) - 1
-        return g_NOP.unflatten(2, (reach // view.stride[0] + 1, -1))
+        return g_NOP.unflatten(2, view.sliding.pixels(view.x_NCHW.shape[2:], view.kernel_size))
 
 
 @dataclass(frozen=True)
