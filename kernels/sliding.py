@@ -40,12 +40,16 @@ class Sliding(NamedTuple):
 
     def unfold(self, x_NCHW: Tensor, kernel_size: Sequence[int]) -> Tensor:
         """Return a_NGPI with I = (kh, kw, C / groups): what each position sees of an input."""
-        n, channels = x_NCHW.shape[:2]
-        (kh, kw), (sh, sw), (dh, dw) = kernel_size, self.stride, self.dilation
+        n, inputs = len(x_NCHW), x_NCHW.shape[1] // self.groups
         x_NHWC = contiguous(self.padded(x_NCHW).permute(0, 2, 3, 1))
-        windows = x_NHWC.unfold(1, dh * (kh - 1) + 1, sh).unfold(2, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
-        a = windows.unflatten(3, (self.groups, channels // self.groups)).permute(0, 3, 1, 2, 5, 6, 4)
-        return a.reshape(n, self.groups, -1, kh * kw * channels // self.groups)
+        per_sample, *axes, _ = x_NHWC.stride()
+        steps = [step * axis for step, axis in zip(self.stride, axes, strict=True)]
+        taps = [gap * axis for gap, axis in zip(self.dilation, axes, strict=True)]
+        pixels = self.pixels(x_NCHW.shape[2:], kernel_size)
+        windows = x_NHWC.as_strided(
+            (n, self.groups, *pixels, *kernel_size, inputs), (per_sample, inputs, *steps, *taps, 1)
+        )
+        return windows.reshape(n, self.groups, pixels[0] * pixels[1], -1)
 
     def convolved(self, x_NCHW: Tensor, weight: Tensor) -> Tensor:
         """Return the convolution."""

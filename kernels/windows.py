@@ -147,6 +147,7 @@ _EXAMPLES: Sequence[tuple[tuple[int, int, int, int], int, tuple[int, int], Slidi
     ((30, 8, 9, 8), 12, (3, 3), Sliding(padding=(1, 1))),
     ((30, 10, 7, 9), 6, (3, 2), Sliding((2, 1), (0, 1), (1, 2), 2)),
     ((20, 5, 1, 11), 7, (1, 4), Sliding((1, 3), (0, 2))),
+    ((30, 8, 5, 4), 12, (1, 1), Sliding()),  # whose weight is a matrix with aligned rows
 )
 
 
@@ -169,7 +170,7 @@ _SIZES = [number for *_, view in _EXAMPLES for number in view.numbers]
 
 def _project_example(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
     x, g, states = map(list, zip(*_example_layers(dtype, device), strict=True))
-    return x, g, [state[2] for state in states], _SIZES, [1, 1, 0], [2, 30]
+    return x, g, [state[2] for state in states], _SIZES, [1, 1, 0, 0], [2, 30]
 
 
 def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) -> tuple[object, ...]:
@@ -187,7 +188,7 @@ SPECS = (
         name="project_windows",
         fast=_project_windows,
         reference=project_windows_reference,
-        examples={"three convolutions": _project_example},
+        examples={"four convolutions": _project_example},
         flops=lambda x, g, v, *_: _flops(g, v),
         bytes=lambda x, g, v, sizes, rows, shape: nbytes(*x, *g, *v) + 4 * shape[0] * shape[1],
         configs=PROJECT[0].configs,
