@@ -17,7 +17,6 @@ from tengrad_triton.layers.form import (
     input_of,
     matrix_view,
 )
-from tengrad_triton.layers.rerun import rng_state
 from tengrad_triton.layers.statistics import frozen_scale, mixes_samples
 from tengrad_triton.layers.support import (
     accounted_for,
@@ -33,6 +32,7 @@ from tengrad_triton.layers.support import (
     why_no_rule,
     why_no_samples,
 )
+from tengrad_triton.layers.within import rng_state
 
 __all__ = [
     "Call",
