@@ -12,6 +12,7 @@ from tengrad_triton.layers.form import (
     Lookup,
     Outer,
     Windows,
+    arguments,
     canonical,
     canonical_rows,
     input_of,
@@ -23,7 +24,10 @@ from tengrad_triton.layers.support import (
     counts_uses,
     draws,
     drops_out,
+    has_within,
     is_silent,
+    is_unrolled,
+    looks_at_values,
     may_draw,
     may_mix_samples,
     note_on,
@@ -32,7 +36,7 @@ from tengrad_triton.layers.support import (
     why_no_rule,
     why_no_samples,
 )
-from tengrad_triton.layers.within import rng_state
+from tengrad_triton.layers.within import Tap, replayed, rng_state, tapped
 
 __all__ = [
     "Call",
@@ -41,8 +45,10 @@ __all__ = [
     "Form",
     "Lookup",
     "Outer",
+    "Tap",
     "Windows",
     "accounted_for",
+    "arguments",
     "attention",
     "canonical",
     "canonical_rows",
@@ -53,8 +59,11 @@ __all__ = [
     "drops_out",
     "embedding",
     "frozen_scale",
+    "has_within",
     "input_of",
     "is_silent",
+    "is_unrolled",
+    "looks_at_values",
     "matrix_view",
     "may_draw",
     "may_mix_samples",
@@ -63,8 +72,10 @@ __all__ = [
     "note_on",
     "recurrent",
     "refuse_inexact",
+    "replayed",
     "rng_state",
     "samples_dim",
+    "tapped",
     "why_no_rule",
     "why_no_samples",
 ]
