@@ -217,6 +217,7 @@ class Deriving:
         if left:
             rows = backward_rows(results, cotangents, left, record.samples)
             record.explicit |= {id(p): j for p, j in zip(left, rows, strict=True)}
+            record.passes = True
 
     def _rows_of_model(
         self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]

@@ -33,7 +33,7 @@ def rerun_rows(
     Raises:
         RuntimeError: torch cannot do that with what the layer does.
     """
-    with _quiet():
+    with quiet(), torch.no_grad():  # but for what the transforms differentiate
         rows = [_rows_of_call(layer, parameters, use, samples, scale) for use in uses if use.arrived]
     return {name: torch.stack([part[name] for part in rows]).sum(0) for name in parameters}
 
@@ -66,8 +66,11 @@ def _rows_of_call(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep torch from warning that `vmap` loops over an operation: it is right, and there is no other way."""
+    if torch.compiler.is_compiling():  # who compiles has to be quiet
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="There is a performance drop")
         yield
@@ -106,7 +109,7 @@ def batched_grads(
     """Yield the derivatives of Σ ⟨cotangent, output⟩ for each row of cotangents: one backward pass where torch can."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
-        with _quiet():
+        with quiet():
             batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
     except RuntimeError:  # an operation that has no rule for a batch of backward passes, or too little memory
         for row in zip(*cotangents, strict=True):

@@ -6,26 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
 
 from tengrad_triton.blocks import Block, Source
+from tengrad_triton.explicit import rerun_rows
 from tengrad_triton.fisher import Noisy
-from tengrad_triton.layers import Form, mixes_samples
+from tengrad_triton.layers import Call, Explicit, Form, mixes_samples
+from tengrad_triton.lesson import Lesson
 from tengrad_triton.plan import Chosen
+from tengrad_triton.record import Use
 from tengrad_triton.refresh import BlockUses, forms_of, jacobians_of
 from tengrad_triton.state import pack_curvature, unpack_curvature
-from tengrad_triton.tape import Tape
+from tengrad_triton.tape import Calls, Tape
 from tengrad_triton.update import Target
 from tengrad_triton.woodbury import Systems, curvature
 
 Named = Mapping[str, Tensor]
-Calls = Mapping[str, Sequence[Tensor]]
 GROUP_WORDS = ("nesterov", "spring", "maximize")
 LossFn = Callable[[Any, Any], Tensor]
 Pass = tuple[Tensor, Callable[..., Any], Calls]
-"""A forward's output, its pullback to (gradients, derivatives by layers' outputs), and the layers' inputs."""
+"""A forward's output, its pullback to (gradients, derivatives by the zeros), and what every call of a layer got."""
 
 
 class State(NamedTuple):
@@ -56,6 +57,7 @@ class Graphs:
         relative: whether the dampings are in units of the blocks' traces.
         kernels: by what PyTorch does better.
         tape: captures the covered layers.
+        lesson: what there is to capture.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Graphs:
     relative: bool
     kernels: Mapping[tuple[str, ...], Any]
     tape: Tape
+    lesson: Lesson
 
     def reuse(self, state: State, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
         """Take a step with the curvature at hand; return the loss."""
@@ -85,7 +88,7 @@ class Graphs:
     def refresh(
         self,
         state: State,
-        outputs: Calls,
+        zeros: Calls,
         damping_L: Tensor,
         failures_L: Tensor,
         noise: Tensor | None,
@@ -94,34 +97,60 @@ class Graphs:
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take a step with the curvature of this batch; return the loss and the curvature."""
         x = x.clone()  # the curvature may keep it, and the training loop may write its next batch there
-        zeros = {name: [torch.zeros_like(call) for call in calls] for name, calls in outputs.items()}
-        output, pull, inputs = self._forward(state, zeros, x)
+        output, pull, seen = self._forward(state, zeros, x)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
-        grads, g = pull(grad_output)
+        grads, by_zeros = pull(grad_output)
         # Where samples mix, the rows come from a forward of their own, with the batch's statistics as constants.
         mixes = any(mixes_samples(module) for module in self.model.modules())
-        passed = self._forward(state, zeros, x, constants=True) if mixes else (output, pull, inputs)
+        passed = self._forward(state, zeros, x, constants=True) if mixes else (output, pull, seen)
         scale = len(x)  # the loss is a mean, the rows are each sample's own
         if self.likelihood is not None and noise is not None:
             grad_output = grad(self.likelihood.nll)(passed[0], self.likelihood.pick(passed[0], noise))
             scale = 1
         if mixes or scale == 1:
-            _, g = passed[1](grad_output)
-        calls = {k: [(a, scale * b) for a, b in zip(passed[2][k], g[k], strict=True)] for k in outputs}
-        uses = self._uses(calls, len(x))
-        jacobians = jacobians_of(uses, self.chosen, self.kernels.__getitem__)
+            _, by_zeros = passed[1](grad_output)
+        forms = self._forms(passed[2], by_zeros, scale, len(x))
+        for name, rows in self._rows_of_model(x, grad_output, scale).items():
+            forms[id(self.lesson.by_model[name])] = [Explicit(rows)]
+        jacobians = jacobians_of(self._uses(forms), self.chosen, self.kernels.__getitem__)
         fresh = curvature(
             jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()], relative=self.relative
         )
         fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
         return loss, pack_curvature(fresh)
 
-    def _uses(self, calls: Mapping[str, Sequence[tuple[Any, Any]]], samples: int) -> dict[str, BlockUses]:
-        """Return what the calls contribute to each parameter of each block with rows."""
+    def _forms(self, seen: Calls, by_zeros: Calls, scale: int, samples: int) -> dict[int, list[Form]]:
+        """Return what the calls contribute to each parameter, by the parameter's id."""
         forms: dict[int, list[Form]] = {}
-        for name, pairs in calls.items():
-            for key, use in forms_of(name, self.sources[name], pairs, samples).items():
-                forms.setdefault(key, []).extend(use)
+        for name in seen:
+            source = self.sources[name]
+            own = {k: p for k, p in source.parameters.items() if p.requires_grad and id(p) not in self.lesson.strays}
+            if name in self.tape.within:
+                scaled = [{linear: scale * g for linear, g in by.items()} for by in by_zeros[name]]
+                pairs: list[Any] = [pair for pair in zip(seen[name], scaled, strict=True) if pair[1]]
+            else:
+                uses = [use for use in self.tape.uses(name, seen, by_zeros) if use.arrived]
+                if source.explicit:
+                    rows = rerun_rows(source.layer, own, uses, samples, scale)
+                    for label, p in own.items():
+                        forms.setdefault(id(p), []).append(Explicit(rows[label]))
+                    continue
+                pairs = [(use.inputs(name), use.derivatives(scale)) for use in uses]
+            wanted = {id(p) for p in own.values()}
+            for key, found in forms_of(name, source, pairs, samples).items():
+                if key in wanted:
+                    forms.setdefault(key, []).extend(found)
+        return forms
+
+    def _rows_of_model(self, x: Tensor, grad_output: Tensor, scale: int) -> Named:
+        """Return the rows of parameters that are used in other ways than by calls of their layers."""
+        if not self.lesson.by_model:
+            return {}
+        use = Use(Call((x,)), [None], alone=True, grads=[grad_output])
+        return rerun_rows(self.model, self.lesson.by_model, [use], len(x), scale)
+
+    def _uses(self, forms: Mapping[int, list[Form]]) -> dict[str, BlockUses]:
+        """Return them by block and label, for the blocks with rows."""
         rowed = [name for names in self.systems.values() for name in names]
         blocks = {block.name: block for block in self.blocks}
         return {
@@ -129,24 +158,24 @@ class Graphs:
             for name in rowed
         }
 
-    def _forward(self, state: State, perturbations: Calls, x: Tensor, constants: bool = False) -> Pass:
+    def _forward(self, state: State, zeros: Calls, x: Tensor, constants: bool = False) -> Pass:
         """Call the model; with ``constants`` a second time, which leaves no trace in its buffers."""
         trained = {name: state.parameters[name].detach() for name in self.trained}
         frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}
 
-        def forward(trained: Named, perturbations: Calls) -> tuple[Tensor, Any]:
+        def forward(trained: Named, zeros: Calls) -> tuple[Tensor, Any]:
             # A transform cannot write into a tensor from outside (BatchNorm's averages): it gets copies.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            self.tape.start(perturbations, constants)
+            self.tape.start(zeros, constants)
             output = functional_call(self.model, {**frozen, **trained, **buffers}, (x,))
             return output, (self.tape.stop(), buffers)
 
-        transformed: Any = vjp(forward, trained, perturbations, has_aux=True)
-        output, pull, (inputs, buffers) = transformed
+        transformed: Any = vjp(forward, trained, zeros, has_aux=True)
+        output, pull, (seen, buffers) = transformed
         if not constants:
             for name, buffer in state.buffers.items():
                 buffer.copy_(buffers[name])
-        return output, pull, inputs
+        return output, pull, seen
 
     def _targets(self, state: State, grads: Named) -> list[Target]:
         targets = []

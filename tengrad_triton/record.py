@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
@@ -35,17 +36,16 @@ class Use:
 
     def __post_init__(self) -> None:
         self.grads = self.grads or [None] * len(self.edges)
-        self.versions = self.versions or [tensor._version for tensor in self.tensors]
+        self.versions = self.versions or self._versions()
+
+    def _versions(self) -> list[int]:
+        # A graph is made of functions: nothing in it is written into.
+        return [] if torch.compiler.is_compiling() else [tensor._version for tensor in self.tensors]
 
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tensors among the arguments."""
         return [leaf for leaf in tree_leaves((self.call.args, self.call.kwargs)) if isinstance(leaf, Tensor)]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether one tensor went in and one came out."""
-        return self.alone and len(self.tensors) == 1 and not self.swapped
 
     @property
     def arrived(self) -> bool:
@@ -58,7 +58,7 @@ class Use:
 
     def inputs(self, name: str) -> Tensor | Call:
         """Return the input, or the whole call of several tensors, unless something wrote into it since the forward."""
-        if [tensor._version for tensor in self.tensors] != self.versions:
+        if self._versions() != self.versions:
             raise RuntimeError(
                 f"the input of layer {name!r} was modified in place between its forward and optimizer.step(); "
                 "step first, or give the model a copy"
@@ -90,6 +90,7 @@ class Record:
         totals: a parameter's gradient for the sum of all rows, to compare with, by its id.
         followed: whether a backward has reached it.
         deaf: whether derivatives that pass by at present are none of the loss's.
+        passes: whether some rows took a backward pass a sample.
         mixed: whether a layer's output for one sample depended on the others.
         siblings: the same forward with the derivatives of further rows of each sample.
     """
@@ -105,6 +106,7 @@ class Record:
     followed: bool = False
     deaf: bool = False
     mixed: bool = False
+    passes: bool = False
     siblings: list[Record] = field(default_factory=list)
 
     def all_uses(self) -> list[Use]:

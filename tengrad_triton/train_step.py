@@ -7,19 +7,19 @@ same parts (canonical form, Jacobian, Woodbury, update rule), with `torch.func.v
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+from tengrad_triton.explicit import quiet
 from tengrad_triton.fisher import Noisy
-from tengrad_triton.graphs import GROUP_WORDS, Calls, Graphs, LossFn, State
-from tengrad_triton.layers import drops_out, mixes_samples
+from tengrad_triton.graphs import GROUP_WORDS, Graphs, LossFn, State
+from tengrad_triton.lesson import NOTHING, Lesson, lesson_of, why_not_compiled
 from tengrad_triton.optimizer import TENGraD
-from tengrad_triton.record import Record
 from tengrad_triton.resident import Resident, stay
 from tengrad_triton.state import pack_curvature, unpack_curvature
 from tengrad_triton.tape import Tape
@@ -37,7 +37,7 @@ def compile_train_step(
     The first step is one of the plain loop, from which the graphs learn the shapes; the graph that reuses the curvature
     is compiled at the next step, the one that refreshes it at the next refresh. Model, optimizer and ``state_dict``
     stay ordinary: plain and compiled steps can follow each other in any order. A batch of another size takes the plain
-    step.
+    step, and so does a refresh that no graph can have; ``train_step.why_plain`` says why.
 
     Args:
         model: takes ``x``; the optimizer's own model.
@@ -68,7 +68,7 @@ class Learned:
     Attributes:
         batch: the shapes and dtypes of x and y.
         output: a tensor like the model's output, to draw noise for.
-        outputs: tensors like the output of each call of each covered layer; None if no such refresh was seen yet.
+        lesson: what a graph of the refresh needs to know; or why it cannot be had, empty until one was seen.
         graphs: made for these.
         reuse: the compiled graph of that name.
         refresh: the compiled graph of that name.
@@ -76,7 +76,7 @@ class Learned:
 
     batch: Any
     output: Tensor
-    outputs: Calls | None
+    lesson: Lesson | str
     graphs: Graphs
     reuse: Callable[..., Any]
     refresh: Callable[..., Any]
@@ -93,6 +93,7 @@ class TrainStep:
         self._placed: Curvature | None = None  # the curvature whose tensors are there
         self._learned: Learned | None = None
         self._warned = False
+        self._untraceable: str | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step with a batch; return its loss, from before the step.
@@ -104,7 +105,7 @@ class TrainStep:
         due, learned, now = self._optimizer._refresh_is_due(), self._learned, self._optimizer._curvature
         if learned is None or not self._fits(learned, x, y):
             return self._plain(x, y)
-        refreshes = due and learned.outputs is not None
+        refreshes = due and self.why_plain is None
         reuses = not due and now is not None and self._is_of(now, len(x))
         if not refreshes and not reuses:
             return self._plain(x, y)
@@ -114,10 +115,26 @@ class TrainStep:
                 return self._compiled_refresh(learned, x, y) if due else self._compiled_reuse(learned, x, y)
         except TorchDynamoException as error:
             self._optimizer._rearm()
+            if due:
+                return self._plain_from_now_on(error, x, y)
             raise RuntimeError(
                 f"the step cannot be traced in one graph: {error}\nThe plain loop (zero_grad, forward, backward, "
                 "optimizer.step()) does the same without compilation"
             ) from error
+
+    @property
+    def why_plain(self) -> str | None:
+        """Return why refreshes take the plain step; None where they are compiled."""
+        if self._untraceable is not None or self._learned is None:
+            return self._untraceable or "no step was taken yet"
+        lesson = self._learned.lesson
+        return (lesson or "no refresh was seen yet") if isinstance(lesson, str) else None
+
+    def _plain_from_now_on(self, error: Exception, x: Tensor, y: Tensor) -> Tensor:
+        self._untraceable = f"it cannot be traced in one graph: {error}"
+        first_line = self._untraceable.splitlines()[0]
+        warnings.warn(f"refreshes take the plain step ({first_line}): why_plain says more", stacklevel=3)
+        return self._plain(x, y)
 
     def _is_of(self, curvature: Curvature, samples: int) -> bool:
         """Whether the curvature is one that batches of this size leave: another one would be compiled for anew."""
@@ -135,6 +152,7 @@ class TrainStep:
 
     def _plain(self, x: Tensor, y: Tensor) -> Tensor:
         optimizer, before = self._optimizer, self._learned
+        learns = before is None or (isinstance(before.lesson, str) and before.batch == _signature(x, y))
         first: dict[str, Any] = {}
 
         def closure() -> Tensor:
@@ -145,44 +163,38 @@ class TrainStep:
                 _check_loss(self._loss_fn, output, y, loss)
             loss.backward()
             if not first:
-                first["output"], first["calls"] = output.detach(), [_calls_of(r) for r in optimizer._capture.records]
+                first["output"], first["lesson"] = output.detach(), self._lesson() if learns else ""
                 first["trained"] = frozenset(n for n, p in self._model.named_parameters() if p.grad is not None)
             return loss.detach()
 
         loss = cast("Tensor", optimizer.step(closure))
         optimizer.zero_grad()
-        if before is None or (before.outputs is None and before.batch == _signature(x, y)):
-            outputs = self._outputs(first["calls"])
-            if before is None or outputs is not None:
-                graphs = self._graphs(first["trained"], outputs or {}, x.device)
-                # A refresh uploads lists of work and leaves new tensors behind: nothing to capture and replay.
-                refresh = torch.compile(graphs.refresh, mode=None if self._place else self._mode, **self._options)
-                reuse = torch.compile(graphs.reuse, mode=self._mode, **self._options)
-                self._learned = Learned(_signature(x, y), first["output"], outputs, graphs, reuse, refresh)
-                if self._place:
-                    stay(self._state(self._learned))
+        lesson = why_not_compiled(optimizer) or first["lesson"]
+        if before is None or (learns and isinstance(lesson, Lesson)):
+            self._learn(x, y, lesson, first)
+        elif learns and lesson:
+            self._learned = replace(before, lesson=lesson)
         return loss
 
-    def _outputs(self, forwards: Sequence[Calls | None]) -> Calls | None:
-        """Return tensors like the output of each call of each covered layer, if the step was a whole refresh."""
-        optimizer, curvature = self._optimizer, self._optimizer._curvature
-        o = optimizer._options
-        drawn = isinstance(o.likelihood, Noisy) and getattr(o.likelihood, "target", None) is None
-        drawn = o.fisher == "empirical" or (o.fisher == "sampled" and drawn)
-        single = o.fisher_samples == 1 and o.fisher_rows is None and o.history == 1
-        fixed = (
-            curvature is not None
-            and not optimizer.adapts
-            and not any(choice.representation == "compressed" for choice in optimizer.choices().values())
-        )  # its rank depends on the data
-        if len(forwards) != 1 or forwards[0] is None or not (drawn and single and fixed):
-            return None
-        modules = list(self._model.modules())
-        if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
-            return None  # rows take a forward of their own then, which would drop out others
-        return forwards[0]
+    def _lesson(self) -> Lesson | str:
+        """Return what the forward and backward that were just recorded teach; no word where none were."""
+        capture = self._optimizer._capture
+        if len(capture.records) != 1:
+            return "the model is called several times a step" if capture.records else ""
+        with torch.no_grad():
+            capture.complete()
+        return lesson_of(capture.records[0], capture.sources, self._model)
 
-    def _graphs(self, trained: frozenset[str], outputs: Calls, device: torch.device) -> Graphs:
+    def _learn(self, x: Tensor, y: Tensor, lesson: Lesson | str, first: dict[str, Any]) -> None:
+        graphs = self._graphs(first["trained"], lesson if isinstance(lesson, Lesson) else NOTHING, x.device)
+        # A refresh uploads lists of work and leaves new tensors behind: nothing to capture and replay.
+        refresh = torch.compile(graphs.refresh, mode=None if self._place else self._mode, **self._options)
+        reuse = torch.compile(graphs.reuse, mode=self._mode, **self._options)
+        self._learned = Learned(_signature(x, y), first["output"], lesson, graphs, reuse, refresh)
+        if self._place:
+            stay(self._state(self._learned))
+
+    def _graphs(self, trained: frozenset[str], lesson: Lesson, device: torch.device) -> Graphs:
         optimizer = self._optimizer
         full = {parameter: name for name, parameter in self._model.named_parameters()}
         blocks = [block for block in optimizer._blocks if all(p in full for p in block.parameters.values())]
@@ -204,9 +216,11 @@ class TrainStep:
             relative=o.relative_damping,
             kernels={t: optimizer._kernels_for(t) for t in {(), *(c.torch_for for c in choices.values())}},
             tape=Tape(
-                {name: optimizer._capture.sources[name].layer for name in outputs},
-                [module for module in self._model.modules() if mixes_samples(module)],
+                self._model,
+                {name: optimizer._capture.sources[name].layer for name in lesson.zeros},
+                lesson.swapped,
             ),
+            lesson=lesson,
         )
 
     # The compiled steps
@@ -219,7 +233,8 @@ class TrainStep:
 
     def _compiled_reuse(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
         optimizer, now = self._optimizer, self._resident(cast("Curvature", self._optimizer._curvature))
-        loss = learned.reuse(self._state(learned), pack_curvature(now), x, y)
+        with learned.graphs.tape.standing(noting=False):
+            loss = learned.reuse(self._state(learned), pack_curvature(now), x, y)
         optimizer._advance(now, optimizer._age)
         return loss
 
@@ -232,27 +247,18 @@ class TrainStep:
         return self._placed
 
     def _compiled_refresh(self, learned: Learned, x: Tensor, y: Tensor) -> Tensor:
-        optimizer, likelihood, outputs = self._optimizer, learned.graphs.likelihood, learned.outputs or {}
-        noise = None if likelihood is None else likelihood.noise(learned.output, optimizer._generator)
+        optimizer, graphs, before = self._optimizer, learned.graphs, self._optimizer._generator.get_state()
+        noise = None if graphs.likelihood is None else graphs.likelihood.noise(learned.output, optimizer._generator)
         optimizer._release()
-        damping_L, failures_L = optimizer._damping_of(learned.graphs.systems)
-        with learned.graphs.tape.hooked():
-            loss, packed = learned.refresh(self._state(learned), outputs, damping_L, failures_L, noise, x, y)
+        dampings = optimizer._damping_of(graphs.systems)
+        try:
+            with graphs.tape.standing(noting=True), quiet():
+                loss, packed = learned.refresh(self._state(learned), graphs.lesson.zeros, *dampings, noise, x, y)
+        except TorchDynamoException:
+            optimizer._generator.set_state(before)
+            raise
         optimizer._advance(self._resident(unpack_curvature(packed, optimizer._blocks, optimizer._kernels_for)), 0)
         return loss
-
-
-def _calls_of(record: Record) -> Calls | None:
-    """Return tensors like the output of each call of each layer that a derivative came back to.
-
-    None where a graph cannot capture them all: a layer with several tensors, one without a rule, a call without any.
-    """
-    if record.explicit or record.strays or any(not use.is_plain for use in record.all_uses()):
-        return None
-    grads = {name: [use.grads[0] for use in uses] for name, uses in record.uses.items()}
-    if any(g is None for calls in grads.values() for g in calls):
-        return None
-    return {name: [torch.empty_like(g) for g in calls if g is not None] for name, calls in grads.items()}
 
 
 def _signature(x: Tensor, y: Tensor) -> Any:

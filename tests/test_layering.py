@@ -61,11 +61,15 @@ MAY_IMPORT = {
     "update": set(),
     "validation": {"options"},
     "table": {"jacobian", "layers", "plan", "update", "uses"},
-    "tape": {"layers"},
+    "lesson": {"blocks", "fisher", "layers", "optimizer", "record", "tape"},
+    "tape": {"layers", "record"},
     "uses": {"layers", "plan"},
-    "graphs": {"blocks", "fisher", "layers", "plan", "refresh", "state", "tape", "update", "woodbury"},
+    "graphs": {
+        *("blocks", "explicit", "fisher", "layers", "lesson", "plan", "record", "refresh", "state", "tape", "update"),
+        "woodbury",
+    },
     "train_step": {
-        *("fisher", "graphs", "layers", "optimizer", "record", "resident", "state", "tape", "woodbury"),
+        *("explicit", "fisher", "graphs", "lesson", "optimizer", "resident", "state", "tape", "woodbury"),
     },
     "teams": {"jacobian", "update"},
     "woodbury": {"jacobian", "phases", "teams", "update", "kernels"},

@@ -240,7 +240,7 @@ class Untraceable(nn.Module):
 def test_a_model_that_cannot_be_one_graph_names_the_plain_loop():
     torch.manual_seed(0)
     net = Untraceable().double()
-    optimizer = TENGraD(net)
+    optimizer = TENGraD(net, refresh_every=REFRESH)
     step = compile_train_step(net, F.cross_entropy, optimizer, backend="aot_eager")
     data = list(batches(3))
     compiled_steps(step, data[:1])

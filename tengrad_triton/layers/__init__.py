@@ -13,19 +13,22 @@ from tengrad_triton.layers.form import (
     Lookup,
     Outer,
     Windows,
+    arguments,
     canonical,
     canonical_rows,
     input_of,
     matrix_view,
 )
-from tengrad_triton.layers.rerun import rng_state
 from tengrad_triton.layers.statistics import frozen_scale, mixes_samples
 from tengrad_triton.layers.support import (
     accounted_for,
     counts_uses,
     draws,
     drops_out,
+    has_within,
     is_silent,
+    is_unrolled,
+    looks_at_values,
     may_draw,
     may_mix_samples,
     note_on,
@@ -34,6 +37,7 @@ from tengrad_triton.layers.support import (
     why_no_rule,
     why_no_samples,
 )
+from tengrad_triton.layers.within import Tap, replayed, rng_state, tapped
 
 __all__ = [
     "Call",
@@ -43,8 +47,10 @@ __all__ = [
     "Inputs",
     "Lookup",
     "Outer",
+    "Tap",
     "Windows",
     "accounted_for",
+    "arguments",
     "attention",
     "canonical",
     "canonical_rows",
@@ -55,8 +61,11 @@ __all__ = [
     "drops_out",
     "embedding",
     "frozen_scale",
+    "has_within",
     "input_of",
     "is_silent",
+    "is_unrolled",
+    "looks_at_values",
     "matrix_view",
     "may_draw",
     "may_mix_samples",
@@ -65,8 +74,10 @@ __all__ = [
     "note_on",
     "recurrent",
     "refuse_inexact",
+    "replayed",
     "rng_state",
     "samples_dim",
+    "tapped",
     "why_no_rule",
     "why_no_samples",
 ]

@@ -170,9 +170,9 @@ def canonical(layer: nn.Module, x: Any, grad_y: Any) -> Canonical:
 def arguments(layer: nn.Module, x: Inputs) -> dict[str, Any]:
     """Return a call's arguments by the names of the layer's ``forward``, defaults included."""
     args, kwargs = (x.args, x.kwargs) if isinstance(x, Call) else ((x,), {})
-    bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+    bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
     bound.apply_defaults()
-    return bound.arguments
+    return {name: value for name, value in bound.arguments.items() if value is not layer}
 
 
 def input_of(args: Any, kwargs: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tengrad_triton.layers.embedding import why_not_exact
-from tengrad_triton.layers.form import canonical
+from tengrad_triton.layers.form import Call, canonical, input_of
 from tengrad_triton.layers.statistics import mixes_samples
 
 _SEQUENTIAL = (nn.MultiheadAttention, nn.RNNBase)
@@ -67,6 +67,16 @@ def is_silent(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return attention or isinstance(modules[name], ParametrizationList)
 
 
+def has_within(layer: nn.Module) -> bool:
+    """Whether a rule describes a layer by linear layers within it that it does not call."""
+    return isinstance(layer, _SEQUENTIAL) and why_no_rule(layer) is None
+
+
+def is_unrolled(layer: nn.Module) -> bool:
+    """Whether a graph has to have a layer step by step: torch's own cannot be traced under `torch.func`."""
+    return isinstance(layer, nn.RNNBase) and has_within(layer)
+
+
 def samples_dim(layer: nn.Module) -> int:
     """Return which dimension of a layer's inputs and outputs the samples are."""
     return 1 if isinstance(layer, _SEQUENTIAL) and not layer.batch_first else 0
@@ -98,8 +108,13 @@ def draws(layer: nn.Module) -> bool:
 
 
 def drops_out(layer: nn.Module) -> bool:
-    """Whether a layer is a dropout in training."""
-    return isinstance(layer, _DropoutNd) and layer.training and layer.p > 0
+    """Whether a layer drops out units at present."""
+    return draws(layer) or (isinstance(layer, _DropoutNd) and layer.training and layer.p > 0)
+
+
+def looks_at_values(layer: nn.Module, call: Call) -> bool:
+    """Whether the rule for a layer has to read numbers out of the tensors of a call."""
+    return isinstance(layer, nn.EmbeddingBag) and input_of(call.args, call.kwargs).dim() == 1
 
 
 def counts_uses(layer: nn.Module) -> bool:
