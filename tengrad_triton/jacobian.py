@@ -5,7 +5,7 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.layers import Outer, Windows, matrix_view
-from tengrad_triton.plan import Representation
+from tengrad_triton.plan import Representation, served_by
 from tengrad_triton.update import Target
 from tengrad_triton.uses import geometry_of, joined, taken
 
@@ -21,6 +21,16 @@ CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time wher
 
 RowKind = Literal["samples", "directions", "parameters"]
 """What a row of explicit J belongs to."""
+
+Product = Literal["gram", "project", "expand"]
+Kernels = Mapping[Product, Sequence[str]]
+"""What each product is made of, the usual one first."""
+ROW_KERNELS: Kernels = {"gram": ("gram_rows",), "project": ("project_rows",), "expand": ("expand_rows_update_",)}
+FACTOR_KERNELS: Kernels = {
+    "gram": ("gram", "gram_rows", "sample_grads", "conv_sample_grads"),
+    "project": ("project",),
+    "expand": ("expand_update_",),
+}
 
 
 class Jacobian(Protocol):
@@ -81,9 +91,8 @@ class PerSample:
     def rows(self) -> int:  # noqa: D102
         return len(self.j_NK)
 
-    @property
-    def team(self) -> Hashable:  # noqa: D102
-        return PerSample, self.j_NK.dtype, self.ops.torch_for
+    def team(self, product: Product) -> Hashable:  # noqa: D102
+        return PerSample, self.j_NK.dtype, _servers(self.ops, ROW_KERNELS[product])
 
     def gram(self) -> Tensor:  # noqa: D102
         return self.gram_all([self], [0], 1)[0]
@@ -151,9 +160,8 @@ class Factored:
     def rows(self) -> int:  # noqa: D102
         return len(self.outer.g_NGPO)
 
-    @property
-    def team(self) -> Hashable:  # noqa: D102
-        return Factored, self.outer.g_NGPO.dtype, self.ops.torch_for
+    def team(self, product: Product) -> Hashable:  # noqa: D102
+        return Factored, self.outer.g_NGPO.dtype, _servers(self.ops, FACTOR_KERNELS[product])
 
     def gram(self) -> Tensor:  # noqa: D102
         return self.gram_all([self], [0], 1)[0]
@@ -230,6 +238,11 @@ class Factored:
     def nbytes(self) -> int:  # noqa: D102
         a = self.outer.a
         return (a.x_NCHW if isinstance(a, Windows) else a).nbytes + self.outer.g_NGPO.nbytes
+
+
+def _servers(ops: Any, kernels: Sequence[str]) -> Hashable:
+    """Return who serves these kernels: whatever a plan says of others splits no launch of theirs."""
+    return tuple(map(served_by(ops.torch_for).get, kernels))
 
 
 def _views(targets: Sequence[Target]) -> tuple[list[Tensor], ...]:
