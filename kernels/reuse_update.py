@@ -113,11 +113,11 @@ def _expand_update_kernel(
     )  # fmt: skip
 
 
-# Rows, outputs, inputs, warps and stages, by UNIT: the epilogue's three sets of 64-bit offsets spill where a thread has
-# more entries than the default gives it, and where their strides are unknown already with as many as of "large".
+# Rows, outputs, inputs, warps and stages, by UNIT. Where it is 1 the epilogue's three sets of 64-bit offsets spill with
+# more entries a thread than the default's.
 _TILES = {
-    "default": {4: (32, 64, 64, 8, 3), 1: (32, 64, 64, 8, 3)},
-    "small": {4: (32, 32, 32, 4, 3), 1: (32, 32, 32, 4, 3)},  # a small layer alone fills no device
+    "default": dict.fromkeys(UNITS, (32, 64, 64, 8, 3)),
+    "small": dict.fromkeys(UNITS, (32, 32, 32, 4, 3)),  # a small layer alone fills no device
     "large": {4: (32, 128, 64, 8, 3), 1: (16, 64, 64, 8, 4)},  # more arithmetic for each factor that is read
 }
 

@@ -62,7 +62,7 @@ class Config:
 class KernelSpec:
     """A kernel beside its definition. `fast` and `reference` take the same arguments, of which `examples` makes some.
 
-    The op and `fast` take ``tile=`` besides, one of ``tiles``: which launch configuration to use.
+    Where there are ``tiles``, the op and `fast` take ``tile=`` besides: which launch configuration to use.
 
     ``examples`` maps the name of a case to a function of a dtype and a device. ``flops`` and ``bytes`` count what the
     definition's mathematics needs: arithmetic operations, and entries read or written at least once, times their size.

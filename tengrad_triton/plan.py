@@ -137,8 +137,8 @@ class Measured:
     """One representation of one geometry on one device.
 
     Attributes:
-        seconds: of every kernel that it takes, by who runs it: ``"torch"``, ``"triton"`` or, by its name, another of
-            the kernel's launch configurations.
+        seconds: of every kernel that it takes, by who runs it: ``"torch"``, ``"triton"`` (infinite where it failed) or,
+            by its name, another of the kernel's launch configurations.
         bytes: what it stores.
     """
 

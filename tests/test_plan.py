@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -227,23 +228,31 @@ class OutOfResourcesError(Exception):
 
 
 def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch):
-    right = kernels.gram_rows
+    gram_rows, project_rows = kernels.gram_rows, kernels.project_rows
 
-    def gram_rows(*args, tile="default"):
+    def inexact_and_large(*args, tile="default"):
         if tile == "deep":
             raise OutOfResourcesError("out of resource: shared memory\nand more")
-        return right(*args) * (1.1 if tile == "small" else 1)
+        return gram_rows(*args) * (1.1 if tile == "small" else 1)
 
-    monkeypatch.setattr(kernels, "gram_rows", gram_rows)
-    with pytest.warns(UserWarning, match=r"^gram_rows \(") as said:
+    def large(*args, tile="default"):
+        if tile == "default":
+            raise OutOfResourcesError("out of resource: registers")
+        return project_rows(*args)
+
+    monkeypatch.setattr(kernels, "gram_rows", inexact_and_large)
+    monkeypatch.setattr(kernels, "project_rows", large)
+    with pytest.warns(UserWarning, match=r"dropped") as said:
         plan = tuned(tmp_path, representations=("per_sample",))
     assert {str(one.message) for one in said} == {
         "gram_rows (deep) is dropped: out of resource: shared memory",
         "gram_rows (small) is less exact than PyTorch's here: it is dropped",
+        "project_rows (triton) is dropped: out of resource: registers",
     }
-    for entry in plan.entries.values():
-        assert set(entry["per_sample"].seconds["gram_rows"]) == {"torch", "triton"}
-        assert len(entry["per_sample"].seconds["project_rows"]) > 2
+    for measured in (entry["per_sample"] for entry in plan.entries.values()):
+        assert set(measured.seconds["gram_rows"]) == {"torch", "triton"}
+        assert measured.torch_for == ("project_rows",)  # not by what was dropped, slow as the others may be
+    assert plan_file.load(tmp_path / "plan.json", CPU) == plan
 
 
 def test_a_launch_is_split_only_where_its_own_kernels_differ():
@@ -258,7 +267,8 @@ def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("no such luck\nand a long trace")
 
-    monkeypatch.setattr(kernels, "project_rows", broken)
+    specs = [replace(spec, reference=broken) if spec.name == "project_rows" else spec for spec in kernels.SPECS]
+    monkeypatch.setattr(kernels, "SPECS", specs)
     with pytest.warns(UserWarning, match="weight: per_sample is left out: no such luck$"):
         plan = autotune(model(), torch.randn(16, 1, 6, 6), seconds=1e-3, path=tmp_path / "plan.json")
     assert all(set(entry) == {"factored"} for entry in plan.entries.values())
