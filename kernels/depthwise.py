@@ -40,22 +40,34 @@ def _depthwise_grads_kernel(
     tl.store(j_ptr + at, tl.sum(total, 0).to(j_ptr.dtype.element_ty), mask=inside)
 
 
+# Positions, outputs and warps: those of `conv_sample_grads`, of which this is a case.
+_TILES = {
+    "default": (8, 32, 4),
+    "wide": (8, 64, 8),  # a whole line of memory in half precision
+    "narrow": (16, 16, 4),  # few channels
+    "short": (4, 32, 4),  # few positions: half the registers, and so more programs at a time
+}
 DEPTHWISE_GRADS = {
-    dtype: Config(
+    (tile, dtype): Config(
         kernel=_depthwise_grads_kernel,
         types=3 * f"{entries} " + 12 * "i32 ",
-        constants={"BLOCK_P": 8, "BLOCK_T": 16, "BLOCK_O": 32},
+        constants={"BLOCK_P": positions, "BLOCK_T": 16, "BLOCK_O": outputs},
         unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
+        num_warps=num_warps,
+        tile=tile,
     )
+    for tile, (positions, outputs, num_warps) in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
 }
 
 
-def depthwise_grads(x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...]) -> Tensor:
+def depthwise_grads(
+    x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...], tile: str
+) -> Tensor:
     """Return j_NK; ``steps`` is how far apart in x windows and their entries are, by row and by column."""
     n, height, width, outputs = g_NHWO.shape
     taps = kernel_size[0] * kernel_size[1]
-    config = DEPTHWISE_GRADS[x_NHWC.dtype]
+    config = DEPTHWISE_GRADS[tile, x_NHWC.dtype]
     j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
     sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
     grid = (cdiv(outputs, config.block("O")) * cdiv(taps, config.block("T")), n)

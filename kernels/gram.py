@@ -9,6 +9,7 @@ systems.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import combinations_with_replacement
 
 import torch
@@ -25,7 +26,7 @@ _SLAB_ELEMENTS = 1 << 26  # how many entries of the covariance factors the defin
 
 
 @custom_op("tengrad_triton::gram", mutates_args=())
-def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
+def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
     """Return k_LNN: K[rows[t]] is the sum over its layers' Gram matrices, from inputs and output derivatives.
 
     The work grows with the square of P: from some dozens of positions on, `gram_rows` of explicit gradients is cheaper.
@@ -35,7 +36,7 @@ def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tenso
     for a_NGPI, g_NGPO in zip(a, g, strict=True):
         expect("a_NGPI", a_NGPI, a[0].shape[0], *a_NGPI.shape[1:])
         expect_factors(a_NGPI, g_NGPO)
-    return (_gram if runs_kernel(*a, *g) else gram_reference)(a, g, rows, count)
+    return (partial(_gram, tile=tile) if runs_kernel(*a, *g) else gram_reference)(a, g, rows, count)
 
 
 def gram_reference(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
@@ -52,7 +53,7 @@ def _zeros(x: Sequence[Tensor], count: int) -> Tensor:
 
 
 @gram.register_fake
-def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
+def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
     return _zeros(a, count)
 
 
@@ -67,7 +68,7 @@ def _layer_gram(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
+def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
     k_LNN = torch.zeros(count, a[0].shape[0], a[0].shape[0], dtype=torch.float32, device=a[0].device)
     for _, alike in batches([x.dtype for x in a], order=rows, most=MOST // 2):
         matrices: list[Tensor] = []
@@ -80,7 +81,7 @@ def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tens
                 aa, gg = (at, i * inputs, j * inputs, inputs), (at + 1, i * outputs, j * outputs, outputs)
                 products.append((rows[t], aa, gg))
             matrices += [a_NGPI.flatten(1), g_NGPO.flatten(1)]
-        add_products(matrices, products, k_LNN)
+        add_products(matrices, products, k_LNN, tile)
     return k_LNN
 
 
@@ -97,15 +98,15 @@ def _pairs(groups: int, positions: int) -> Iterator[tuple[int, int]]:
 
 
 @custom_op("tengrad_triton::gram_rows", mutates_args=())
-def gram_rows(j: list[Tensor], rows: list[int], count: int) -> Tensor:
+def gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
     """Return k_LNN with K[rows[t]] = Σ_t J_t J_tᵀ over a system's explicit per-sample gradients."""
     for j_NK in j:
         expect("j_NK", j_NK, j[0].shape[0], j_NK.shape[1])
-    return (_gram_rows if runs_kernel(*j) else gram_rows_reference)(j, rows, count)
+    return (partial(_gram_rows, tile=tile) if runs_kernel(*j) else gram_rows_reference)(j, rows, count)
 
 
 @gram_rows.register_fake
-def _(j: list[Tensor], rows: list[int], count: int) -> Tensor:
+def _(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
     return _zeros(j, count)
 
 
@@ -117,13 +118,14 @@ def gram_rows_reference(j: list[Tensor], rows: list[int], count: int) -> Tensor:
     return k_LNN
 
 
-def _gram_rows(j: list[Tensor], rows: list[int], count: int) -> Tensor:
+def _gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
     k_LNN = torch.zeros(count, j[0].shape[0], j[0].shape[0], dtype=torch.float32, device=j[0].device)
     for _, alike in batches([j_NK.dtype for j_NK in j], order=rows):
         matrices = [j[t] if aligned(j[t], WIDTH) else _padded(j[t]) for t in alike]
         widths = (int(x.shape[1]) for x in matrices)
         ranges = [(index, 0, 0, width) for index, width in enumerate(widths)]
-        add_products(matrices, [(rows[t], part, None) for t, part in zip(alike, ranges, strict=True)], k_LNN)
+        products = [(rows[t], part, None) for t, part in zip(alike, ranges, strict=True)]
+        add_products(matrices, products, k_LNN, tile)
     return k_LNN
 
 

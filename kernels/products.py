@@ -98,34 +98,41 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, 
     tl.store(k_ptr + mirrored, tl.trans(total), mask=(m < N)[:, None] & (n < N)[None, :])
 
 
-def _range_config(entries: str, rows: int, columns: int, num_warps: int, num_stages: int) -> Config:
+# Rows, columns, warps and stages, for float32, which no tensor cores multiply, and for half precision.
+_TILES = {
+    "default": ((64, 32, 4, 3), (128, 64, 8, 3)),
+    "small": ((32, 64, 4, 3), (64, 64, 4, 4)),  # few samples leave most of a larger one empty
+    "deep": ((128, 16, 8, 4), (128, 32, 8, 5)),  # many samples: shorter steps, of which more are under way
+}
+
+
+def _range_config(tile: str, dtype: torch.dtype) -> Config:
+    rows, columns, num_warps, num_stages = _TILES[tile][dtype != torch.float32]
     return Config(
         kernel=_range_gram_kernel,
-        types=f"*i64 {entries} *i64 *fp32 i32 i32 i32",
+        types=f"*i64 {TRITON_TYPES[dtype]} *i64 *fp32 i32 i32 i32",
         constants={"BLOCK_N": rows, "BLOCK_K": columns},
         unaligned=("MEMBERS", "N"),
         num_warps=num_warps,
         num_stages=num_stages,
         async_copies=True,
+        tile=tile,
     )
 
 
-_RANGE_GRAM = {
-    dtype: _range_config(entries, 64, 32, 4, 3) if dtype == torch.float32 else _range_config(entries, 128, 64, 8, 3)
-    for dtype, entries in TRITON_TYPES.items()
-}
+_RANGE_GRAM = {(tile, dtype): _range_config(tile, dtype) for tile in _TILES for dtype in TRITON_TYPES}
 _SUM_PRODUCTS = Config(
     kernel=_sum_products_kernel, types="*fp32 *i64 *i64 *fp32 i32 i32", constants={"BLOCK_N": 32}, unaligned=("N",)
 )
 
 
-def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor) -> None:
+def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor, tile: str) -> None:
     """Add the products, which are in the order of their systems, as many at a time as the memory for partials allows.
 
     The lists of work are copied to the device each time, so a CUDA graph must not capture this in eager mode.
     """
     (layers, n, _), device = k_LNN.shape, k_LNN.device
-    config = _RANGE_GRAM[matrices[0].dtype]
+    config = _RANGE_GRAM[tile, matrices[0].dtype]
     table = table_of([Member([x], [x.stride(0) // WIDTH], 0) for x in matrices])
     tiles, blocks = cdiv(n, config.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
     row = cdiv(n, 16) * 16  # of partial sums, so that they are stored and loaded 16 bytes at a time for any N

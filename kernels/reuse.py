@@ -13,6 +13,7 @@ view O outputs of all groups, K kernel pixels and I inputs of a pixel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from .groups import (
 )
 from .spec import (
     Config,
+    Constants,
     KernelSpec,
     cdiv,
     expect,
@@ -64,18 +66,22 @@ def expect_view(name: str, x_OKI: Tensor, a_NGPI: Tensor, g_NGPO: Tensor) -> Non
 
 
 @custom_op("tengrad_triton::project", mutates_args=())
-def project(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+def project(
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default"
+) -> Tensor:
     """Return y_LN with y[rows[t], n] = Σ_tγp g_nγpᵀ V_γ a_nγp over the weights of a row (paper, equation 6).
 
     ``v`` are parameters' strided views [O, K, I]; ``shape`` is [L, N].
     """
     for a_NGPI, g_NGPO, v_OKI in zip(a, g, v, strict=True):
         expect_view("v_OKI", v_OKI, a_NGPI, g_NGPO)
-    return (_project if runs_kernel(*a, *g, *v) else project_reference)(a, g, v, rows, shape)
+    return (partial(_project, tile=tile) if runs_kernel(*a, *g, *v) else project_reference)(a, g, v, rows, shape)
 
 
 @project.register_fake
-def _(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+def _(
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default"
+) -> Tensor:
     return a[0].new_empty(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
 
 
@@ -141,15 +147,23 @@ def matrix_entries(table_ptr, field, member, MEMBERS, o, i, CHANNELS, UNIT: tl.c
     return at
 
 
+_TILES: dict[str, tuple[Constants, int, int]] = {  # with warps and stages
+    "default": ({"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": 512}, 4, 3),
+    "small": ({"BLOCK_R": 32, "BLOCK_O": 32, "BLOCK_I": 64, "CHUNK": 256}, 4, 3),  # few samples, or a small layer alone
+    "large": ({"BLOCK_R": 128, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": 512}, 8, 2),  # 128 samples read V once
+}
 _PROJECT = {
-    unit: Config(
+    (tile, unit): Config(
         kernel=_project_kernel,
         types="*i64 *fp32 *fp32 *fp32 *fp32 i32",
-        constants={"UNIT": unit, "BLOCK_T": MOST, "BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": 512},
+        constants={"UNIT": unit, "BLOCK_T": MOST, **constants},
         unaligned=("MEMBERS",),
-        num_stages=3,
+        num_warps=num_warps,
+        num_stages=num_stages,
         async_copies=unit > 1,
+        tile=tile,
     )
+    for tile, (constants, num_warps, num_stages) in _TILES.items()
     for unit in UNITS
 }
 
@@ -170,12 +184,14 @@ def in_units(unit: int, *entries: int) -> list[int]:
     return [count // unit for count in entries]
 
 
-def _project(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+def _project(
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default"
+) -> Tensor:
     a, g = ([rows_contiguous(widen(x)) for x in factors] for factors in (a, g))
     y_LN = torch.zeros(shape, dtype=torch.float32, device=a[0].device)
     keys = [(v_OKI.dtype, unit_of(*factors, v_OKI)) for *factors, v_OKI in zip(a, g, v, strict=True)]
     for (_, unit), alike in batches(keys, order=rows):
-        config, members, parts = _PROJECT[unit], [], []
+        config, members, parts = _PROJECT[tile, unit], [], []
         for row, a_NGPI, g_NGPO, v_OKI in ((rows[t], a[t], g[t], v[t]) for t in alike):
             n, groups, positions, inputs = a_NGPI.shape
             outputs = g_NGPO.shape[3]

@@ -10,6 +10,8 @@ groups, K kernel pixels and I inputs of a pixel.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -56,9 +58,8 @@ def project_rows(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[
     """
     for j_NK, v_OKI in zip(j, v, strict=True):
         expect("j_NK", j_NK, j_NK.shape[0], v_OKI.numel())
-    if not runs_kernel(*j, *v):
-        return project_rows_reference(j, v, rows, shape)
-    return _project_rows(j, v, rows, shape, tile)
+    project = partial(_project_rows, tile=tile) if runs_kernel(*j, *v) else project_rows_reference
+    return project(j, v, rows, shape)
 
 
 @project_rows.register_fake
@@ -109,7 +110,7 @@ def _project_rows_kernel(
         tl.store(part_ptr + begin + rows, tl.sum(total, 1), mask=rows < N)
 
 
-_PROJECT_TILES: dict[str, Constants] = {
+_TILES: dict[str, Constants] = {
     "default": {"BLOCK_R": 8, "BLOCK_K": 512, "CHUNK": 4096},
     "tall": {"BLOCK_R": 16, "BLOCK_K": 128, "CHUNK": 2048},
 }
@@ -119,8 +120,9 @@ _PROJECT_ROWS = {
         types=f"*i64 {entries} *fp32 *fp32 i32",
         constants={"UNIT": unit, "BLOCK_T": MOST, **constants},
         unaligned=("MEMBERS",),
+        tile=tile,
     )
-    for tile, constants in _PROJECT_TILES.items()
+    for tile, constants in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
     for unit in UNITS
 }
@@ -165,6 +167,5 @@ SPECS = (
         flops=lambda j, v, *_: 2 * sum(j_NK.numel() for j_NK in j),
         bytes=lambda j, v, rows, shape: nbytes(*j, *v) + 4 * shape[0] * shape[1],
         configs=(*_PROJECT_ROWS.values(), SUM_PARTS[2], TABLE),
-        tiles=tuple(_PROJECT_TILES)[1:],
     ),
 )

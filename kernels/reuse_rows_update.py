@@ -57,11 +57,9 @@ def expand_rows_update_(
     for one in zip(params, momenta, grads, j, w, divisors, settings, strict=True):
         expect_update(*one[:3], *one[5:])
         expect("j_NK", one[3], one[4].shape[0], one[0].numel())
-    state = (params, momenta, grads, j, w, divisors, settings, nesterov)
-    if runs_kernel(*params, *momenta, *grads, *j, *w):
-        _expand_rows_update_(*state, tile)
-    else:
-        expand_rows_update_reference_(*state)
+    kernel = runs_kernel(*params, *momenta, *grads, *j, *w)
+    update = partial(_expand_rows_update_, tile=tile) if kernel else expand_rows_update_reference_
+    update(params, momenta, grads, j, w, divisors, settings, nesterov)
 
 
 def expand_rows_update_reference_(
@@ -124,7 +122,7 @@ def _expand_rows_update_kernel(
     )  # fmt: skip
 
 
-_EXPAND_TILES: dict[str, Constants] = {
+_TILES: dict[str, Constants] = {
     "default": {"BLOCK_N": 8, "BLOCK_K": 512},
     "narrow": {"BLOCK_N": 16, "BLOCK_K": 128},
 }
@@ -134,8 +132,9 @@ _EXPAND_ROWS_UPDATE = {
         types=f"*i64 *fp32 *fp32 *fp32 {entries} *fp32 i32",
         constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MOST, **constants},
         unaligned=("MEMBERS",),
+        tile=tile,
     )
-    for tile, constants in _EXPAND_TILES.items()
+    for tile, constants in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
     for unit in UNITS
     for nesterov in (False, True)
@@ -183,7 +182,6 @@ SPECS = (
         flops=lambda params, momenta, grads, j, *_: sum(2 * x.numel() + 9 * x.shape[1] for x in j),
         bytes=lambda params, momenta, grads, j, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *j),
         configs=(*_EXPAND_ROWS_UPDATE.values(), TABLE),
-        tiles=tuple(_EXPAND_TILES)[1:],
         mutates=2,
     ),
 )

@@ -32,6 +32,7 @@ def expand_update_(
     divisors: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
+    tile: str = "default",
 ) -> None:
     """Step parameters along (grad − Σ_n w_n J_n) / divisor in place (paper, equation 7); `update_` is the rule.
 
@@ -45,7 +46,7 @@ def expand_update_(
         expect_view("param_OKI", param, a_NGPI, g_NGPO)
         expect("w_N", w_N, a_NGPI.shape[0])
     kernel = runs_kernel(*params, *momenta, *grads, *a, *g, *w)
-    update = _expand_update_ if kernel else expand_update_reference_
+    update = partial(_expand_update_, tile=tile) if kernel else expand_update_reference_
     update(params, momenta, grads, a, g, w, divisors, settings, nesterov)
 
 
@@ -112,21 +113,36 @@ def _expand_update_kernel(
     )  # fmt: skip
 
 
-_EXPAND_UPDATE = {
-    (unit, nesterov): Config(
+# Rows, outputs, inputs, warps and stages, by UNIT. Where it is 1 the epilogue's three sets of 64-bit offsets spill with
+# more entries a thread than the default's.
+_TILES = {
+    "default": dict.fromkeys(UNITS, (32, 64, 64, 8, 3)),
+    "small": dict.fromkeys(UNITS, (32, 32, 32, 4, 3)),  # a small layer alone fills no device
+    "large": {4: (32, 128, 64, 8, 3), 1: (16, 64, 64, 8, 4)},  # more arithmetic for each factor that is read
+}
+
+
+def _config(tile: str, unit: int, nesterov: bool) -> Config:
+    rows, outputs, inputs, num_warps, num_stages = _TILES[tile][unit]
+    blocks = {"BLOCK_R": rows, "BLOCK_O": outputs, "BLOCK_I": inputs}
+    return Config(
         kernel=_expand_update_kernel,
         types="*i64 *fp32 *fp32 *fp32 *fp32 i32",
-        constants={
-            "UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MOST, "BLOCK_R": 32, "BLOCK_O": 64, "BLOCK_I": 64,
-        },
+        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MOST, **blocks},
         unaligned=("MEMBERS",),
-        num_warps=8,  # the epilogue's three sets of 64-bit offsets spill with 4
-        num_stages=3,
+        num_warps=num_warps,
+        num_stages=num_stages,
         async_copies=unit > 1,
+        tile=tile,
     )
+
+
+_EXPAND_UPDATE = {
+    (tile, unit, nesterov): _config(tile, unit, nesterov)
+    for tile in _TILES
     for unit in UNITS
     for nesterov in (False, True)
-}  # fmt: skip
+}
 
 
 def _expand_update_(
@@ -139,13 +155,14 @@ def _expand_update_(
     divisors: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
+    tile: str = "default",
 ) -> None:
     a, g = ([rows_contiguous(widen(x)) for x in factors] for factors in (a, g))
     w, divisors, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, divisors, settings))
     states = list(zip(params, momenta, grads, a, g, w, divisors, settings, strict=True))
     keys = [(*(x.dtype for x in state[:3]), unit_of(*state[3:5], *state[:3])) for state in states]
     for (*_, unit), alike in batches(keys):
-        config, members = _EXPAND_UPDATE[unit, nesterov], []
+        config, members = _EXPAND_UPDATE[tile, unit, nesterov], []
         for state in (states[t] for t in alike):
             n, groups, positions, inputs = state[3].shape
             outputs = state[4].shape[3]

@@ -1,5 +1,3 @@
-# ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Per-sample gradients J_n of layers whose weights are used at many positions: convolutions and sequences.
 
 One matrix product a sample, summed in float32 and stored in the dtype of the inputs. A convolution's windows are read
@@ -21,33 +19,22 @@ from torch.library import triton_op
 from .depthwise import DEPTHWISE_GRADS, depthwise_grads
 from .reuse import expect_factors, factors
 from .sliding import Sliding
-from .spec import (
-    TRITON_TYPES,
-    Config,
-    KernelSpec,
-    cdiv,
-    contiguous,
-    expect,
-    nbytes,
-    normal,
-    rows_contiguous,
-    runs_kernel,
-    tl,
-    triton,
-)
+from .spec import KernelSpec, contiguous, expect, nbytes, normal, rows_contiguous, runs_kernel
+from .window_grads import WINDOW_CONFIGS, window_grads
 
 _UNFOLD_BELOW = 1  # positions for each channel below which unfolding a convolution's input pays (measured on two cores)
 _CACHED_BYTES = 8 * 2**20  # unfolded inputs that a CPU's caches hold
 
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
-def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
+def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, tile: str = "default") -> Tensor:
     """Return j_NK with K = (G, O, I) flat: J_n = Σ_p g_np a_npᵀ in every group (paper, equation 8).
 
     With one position, or a few, keep the factors instead: they are smaller, and `gram` needs no J_n.
     """
     expect_factors(a_NGPI, g_NGPO)
-    return (_sample_grads if runs_kernel(a_NGPI, g_NGPO) else sample_grads_reference)(a_NGPI, g_NGPO)
+    make = partial(_sample_grads, tile=tile) if runs_kernel(a_NGPI, g_NGPO) else sample_grads_reference
+    return make(a_NGPI, g_NGPO)
 
 
 def sample_grads_reference(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
@@ -55,85 +42,23 @@ def sample_grads_reference(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     return (g_NGPO.mT @ a_NGPI).flatten(1)
 
 
-@triton.jit
-def _window_grads_kernel(
-    x_ptr, g_ptr, j_ptr, INPUTS, OUTPUTS, P, OUT_W, KERNEL_W, step_row, step_col, tap_row, tap_col,
-    stride_xn, stride_xg, stride_gn, stride_gg, stride_gp,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """Σ_p g[p, o] x[window p, tap, i] for one tile of outputs and inputs, one tap of the kernel, group and sample.
-
-    step_* is how far apart in x the windows of neighbouring positions are, tap_* the entries of one window.
-    """
-    input_tiles = tl.cdiv(INPUTS, BLOCK_I)
-    tiles = input_tiles * tl.cdiv(OUTPUTS, BLOCK_O)
-    tap = tl.program_id(0) // tiles
-    i = tl.program_id(0) % input_tiles * BLOCK_I + tl.arange(0, BLOCK_I)
-    o = tl.program_id(0) % tiles // input_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    group = tl.program_id(1).to(tl.int64)
-    sample = tl.program_id(2).to(tl.int64)
-    x_ptr += sample * stride_xn + group * stride_xg + tap // KERNEL_W * tap_row + tap % KERNEL_W * tap_col
-    g_ptr += sample * stride_gn + group * stride_gg
-    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        window = p // OUT_W * step_row + p % OUT_W * step_col
-        x = tl.load(x_ptr + window[:, None] + i[None, :], mask=(p < P)[:, None] & (i < INPUTS)[None, :], other=0.0)
-        g_at = p[:, None] * stride_gp + o[None, :]
-        g = tl.load(g_ptr + g_at, mask=(p < P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
-        total = tl.dot(tl.trans(g), x, total, input_precision="ieee")
-    row = (sample * tl.num_programs(1) + group) * OUTPUTS + o
-    taps = tl.num_programs(0) // tiles
-    at = (row * taps + tap)[:, None] * INPUTS + i[None, :]
-    inside = (o < OUTPUTS)[:, None] & (i < INPUTS)[None, :]
-    tl.store(j_ptr + at, total.to(j_ptr.dtype.element_ty), mask=inside)
-
-
-def _window_config(entries: str, positions: int, tile: int, num_warps: int) -> Config:
-    return Config(
-        kernel=_window_grads_kernel,
-        types=3 * f"{entries} " + 14 * "i32 ",
-        constants={"BLOCK_P": positions, "BLOCK_O": tile, "BLOCK_I": tile},
-        unaligned=("P", "OUT_W", "KERNEL_W"),
-        num_warps=num_warps,
-        num_stages=3,
-        async_copies=True,
-    )
-
-
-_WINDOW_GRADS = {
-    dtype: _window_config(entries, 32 if dtype == torch.float32 else 64, 64, 4)
-    for dtype, entries in TRITON_TYPES.items()
-}
-_LARGE_WINDOW_GRADS = {
-    dtype: _window_config(entries, 64, 128, 8) for dtype, entries in TRITON_TYPES.items() if dtype != torch.float32
-}
-
-
-def _window_grads(x: Tensor, g: Tensor, taps: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """Return j_NK from what the kernel calls INPUTS, OUTPUTS, P, OUT_W and KERNEL_W, and all distances in memory."""
-    inputs, outputs = sizes[:2]
-    groups = g.numel() // (g.shape[0] * outputs * sizes[2])
-    j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=x.dtype, device=x.device)
-    config = _WINDOW_GRADS[x.dtype]
-    if min(inputs, outputs) > config.block("I"):
-        config = _LARGE_WINDOW_GRADS.get(x.dtype, config)
-    tiles = cdiv(inputs, config.block("I")) * cdiv(outputs, config.block("O"))
-    config.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *strides)
-    return j_NK
-
-
-def _sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
+def _sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, tile: str = "default") -> Tensor:
     a_NGPI, g_NGPO = rows_contiguous(a_NGPI), rows_contiguous(g_NGPO.to(a_NGPI.dtype))
     positions, inputs = a_NGPI.shape[2:]
     sizes = (inputs, g_NGPO.shape[3], positions, positions, 1)
     strides = (0, a_NGPI.stride(2), 0, 0, *a_NGPI.stride()[:2], *g_NGPO.stride()[:3])
-    return _window_grads(a_NGPI, g_NGPO, 1, sizes, strides)
+    return window_grads(a_NGPI, g_NGPO, 1, sizes, strides, tile)
 
 
 @triton_op("tengrad_triton::conv_sample_grads", mutates_args=())
 def conv_sample_grads(
-    x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
+    x_NCHW: Tensor,
+    g_NOHW: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+    tile: str = "default",
 ) -> Tensor:
     """Return j_NK with K = (O, kh, kw, C / groups) flat, for a convolution of an input that is already padded.
 
@@ -146,7 +71,7 @@ def conv_sample_grads(
         needed = (outputs - 1) * step + (size - 1) * gap + 1
         if pixels < needed:
             raise ValueError(f"{outputs} outputs need a padded input of {needed} pixels or more, got {pixels}")
-    make = _conv_sample_grads if runs_kernel(x_NCHW, g_NOHW) else conv_sample_grads_reference
+    make = partial(_conv_sample_grads, tile=tile) if runs_kernel(x_NCHW, g_NOHW) else conv_sample_grads_reference
     return make(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
 
 
@@ -195,7 +120,13 @@ def _sliding(stride: list[int], dilation: list[int], groups: int) -> Sliding:
 
 
 def _conv_sample_grads(
-    x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
+    x_NCHW: Tensor,
+    g_NOHW: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+    tile: str = "default",
 ) -> Tensor:
     x_NHWC = contiguous(x_NCHW.permute(0, 2, 3, 1))
     g_NHWO = contiguous(g_NOHW.to(x_NCHW.dtype).permute(0, 2, 3, 1))
@@ -203,14 +134,14 @@ def _conv_sample_grads(
     _, height, width, outputs = g_NHWO.shape
     steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel)
     if groups == per_pixel:
-        return depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps)
+        return depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps, tile)
     rows, columns, inputs = *kernel_size, per_pixel // groups
     if groups == 1 and dilation[1] == 1:
         # The pixels of a window's row lie side by side: together they fill a tile that few channels would not.
         columns, inputs = 1, columns * inputs
     sizes = (inputs, outputs // groups, height * width, width, columns)
     strides = (*steps, per_sample, per_pixel // groups, g_NHWO.stride(0), outputs // groups, outputs)
-    return _window_grads(x_NHWC, g_NHWO, rows * columns, sizes, strides)
+    return window_grads(x_NHWC, g_NHWO, rows * columns, sizes, strides, tile)
 
 
 def _conv_example(
@@ -251,7 +182,7 @@ SPECS = (
         },
         flops=lambda a_NGPI, g_NGPO: 2 * a_NGPI.numel() * g_NGPO.shape[3],
         bytes=lambda a_NGPI, g_NGPO: nbytes(a_NGPI, g_NGPO) + nbytes(a_NGPI) // a_NGPI.shape[2] * g_NGPO.shape[3],
-        configs=(*_WINDOW_GRADS.values(), *_LARGE_WINDOW_GRADS.values()),
+        configs=WINDOW_CONFIGS,
     ),
     KernelSpec(
         name="conv_sample_grads",
@@ -267,6 +198,6 @@ SPECS = (
         },
         flops=_conv_flops,
         bytes=_conv_bytes,
-        configs=(*_WINDOW_GRADS.values(), *_LARGE_WINDOW_GRADS.values(), *DEPTHWISE_GRADS.values()),
+        configs=(*WINDOW_CONFIGS, *DEPTHWISE_GRADS.values()),
     ),
 )

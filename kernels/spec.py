@@ -41,6 +41,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     async_copies: bool = False  # whether its loads are promised to be asynchronous copies of 16 bytes
+    tile: str = "default"  # the name by which the op's ``tile=`` asks for it
 
     def block(self, dimension: str) -> int:
         """How many entries of a dimension one program covers."""
@@ -61,6 +62,8 @@ class Config:
 class KernelSpec:
     """A kernel beside its definition. `fast` and `reference` take the same arguments, of which `examples` makes some.
 
+    Where there are ``tiles``, the op and `fast` take ``tile=`` besides: which launch configuration to use.
+
     ``examples`` maps the name of a case to a function of a dtype and a device. ``flops`` and ``bytes`` count what the
     definition's mathematics needs: arithmetic operations, and entries read or written at least once, times their size.
     """
@@ -73,8 +76,12 @@ class KernelSpec:
     bytes: Callable[..., int]
     configs: Sequence[Config]
     dtypes: Sequence[torch.dtype] = tuple(TRITON_TYPES)
-    tiles: Sequence[str] = ()  # names of the launch configurations that it takes as ``tile=`` beside the default
     mutates: int = 0  # how many of the first arguments it changes in place, instead of returning anything
+
+    @property
+    def tiles(self) -> tuple[str, ...]:
+        """Return the names of the launch configurations beside the default, which the tuner may choose."""
+        return tuple(dict.fromkeys(config.tile for config in self.configs if config.tile != "default"))
 
 
 def runs_kernel(*tensors: Tensor) -> bool:

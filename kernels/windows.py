@@ -26,7 +26,13 @@ from .update import example_numbers, expect_update, update_along
 
 @custom_op("tengrad_triton::project_windows", mutates_args=())
 def project_windows(
-    x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]
+    x: list[Tensor],
+    g: list[Tensor],
+    v: list[Tensor],
+    sizes: list[int],
+    rows: list[int],
+    shape: list[int],
+    tile: str = "default",
 ) -> Tensor:
     """Return y_LN with y[rows[t], n] = Σ_p g_npᵀ V a_np over the convolutions of a row (paper, equation 6).
 
@@ -35,12 +41,20 @@ def project_windows(
     """
     for x_NCHW, g_NOHW, v_OCHW, view in zip(x, g, v, slidings(sizes), strict=True):
         _expect_convolution(x_NCHW, g_NOHW, v_OCHW, view)
-    make = _project_windows if runs_kernel(*x, *g, *v) else project_windows_reference
+    make = partial(_project_windows, tile=tile) if runs_kernel(*x, *g, *v) else project_windows_reference
     return make(x, g, v, sizes, rows, shape)
 
 
 @project_windows.register_fake
-def _(x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]) -> Tensor:
+def _(
+    x: list[Tensor],
+    g: list[Tensor],
+    v: list[Tensor],
+    sizes: list[int],
+    rows: list[int],
+    shape: list[int],
+    tile: str = "default",
+) -> Tensor:
     return x[0].new_empty(shape, dtype=torch.promote_types(x[0].dtype, torch.float32))
 
 
@@ -62,9 +76,15 @@ def project_windows_reference(
 
 
 def _project_windows(
-    x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], rows: list[int], shape: list[int]
+    x: list[Tensor],
+    g: list[Tensor],
+    v: list[Tensor],
+    sizes: list[int],
+    rows: list[int],
+    shape: list[int],
+    tile: str = "default",
 ) -> Tensor:
-    return _project(*_factors(x, g, v, sizes), [v_OCHW.flatten(2).mT for v_OCHW in v], rows, shape)
+    return _project(*_factors(x, g, v, sizes), [v_OCHW.flatten(2).mT for v_OCHW in v], rows, shape, tile)
 
 
 def _factors(
@@ -88,6 +108,7 @@ def expand_windows_update_(
     divisors: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
+    tile: str = "default",
 ) -> None:
     """Step convolutions' weights along (grad − Σ_n w_n J_n) / divisor in place (paper, equation 7).
 
@@ -99,7 +120,7 @@ def expand_windows_update_(
         _expect_convolution(x_NCHW, g_NOHW, param, view)
         expect("w_N", w_N, x_NCHW.shape[0])
     kernel = runs_kernel(*params, *momenta, *grads, *x, *g, *w)
-    update = _expand_windows_update_ if kernel else expand_windows_update_reference_
+    update = partial(_expand_windows_update_, tile=tile) if kernel else expand_windows_update_reference_
     update(params, momenta, grads, x, g, sizes, w, divisors, settings, nesterov)
 
 
@@ -134,12 +155,13 @@ def _expand_windows_update_(
     divisors: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
+    tile: str = "default",
 ) -> None:
     params_OKI, momenta_OKI, grads_OKI = (
         [tensor.view(*tensor.shape[:2], -1).mT for tensor in kind] for kind in (params, momenta, grads)
     )
     a, g = _factors(x, g, params, sizes)
-    _expand_update_(params_OKI, momenta_OKI, grads_OKI, a, g, w, divisors, settings, nesterov)
+    _expand_update_(params_OKI, momenta_OKI, grads_OKI, a, g, w, divisors, settings, nesterov, tile)
 
 
 # (input, outputs, kernel, how it slides) of some layers.

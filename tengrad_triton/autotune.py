@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels, plan_file
-from tengrad_triton.backend import kernels_of
 from tengrad_triton.blocks import find_blocks, find_sources, full_name
 from tengrad_triton.capture import Capture
 from tengrad_triton.fisher import LIKELIHOODS
@@ -64,7 +63,8 @@ def autotune(
             ``tol`` lets go of this batch's rows; the others are exact.
         tol: of ``"compressed"``, as it will be trained with.
         damping: as it will be trained with; how many directions ``tol`` keeps depends on it.
-        seconds: to spend on each kernel of each candidate.
+        seconds: to spend on each kernel of each candidate, shared by PyTorch and the launch configurations that can run
+            it. Compiling these comes on top.
         path: of the plan file; the device's own in the user's cache folder by default.
         progress: called with (weights done, weights in all, the name of the next one).
 
@@ -136,14 +136,14 @@ def _calls_of(
     calls: dict[str, tuple[Any, ...]] = {}
     extra: dict[str, Callable[[], Any]] = {}
 
-    def remembering(kernel: str) -> Callable[..., Any]:
+    def remembering(spec: kernels.KernelSpec) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            calls[kernel] = args
-            return getattr(kernels, kernel)(*args)
+            calls[spec.name] = args
+            return spec.reference(*args)  # whatever Triton has to say of the others
 
         return call
 
-    ops = SimpleNamespace(torch_for=(), **{spec.name: remembering(spec.name) for spec in kernels.SPECS})
+    ops = SimpleNamespace(torch_for=(), **{spec.name: remembering(spec) for spec in kernels.SPECS})
     rows = jacobian_of(uses, representation, ops)
     k_NN = rows.gram()
     if representation == "compressed":
@@ -163,24 +163,34 @@ def _compressed(rows: Jacobian, k_NN: Tensor, shift: float, tol: float) -> Jacob
 
 
 def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:
-    """Return the median seconds of one call, by who runs it; Triton only if its result passes the test."""
-    torchs = getattr(kernels_of("torch"), kernel)
+    """Return the median seconds of one call, by who runs it: forever, where Triton's default was dropped."""
+    spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
     on_gpu = _device_of(args).type == "cuda"
-    times = {"torch": _median_seconds(lambda: torchs(*args), seconds, on_gpu)}
-    if not on_gpu:
-        return times
-    op, spec = getattr(kernels, kernel), next(spec for spec in kernels.SPECS if spec.name == kernel)
-    configurations = {"triton": op, **{tile: partial(op, tile=tile) for tile in spec.tiles}}
-    for name, triton in configurations.items():
+    calls = {"torch": spec.reference, **(_configurations(spec, args) if on_gpu else {})}
+    share = seconds / len(calls)
+    times = {name: _median_seconds(partial(call, *args), share, on_gpu) for name, call in calls.items()}
+    return {"triton": math.inf, **times} if on_gpu else times  # what no plan names runs by default
+
+
+def _configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    """Return the op in each launch configuration whose error is at most twice PyTorch's, both against float64.
+
+    Any other is dropped with a warning: one that does not compile, or takes more than the device has, too.
+    """
+    op, error = getattr(kernels, spec.name), _error_of(spec, args)
+    allowed, passed = 2 * error(spec.reference), {}
+    for name, call in {"triton": op, **{tile: partial(op, tile=tile) for tile in spec.tiles}}.items():
         try:
-            if _is_as_exact(spec, args, triton, torchs):
-                times[name] = _median_seconds(partial(triton, *args), seconds, on_gpu)
-            else:
-                warnings.warn(f"{kernel} ({name}) is less exact than PyTorch's here: it is dropped", stacklevel=5)
-        except RuntimeError as error:  # it does not compile, or takes more than the device has
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"{kernel} ({name}) is dropped: {reason}", stacklevel=5)
-    return times
+            found = error(call)
+        except Exception as failure:  # a compiler's errors have no base in common
+            reason = str(failure).partition("\n")[0]
+            warnings.warn(f"{spec.name} ({name}) is dropped: {reason}", stacklevel=6)
+            continue
+        if found <= allowed:
+            passed[name] = call
+        else:
+            warnings.warn(f"{spec.name} ({name}) is less exact than PyTorch's here: it is dropped", stacklevel=6)
+    return passed
 
 
 def _device_of(args: tuple[Any, ...]) -> torch.device:
@@ -200,23 +210,21 @@ def _median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> fl
     return statistics.median(taken)
 
 
-def _is_as_exact(
-    spec: kernels.KernelSpec, args: tuple[Any, ...], fast: Callable[..., Any], torchs: Callable[..., Any]
-) -> bool:
-    """Whether the kernel's error is at most twice that of PyTorch, both against float64."""
+def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
+    """Return a function that gives an implementation's error against the definition in float64."""
 
     def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
         changed = tree_map_only(Tensor, torch.clone, list(arguments[: spec.mutates]))
         result = function(*changed, *arguments[spec.mutates :])
         return tree_leaves(changed if spec.mutates else result)
 
-    exact = outputs(torchs, tree_map_only(Tensor, _in_float64, list(args)))
+    exact = outputs(spec.reference, tree_map_only(Tensor, _in_float64, list(args)))
 
     def error(function: Callable[..., Any]) -> float:
         found = outputs(function, args)
         return math.hypot(*((x.double() - truth).norm().item() for x, truth in zip(found, exact, strict=True)))
 
-    return error(fast) <= 2 * error(torchs)
+    return error
 
 
 def _in_float64(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tengrad_triton.layers import Outer, Windows, matrix_view
 from tengrad_triton.plan import Representation
+from tengrad_triton.products import FACTOR_KERNELS, ROW_KERNELS, WINDOW_KERNELS, Kernels, Product, Team, servers
 from tengrad_triton.update import Target
 from tengrad_triton.uses import geometry_of, joined, taken
 
@@ -65,49 +65,6 @@ class Jacobian(Protocol):
         """Return the bytes stored."""
 
 
-class Team(ABC):
-    """A Jacobian that is served together with those of the same ``team`` (see `teams`).
-
-    The functions take an entry for each member; ``systems`` says which row of the result it adds to.
-    """
-
-    @property
-    @abstractmethod
-    def rows(self) -> int:
-        """Return N."""
-
-    @property
-    @abstractmethod
-    def team(self) -> Hashable:
-        """Return what members have in common: those that say the same can share a launch."""
-
-    @staticmethod
-    @abstractmethod
-    def gram_all(members: Sequence[Any], systems: list[int], count: int) -> Tensor:
-        """Return k_LNN, each system's sum of its members' `Jacobian.gram`."""
-
-    @staticmethod
-    @abstractmethod
-    def project_all(members: Sequence[Any], v: Sequence[Tensor], systems: list[int], shape: list[int]) -> Tensor:
-        """Return y_LN of this shape, each system's sum of its members' `Jacobian.project`."""
-
-    @staticmethod
-    @abstractmethod
-    def expand_update_all_(
-        members: Sequence[Any], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
-    ) -> None:
-        """Do each member's `Jacobian.expand_update_`; the targets agree on ``nesterov``."""
-
-    def gram(self) -> Tensor:  # noqa: D102
-        return self.gram_all([self], [0], 1)[0]
-
-    def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        return self.project_all([self], [v], [0], [1, self.rows])[0]
-
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:  # noqa: D102
-        self.expand_update_all_([self], [target], [w_N], [divisor])
-
-
 @dataclass(frozen=True)
 class PerSample(Team):
     """J itself, a row of K numbers a sample: every product is one pass over memory.
@@ -125,9 +82,12 @@ class PerSample(Team):
     def rows(self) -> int:  # noqa: D102
         return len(self.j_NK)
 
+    def team(self, product: Product) -> Hashable:  # noqa: D102
+        return PerSample, self.j_NK.dtype, servers(self.ops, self.kernels[product])
+
     @property
-    def team(self) -> Hashable:  # noqa: D102
-        return PerSample, self.j_NK.dtype, self.ops.torch_for
+    def kernels(self) -> Kernels:  # noqa: D102
+        return ROW_KERNELS
 
     @staticmethod
     def gram_all(members: Sequence[PerSample], systems: list[int], count: int) -> Tensor:  # noqa: D102
@@ -186,9 +146,12 @@ class Factored(Team):
     def rows(self) -> int:  # noqa: D102
         return len(self.outer.g_NGPO)
 
+    def team(self, product: Product) -> Hashable:  # noqa: D102
+        return type(self.outer.a), self.outer.g_NGPO.dtype, servers(self.ops, self.kernels[product])
+
     @property
-    def team(self) -> Hashable:  # noqa: D102
-        return type(self.outer.a), self.outer.g_NGPO.dtype, self.ops.torch_for
+    def kernels(self) -> Kernels:  # noqa: D102
+        return WINDOW_KERNELS if isinstance(self.outer.a, Windows) else FACTOR_KERNELS
 
     @staticmethod
     def gram_all(members: Sequence[Factored], systems: list[int], count: int) -> Tensor:

@@ -6,7 +6,7 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,12 @@ class Choice:
 
     representation: Representation
     torch_for: tuple[str, ...] = ()
+
+
+def served_by(torch_for: Iterable[str]) -> dict[str, str]:
+    """Return who serves a kernel, by its name, where Triton's default does not: ``kernel:torch`` or ``kernel:tile``."""
+    named = (name if ":" in name else f"{name}:torch" for name in torch_for)
+    return {name.partition(":")[0]: name for name in named}
 
 
 Chosen = Mapping[str, Choice]
@@ -137,8 +143,8 @@ class Measured:
     """One representation of one geometry on one device.
 
     Attributes:
-        seconds: of every kernel that it takes, by who runs it: ``"torch"``, ``"triton"`` or, by its name, another of
-            the kernel's launch configurations.
+        seconds: of every kernel that it takes, by who runs it: ``"torch"``, ``"triton"`` (infinite where it failed) or,
+            by its name, another of the kernel's launch configurations.
         bytes: what it stores.
     """
 
@@ -147,20 +153,20 @@ class Measured:
 
     def per_step(self, refresh_every: int) -> float:
         """Return the seconds a step, each kernel by whoever is faster, a refresh shared by the steps that use it."""
-        best = {kernel: times[_served_by(times)] for kernel, times in self.seconds.items()}
+        best = {kernel: times[_fastest_of(times)] for kernel, times in self.seconds.items()}
         return sum(t if kernel in STEP_KERNELS else t / refresh_every for kernel, t in best.items())
 
     @property
     def torch_for(self) -> tuple[str, ...]:
         """Return the kernels that PyTorch does better than Triton, and those that another configuration does."""
-        by = {kernel: _served_by(times) for kernel, times in self.seconds.items() if "triton" in times}
+        by = {kernel: _fastest_of(times) for kernel, times in self.seconds.items() if "triton" in times}
         named = {
             kernel: kernel if who == "torch" else f"{kernel}:{who}" for kernel, who in by.items() if who != "triton"
         }
         return tuple(sorted(named.values()))
 
 
-def _served_by(times: Mapping[str, float]) -> str:
+def _fastest_of(times: Mapping[str, float]) -> str:
     """Return who runs a kernel: Triton as it is, unless a rival is more than the noise of a timing faster."""
     fastest = min(times, key=times.__getitem__)
     return fastest if "triton" not in times or times[fastest] < _NOTICEABLE * times["triton"] else "triton"

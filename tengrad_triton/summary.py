@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.blocks import Block, full_name
-from tengrad_triton.jacobian import PerSample
+from tengrad_triton.jacobian import Jacobian, PerSample
 from tengrad_triton.layers import note_on
-from tengrad_triton.plan import Choice
+from tengrad_triton.plan import Choice, served_by
+from tengrad_triton.products import FACTOR_KERNELS, Team
 from tengrad_triton.woodbury import Curvature
 
 
@@ -70,13 +71,14 @@ def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
     rows = curvature.blocks.get(block.name, {}).get(label)
     if rows is None:
         return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
-    used = (
-        "gram, project, expand_update_"
-        if not isinstance(rows, PerSample)
-        else "gram_rows, project_rows, expand_rows_update_"
-    )
     system = next(system for system, names in curvature.systems.items() if block.name in names)
     reduced = isinstance(rows, PerSample) and rows.form == "parameters"
     notes = (note_on(block.layer), "as many rows as parameters" if reduced else "")
     chosen = ", ".join(filter(None, (rows.representation, *notes)))
-    return Row(name, shape, system or ".", chosen, used, rows.nbytes)
+    return Row(name, shape, system or ".", chosen, ", ".join(_kernels(rows)), rows.nbytes)
+
+
+def _kernels(rows: Jacobian) -> Iterable[str]:
+    """Return the kernels of a parameter's products and others that a plan chose, with who serves those."""
+    products = rows.kernels if isinstance(rows, Team) else FACTOR_KERNELS
+    return ({name: name for name, *_ in products.values()} | served_by(rows.ops.torch_for)).values()

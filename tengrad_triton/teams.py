@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tengrad_triton.jacobian import Jacobian, Team
+from tengrad_triton.jacobian import Jacobian
+from tengrad_triton.products import Product, Team
 from tengrad_triton.update import Target
 
 
@@ -26,7 +27,7 @@ class Work(NamedTuple):
 def grams(members: Sequence[tuple[Jacobian, int]], count: int) -> Tensor:
     """Return k_LNN, the Gram matrix of every system: its parameters lie side by side in J, so theirs add up."""
     k_LNN: Tensor | None = None
-    for alike in _together([rows for rows, _ in members]):
+    for alike in _together("gram", [rows for rows, _ in members]):
         jacobians, systems = [members[t][0] for t in alike], [members[t][1] for t in alike]
         first = jacobians[0]
         if isinstance(first, Team):
@@ -41,7 +42,7 @@ def grams(members: Sequence[tuple[Jacobian, int]], count: int) -> Tensor:
 def projections(work: Sequence[Work], count: int, rows: int) -> Tensor:
     """Return y_LN = J V of every system, whose parameters' add up; zero where a system has fewer rows."""
     y_LN: Tensor | None = None
-    for alike in _together([one.rows for one in work]):
+    for alike in _together("project", [one.rows for one in work]):
         members, first = [work[t] for t in alike], work[alike[0]]
         if isinstance(first.rows, Team):
             grads, systems = [one.target.grad for one in members], [one.system for one in members]
@@ -56,7 +57,7 @@ def projections(work: Sequence[Work], count: int, rows: int) -> Tensor:
 
 def expand_updates_(work: Sequence[Work], w: Sequence[Tensor], divisors: Sequence[Tensor]) -> None:
     """Step every target along (grad − Jᵀ w) / divisor; ``w`` and ``divisors`` are by system."""
-    for alike in _together([one.rows for one in work], [one.target.nesterov for one in work]):
+    for alike in _together("expand", [one.rows for one in work], [one.target.nesterov for one in work]):
         members, first = [work[t] for t in alike], work[alike[0]]
         targets = [one.target for one in members]
         w_N, divisor = [w[one.system] for one in members], [divisors[one.system] for one in members]
@@ -72,10 +73,12 @@ def _placed(one: Tensor, system: int, count: int) -> Tensor:
     return whole
 
 
-def _together(jacobians: Sequence[Jacobian], also: Sequence[Hashable] | None = None) -> Iterator[list[int]]:
+def _together(
+    product: Product, jacobians: Sequence[Jacobian], also: Sequence[Hashable] | None = None
+) -> Iterator[list[int]]:
     """Yield which ones go together: a team with what else has to agree, or one alone."""
     teams: dict[Hashable, list[int]] = {}
     for index, rows in enumerate(jacobians):
-        key = (rows.team, also[index] if also else None) if isinstance(rows, Team) else index
+        key = (rows.team(product), also[index] if also else None) if isinstance(rows, Team) else index
         teams.setdefault(key, []).append(index)
     yield from teams.values()

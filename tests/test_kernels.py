@@ -31,20 +31,39 @@ CASES = [
     for dtype in row.dtypes
     if dtype in (torch.float32, HALF)
 ]
+IN_TILES = [
+    pytest.param(
+        *(row, tile, example, dtype),
+        id=f"{row.name}-{tile}-{name}-{str(dtype).removeprefix('torch.')}",
+        marks=[] if at == 0 and dtype == HALF else [pytest.mark.slow],
+    )
+    for row in SPECS
+    for tile in row.tiles
+    for at, (name, example) in enumerate(row.examples.items())
+    for dtype in (torch.float32, HALF)
+]
 ROWS = [pytest.param(row, id=row.name) for row in SPECS]
 
 
+# What to run, and halves of it of about the same length.
+HALVES = [
+    pytest.param("not slow", ("cholesky", "not cholesky"), id="default"),
+    pytest.param("slow", ("float32", "not float32"), id="slow", marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.skipif(HARDWARE or INTERPRETED, reason="the kernels run in this process")
-def test_under_the_interpreter():
+@pytest.mark.parametrize(("marks", "halves"), HALVES)
+def test_under_the_interpreter(marks, halves):
     # Triton reads the variable when it is imported, which has happened long before this test in this process.
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-k", share],
+            [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", marks, "-k", half],
             env={**os.environ, "TRITON_INTERPRET": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for share in ("cholesky", "not cholesky")  # halves of about the same length
+        for half in halves
     ]
     reports = [child.communicate()[0] for child in children]
     assert [child.returncode for child in children] == [0, 0], "\n".join(reports)
@@ -129,12 +148,10 @@ def test_kernel_is_as_exact_as_torch(row, example, dtype):
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(
-    ("row", "tile"), [pytest.param(row, tile, id=f"{row.name}-{tile}") for row in SPECS for tile in row.tiles]
-)
-def test_kernel_is_as_exact_in_every_tile(row, tile):
-    arguments = next(iter(row.examples.values()))(HALF, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), tile=tile), arguments), HALF)
+@pytest.mark.parametrize(("row", "tile", "example", "dtype"), IN_TILES)
+def test_kernel_is_as_exact_in_every_tile(row, tile, example, dtype):
+    arguments = example(dtype, DEVICE)
+    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), tile=tile), arguments), dtype)
 
 
 @on_kernels
@@ -151,9 +168,11 @@ def test_kernel_takes_any_strides(row):
 
 @elsewhere
 @pytest.mark.parametrize("row", ROWS)
-def test_op_traces_to_its_definition_on_a_cpu(row):
+@pytest.mark.parametrize("tiled", [False, True])
+def test_op_traces_to_its_definition_on_a_cpu(row, tiled):
     torch._dynamo.reset()
     op = getattr(kernels, row.name)
+    op = partial(op, tile=row.tiles[0]) if tiled and row.tiles else op
     arguments = next(iter(row.examples.values()))(torch.float32, torch.device("cpu"))
     traced = _run(row, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
     for result, of_definition in zip(traced, _run(row, row.reference, arguments), strict=True):

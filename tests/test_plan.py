@@ -1,13 +1,17 @@
 """Choice by measurement: the arithmetic of a plan, its file, and the tuner."""
 
+import importlib
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tengrad_triton import Plan, TENGraD, autotune, plan_file
+from tengrad_triton import Plan, TENGraD, autotune, kernels, plan_file
+from tengrad_triton.backend import kernels_of
 from tengrad_triton.plan import Geometry, Measured
 
 CPU = torch.device("cpu")
@@ -167,11 +171,6 @@ def test_an_incumbent_stays_unless_a_rival_is_noticeably_faster():
 
 
 def test_every_configuration_that_a_plan_can_name_is_an_op():
-    from functools import partial
-
-    from tengrad_triton import kernels
-    from tengrad_triton.backend import kernels_of
-
     named = [f"{spec.name}:{tile}" for spec in kernels.SPECS for tile in spec.tiles]
     ops = kernels_of("auto", named)
     assert named
@@ -180,13 +179,97 @@ def test_every_configuration_that_a_plan_can_name_is_an_op():
         kernels_of("auto", ("project_rows:huge",))
 
 
-def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
-    from tengrad_triton import kernels
+class Gpu:
+    """The tuner as on a GPU, where every configuration is tried; a call takes as long as ``times`` says, or 2 ms."""
 
+    def __init__(self, monkeypatch):
+        self.times, self.spent = {}, {}
+        module = importlib.import_module("tengrad_triton.autotune")  # the attribute of that name is the function
+        monkeypatch.setattr(module, "_device_of", lambda args: torch.device("cuda"))
+        monkeypatch.setattr(module, "_median_seconds", self.median_seconds)
+
+    def median_seconds(self, call, seconds, on_gpu):
+        assert on_gpu
+        kernel = getattr(call.func, "_name", None)  # of an op; the definition is a plain function
+        who = call.keywords.get("tile", "triton") if kernel else "torch"
+        kernel = kernel or call.func.__name__.replace("_reference", "")
+        self.spent.setdefault(kernel, []).append(seconds)
+        return self.times.get((kernel, who), 2e-3)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return Gpu(monkeypatch)
+
+
+def tuned(tmp_path, **options):
+    return autotune(model(), torch.randn(16, 1, 6, 6), seconds=0.1, path=tmp_path / "plan.json", **options)
+
+
+def test_every_configuration_is_tried_and_the_fastest_is_used(tmp_path, gpu):
+    gpu.times = {("conv_sample_grads", "narrow"): 1e-3, ("gram_rows", "deep"): 1e-3, ("project_rows", "torch"): 1e-3}
+    plan = tuned(tmp_path, representations=("per_sample",))
+    offered = {spec.name: {"torch", "triton", *spec.tiles} for spec in kernels.SPECS}
+    for entry in plan.entries.values():
+        assert {name: set(times) for name, times in entry["per_sample"].seconds.items()}.items() <= offered.items()
+    for name, spent in gpu.spent.items():  # however many share it
+        assert set(spent) == {0.1 / len(offered[name])}
+    net = model()
+    optimizer = TENGraD(net, plan=plan, representation="per_sample")
+    F.cross_entropy(net(torch.randn(16, 1, 6, 6)), torch.zeros(16, dtype=torch.long)).backward()
+    optimizer.step()
+    assert optimizer.choices()["2.weight"].torch_for == ("conv_sample_grads:narrow", "gram_rows:deep", "project_rows")
+    row = next(row for row in optimizer.summary().rows if row.parameter == "2.weight")
+    assert row.kernels == "gram_rows:deep, project_rows:torch, expand_rows_update_, conv_sample_grads:narrow"
+    assert set(plan_file.load(tmp_path / "plan.json", CPU).entries) == set(plan.entries)
+
+
+class OutOfResourcesError(Exception):
+    """As Triton's own, which is no RuntimeError."""
+
+
+def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch):
+    gram_rows, project_rows = kernels.gram_rows, kernels.project_rows
+
+    def inexact_and_large(*args, tile="default"):
+        if tile == "deep":
+            raise OutOfResourcesError("out of resource: shared memory\nand more")
+        return gram_rows(*args) * (1.1 if tile == "small" else 1)
+
+    def large(*args, tile="default"):
+        if tile == "default":
+            raise OutOfResourcesError("out of resource: registers")
+        return project_rows(*args)
+
+    monkeypatch.setattr(kernels, "gram_rows", inexact_and_large)
+    monkeypatch.setattr(kernels, "project_rows", large)
+    with pytest.warns(UserWarning, match=r"dropped") as said:
+        plan = tuned(tmp_path, representations=("per_sample",))
+    assert {str(one.message) for one in said} == {
+        "gram_rows (deep) is dropped: out of resource: shared memory",
+        "gram_rows (small) is less exact than PyTorch's here: it is dropped",
+        "project_rows (triton) is dropped: out of resource: registers",
+    }
+    for measured in (entry["per_sample"] for entry in plan.entries.values()):
+        assert set(measured.seconds["gram_rows"]) == {"torch", "triton"}
+        assert measured.torch_for == ("project_rows",)  # not by what was dropped, slow as the others may be
+    assert plan_file.load(tmp_path / "plan.json", CPU) == plan
+
+
+def test_a_launch_is_split_only_where_its_own_kernels_differ():
+    from tengrad_triton.jacobian import PerSample
+
+    plain, tuned = (PerSample(torch.ones(2, 3), kernels_of("auto", names)) for names in ((), ("gram_rows:deep",)))
+    assert plain.team("gram") != tuned.team("gram")
+    assert all(plain.team(product) == tuned.team(product) for product in ("project", "expand"))
+
+
+def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("no such luck\nand a long trace")
 
-    monkeypatch.setattr(kernels, "project_rows", broken)
+    specs = [replace(spec, reference=broken) if spec.name == "project_rows" else spec for spec in kernels.SPECS]
+    monkeypatch.setattr(kernels, "SPECS", specs)
     with pytest.warns(UserWarning, match="weight: per_sample is left out: no such luck$"):
         plan = autotune(model(), torch.randn(16, 1, 6, 6), seconds=1e-3, path=tmp_path / "plan.json")
     assert all(set(entry) == {"factored"} for entry in plan.entries.values())

@@ -1,10 +1,14 @@
 """`tengrad-triton autotune` and `plan show`, end to end."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
+from tengrad_triton.plan import Measured, Plan
 from tengrad_triton.recipes.cli import main
+from tengrad_triton.recipes.tuning import table_of
 
 SMALL = ["autotune", "--width", "4", "--batch-size", "16", "--seconds", "0.001", "--device", "cpu"]
 
@@ -24,6 +28,20 @@ def test_autotune_shows_what_it_keeps(plan, capsys):
     assert main(["plan", "show", str(plan)]) == 0
     again = capsys.readouterr().out
     assert again.split("from ")[0].split() == shown.split("kept in ")[0].split()
+
+
+def test_the_table_names_configurations():
+    seconds = {
+        "conv_sample_grads": {"torch": 2e-4, "triton": 1e-4, "narrow": 5e-5},
+        "gram_rows": {"torch": 1e-4, "triton": 2e-4},
+        "project_rows": {"torch": 2e-4, "triton": 1e-4},
+    }
+    plan = Plan({"N128 G1 P784 I1152 O128 3x3 32-bit": {"per_sample": Measured(seconds, 2**20)}})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table_of(plan, 1))
+    words = console.export_text().split()
+    assert {"per_sample", "conv_sample_grads:narrow", "gram_rows:torch", "250", "1.0", "-"} <= set(words)
+    assert not any("project_rows" in word for word in words)
 
 
 def test_training_takes_the_plan(plan, tmp_path):

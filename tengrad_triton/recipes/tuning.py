@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tengrad_triton import plan_file
 from tengrad_triton.autotune import DAMPING, EXACT, TOL, autotune
-from tengrad_triton.plan import Measured, Plan, Representation
+from tengrad_triton.plan import Measured, Plan, Representation, served_by
 from tengrad_triton.recipes import machine
 from tengrad_triton.recipes.data import DatasetName
 from tengrad_triton.recipes.errors import UsageError
@@ -103,10 +103,11 @@ def show(path: Path | None, refresh_every: int, console: Console) -> None:
 
 
 def table_of(plan: Plan, refresh_every: int) -> Table:
-    """Return a row a geometry: the choice, its time and memory, and the runner-up."""
+    """Return a row a geometry: the choice, whom its kernels have instead of Triton's default, and the runner-up."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=f"µs a step, a refresh shared by {refresh_every} steps")
-    for heading in ("weight", "choice", "by torch"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("weight", overflow="fold")
+    for heading in ("choice", "kernels"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("µs", "MiB", "runner-up", "µs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for key, entry in plan.entries.items():
@@ -115,7 +116,7 @@ def table_of(plan: Plan, refresh_every: int) -> Table:
         table.add_row(
             key,
             ranked[0],
-            ", ".join(first.torch_for) or ("all" if _only_torch(first) else "-"),
+            "\n".join(served_by(first.torch_for).values()) or ("torch" if _only_torch(first) else "triton"),
             f"{first.per_step(refresh_every) * 1e6:.0f}",
             f"{first.bytes / 2**20:.1f}",
             ranked[1] if second else "-",
@@ -130,9 +131,9 @@ def _only_torch(measured: Measured) -> bool:
 
 @contextmanager
 def _said(console: Console) -> Iterator[None]:
-    """Print the tuner's warnings as lines."""
+    """Print the tuner's warnings as lines, each once: a configuration that fails may do so for many weights."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield
-    for warning in said:
-        console.print(str(warning.message), style="yellow", soft_wrap=True, highlight=False)
+    for message in dict.fromkeys(str(warning.message) for warning in said):
+        console.print(message, style="yellow", soft_wrap=True, highlight=False)
