@@ -6,7 +6,7 @@ Dimensions: L systems, N rows of J.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from tengrad_triton.jacobian import Jacobian
 from tengrad_triton.update import Target
 
 
-@runtime_checkable
 class Team(Protocol):
     """A Jacobian that is served together with those of the same ``team``; any other is served by its own methods.
 
@@ -55,7 +54,7 @@ def grams(members: Sequence[tuple[Jacobian, int]], count: int) -> Tensor:
     for alike in _together([rows for rows, _ in members]):
         jacobians, systems = [members[t][0] for t in alike], [members[t][1] for t in alike]
         first = jacobians[0]
-        if isinstance(first, Team):
+        if _in_team(first):
             part = first.gram_all(jacobians, systems, count)
         else:
             part = _placed(first.gram(), systems[0], count)
@@ -69,7 +68,7 @@ def projections(work: Sequence[Work], count: int, rows: int) -> Tensor:
     y_LN: Tensor | None = None
     for alike in _together([one.rows for one in work]):
         members, first = [work[t] for t in alike], work[alike[0]]
-        if isinstance(first.rows, Team):
+        if _in_team(first.rows):
             grads, systems = [one.target.grad for one in members], [one.system for one in members]
             part = first.rows.project_all([one.rows for one in members], grads, systems, [count, rows])
         else:
@@ -86,10 +85,15 @@ def expand_updates_(work: Sequence[Work], w: Sequence[Tensor], divisors: Sequenc
         members, first = [work[t] for t in alike], work[alike[0]]
         targets = [one.target for one in members]
         w_N, divisor = [w[one.system] for one in members], [divisors[one.system] for one in members]
-        if isinstance(first.rows, Team):
+        if _in_team(first.rows):
             first.rows.expand_update_all_([one.rows for one in members], targets, w_N, divisor)
         else:
             first.rows.expand_update_(first.target, w_N[0], divisor[0])
+
+
+def _in_team(rows: Any) -> TypeGuard[Team]:
+    """Whether a Jacobian is a `Team`; `isinstance` with a protocol is always false where a graph is traced."""
+    return hasattr(rows, "team")
 
 
 def _placed(one: Tensor, system: int, count: int) -> Tensor:
@@ -102,6 +106,6 @@ def _together(jacobians: Sequence[Jacobian], also: Sequence[Hashable] | None = N
     """Yield which ones go together: a team with what else has to agree, or one alone."""
     teams: dict[Hashable, list[int]] = {}
     for index, rows in enumerate(jacobians):
-        key = (rows.team, also[index] if also else None) if isinstance(rows, Team) else index
+        key = (rows.team, also[index] if also else None) if _in_team(rows) else index
         teams.setdefault(key, []).append(index)
     yield from teams.values()

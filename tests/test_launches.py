@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tengrad_triton import TENGraD, optimizer, woodbury
+from tengrad_triton import TENGraD, compile_train_step, optimizer, train_step, woodbury
+from tengrad_triton.backend import kernels_of
 
 
 class Counting(TorchDispatchMode):
@@ -68,3 +69,30 @@ def test_launches_do_not_grow_with_depth(model, options, monkeypatch):
         assert sorted(few) == sorted(many)
     assert any("update_" in call for call in shallow[0])
     assert len(shallow[0]) <= 32
+
+
+def compiled_calls(make, depth):
+    """Return the kernels' ops that the graphs of a compiled step call beside those that make J; reuse comes first."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = make(depth)
+    graphs = []
+
+    def backend(graph, inputs):
+        calls = [str(node.target) for node in graph.graph.nodes if "tengrad_triton" in str(node.target)]
+        graphs.append([call for call in calls if "sample_grads" not in call])
+        return graph.forward
+
+    step = compile_train_step(model, F.cross_entropy, TENGraD(model, refresh_every=2, seed=0), backend=backend)
+    for _ in range(3):
+        step(x, torch.zeros(16, dtype=torch.long))
+    return graphs
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_of_a_compiled_step_do_not_grow_with_depth(model, monkeypatch):
+    # On a CPU the graphs would have the definitions, for a GPU they have the ops.
+    monkeypatch.setattr(train_step, "kernels_of", lambda backend, torch_for: kernels_of("auto", torch_for))
+    shallow, deep = (compiled_calls(MODELS[model], depth) for depth in (2, 5))
+    assert [len(graph) for graph in shallow] == [len(graph) for graph in deep]
+    assert all(any("update_" in call for call in graph) for graph in deep)
