@@ -72,13 +72,18 @@ def table_of(members: Sequence[Member]) -> Tensor:
     starts = accumulate((member.tiles for member in members), initial=0)
     addresses = zip(*([x.data_ptr() for x in member.tensors] for member in members), strict=True)
     numbers = zip(*((start, *member.numbers) for start, member in zip(starts, members, strict=False)), strict=True)
-    flat = [_sent(x) for field in (*addresses, *numbers) for x in field]
-    fields, pages = len(flat) // len(members), cdiv(len(flat), PAGE)
-    flat += [_sent(0)] * (pages * PAGE - len(flat))
-    table = torch.empty(pages * PAGE, dtype=torch.int64, device=members[0].tensors[0].device)
-    for page in range(0, len(flat), PAGE):
-        TABLE.start((1,), tuple(flat[page : page + PAGE]), table[page:])
-    return table[: fields * len(members)].view(fields, len(members))
+    flat = [x for field in (*addresses, *numbers) for x in field]
+    return uploaded(flat, members[0].tensors[0].device).view(-1, len(members))
+
+
+def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return numbers as a tensor of int64, for which nobody waits, unlike for a copy from the host."""
+    pages = cdiv(len(numbers), PAGE)
+    sent = [*map(_sent, numbers), *[_sent(0)] * (pages * PAGE - len(numbers))]
+    table = torch.empty(len(sent), dtype=torch.int64, device=device)
+    for page in range(0, len(sent), PAGE):
+        TABLE.start((1,), tuple(sent[page : page + PAGE]), table[page:])
+    return table[: len(numbers)]
 
 
 def launch(config: Config, members: Sequence[Member], likes: Sequence[Tensor]) -> None:

@@ -156,7 +156,7 @@ class TrainStep:
             outputs = self._outputs(first["calls"])
             if before is None or outputs is not None:
                 graphs = self._graphs(first["trained"], outputs or {}, x.device)
-                # A refresh uploads lists of work and leaves new tensors behind: nothing to capture and replay.
+                # A refresh leaves new tensors behind: nothing to capture and replay.
                 refresh = torch.compile(graphs.refresh, mode=None if self._place else self._mode, **self._options)
                 reuse = torch.compile(graphs.reuse, mode=self._mode, **self._options)
                 self._learned = Learned(_signature(x, y), first["output"], outputs, graphs, reuse, refresh)
