@@ -21,27 +21,33 @@ from torch import Tensor
 from .spec import Config, cdiv, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
-MOST = 128  # members of one launch: their addresses and numbers must fit into the 32 KB of arguments that CUDA grants
+MOST = 128  # members of one launch
+PAGE = 256  # entries of a table that one launch writes, so that one kernel of a second's compilation serves all tables
 
 
-@triton.jit(
-    do_not_specialize=["addresses", "numbers"], do_not_specialize_on_alignment=["addresses", "numbers", "table_ptr"]
-)
-def _table_kernel(addresses, numbers, table_ptr):
-    """Write addresses, then numbers."""
-    for k in tl.static_range(len(addresses)):
-        tl.store(table_ptr + k, addresses[k].to(tl.int64))
-    for k in tl.static_range(len(numbers)):
-        tl.store(table_ptr + len(addresses) + k, numbers[k].to(tl.int64))
+@triton.jit(do_not_specialize_on_alignment=["table_ptr"])
+def _table_kernel(values, table_ptr):
+    """Write a page of entries, which come as `_sent` has made them."""
+    for k in tl.static_range(len(values)):
+        tl.store(table_ptr + k, (values[k] >> 1) - (1 << 61))
 
 
 TABLE = Config(
     kernel=_table_kernel,
-    types=f"{','.join(7 * ['*fp32'])} {','.join(20 * ['i32'])} *i64",
+    types=f"{','.join(PAGE * ['i64'])} *i64",
     constants={},
-    unaligned=("addresses", "numbers", "table_ptr"),
+    unaligned=("values", "table_ptr"),
     num_warps=1,
 )
+
+
+def _sent(value: int) -> int:
+    """Return a number as the kernel takes it: large and odd.
+
+    Triton compiles anew for every pattern of ones, multiples of 16 and numbers of 32 bits in a tuple, whatever it is
+    told not to specialize.
+    """
+    return (value + (1 << 61) << 1) + 1
 
 
 class Member(NamedTuple):
@@ -64,13 +70,20 @@ class Part(NamedTuple):
 def table_of(members: Sequence[Member]) -> Tensor:
     """Return the members' addresses, where each one's programs begin among all, and their numbers, as fields_FT."""
     starts = accumulate((member.tiles for member in members), initial=0)
-    addresses = [x for field in zip(*(member.tensors for member in members), strict=True) for x in field]
+    addresses = zip(*([x.data_ptr() for x in member.tensors] for member in members), strict=True)
     numbers = zip(*((start, *member.numbers) for start, member in zip(starts, members, strict=False)), strict=True)
-    flat = [x for field in numbers for x in field]
-    fields = (len(addresses) + len(flat)) // len(members)
-    fields_FT = torch.empty(fields, len(members), dtype=torch.int64, device=addresses[0].device)
-    TABLE.start((1,), tuple(addresses), tuple(flat), fields_FT)
-    return fields_FT
+    flat = [x for field in (*addresses, *numbers) for x in field]
+    return uploaded(flat, members[0].tensors[0].device).view(-1, len(members))
+
+
+def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return numbers as a tensor of int64, for which nobody waits, unlike for a copy from the host."""
+    pages = cdiv(len(numbers), PAGE)
+    sent = [*map(_sent, numbers), *[_sent(0)] * (pages * PAGE - len(numbers))]
+    table = torch.empty(len(sent), dtype=torch.int64, device=device)
+    for page in range(0, len(sent), PAGE):
+        TABLE.start((1,), tuple(sent[page : page + PAGE]), table[page:])
+    return table[: len(numbers)]
 
 
 def launch(config: Config, members: Sequence[Member], likes: Sequence[Tensor]) -> None:

@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .groups import TABLE, Member, address, number, table_of
+from .groups import TABLE, Member, address, number, table_of, uploaded
 from .spec import TRITON_TYPES, Config, cdiv, tl, triton
 from .tiles import load_tile
 
@@ -127,10 +127,7 @@ _SUM_PRODUCTS = Config(
 
 
 def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor, tile: str) -> None:
-    """Add the products, which are in the order of their systems, as many at a time as the memory for partials allows.
-
-    The lists of work are copied to the device each time, so a CUDA graph must not capture this in eager mode.
-    """
+    """Add the products, in the order of their systems, as many at a time as the memory for partial sums allows."""
     (layers, n, _), device = k_LNN.shape, k_LNN.device
     config = _RANGE_GRAM[tile, matrices[0].dtype]
     table = table_of([Member([x], [x.stride(0) // WIDTH], 0) for x in matrices])
@@ -139,7 +136,8 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
     total = sum(length for _, *ranges in products for *_, length in filter(None, ranges))
     chunk = cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), config.block("K")) * config.block("K")
     for work, terms, starts in _rounds(products, layers, chunk, max(1, _PARTIAL_BYTES // (4 * n * row))):
-        work_W4, terms_Q4, starts_L = (torch.tensor(x, device=device) for x in (work, terms, starts))
+        work_W4, terms_Q4 = (uploaded([x for row in rows for x in row], device).view(-1, 4) for rows in (work, terms))
+        starts_L = uploaded(starts, device)
         part_WNM = torch.empty(len(work), n, row, dtype=torch.float32, device=device)
         config.start((len(work), tiles, tiles), table, matrices[0], work_W4, part_WNM, len(matrices), n, row)
         _SUM_PRODUCTS.start((layers, blocks, blocks), part_WNM, terms_Q4, starts_L, k_LNN, n, row)

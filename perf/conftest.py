@@ -31,6 +31,11 @@ def pytest_runtest_setup(item):
         pytest.skip("out of time")
 
 
+def pytest_runtest_teardown(item):
+    if item.config._benchmarksession.benchmarks:
+        item.config._benchmarksession.handle_saving()  # after every case, so that being killed costs only one
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return torch.device(request.config.getoption("device"))

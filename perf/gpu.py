@@ -56,7 +56,7 @@ def commands(part: str, options: argparse.Namespace) -> list[list[str]]:
     if part == "training":
         small = ["--limit", "256", "--epochs", "1", "--seeds", "2", "--width", "8"] if options.quick else []
         return [["-m", "perf.training", "--data", str(options.data), *place, *until, *small]]
-    suites = ["kernels"] if part == "kernels" else ["optimizers", "memory", "scaling", "steps"]
+    suites = ["kernels"] if part == "kernels" else ["steps", "optimizers", "memory", "scaling"]
     quick = ["--quick"] if options.quick else []
     return [["-m", "perf", *place, *until, *quick, "--no-page", "--only", *suites]]
 

@@ -18,6 +18,7 @@ from perf.timing import now
 from tengrad_triton import TENGraD, compile_train_step
 from tengrad_triton.interval import Growing
 from tengrad_triton.plan import MAX_BYTES
+from tengrad_triton.resident import stay
 
 Mode = Literal["plain", "compiled", "cuda graphs"]
 TORCH_MODES: dict[Mode, str | None] = {"compiled": None, "cuda graphs": "reduce-overhead"}
@@ -80,6 +81,7 @@ def sgd_step(model: nn.Module, mode: Mode) -> Step:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False, mode=TORCH_MODES[mode])
     state = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers()), "momenta": momenta}
+    stay((state, numbers))  # without this no CUDA graph is captured, as its inputs change
 
     def run(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():

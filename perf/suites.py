@@ -6,44 +6,50 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from perf.record import ROOT, Suite
-from perf.selection import Selection
+from perf.selection import Case, Selection
 
 BENCHMARKS = ROOT / "perf" / "bench_kernels.py"
 
 
 def run(selection: Selection, only: Sequence[str], device: torch.device, folder: Path, seconds: float) -> None:
     """Run the suites named, and write one file each into ``folder``."""
+    deadline = time.monotonic() + seconds
+    if "kernels" in only:
+        _run_kernels(selection, device, folder, seconds)
+    suites = {name: Suite(name, device, folder) for name in only if name != "kernels"}
+    for name, suite in suites.items():
+        for case, why in selection.skipped.get(name, {}).items():
+            suite.skip(case, why)
+    for name, case in _in_turn({name: selection.suites[name] for name in suites}):
+        _run_case(suites[name], name, case, device, deadline)
+
+
+def _in_turn(suites: Mapping[str, Sequence[Case]]) -> Iterator[tuple[str, Case]]:
+    """Yield the first case of every suite, then the second ones: where time runs out, each has its most important."""
+    for cases in zip_longest(*suites.values()):
+        yield from ((name, case) for name, case in zip(suites, cases, strict=True) if case is not None)
+
+
+def _run_case(suite: Suite, name: str, case: Case, device: torch.device, deadline: float) -> None:
     start = time.monotonic()
-    for name in only:
-        if name == "kernels":
-            _run_kernels(selection, device, folder, start + seconds - time.monotonic())
-        else:
-            _run_suite(name, selection, device, folder, start + seconds)
-
-
-def _run_suite(name: str, selection: Selection, device: torch.device, folder: Path, deadline: float) -> None:
-    suite = Suite(name, device, folder)
-    for case, why in selection.skipped.get(name, {}).items():
-        suite.skip(case, why)
-    for case in selection.suites[name]:
-        start = time.monotonic()
-        if start > deadline:
-            suite.skip(str(case), "out of time")
-            continue
-        print(f"{name}: {case} ... ", end="", flush=True)
-        try:
-            suite.add(case.measure(device))
-            print(f"{time.monotonic() - start:.1f} s", flush=True)
-        except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:  # of this case; others may do
-            suite.skip(str(case), f"failed with {type(error).__name__}")
-            print(f"{type(error).__name__}: {error}", flush=True)
-        _make_room(device)
+    if start > deadline:
+        suite.skip(str(case), "out of time")
+        return
+    print(f"{name}: {case} ... ", end="", flush=True)
+    try:
+        suite.add(case.measure(device))
+        print(f"{time.monotonic() - start:.1f} s", flush=True)
+    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:  # of this case; others may do
+        suite.skip(str(case), f"failed with {type(error).__name__}")
+        print(f"{type(error).__name__}: {error}", flush=True)
+    _make_room(device)
 
 
 def _make_room(device: torch.device) -> None:
@@ -71,6 +77,10 @@ def _run_kernels(selection: Selection, device: torch.device, folder: Path, secon
         *(f"--{name}={value}" for name, value in options.items()),
         *(["--compiled"] if selection.compiled else []),
     ]
-    done = subprocess.run(command, cwd=ROOT, check=False)
-    if done.returncode:
-        print(f"kernels: pytest ended with {done.returncode}: {result.name} holds what was measured", flush=True)
+    child = subprocess.Popen(command, cwd=ROOT)
+    try:
+        child.wait()
+    except KeyboardInterrupt:  # which it has got too, and ends upon
+        child.wait()
+    if child.returncode:
+        print(f"kernels: pytest ended with {child.returncode}: {result.name} holds what was measured", flush=True)

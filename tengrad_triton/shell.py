@@ -240,7 +240,11 @@ class Shell(torch.optim.Optimizer, ABC, Generic[C]):
         saved = state_dict[self.key]
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)
+        momenta = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        for parameter, buffer in momenta.items():  # a captured graph writes where they are
+            buffer.copy_(self.state[parameter].get("momentum_buffer", torch.zeros_like(buffer)))
+            self.state[parameter]["momentum_buffer"] = buffer
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):
             self.refresh_every = saved["refresh_every"]

@@ -187,7 +187,7 @@ class TrainStep:
 
     def _learn(self, x: Tensor, y: Tensor, lesson: Lesson | str, first: dict[str, Any]) -> None:
         graphs = self._graphs(first["trained"], lesson if isinstance(lesson, Lesson) else NOTHING, x.device)
-        # A refresh uploads lists of work and leaves new tensors behind: nothing to capture and replay.
+        # A refresh leaves new tensors behind: nothing to capture and replay.
         refresh = torch.compile(graphs.refresh, mode=None if self._place else self._mode, **self._options)
         reuse = torch.compile(graphs.reuse, mode=self._mode, **self._options)
         self._learned = Learned(_signature(x, y), first["output"], lesson, graphs, reuse, refresh)

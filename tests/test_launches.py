@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tengrad_triton import TENGraD, optimizer, woodbury
+from tengrad_triton import TENGraD, compile_train_step, optimizer, woodbury
 from tengrad_triton.backend import kernels_of
 
 
@@ -94,3 +94,29 @@ def test_ops_take_the_steps_of_their_definitions(model, representation):
             optim.step()
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     assert torch.equal(*ends)
+
+
+def compiled_calls(make, depth):
+    """Return the kernels' ops that the graphs of a compiled step call beside those that make J; reuse comes first."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = make(depth)
+    graphs = []
+
+    def backend(graph, inputs):
+        calls = [str(node.target) for node in graph.graph.nodes if "tengrad_triton" in str(node.target)]
+        graphs.append([call for call in calls if "sample_grads" not in call])
+        return graph.forward
+
+    optim = with_ops(TENGraD(model, refresh_every=2, seed=0))
+    step = compile_train_step(model, F.cross_entropy, optim, backend=backend)
+    for _ in range(3):
+        step(x, torch.zeros(16, dtype=torch.long))
+    return graphs
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_launches_of_a_compiled_step_do_not_grow_with_depth(model):
+    shallow, deep = (compiled_calls(MODELS[model], depth) for depth in (2, 5))
+    assert [len(graph) for graph in shallow] == [len(graph) for graph in deep]
+    assert all(any("update_" in call for call in graph) for graph in deep)
