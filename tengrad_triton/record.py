@@ -82,8 +82,7 @@ class Record:
     Attributes:
         samples: how many there are; −1 until known.
         call: the arguments of the model, detached.
-        uses: by the layer's name, until they have become rows.
-        arrived: the layers that had become rows when their uses went.
+        uses: by the layer's name.
         misfits: why a layer's calls describe no rows, by the layer's name.
         strays: why a parameter's uses are not all in calls of its layers, by the parameter's id.
         explicit: a parameter's rows [N, …] that were found without any rule, by its id.
@@ -98,7 +97,6 @@ class Record:
     samples: int
     call: Call = field(default_factory=lambda: Call(()))
     uses: dict[str, list[Use]] = field(default_factory=dict)
-    arrived: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
     strays: dict[int, str] = field(default_factory=dict)
     explicit: dict[int, Tensor] = field(default_factory=dict)

@@ -27,7 +27,7 @@ BlockUses = Mapping[str, Uses]
 
 
 def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUses], dict[str, str]]:
-    """Return the uses of every covered block, and why the others have none; what was captured is used up.
+    """Return the uses of every covered block, and why the others have none.
 
     Raises:
         RuntimeError: nothing was recorded.
@@ -50,7 +50,6 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
             missing[name] = _why_missing(absent[0], capture)
         else:
             gathered[name] = {label: [forms.pop(id(p)) for forms in found] for label, p in trained.items()}
-    capture.forget()
     return gathered, missing
 
 
@@ -62,9 +61,9 @@ def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int) 
     given = tree_leaves((record.call.args, record.call.kwargs))
     lent = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
     for name, source in sources.items():
-        calls = [use for use in record.uses.pop(name, []) if use.arrived]  # their memory goes layer by layer
-        if calls:
-            record.arrived.add(name)
+        # What was captured stays until the step is over, though J has come in its place. On a CPU glibc would hand the
+        # pages back, and each later step would fault them in again: a fifth slower, for WRN-28-4, steps of SGD too.
+        calls = [use for use in record.uses.get(name, []) if use.arrived]
         wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.strays.keys()
         if source.explicit or not wanted or name in record.misfits:
             continue
@@ -120,7 +119,7 @@ def _why_missing(parameter: Tensor, capture: Capture) -> str:
             return record.strays[id(parameter)]
         for name, source in capture.sources.items():
             labels = [label for label, p in source.parameters.items() if p is parameter]
-            if labels and name in record.arrived:
+            if labels and any(use.arrived for use in record.uses.get(name, [])):
                 return f"the rule for {type(source.layer).__name__} says nothing of {labels[0]}"
     return "not called by the model's forward"
 

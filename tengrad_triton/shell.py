@@ -156,7 +156,7 @@ class Shell(torch.optim.Optimizer, ABC, Generic[C]):
         Raises:
             RuntimeError: a refresh is due, and no forward and backward of the model was seen since the last step; or
                 the step needs a closure, and there is none. Parameters and state are as before then, as after any
-                other error; a refresh that failed needs the batch's forward and backward again.
+                other error.
         """
         if closure is None and (why := self._why_closure()) is not None:
             raise RuntimeError(why)

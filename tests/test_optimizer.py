@@ -218,9 +218,7 @@ def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(flat(model), before)
     assert_same(optimizer.state_dict(), state)
-    with pytest.raises(RuntimeError, match=r"no forward and backward of the model was seen"):
-        optimizer.step()  # the batch was used up
-    take_steps(model, optimizer, 2, 3)
+    optimizer.step()
     assert not torch.equal(flat(model), before)
 
 
