@@ -12,6 +12,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 import torch
+from tengrad_triton.kernels.sliding import Sliding
 from tengrad_triton.kernels.spec import KernelSpec
 from torch import Tensor
 
@@ -100,6 +101,26 @@ def _rows_update(n: int, o: int, k: int, i: int, device: torch.device, weights: 
     return _update(lambda: (_tensor(device, n, o * k * i),), o, k, i, n, device, weights)
 
 
+def _convolution(n: int, channels: int, side: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """Return input and derivatives of a 3 × 3 convolution that keeps the size."""
+    shape = (n, channels, side, side)
+    return [_tensor(device, *shape)], [_tensor(device, *shape)]
+
+
+def _project_windows(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
+    factors, weight = _convolution(n, channels, side, device), _tensor(device, channels, channels, 3, 3)
+    return *factors, [weight], _AROUND, [0], [1, n]
+
+
+def _windows_update(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
+    state = [[_tensor(device, channels, channels, 3, 3)] for _ in range(3)]
+    numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
+    tail = ([_tensor(device, n)], *([x] for x in numbers), False)
+    return *state, *_convolution(n, channels, side, device), _AROUND, *tail
+
+
+_AROUND = Sliding(padding=(1, 1)).numbers
+
 # What 3C1F has at N = 128, and what fills a GPU.
 _FC, _CONV = (128, 1, 1, 10368, 500), (128, 128 * 9 * 128)
 _BATCHES = ((5, 128), (30, 128), (16, 512))
@@ -128,6 +149,8 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
     "cholesky_inverse": {f"{blocks} of {n}": partial(_factors, blocks, n) for blocks, n in _BATCHES},
     "cholesky_solve": {f"{blocks} of {n}": partial(_solve, blocks, n) for blocks, n in _BATCHES},
     "project": {"linear 10368 to 500": partial(_project, *_FC), "512 samples, large": partial(_project, *_LARGE)},
+    "project_windows": {"512 to 512 on 4 x 4": partial(_project_windows, 128, 512, 4)},
+    "expand_windows_update_": {"512 to 512 on 4 x 4": partial(_windows_update, 128, 512, 4)},
     "project_rows": {
         "3C1F convolution": partial(_rows_and_entries, *_CONV),
         "30 biases of 512": partial(_rows_and_entries, 128, 512, weights=30),
