@@ -18,7 +18,7 @@ from torch.library import triton_op
 
 from .depthwise import DEPTHWISE_GRADS, depthwise_grads
 from .reuse import expect_factors, factors
-from .sliding import Sliding
+from .sliding import unpadded
 from .spec import KernelSpec, contiguous, expect, nbytes, normal, rows_contiguous, runs_kernel
 from .window_grads import WINDOW_CONFIGS, window_grads
 
@@ -100,7 +100,7 @@ def _fill_from_unfolded(
     j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
 ) -> None:
     n, groups, outputs, _ = j_NGOI.shape
-    a_NGPI = _sliding(stride, dilation, groups).unfold(x_NCHW, kernel_size)
+    a_NGPI = unpadded(stride, dilation, groups).unfold(x_NCHW, kernel_size)
     torch.matmul(g_NOHW.reshape(n, groups, outputs, -1), a_NGPI, out=j_NGOI)
 
 
@@ -110,13 +110,8 @@ def _fill_from_grouped(
     (n, groups), channels, outputs = j_NGOI.shape[:2], x_NCHW.shape[1], g_NOHW.shape[1]
     x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
-    j = _sliding(stride, dilation, n * groups).weight_grad(x_1CHW, g_1OHW, size)
+    j = unpadded(stride, dilation, n * groups).weight_grad(x_1CHW, g_1OHW, size)
     j_NGOI.view(n * outputs, *kernel_size, channels // groups).copy_(j.permute(0, 2, 3, 1))
-
-
-def _sliding(stride: list[int], dilation: list[int], groups: int) -> Sliding:
-    (sh, sw), (dh, dw) = stride, dilation
-    return Sliding((sh, sw), (0, 0), (dh, dw), groups)
 
 
 def _conv_sample_grads(
@@ -155,8 +150,7 @@ def _conv_example(
     device: torch.device,
 ) -> tuple[Any, ...]:
     """Arguments for an input of this shape [N, C, H, W], of which the last row and column may go unused."""
-    spans = zip(shape[2:], kernel_size, stride, dilation, strict=True)
-    pixels = [(length - (size - 1) * gap - 1) // step + 1 for length, size, step, gap in spans]
+    pixels = unpadded(stride, dilation, groups).pixels(shape[2:], kernel_size)
     x_NCHW = normal(*shape, dtype=dtype, device=device)
     g_NOHW = normal(shape[0], outputs, *pixels, dtype=dtype, device=device, seed=1)
     return x_NCHW, g_NOHW, kernel_size, stride, dilation, groups

@@ -63,6 +63,12 @@ class Sliding(NamedTuple):
         )[1]
 
 
+def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> Sliding:
+    """Return how windows slide over an input that has its padding already."""
+    (sh, sw), (dh, dw) = stride, dilation
+    return Sliding((sh, sw), (0, 0), (dh, dw), groups)
+
+
 def slidings(numbers: Sequence[int]) -> Iterator[Sliding]:
     """Yield what a flat list of all layers' `Sliding.numbers` holds."""
     for at in range(0, len(numbers), 7):

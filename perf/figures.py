@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from perf.loops import within
 from perf.results import Device
-from tengrad_triton.plan import MAX_BYTES
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
 STYLES = {"sgd": ("#D55E00", "s"), "refresh": ("#0072B2", "o"), "reuse": ("#009E73", "^")}
@@ -59,15 +58,11 @@ def _scaling(device: Device) -> Figure | None:
     return figure
 
 
-def _budget(case: Mapping[str, Any]) -> str:
-    return "" if case["max_bytes"] == MAX_BYTES else ", least J"
-
-
 def _steps(device: Device) -> Figure | None:
     cases = device.cases("steps")
     if not cases:
         return None
-    labels = [f"{case['model']}, {case['samples']}, {case['mode']}{_budget(case)}" for case in cases]
+    labels = [f"{case['model']}, {case['samples']}, {case['mode']}{within(case['max_bytes'])}" for case in cases]
     figure = Figure(figsize=(8, 1.2 + 0.35 * len(cases)), dpi=110, layout="constrained")
     panel = figure.subplots()
     for name, offset in (("refresh", -0.2), ("reuse", 0.2)):

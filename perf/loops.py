@@ -29,6 +29,11 @@ PARTS = ("forward", "backward", "update")
 Step = Callable[[Tensor, Tensor], Any]
 
 
+def within(max_bytes: int) -> str:
+    """Return what names a case with such a budget for J; nothing where it is the usual one."""
+    return "" if max_bytes == MAX_BYTES else f", J within {max_bytes >> 20} MiB"
+
+
 @dataclass(frozen=True)
 class Often(Growing):
     """Refreshes as often as they are timed; layers are served in the way that is best at the paper's interval."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from perf.loops import Step, sgd_step, tengrad, tengrad_step
+from perf.loops import Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS
 from tengrad_triton.plan import MAX_BYTES
 from tengrad_triton.recipes.peak import peak_pages
@@ -30,8 +30,7 @@ class MemoryCase:
     max_bytes: int = MAX_BYTES
 
     def __str__(self) -> str:
-        budget = "" if self.max_bytes == MAX_BYTES else f", J within {self.max_bytes >> 20} MiB"
-        return f"memory of {self.model}, N = {self.samples}{budget}"
+        return f"memory of {self.model}, N = {self.samples}{within(self.max_bytes)}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return each optimizer's peak in bytes, and the ratio."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tengrad_triton.kernels.sliding import Sliding
+from tengrad_triton.kernels.sliding import unpadded
 from tengrad_triton.kernels.spec import KernelSpec
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def _batched_product(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     """One batched matrix product on the unfolded input of all samples at once."""
-    a_NGPI = Sliding(tuple(stride), (0, 0), tuple(dilation), groups).unfold(x_NCHW, kernel_size)
+    a_NGPI = unpadded(stride, dilation, groups).unfold(x_NCHW, kernel_size)
     g_NGOP = g_NOHW.reshape(len(x_NCHW), groups, -1, g_NOHW[0, 0].numel())
     return (g_NGOP @ a_NGPI).flatten(1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perf import limits
-from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step
+from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step, now
 from tengrad_triton.plan import MAX_BYTES
@@ -32,8 +32,7 @@ class StepCase:
     max_bytes: int = MAX_BYTES
 
     def __str__(self) -> str:
-        budget = "" if self.max_bytes == MAX_BYTES else f", J within {self.max_bytes >> 20} MiB"
-        return f"{self.model}, N = {self.samples}, {self.mode}{budget}"
+        return f"{self.model}, N = {self.samples}, {self.mode}{within(self.max_bytes)}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, their ratios, and what J takes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from perf.loops import within
 from perf.results import Device
 from perf.selection import BUDGET
 from tengrad_triton.plan import MAX_BYTES
@@ -79,8 +80,8 @@ def _of(kind: str, mean: float, refresh: float) -> Iterator[Target]:
         yield Target(f"mean step over SGD's: {case}", kind, mean, True, _step(model, mode, "mean_over_sgd"))
         yield Target(f"refresh step over SGD's: {case}", kind, refresh, True, _step(model, mode, "refresh_over_sgd"))
     for model, most, budget in (("3C1F", 1.5, MAX_BYTES), ("WRN-28-4", 2.0, MAX_BYTES), ("WRN-28-4", 2.0, BUDGET)):
-        within = "" if budget == MAX_BYTES else f", J within {budget >> 20} MiB"
-        yield Target(f"peak memory over SGD's: {model}, N = 128{within}", kind, most, True, _memory(model, budget))
+        case = f"{model}, N = 128{within(budget)}"
+        yield Target(f"peak memory over SGD's: {case}", kind, most, True, _memory(model, budget))
     yield Target("the authors' optimizer time over ours, least of all cases", kind, 10, False, _speedup_over_the_paper)
     yield Target("best torch expression over each kernel, beyond scatter", kind, 1, False, _speedup_over_torch)
 

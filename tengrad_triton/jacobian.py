@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.layers import Outer, Windows, matrix_view
-from tengrad_triton.plan import Representation
-from tengrad_triton.products import FACTOR_KERNELS, ROW_KERNELS, WINDOW_KERNELS, Kernels, Product, Team, servers
+from tengrad_triton.plan import FACTOR_KERNELS, ROW_KERNELS, WINDOW_KERNELS, Kernels, Product, Representation
+from tengrad_triton.products import Team, servers
 from tengrad_triton.update import Target
 from tengrad_triton.uses import geometry_of, joined, taken
 

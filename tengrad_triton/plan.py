@@ -6,7 +6,7 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,10 +130,26 @@ def total_bytes(geometries: Mapping[str, Geometry], chosen: Mapping[str, Represe
     )
 
 
+Product = Literal["gram", "project", "expand"]
+Kernels = Mapping[Product, Sequence[str]]
+"""What each product is made of, the usual one first."""
+ROW_KERNELS: Kernels = {"gram": ("gram_rows",), "project": ("project_rows",), "expand": ("expand_rows_update_",)}
+FACTOR_KERNELS: Kernels = {
+    "gram": ("gram", "gram_rows", "sample_grads", "conv_sample_grads"),
+    "project": ("project",),
+    "expand": ("expand_update_",),
+}
+WINDOW_KERNELS: Kernels = {
+    **FACTOR_KERNELS,
+    "project": ("project_windows",),
+    "expand": ("expand_windows_update_",),
+}
+
 STEP_KERNELS = frozenset(
-    f"{product}{of}{update}"
-    for product, update in (("project", ""), ("expand", "_update_"))
-    for of in ("", "_rows", "_windows")
+    name
+    for kernels in (ROW_KERNELS, FACTOR_KERNELS, WINDOW_KERNELS)
+    for product in ("project", "expand")
+    for name in kernels[product]
 )
 """The kernels that every step runs; the others run when the curvature is refreshed."""
 

@@ -1,4 +1,4 @@
-"""The three products with J of which refreshes and steps consist: which kernels each takes, and who shares a launch.
+"""The three products with J of which refreshes and steps consist, for what shares a launch.
 
 Dimensions: L systems, N rows of J.
 """
@@ -6,28 +6,15 @@ Dimensions: L systems, N rows of J.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from tengrad_triton.plan import served_by
+from tengrad_triton.plan import Kernels, Product, served_by
 from tengrad_triton.update import Target
 
-Product = Literal["gram", "project", "expand"]
-Kernels = Mapping[Product, Sequence[str]]
-"""What each product is made of, the usual one first."""
-ROW_KERNELS: Kernels = {"gram": ("gram_rows",), "project": ("project_rows",), "expand": ("expand_rows_update_",)}
-FACTOR_KERNELS: Kernels = {
-    "gram": ("gram", "gram_rows", "sample_grads", "conv_sample_grads"),
-    "project": ("project",),
-    "expand": ("expand_update_",),
-}
-WINDOW_KERNELS: Kernels = {
-    **FACTOR_KERNELS,
-    "project": ("project_windows",),
-    "expand": ("expand_windows_update_",),
-}
+__all__ = ["Product", "Team", "servers"]
 
 
 def servers(ops: Any, kernels: Sequence[str]) -> Hashable:

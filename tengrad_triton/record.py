@@ -114,7 +114,7 @@ class Record:
     def again(self) -> Record:
         """Return the same forward, to be filled with the derivatives of further rows."""
         uses = {name: [use.again() for use in calls] for name, calls in self.uses.items()}
-        return Record(self.samples, self.call, uses, misfits=self.misfits, strays=self.strays, mixed=self.mixed)
+        return Record(self.samples, self.call, uses, self.misfits, self.strays, mixed=self.mixed)
 
     def clear(self) -> None:
         """Forget everything: the graph of an output that is still around holds the record itself."""

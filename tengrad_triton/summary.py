@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass, fields
 from tengrad_triton.blocks import Block, full_name
 from tengrad_triton.jacobian import Jacobian, PerSample
 from tengrad_triton.layers import note_on
-from tengrad_triton.plan import Choice, served_by
-from tengrad_triton.products import FACTOR_KERNELS, Team
+from tengrad_triton.plan import FACTOR_KERNELS, Choice, served_by
+from tengrad_triton.products import Team
 from tengrad_triton.woodbury import Curvature
 
 

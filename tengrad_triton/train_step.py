@@ -186,7 +186,7 @@ class TrainStep:
         return lesson_of(capture.records[0], capture.sources, self._model)
 
     def _learn(self, x: Tensor, y: Tensor, lesson: Lesson | str, first: dict[str, Any]) -> None:
-        graphs = self._graphs(first["trained"], lesson if isinstance(lesson, Lesson) else NOTHING, x.device)
+        graphs = self._graphs(first["trained"], lesson if isinstance(lesson, Lesson) else NOTHING)
         # A refresh leaves new tensors behind: nothing to capture and replay.
         refresh = torch.compile(graphs.refresh, mode=None if self._place else self._mode, **self._options)
         reuse = torch.compile(graphs.reuse, mode=self._mode, **self._options)
@@ -194,7 +194,7 @@ class TrainStep:
         if self._place:
             stay(self._state(self._learned))
 
-    def _graphs(self, trained: frozenset[str], lesson: Lesson, device: torch.device) -> Graphs:
+    def _graphs(self, trained: frozenset[str], lesson: Lesson) -> Graphs:
         optimizer = self._optimizer
         full = {parameter: name for name, parameter in self._model.named_parameters()}
         blocks = [block for block in optimizer._blocks if all(p in full for p in block.parameters.values())]
