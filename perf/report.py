@@ -23,9 +23,10 @@ between the quartiles. `every 10th` is the mean step with a refresh in ten, as t
 their first steps. A step that reuses the curvature reads what is kept of J twice; `least` is 1 plus the time
 which that takes at the machine's measured bandwidth, over SGD's step: where it is beyond a target, memory stands in the
 way of it, and only fewer rows or fewer bytes a row can help. A layer that keeps its factors instead, such as the widest
-of ResNet-18, takes two products of the size of its forward, which `least` leaves out. A refresh multiplies J by its transpose: for a layer with
-P positions that is N / (3 P) of the layer's own forward and backward, more than all of it where P is below N / 3 (the
-last stages of the residual networks), beside the pass that draws labels and the one that makes J."""
+of ResNet-18, takes two products of the size of its forward, which `least` leaves out.
+A refresh multiplies J by its transpose: for a layer with P positions that is N / (3 P) of the layer's own forward and
+backward, more than all of it where P is below N / 3 (the last stages of the residual networks), beside the pass that
+draws labels and the one that makes J."""
 OPTIMIZERS_NOTE = """Capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, inputs unfolded at every
 step. Both take the same steps to rounding. What stands in the way of the target at the smallest case: with few samples
