@@ -29,6 +29,7 @@ from .groups import (
     member_at,
     number,
 )
+from .passes import add_projected_
 from .spec import (
     TRITON_TYPES,
     Config,
@@ -70,8 +71,9 @@ def _(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile:
 def project_rows_reference(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
     """y_n = ⟨J_n, v⟩, added up over the weights of a row."""
     y_LN = j[0].new_zeros(shape, dtype=torch.promote_types(j[0].dtype, torch.float32))
+    y = y_LN.unbind()
     for row, j_NK, v_OKI in zip(rows, j, v, strict=True):
-        y_LN[row, : len(j_NK)] += widen(j_NK) @ v_OKI.reshape(-1).to(y_LN.dtype)
+        add_projected_(y[row].narrow(0, 0, j_NK.shape[0]), widen(j_NK), v_OKI.reshape(-1).to(y_LN.dtype))
     return y_LN
 
 

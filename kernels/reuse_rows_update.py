@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .groups import MOST, TABLE, Member, address, batches, entry, launch, member_at, number
+from .passes import combined
 from .reuse_rows import UNITS, example_rows, unit_of_rows
 from .spec import (
     TRITON_TYPES,
@@ -32,10 +33,7 @@ from .spec import (
     widen,
 )
 from .tiles import update_entries, weighted_rows
-from .update import example_numbers, example_parameters, expect_update, update_along
-
-_RANGES = (16, 8, 4, 2)  # of columns, as many as divide them
-_LARGE = 1 << 20  # entries of J, beyond a core's cache
+from .update import direction_of, example_numbers, example_parameters, expect_update, update_all_
 
 
 @custom_op("tengrad_triton::expand_rows_update_", mutates_args=("params", "momenta"))
@@ -73,18 +71,12 @@ def expand_rows_update_reference_(
     nesterov: bool,
 ) -> None:
     """`update_` along (grad − Jᵀ w) / divisor."""
-    for param, momentum, grad, j_NK, w_N, *numbers in zip(
-        params, momenta, grads, j, w, divisors, settings, strict=True
-    ):
-        update_along(param, momentum, grad, _combined(widen(w_N), widen(j_NK)), nesterov, *numbers)
-
-
-def _combined(w_N: Tensor, j_NK: Tensor) -> Tensor:
-    """Jᵀ w. A large one on a CPU in ranges of columns, as a batch: BLAS would leave half the memory's speed unused."""
-    ranges = next((count for count in _RANGES if j_NK.shape[1] % count == 0), 1)
-    if ranges == 1 or not j_NK.is_cpu or j_NK.numel() < _LARGE:
-        return w_N @ j_NK
-    return (w_N.expand(ranges, 1, -1) @ j_NK.unflatten(1, (ranges, -1)).transpose(0, 1)).flatten()
+    states = zip(params, momenta, grads, j, w, divisors, settings, strict=True)
+    directions = (
+        (param, momentum, direction_of(grad, partial(combined, widen(j_NK)), widen(w_N), divisor), numbers)
+        for param, momentum, grad, j_NK, w_N, divisor, numbers in states
+    )
+    update_all_(directions, nesterov)
 
 
 @triton.jit

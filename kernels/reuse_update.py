@@ -18,7 +18,7 @@ from .groups import MOST, TABLE, Member, address, batches, launch, member_at, nu
 from .reuse import EXAMPLE_SHAPES, UNITS, example_layers, expect_view, in_units, matrix_entries, product_flops, unit_of
 from .spec import Config, KernelSpec, cdiv, contiguous, expect, nbytes, rows_contiguous, runs_kernel, tl, triton, widen
 from .tiles import update_entries, weighted_outer
-from .update import example_numbers, expect_update, update_along
+from .update import direction_of, example_numbers, expect_update, update_all_
 
 
 @custom_op("tengrad_triton::expand_update_", mutates_args=("params", "momenta"))
@@ -62,11 +62,16 @@ def expand_update_reference_(
     nesterov: bool,
 ) -> None:
     """`update_` along (grad − U) / divisor with U_γ = Σ_np w_n g_nγp a_nγpᵀ."""
-    for param, momentum, grad, a_NGPI, g_NGPO, w_N, *numbers in zip(
-        params, momenta, grads, a, g, w, divisors, settings, strict=True
-    ):
-        u_GOI = torch.einsum("ngpo,ngpi->goi", widen(g_NGPO) * w_N[:, None, None, None], widen(a_NGPI))
-        update_along(param, momentum, grad, u_GOI, nesterov, *numbers)
+    states = zip(params, momenta, grads, a, g, w, divisors, settings, strict=True)
+
+    def expanded(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
+        return torch.einsum("ngpo,ngpi->goi", widen(g_NGPO) * w_N[:, None, None, None], widen(a_NGPI))
+
+    directions = (
+        (param, momentum, direction_of(grad, partial(expanded, *factors), w_N, divisor), numbers)
+        for param, momentum, grad, *factors, w_N, divisor, numbers in states
+    )
+    update_all_(directions, nesterov)
 
 
 @triton.jit

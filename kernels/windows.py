@@ -21,7 +21,7 @@ from .reuse_update import SPECS as EXPAND
 from .reuse_update import _expand_update_
 from .sliding import Sliding, slidings
 from .spec import KernelSpec, expect, nbytes, normal, runs_kernel, widen
-from .update import example_numbers, expect_update, update_along
+from .update import direction_of, example_numbers, expect_update, update_all_
 
 
 @custom_op("tengrad_triton::project_windows", mutates_args=())
@@ -138,10 +138,15 @@ def expand_windows_update_reference_(
 ) -> None:
     """`update_` along (grad − U) / divisor, where U is the gradient of the weight for derivatives w_n g_n."""
     states = zip(params, momenta, grads, x, g, slidings(sizes), w, divisors, settings, strict=True)
-    for param, momentum, grad, x_NCHW, g_NOHW, view, w_N, *numbers in states:
-        weighted_NOHW = widen(g_NOHW) * w_N[:, None, None, None]
-        expanded = view.weight_grad(widen(x_NCHW), weighted_NOHW, param.shape)
-        update_along(param, momentum, grad, expanded, nesterov, *numbers)
+
+    def expanded(weight: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, view: Sliding, w_N: Tensor) -> Tensor:
+        return view.weight_grad(widen(x_NCHW), widen(g_NOHW) * w_N[:, None, None, None], weight.shape)
+
+    directions = (
+        (param, momentum, direction_of(grad, partial(expanded, param, *factors), w_N, divisor), numbers)
+        for param, momentum, grad, *factors, w_N, divisor, numbers in states
+    )
+    update_all_(directions, nesterov)
 
 
 def _expand_windows_update_(

@@ -85,9 +85,11 @@ def _update(
 ) -> tuple[Any, ...]:
     """Return the arguments of an update whose J is what ``of`` makes, for some weights of one size."""
 
+    # One group's, as a model's usually are. A rate of zero: however often it is repeated, the numbers stay.
+    settings = torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
+
     def one() -> tuple[Tensor, ...]:
-        # A rate of zero: however often it is repeated, the numbers stay where they are.
-        numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
+        numbers = torch.tensor(0.3, device=device), settings
         return *(_tensor(device, o, i, k).mT for _ in range(3)), *of(), _tensor(device, n), *numbers
 
     return *map(list, zip(*(one() for _ in range(weights)), strict=True)), False

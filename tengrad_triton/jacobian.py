@@ -105,7 +105,7 @@ class PerSample(Team):
         members: Sequence[PerSample], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
     ) -> None:
         rows = [one.j_NK for one in members]
-        short = [w_N[: len(j_NK)] for w_N, j_NK in zip(w, rows, strict=True)]
+        short = [w_N[: j_NK.shape[0]] for w_N, j_NK in zip(w, rows, strict=True)]
         state, settings = _views(targets), [target.settings for target in targets]
         members[0].ops.expand_rows_update_(*state, rows, short, list(divisors), settings, targets[0].nesterov)
 

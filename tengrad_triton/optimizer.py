@@ -95,7 +95,8 @@ class TENGraD(Shell[Curvature]):
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
         plan: what `autotune` returned, or the file that it wrote; the analytic rule serves what it does not know.
         max_bytes: how much the stored J may take, where the representation is chosen automatically; and how much the
-            exact Fisher's derivatives by the outputs may.
+            exact Fisher's derivatives by the outputs may. With less than the default, and on a GPU, a refresh uses up
+            what it has seen of the batch as it goes: should it fail, it needs the forward and backward again.
         tol: of ``"compressed"``: the relative error α ‖Δd‖ / ‖∇L‖ that dropping directions of J may cause in a step.
         seed: of the generators that draw labels and rows; torch's initial seed by default.
 
@@ -146,6 +147,7 @@ class TENGraD(Shell[Curvature]):
         # On a CPU the ops would call the definitions too, at a price: as much again as a small layer's arithmetic.
         self._kernels_for = partial(kernels_of, "torch" if device.type == "cpu" else backend)
         self._ops = self._kernels_for()
+        self._frugal = device.type != "cpu" or max_bytes < MAX_BYTES
         defaults = {
             "lr": lr, "damping": damping, "momentum": momentum, "nesterov": nesterov, "spring": spring,
             "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
@@ -239,7 +241,7 @@ class TENGraD(Shell[Curvature]):
         """Return the curvature of the batches since the last step."""
         o = self._options
         with phase("capture"):
-            uses, missing = gather(self._blocks, self._capture)
+            uses, missing = gather(self._blocks, self._capture, self._frugal)
         self._report(missing)
         if o.fisher_rows is not None:
             drawing = torch.Generator().manual_seed(self._seed + self._steps)

@@ -19,7 +19,10 @@ __all__ = ["Product", "Team", "servers"]
 
 def servers(ops: Any, kernels: Sequence[str]) -> Hashable:
     """Return who serves these kernels: whatever a plan says of others splits no launch of theirs."""
-    return tuple(map(served_by(ops.torch_for).get, kernels))
+    if not ops.torch_for:  # as good as always, and this is asked several times for every weight and step
+        return ()
+    by = served_by(ops.torch_for)
+    return tuple(by[kernel] for kernel in kernels if kernel in by)
 
 
 class Team(ABC):

@@ -83,6 +83,7 @@ class Record:
         samples: how many there are; −1 until known.
         call: the arguments of the model, detached.
         uses: by the layer's name.
+        arrived: the layers whose uses have become rows.
         misfits: why a layer's calls describe no rows, by the layer's name.
         strays: why a parameter's uses are not all in calls of its layers, by the parameter's id.
         explicit: a parameter's rows [N, …] that were found without any rule, by its id.
@@ -97,6 +98,7 @@ class Record:
     samples: int
     call: Call = field(default_factory=lambda: Call(()))
     uses: dict[str, list[Use]] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
     strays: dict[int, str] = field(default_factory=dict)
     explicit: dict[int, Tensor] = field(default_factory=dict)
@@ -114,7 +116,7 @@ class Record:
     def again(self) -> Record:
         """Return the same forward, to be filled with the derivatives of further rows."""
         uses = {name: [use.again() for use in calls] for name, calls in self.uses.items()}
-        return Record(self.samples, self.call, uses, self.misfits, self.strays, mixed=self.mixed)
+        return Record(self.samples, self.call, uses, misfits=self.misfits, strays=self.strays, mixed=self.mixed)
 
     def clear(self) -> None:
         """Forget everything: the graph of an output that is still around holds the record itself."""

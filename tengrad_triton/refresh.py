@@ -26,8 +26,13 @@ BlockUses = Mapping[str, Uses]
 """What the recorded batches contribute to each parameter of a block."""
 
 
-def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUses], dict[str, str]]:
+def gather(
+    blocks: Sequence[Block], capture: Capture, frugal: bool = False
+) -> tuple[dict[str, BlockUses], dict[str, str]]:
     """Return the uses of every covered block, and why the others have none.
+
+    ``frugal`` uses up what was captured, so that its memory goes layer by layer as J comes in its place. The price on a
+    CPU is that glibc hands the pages back, and later steps fault them in again: a fifth of a step of WRN-28-4.
 
     Raises:
         RuntimeError: nothing was recorded.
@@ -40,7 +45,7 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
             "step: call model(inputs) itself, with gradients, before loss.backward() and optimizer.step()"
         )
     capture.complete()
-    found = [_forms_of_record(capture.sources, record, capture.scale) for record in capture.records]
+    found = [_forms_of_record(capture.sources, record, capture.scale, frugal) for record in capture.records]
     gathered: dict[str, BlockUses] = {}
     missing: dict[str, str] = {}
     for name, block in covered.items():
@@ -50,10 +55,12 @@ def gather(blocks: Sequence[Block], capture: Capture) -> tuple[dict[str, BlockUs
             missing[name] = _why_missing(absent[0], capture)
         else:
             gathered[name] = {label: [forms.pop(id(p)) for forms in found] for label, p in trained.items()}
+    if frugal:
+        capture.forget()
     return gathered, missing
 
 
-def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int) -> dict[int, list[Form]]:
+def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int, frugal: bool) -> dict[int, list[Form]]:
     """Return what a forward contributes to each parameter, by the parameter's id."""
     forms: dict[int, list[Form]] = {
         key: [Explicit(scale * rows if scale != 1 else rows)] for key, rows in record.explicit.items()
@@ -61,9 +68,10 @@ def _forms_of_record(sources: Mapping[str, Source], record: Record, scale: int) 
     given = tree_leaves((record.call.args, record.call.kwargs))
     lent = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
     for name, source in sources.items():
-        # What was captured stays until the step is over, though J has come in its place. On a CPU glibc would hand the
-        # pages back, and each later step would fault them in again: a fifth slower, for WRN-28-4, steps of SGD too.
-        calls = [use for use in record.uses.get(name, []) if use.arrived]
+        uses = record.uses.pop(name, []) if frugal else record.uses.get(name, [])
+        calls = [use for use in uses if use.arrived]
+        if calls:
+            record.arrived.add(name)
         wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.strays.keys()
         if source.explicit or not wanted or name in record.misfits:
             continue
@@ -119,7 +127,7 @@ def _why_missing(parameter: Tensor, capture: Capture) -> str:
             return record.strays[id(parameter)]
         for name, source in capture.sources.items():
             labels = [label for label, p in source.parameters.items() if p is parameter]
-            if labels and any(use.arrived for use in record.uses.get(name, [])):
+            if labels and name in record.arrived:
                 return f"the rule for {type(source.layer).__name__} says nothing of {labels[0]}"
     return "not called by the model's forward"
 

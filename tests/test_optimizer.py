@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step, kernels
-from tengrad_triton.plan import Geometry, Plan, choose, total_bytes
+from tengrad_triton.plan import MAX_BYTES, Geometry, Plan, choose, total_bytes
 
 
 def small_model():
@@ -201,9 +201,10 @@ def test_update_rule_around_the_natural_gradient(nesterov, decoupled):
     assert torch.allclose(flat(model), flat(twin), rtol=1e-6, atol=1e-9)
 
 
-def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch):
+@pytest.mark.parametrize("max_bytes", [MAX_BYTES, MAX_BYTES - 1])
+def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch, max_bytes):
     model = small_model()
-    optimizer = TENGraD(model, refresh_every=1)
+    optimizer = TENGraD(model, refresh_every=1, max_bytes=max_bytes)
     take_steps(model, optimizer, 0, 2)
     x, y = batch(2)
     optimizer.zero_grad()
@@ -218,6 +219,11 @@ def test_a_step_that_fails_leaves_everything_as_it_was(monkeypatch):
     monkeypatch.undo()
     assert torch.equal(flat(model), before)
     assert_same(optimizer.state_dict(), state)
+    if max_bytes < MAX_BYTES:  # the batch was used up
+        with pytest.raises(RuntimeError, match="no forward and backward of the model was seen"):
+            optimizer.step()
+        assert torch.equal(flat(model), before)
+        F.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert not torch.equal(flat(model), before)
 
