@@ -73,7 +73,9 @@ def project_rows_reference(j: list[Tensor], v: list[Tensor], rows: list[int], sh
     y_LN = j[0].new_zeros(shape, dtype=torch.promote_types(j[0].dtype, torch.float32))
     y = y_LN.unbind()
     for row, j_NK, v_OKI in zip(rows, j, v, strict=True):
-        add_projected_(y[row].narrow(0, 0, j_NK.shape[0]), widen(j_NK), v_OKI.reshape(-1).to(y_LN.dtype))
+        y_N, n = y[row], j_NK.shape[0]
+        y_N = y_N if n == y_N.shape[0] else y_N[:n]
+        add_projected_(y_N, widen(j_NK), v_OKI.reshape(-1).to(y_LN.dtype))
     return y_LN
 
 

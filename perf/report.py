@@ -20,22 +20,23 @@ All that is compared ran interleaved in one process; times are medians, and the 
 
 STEPS_NOTE = """Plain is the usual loop; compiled is one graph a step, for both optimizers; ± is half the distance
 between the quartiles. `every 10th` is the mean step with a refresh in ten, as the library's defaults have it after
-their first steps. A step that reuses the curvature reads what is kept of J twice; `least` is 1 plus the time
-which that takes at the machine's measured bandwidth, over SGD's step: where it is beyond a target, memory stands in the
-way of it, and only fewer rows or fewer bytes a row can help. A layer that keeps its factors instead, such as the widest
-of ResNet-18, takes two products of the size of its forward, which `least` leaves out.
+their first steps. Every step multiplies by J and by its transpose: it reads explicit rows twice, and a layer that keeps
+its factors, such as the widest of ResNet-18, takes two products of the size of its forward. `least` is 1 plus what that
+takes at the machine's measured bandwidth and rate of a matrix product (which a convolution may beat), each layer in the
+cheaper of both ways, over SGD's step: where it is beyond a target or leaves it no room, the machine stands in the way,
+and fewer rows or fewer bytes a row can help.
 A refresh multiplies J by its transpose: for a layer with P positions that is N / (3 P) of the layer's own forward and
 backward, more than all of it where P is below N / 3 (the last stages of the residual networks), beside the pass that
 draws labels and the one that makes J."""
 OPTIMIZERS_NOTE = """Capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, inputs unfolded at every
-step. Both take the same steps to rounding. What stands in the way of the target at the smallest case: with few samples
-and pixels a step that reuses the curvature is dispatching operations in either, and there is little else to save."""
+step. Both take the same steps to rounding. With few samples and pixels a step that reuses the curvature is dispatching
+operations in either, so that the smallest case gains the least."""
 KERNELS_NOTE = {
     "cpu": """No kernel runs on a CPU: the ops run their definitions in torch, and the rivals are other expressions. The
 limit is the longer of bytes over the measured bandwidth and operations over the measured rate of a float32 matrix
-product; what fits the caches can beat it. Compiled, a list of small tensors is one loop, where the definition is an
-operation a tensor: that, and unfolding where a grouped convolution alone is faster, is what is missed.""",
+product; what fits the caches can beat it. Compiled, a list of small tensors is one loop, where the definition is some
+operations a tensor: that is what is missed, by plain steps; a compiled step is compiled here too.""",
     "cuda": """The rivals are torch's expressions, eager and compiled, of which the best counts. The limit is the longer
 of bytes over the measured bandwidth and operations over the measured rate of a float32 matrix product. Calls are
 repeated in one CUDA graph, so that the host's part is not counted; what fits the L2 cache can beat the limit.""",
@@ -49,8 +50,8 @@ MEMORY_NOTE = {
     "cuda": "`torch.cuda.max_memory_allocated`, over a refresh, a reuse and a refresh.",
 }
 MEMORY_LIMIT = """ J of an exact step takes N numbers for each parameter of a layer with many positions, whatever the
-activations take: where that is beyond a target, `max_bytes` (slower steps), `per_sample_bf16`, `fisher_rows` or
-`compressed` is what buys memory."""
+activations take: where that is beyond a target, `max_bytes` (slower steps; what a refresh has seen goes as it is used),
+`per_sample_bf16`, `fisher_rows` or `compressed` is what buys memory."""
 TRAINING_NOTE = "The paper's settings; means over seeds ± their standard deviation; training time without evaluation."
 
 
@@ -111,7 +112,7 @@ def _steps(device: Device) -> Iterator[Sequence[str]]:
         half = 1e3 * (sgd["q3"] - sgd["q1"]) / 2
         ratios = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
         time = f"{_ms(sgd['median'])} ± {half:.2g}"
-        least = f"{1 + case['reading_seconds'] / sgd['median']:.2f}"
+        least = f"{1 + case['least_seconds'] / sgd['median']:.2f}"
         kept = _mebibytes(case["kept_bytes"])
         what = case["model"], str(case["samples"]), case["mode"], _mebibytes(case["max_bytes"])
         often = mean_step(case["refresh_over_sgd"], case["reuse_over_sgd"], every=10)
