@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from perf.loops import paper, tengrad, timed_step
+from perf.loops import PARTS, paper, tengrad, timed_step
 from perf.models import MODELS
 from perf.timing import interleaved, mean_step
 
@@ -38,18 +39,23 @@ class OptimizerCase:
         return {**asdict(self), "seconds": times, "optimizer_seconds": seconds, "speedup": speedups}
 
 
+REUSES = 5
 FORMULATIONS: Mapping[str, Callable[..., Any]] = {"tengrad": tengrad, "paper": paper}
 
 
 def parts_timer(
     name: str, make: Callable[..., Any], model: nn.Module, x: Tensor, y: Tensor
 ) -> Callable[[], dict[str, float]]:
-    """Return a timer of one step that refreshes and of one that does not, in parts."""
-    optimizer = make(model, 2)
+    """Return a timer, in parts, of a step that refreshes, of the one after it, and of others: the mean of these."""
+    optimizer = make(model, 2 + REUSES)
+
+    def parts(steps: int) -> dict[str, float]:
+        taken = [timed_step(model, optimizer, x, y) for _ in range(steps)]
+        return {part: fmean(step[part] for step in taken) for part in PARTS}
 
     def timer() -> dict[str, float]:
-        steps = {kind: timed_step(model, optimizer, x, y) for kind in ("refresh", "reuse")}
-        return {f"{name} {kind} {part}": t for kind, parts in steps.items() for part, t in parts.items()}
+        steps = {kind: parts(count) for kind, count in (("refresh", 1), ("first", 1), ("reuse", REUSES))}
+        return {f"{name} {kind} {part}": t for kind, times in steps.items() for part, t in times.items()}
 
     return timer
 
@@ -57,14 +63,15 @@ def parts_timer(
 def optimizer_seconds(times: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
     """Return what the optimizer adds to forward and backward: a refresh captures in the forward, both update.
 
-    Without a refresh nothing but `step` is the optimizer's. The capture is what a refresh's forward takes longer.
+    Without a refresh nothing but `step` is the optimizer's. The capture is what a refresh's forward takes longer. The
+    first step after a refresh finds the caches as that has left them: it counts once in a hundred.
     """
     forwards = [times[f"{name} {kind} forward"]["median"] for kind in ("refresh", "reuse")]
     capture = max(0.0, forwards[0] - forwards[1])
-    refresh, reuse = (times[f"{name} {kind} update"]["median"] for kind in ("refresh", "reuse"))
+    refresh, first, reuse = (times[f"{name} {kind} update"]["median"] for kind in ("refresh", "first", "reuse"))
     return {
         "capture": capture,
         "refresh": capture + refresh,
         "reuse": reuse,
-        "mean": mean_step(capture + refresh, reuse),
+        "mean": mean_step(capture + refresh + first - reuse, reuse),
     }

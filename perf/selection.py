@@ -67,8 +67,8 @@ CPU = Selection(
     suites={
         "steps": [
             StepCase("3C1F", 128, 5),
-            StepCase("ResNet-18", 128, 3),
-            StepCase("WRN-28-4", 128, 3),
+            StepCase("ResNet-18", 128, 5),
+            StepCase("WRN-28-4", 128, 5),
             StepCase("3C1F", 128, 5, "compiled"),
             StepCase("WRN-28-4", 128, 2, max_bytes=BUDGET),
             *(StepCase("MLP", samples, 30) for samples in (32, 128, 512)),
@@ -83,7 +83,7 @@ CPU = Selection(
         "optimizers": [
             OptimizerCase("small 3C1F", 128, 3),
             OptimizerCase("3C1F", 16, 3),
-            OptimizerCase("small 3C1F", 32, 7),
+            OptimizerCase("small 3C1F", 32, 15),
         ],
         "scaling": [
             ScalingCase("samples", (16, 32, 64, 128, 256), _BASE, 7),
