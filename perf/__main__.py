@@ -26,6 +26,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Run the suites, then write the page: docs/performance.md, or beside the results' folder if that is elsewhere."""
     options = parsed()
+    record.keep_pages()
     torch.set_num_threads(1 if options.quick else torch.get_num_threads())
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = record.ROOT / "runs" / "perf" if options.quick else record.RESULTS

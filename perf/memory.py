@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from torch import nn
 
 from perf.loops import Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS
+from perf.record import KEEP_PAGES
 from tengrad_triton.plan import MAX_BYTES
 from tengrad_triton.recipes.peak import peak_pages
 
@@ -50,7 +52,8 @@ class MemoryCase:
             "--max-bytes",
             str(self.max_bytes),
         ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        environment = {name: value for name, value in os.environ.items() if name not in KEEP_PAGES}
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         return json.loads(done.stdout)["bytes"]
 
 
