@@ -33,6 +33,7 @@ from .groups import (
     member_at,
     number,
 )
+from .passes import projected_outer
 from .spec import (
     Config,
     Constants,
@@ -88,10 +89,10 @@ def _(
 def project_reference(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
     """y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩, added up over the weights of a row."""
     y_LN = a[0].new_zeros(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
+    y = y_LN.unbind()
     for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
         v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
-        va_NGPO = torch.einsum("ngpi,goi->ngpo", widen(a_NGPI), v_GOI)
-        y_LN[row, : len(a_NGPI)] += (va_NGPO * g_NGPO).sum((1, 2, 3))
+        y[row][: len(a_NGPI)].add_(projected_outer(widen(a_NGPI), g_NGPO, v_GOI))
     return y_LN
 
 

@@ -29,7 +29,7 @@ from .groups import (
     member_at,
     number,
 )
-from .passes import add_projected_
+from .passes import add_projections_
 from .spec import (
     TRITON_TYPES,
     Config,
@@ -43,7 +43,6 @@ from .spec import (
     runs_kernel,
     tl,
     triton,
-    widen,
 )
 from .update import example_parameters
 
@@ -71,11 +70,7 @@ def _(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile:
 def project_rows_reference(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
     """y_n = ⟨J_n, v⟩, added up over the weights of a row."""
     y_LN = j[0].new_zeros(shape, dtype=torch.promote_types(j[0].dtype, torch.float32))
-    y = y_LN.unbind()
-    for row, j_NK, v_OKI in zip(rows, j, v, strict=True):
-        y_N, n = y[row], j_NK.shape[0]
-        y_N = y_N if n == y_N.shape[0] else y_N[:n]
-        add_projected_(y_N, widen(j_NK), v_OKI.reshape(-1).to(y_LN.dtype))
+    add_projections_(y_LN, j, v, rows)
     return y_LN
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .groups import MOST, TABLE, Member, address, batches, entry, launch, member_at, number
-from .passes import combined
+from .passes import combinations
 from .reuse_rows import UNITS, example_rows, unit_of_rows
 from .spec import (
     TRITON_TYPES,
@@ -30,10 +30,9 @@ from .spec import (
     runs_kernel,
     tl,
     triton,
-    widen,
 )
 from .tiles import update_entries, weighted_rows
-from .update import direction_of, example_numbers, example_parameters, expect_update, update_all_
+from .update import example_numbers, example_parameters, expect_update, negated_ratios, update_along_
 
 
 @custom_op("tengrad_triton::expand_rows_update_", mutates_args=("params", "momenta"))
@@ -71,12 +70,8 @@ def expand_rows_update_reference_(
     nesterov: bool,
 ) -> None:
     """`update_` along (grad − Jᵀ w) / divisor."""
-    states = zip(params, momenta, grads, j, w, divisors, settings, strict=True)
-    directions = (
-        (param, momentum, direction_of(grad, partial(combined, widen(j_NK)), widen(w_N), divisor), numbers)
-        for param, momentum, grad, j_NK, w_N, divisor, numbers in states
-    )
-    update_all_(directions, nesterov)
+    expanded = combinations(j, negated_ratios(w, divisors))
+    update_along_(params, momenta, grads, expanded, divisors, settings, nesterov)
 
 
 @triton.jit

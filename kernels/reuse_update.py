@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .groups import MOST, TABLE, Member, address, batches, launch, member_at, number
+from .passes import combined_outer
 from .reuse import EXAMPLE_SHAPES, UNITS, example_layers, expect_view, in_units, matrix_entries, product_flops, unit_of
 from .spec import Config, KernelSpec, cdiv, contiguous, expect, nbytes, rows_contiguous, runs_kernel, tl, triton, widen
 from .tiles import update_entries, weighted_outer
-from .update import direction_of, example_numbers, expect_update, update_all_
+from .update import example_numbers, expect_update, negated_ratios, update_along_
 
 
 @custom_op("tengrad_triton::expand_update_", mutates_args=("params", "momenta"))
@@ -62,16 +63,11 @@ def expand_update_reference_(
     nesterov: bool,
 ) -> None:
     """`update_` along (grad − U) / divisor with U_γ = Σ_np w_n g_nγp a_nγpᵀ."""
-    states = zip(params, momenta, grads, a, g, w, divisors, settings, strict=True)
-
-    def expanded(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
-        return torch.einsum("ngpo,ngpi->goi", widen(g_NGPO) * w_N[:, None, None, None], widen(a_NGPI))
-
-    directions = (
-        (param, momentum, direction_of(grad, partial(expanded, *factors), w_N, divisor), numbers)
-        for param, momentum, grad, *factors, w_N, divisor, numbers in states
+    factors = zip(a, g, negated_ratios(w, divisors), strict=True)
+    expanded = (
+        (t, combined_outer(widen(a_NGPI), widen(g_NGPO), u_N)) for t, (a_NGPI, g_NGPO, u_N) in enumerate(factors)
     )
-    update_all_(directions, nesterov)
+    update_along_(params, momenta, grads, expanded, divisors, settings, nesterov)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .spec import KernelSpec, contiguous, expect, nbytes, normal, rows_contiguou
 from .window_grads import WINDOW_CONFIGS, window_grads
 
 _UNFOLD_BELOW = 1.75  # positions a channel below which unfolding a convolution's input pays (measured on two cores)
-_CACHED_BYTES = 8 * 2**20  # unfolded inputs that a CPU's caches hold
+_UNFOLDED_BYTES, _GROUPED_BYTES = 2**20, 2**22  # unfolded inputs, or rows, that a thread's caches hold
 
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
@@ -81,37 +81,49 @@ def conv_sample_grads_reference(
     """J_n = Σ_p g_np a_npᵀ: the gradient of a convolution's weight with every sample as a group of its own.
 
     With few positions for its channels the unfolded input makes larger matrix products. On a CPU as many samples go
-    together as its caches hold; what is in between then takes no memory either.
+    together as its caches hold, and as many for each thread; what is in between then takes no memory either.
     """
     n, outputs, height, width = g_NOHW.shape
-    inputs = x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
-    unfolds = height * width < _UNFOLD_BELOW * x_NCHW.shape[1] // groups
-    fill = _fill_from_unfolded if unfolds else _fill_from_grouped
-    entries = inputs * (groups * height * width if unfolds else outputs)
-    cached = x_NCHW.is_cpu and not torch.compiler.is_compiling()
-    chunk = max(1, _CACHED_BYTES // (entries * x_NCHW.element_size())) if cached else n
+    sizes, inputs = (kernel_size, stride, dilation, groups), x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
+    if height * width < _UNFOLD_BELOW * x_NCHW.shape[1] // groups:
+        fill, chunk = _fill_from_unfolded, _chunk(x_NCHW, groups * inputs * height * width, _UNFOLDED_BYTES)
+    else:
+        fill, chunk = _fill_from_grouped, _chunk(x_NCHW, outputs * inputs, _GROUPED_BYTES)
+        if chunk >= n:
+            return _grouped_grads(x_NCHW, g_NOHW, *sizes).reshape(n, -1)
     j_NGOI = x_NCHW.new_empty(n, groups, outputs // groups, inputs)
-    for x, g, j in zip(*(tensor.split(chunk) for tensor in (x_NCHW, g_NOHW, j_NGOI)), strict=True):
-        fill(j, x, g, kernel_size, stride, dilation)
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        fill(j_NGOI[part], x_NCHW[part], g_NOHW[part], *sizes)
     return j_NGOI.flatten(1)
 
 
-def _fill_from_unfolded(
-    j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
-) -> None:
-    n, groups, outputs, _ = j_NGOI.shape
-    a_NGPI = unpadded(stride, dilation, groups).unfold(x_NCHW, kernel_size)
-    torch.matmul(g_NOHW.reshape(n, groups, outputs, -1), a_NGPI, out=j_NGOI)
+def _chunk(x_NCHW: Tensor, numbers: int, cached_bytes: int) -> int:
+    """Return how many samples go together, where one takes so many numbers."""
+    if not x_NCHW.is_cpu or torch.compiler.is_compiling():
+        return len(x_NCHW)
+    return max(1, cached_bytes // (numbers * x_NCHW.element_size())) * torch.get_num_threads()
 
 
-def _fill_from_grouped(
-    j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int]
-) -> None:
-    (n, groups), channels, outputs = j_NGOI.shape[:2], x_NCHW.shape[1], g_NOHW.shape[1]
+def _fill_from_unfolded(j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, *sizes: Any) -> None:
+    kernel_size, *slides = sizes
+    a_NGPI = unpadded(*slides).unfold(x_NCHW, kernel_size)
+    torch.matmul(g_NOHW.reshape(*j_NGOI.shape[:3], -1), a_NGPI, out=j_NGOI)
+
+
+def _fill_from_grouped(j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, *sizes: Any) -> None:
+    j = _grouped_grads(x_NCHW, g_NOHW, *sizes)
+    j_NGOI.view(j.shape).copy_(j)
+
+
+def _grouped_grads(
+    x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """Return the gradients of all samples' outputs, [N O, kh, kw, C / groups]."""
+    (n, channels), outputs = x_NCHW.shape[:2], g_NOHW.shape[1]
     x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
-    j = unpadded(stride, dilation, n * groups).weight_grad(x_1CHW, g_1OHW, size)
-    j_NGOI.view(n * outputs, *kernel_size, channels // groups).copy_(j.permute(0, 2, 3, 1))
+    return unpadded(stride, dilation, n * groups).weight_grad(x_1CHW, g_1OHW, size).permute(0, 2, 3, 1)
 
 
 def _conv_sample_grads(

@@ -100,7 +100,7 @@ def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
 
 def cholesky_solve_reference(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
     """Z = Wᵀ (W y)."""
-    return (y_LN.unsqueeze(1) @ w_LNN.mT @ w_LNN).squeeze(1)
+    return torch.bmm(torch.bmm(y_LN.unsqueeze(1), w_LNN.mT), w_LNN).squeeze(1)
 
 
 @triton.jit

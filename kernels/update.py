@@ -5,14 +5,15 @@ Dimensions: N samples; in a parameter's view O outputs of all groups, K kernel p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .spec import expect, normal
+from .spec import expect, normal, widen
 
-_LARGE = 1 << 16  # entries from which an update is no matter of what a call costs
+_HELD = 1 << 16  # entries of directions that wait for each other, as many as a cache holds
+_FUSED = (torch.float32, torch.float64)  # what torch's fused SGD takes on a CPU
 
 
 def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
@@ -34,32 +35,35 @@ def update_all_(states: Iterable[State], nesterov: bool) -> None:
     ``states`` may be made as they are read: a large direction is used up before the next one is there.
     """
     waiting: dict[tuple[int, torch.dtype], list[State]] = {}
+    held = 0
     for state in states:
-        param, settings = state[0], state[3]
-        if not _is_flat(*state[:3]):
+        param, momentum_buffer, direction, settings = state
+        if not _is_flat(param, momentum_buffer, direction):
             _update_(*state, nesterov)
-        elif param.numel() >= _LARGE:
-            _fused_update_([state], nesterov)
-        else:
-            waiting.setdefault((id(settings), param.dtype), []).append(state)
-    for alike in waiting.values():
-        _fused_update_(alike, nesterov)
+            continue
+        waiting.setdefault((id(settings), param.dtype), []).append(state)
+        held += param.numel()
+        if held >= _HELD:
+            _fused_updates_(waiting.values(), nesterov)
+            held, waiting = 0, {}
+    _fused_updates_(waiting.values(), nesterov)
 
 
-def _fused_update_(alike: Sequence[State], nesterov: bool) -> None:
+def _fused_updates_(groups: Iterable[Sequence[State]], nesterov: bool) -> None:
     """`update_` by torch's fused SGD, in one call for all that have the same settings, where it can say these."""
-    params, momenta, directions, (settings, *_) = map(list, zip(*alike, strict=True))
-    lr, momentum, weight_decay, shrink = settings.tolist()
-    if not momentum or (weight_decay and shrink):
-        for state in alike:
-            _update_(*state, nesterov)
-        return
-    for param in params if shrink else ():
-        param.mul_(1 - lr * shrink)
-    torch._fused_sgd_(
-        params, directions, momenta, lr=lr, momentum=momentum, weight_decay=weight_decay,
-        dampening=0.0, nesterov=nesterov, maximize=False, is_first_step=False,
-    )  # fmt: skip
+    for alike in groups:
+        params, momenta, directions, (settings, *_) = map(list, zip(*alike, strict=True))
+        lr, momentum, weight_decay, shrink = settings.tolist()
+        if not momentum or (weight_decay and shrink):
+            for state in alike:
+                _update_(*state, nesterov)
+            continue
+        for param in params if shrink else ():
+            param.mul_(1 - lr * shrink)
+        torch._fused_sgd_(
+            params, directions, momenta, lr=lr, momentum=momentum, weight_decay=weight_decay,
+            dampening=0.0, nesterov=nesterov, maximize=False, is_first_step=False,
+        )  # fmt: skip
 
 
 def _update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
@@ -72,17 +76,16 @@ def _update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings
         param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)
 
 
-def _is_flat(*tensors: Tensor) -> bool:
+def _is_flat(param: Tensor, momentum_buffer: Tensor, direction: Tensor) -> bool:
     """Whether torch's fused SGD on a CPU serves these, which reads memory in its order: dense ones, all alike."""
-    first = tensors[0]
-    if not first.is_cpu or first.dtype not in (torch.float32, torch.float64) or torch.compiler.is_compiling():
+    if not param.is_cpu or param.dtype not in _FUSED or torch.compiler.is_compiling():
         return False
-    if any(x.dtype != first.dtype for x in tensors):
+    if not (param.dtype == momentum_buffer.dtype == direction.dtype):
         return False
-    if all(x.is_contiguous() for x in tensors):
+    if param.is_contiguous() and momentum_buffer.is_contiguous() and direction.is_contiguous():
         return True
-    reach = sum((size - 1) * step for size, step in zip(first.shape, first.stride(), strict=True))
-    return reach == first.numel() - 1 and all(_lie_alike(x, first) for x in tensors)
+    reach = sum((size - 1) * step for size, step in zip(param.shape, param.stride(), strict=True))
+    return reach == param.numel() - 1 and _lie_alike(param, momentum_buffer) and _lie_alike(param, direction)
 
 
 def _lie_alike(x: Tensor, y: Tensor) -> bool:
@@ -92,16 +95,38 @@ def _lie_alike(x: Tensor, y: Tensor) -> bool:
     )
 
 
-def direction_of(grad_OKI: Tensor, combined: Callable[[Tensor], Tensor], w_N: Tensor, divisor: Tensor) -> Tensor:
-    """Return (grad − Jᵀ w) / divisor, as grad / divisor + Jᵀ (−w / divisor): a pass less over the larger side.
+def negated_ratios(w: Sequence[Tensor], divisors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return −w / divisor of each, in float32 at least."""
+    return torch._foreach_div([widen(w_N) for w_N in w], torch._foreach_neg(list(divisors)))
 
-    ``combined`` multiplies by Jᵀ, and returns a tensor of its own with its entries in the order of (O, K, I).
+
+def update_along_(
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    expanded: Iterable[tuple[int, Tensor]],
+    divisors: Sequence[Tensor],
+    settings: Sequence[Tensor],
+    nesterov: bool,
+) -> None:
+    """`update_` along (grad − Jᵀ w) / divisor = grad / divisor + Jᵀ (−w / divisor): so no pass over the larger side.
+
+    ``expanded`` yields (index, Jᵀ (−w / divisor)), each a tensor of its own with its entries in the order of (O, K, I).
     """
-    expanded_OKI = combined(w_N / -divisor).reshape(grad_OKI.shape)
-    if _lie_alike(expanded_OKI, grad_OKI):
-        return expanded_OKI.addcdiv_(grad_OKI, divisor)
+    update_all_(
+        (
+            (params[t], momenta[t], _direction(grads[t], added.reshape(grads[t].shape), divisors[t]), settings[t])
+            for t, added in expanded
+        ),
+        nesterov,
+    )
+
+
+def _direction(grad: Tensor, added: Tensor, divisor: Tensor) -> Tensor:
+    if _lie_alike(added, grad):
+        return added.addcdiv_(grad, divisor)
     # It has to lie in memory as the gradient does, or arithmetic on the two would crawl.
-    return (grad_OKI / divisor).add_(expanded_OKI)
+    return (grad / divisor).add_(added)
 
 
 def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor) -> None:

@@ -21,7 +21,7 @@ from .reuse_update import SPECS as EXPAND
 from .reuse_update import _expand_update_
 from .sliding import Sliding, slidings
 from .spec import KernelSpec, expect, nbytes, normal, runs_kernel, widen
-from .update import direction_of, example_numbers, expect_update, update_all_
+from .update import example_numbers, expect_update, negated_ratios, update_along_
 
 
 @custom_op("tengrad_triton::project_windows", mutates_args=())
@@ -71,7 +71,7 @@ def project_windows_reference(
     y_LN = x[0].new_zeros(shape, dtype=torch.promote_types(x[0].dtype, torch.float32))
     for row, x_NCHW, g_NOHW, v_OCHW, view in zip(rows, x, g, v, slidings(sizes), strict=True):
         seen_NOHW = view.convolved(widen(x_NCHW), v_OCHW.to(y_LN.dtype))
-        y_LN[row, : len(x_NCHW)] += (seen_NOHW * g_NOHW).sum((1, 2, 3))
+        y_LN[row, : len(x_NCHW)].add_((seen_NOHW * g_NOHW).sum((1, 2, 3)))
     return y_LN
 
 
@@ -137,16 +137,12 @@ def expand_windows_update_reference_(
     nesterov: bool,
 ) -> None:
     """`update_` along (grad − U) / divisor, where U is the gradient of the weight for derivatives w_n g_n."""
-    states = zip(params, momenta, grads, x, g, slidings(sizes), w, divisors, settings, strict=True)
-
-    def expanded(weight: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, view: Sliding, w_N: Tensor) -> Tensor:
-        return view.weight_grad(widen(x_NCHW), widen(g_NOHW) * w_N[:, None, None, None], weight.shape)
-
-    directions = (
-        (param, momentum, direction_of(grad, partial(expanded, param, *factors), w_N, divisor), numbers)
-        for param, momentum, grad, *factors, w_N, divisor, numbers in states
+    layers = zip(params, x, g, slidings(sizes), negated_ratios(w, divisors), strict=True)
+    expanded = (
+        (t, view.weight_grad(widen(x_NCHW), widen(g_NOHW) * u_N[:, None, None, None], weight.shape))
+        for t, (weight, x_NCHW, g_NOHW, view, u_N) in enumerate(layers)
     )
-    update_all_(directions, nesterov)
+    update_along_(params, momenta, grads, expanded, divisors, settings, nesterov)
 
 
 def _expand_windows_update_(

@@ -58,12 +58,13 @@ def _conv(n: int, c: int, o: int, pixels: int, groups: int, device: torch.device
 
 
 def _rows(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
-    return [_tensor(device, n, k) for _ in range(weights)], list(range(weights)), weights
+    """Return rows of weights of one size, behind each other as a refresh leaves them, and what `gram_rows` needs."""
+    return list(_tensor(device, weights, n, k).unbind()), list(range(weights)), weights
 
 
 def _rows_and_entries(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
-    j, v = ([_tensor(device, *shape) for _ in range(weights)] for shape in ((n, k), (k, 1, 1)))
-    return j, v, list(range(weights)), [weights, n]
+    v = [_tensor(device, k, 1, 1) for _ in range(weights)]
+    return *_rows(n, k, device, weights)[:1], v, list(range(weights)), [weights, n]
 
 
 def _grams(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
@@ -81,26 +82,27 @@ def _solve(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
 
 
 def _update(
-    of: Callable[[], Iterable[Tensor]], o: int, k: int, i: int, n: int, device: torch.device, weights: int = 1
+    of: Callable[[int], Iterable[Tensor]], o: int, k: int, i: int, n: int, device: torch.device, weights: int = 1
 ) -> tuple[Any, ...]:
     """Return the arguments of an update whose J is what ``of`` makes, for some weights of one size."""
 
     # One group's, as a model's usually are. A rate of zero: however often it is repeated, the numbers stay.
     settings = torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
 
-    def one() -> tuple[Tensor, ...]:
+    def one(t: int) -> tuple[Tensor, ...]:
         numbers = torch.tensor(0.3, device=device), settings
-        return *(_tensor(device, o, i, k).mT for _ in range(3)), *of(), _tensor(device, n), *numbers
+        return *(_tensor(device, o, i, k).mT for _ in range(3)), *of(t), _tensor(device, n), *numbers
 
-    return *map(list, zip(*(one() for _ in range(weights)), strict=True)), False
+    return *map(list, zip(*map(one, range(weights)), strict=True)), False
 
 
 def _expand_update(n: int, p: int, o: int, k: int, i: int, device: torch.device) -> tuple[Any, ...]:
-    return _update(lambda: _outer(n, 1, p, k * i, o, device), o, k, i, n, device)
+    return _update(lambda _: _outer(n, 1, p, k * i, o, device), o, k, i, n, device)
 
 
 def _rows_update(n: int, o: int, k: int, i: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
-    return _update(lambda: (_tensor(device, n, o * k * i),), o, k, i, n, device, weights)
+    j, *_ = _rows(n, o * k * i, device, weights)
+    return _update(lambda t: j[t : t + 1], o, k, i, n, device, weights)
 
 
 def _convolution(n: int, channels: int, side: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,7 +5,7 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group,
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -65,6 +65,12 @@ class Jacobian(Protocol):
         """Return the bytes stored."""
 
 
+BlockJacobian = Mapping[str, Jacobian]
+"""A block's J, side by side: the parameters' names within their layer, and the rows of each."""
+Jacobians = Mapping[str, BlockJacobian]
+"""The J of every block, by the block's name."""
+
+
 @dataclass(frozen=True)
 class PerSample(Team):
     """J itself, a row of K numbers a sample: every product is one pass over memory.
@@ -105,7 +111,7 @@ class PerSample(Team):
         members: Sequence[PerSample], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
     ) -> None:
         rows = [one.j_NK for one in members]
-        short = [w_N[: j_NK.shape[0]] for w_N, j_NK in zip(w, rows, strict=True)]
+        short = [w_N if len(w_N) == len(j_NK) else w_N[: len(j_NK)] for w_N, j_NK in zip(w, rows, strict=True)]
         state, settings = _views(targets), [target.settings for target in targets]
         members[0].ops.expand_rows_update_(*state, rows, short, list(divisors), settings, targets[0].nesterov)
 

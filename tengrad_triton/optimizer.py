@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -218,7 +217,7 @@ class TENGraD(Shell[Curvature]):
         loss: Any,
     ) -> None:
         """Adapt the damping to how well the quadratic model ⟨V, δ⟩ + δᵀ F δ / 2 foretold the loss after the step δ."""
-        steps = [replace(t, grad=t.parameter - old) for t, old in zip(targets, before, strict=True)]
+        steps = [t._replace(grad=t.parameter - old) for t, old in zip(targets, before, strict=True)]
         linear = torch.stack([(t.grad * step.grad).sum() for t, step in zip(targets, steps, strict=True)]).sum()
         predicted = float(linear + curvature.curvature_along(steps) / 2)
         self._capture.disarm()

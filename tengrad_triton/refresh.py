@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block, Source, full_name
 from tengrad_triton.capture import Capture
-from tengrad_triton.jacobian import Jacobian
+from tengrad_triton.jacobian import BlockJacobian, Jacobian
 from tengrad_triton.layers import Call, Explicit, Form, Inputs, canonical
 from tengrad_triton.plan import Choice, Chosen, Geometry
 from tengrad_triton.record import Record
 from tengrad_triton.representation import jacobian_of
 from tengrad_triton.uses import Uses, geometry_of_uses, rows_in, taken
-from tengrad_triton.woodbury import BlockJacobian, Curvature
+from tengrad_triton.woodbury import Curvature
 
 BlockUses = Mapping[str, Uses]
 """What the recorded batches contribute to each parameter of a block."""

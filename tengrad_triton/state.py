@@ -10,6 +10,7 @@ import torch
 from tengrad_triton.backend import KernelsFor
 from tengrad_triton.blocks import Block
 from tengrad_triton.representation import unpack
+from tengrad_triton.teams import side_by_side
 from tengrad_triton.woodbury import Curvature, Stack
 
 
@@ -48,4 +49,4 @@ def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block], kernels
         device = next(iter(parameters.values())).device
     stacks = [Stack(tuple(stack["systems"]), stack["inverse_LNN"].to(device)) for stack in packed["stacks"]]
     numbers = (packed[name].to(device) for name in ("divisor_L", "failures_L"))
-    return Curvature(restored, packed["systems"], stacks, tuple(packed["window"]), *numbers)
+    return Curvature(side_by_side(restored), packed["systems"], stacks, tuple(packed["window"]), *numbers)

@@ -6,12 +6,14 @@ Dimensions: L systems, N rows of J.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tengrad_triton.jacobian import Jacobian
+from tengrad_triton.jacobian import Jacobian, Jacobians, PerSample
+from tengrad_triton.kernels.passes import worth_a_batch
 from tengrad_triton.products import Product, Team
 from tengrad_triton.update import Target
 
@@ -65,6 +67,22 @@ def expand_updates_(work: Sequence[Work], w: Sequence[Tensor], divisors: Sequenc
             first.rows.expand_update_all_([one.rows for one in members], targets, w_N, divisor)
         else:
             first.rows.expand_update_(first.target, w_N[0], divisor[0])
+
+
+def side_by_side(blocks: Jacobians) -> Jacobians:
+    """Return the same rows, those that a CPU had better multiply in one call as parts of one tensor."""
+    sizes: dict[Hashable, list[Tensor]] = {}
+    for rows in (rows for block in blocks.values() for rows in block.values()):
+        if isinstance(rows, PerSample):
+            sizes.setdefault((rows.j_NK.shape, rows.j_NK.dtype), []).append(rows.j_NK)
+    moved: dict[int, Tensor] = {}
+    for alike in filter(worth_a_batch, sizes.values()):
+        moved |= zip(map(id, alike), torch.stack(alike).unbind(), strict=True)
+
+    def placed(rows: Jacobian) -> Jacobian:
+        return replace(rows, j_NK=moved.get(id(rows.j_NK), rows.j_NK)) if isinstance(rows, PerSample) else rows
+
+    return {name: {label: placed(rows) for label, rows in block.items()} for name, block in blocks.items()}
 
 
 def _placed(one: Tensor, system: int, count: int) -> Tensor:

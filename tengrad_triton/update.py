@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A parameter to be updated in place, with all that the rule of `kernels.update_` reads but the direction.
 
     ``settings`` is [lr, momentum, weight_decay, shrink] of its group; ``block`` and ``label`` are where it belongs.
@@ -34,7 +32,7 @@ class Target:
         """
         if not self.spring:
             return self
-        return replace(self, grad=self.grad + (damping * self.spring) * self.momentum)
+        return self._replace(grad=self.grad + (damping * self.spring) * self.momentum)
 
 
 class Settings:

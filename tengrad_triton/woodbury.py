@@ -13,17 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tengrad_triton.jacobian import Jacobian, PerSample
+from tengrad_triton.jacobian import Jacobian, Jacobians, PerSample
 from tengrad_triton.kernels import update_
 from tengrad_triton.phases import phase
-from tengrad_triton.teams import Work, expand_updates_, grams, projections
+from tengrad_triton.teams import Work, expand_updates_, grams, projections, side_by_side
 from tengrad_triton.update import Target
 
-BlockJacobian = Mapping[str, Jacobian]
-"""A block's J, side by side: the parameters' names within their layer, and the rows of each."""
 Systems = Mapping[str, Sequence[str]]
 """The blocks that are solved together, by the name of their system: each by itself, or all of the network."""
-Jacobians = Mapping[str, BlockJacobian]
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Curvature:
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
         """Return δᵀ F δ = ‖J δ‖² / N (M8) for the directions that the targets have as their gradients."""
-        work = self._work([replace(target, spring=0.0) for target in targets])
+        work = self._work([target._replace(spring=0.0) for target in targets])
         if not work:
             return torch.zeros(())
         return projections(work, len(self.systems), self._length()).square().sum() / self.rows
@@ -198,7 +195,7 @@ def curvature(
         healthy |= dict(zip(members, healthy_L.unbind(), strict=True))
     healthy_L = torch.stack([healthy[system] for system in order])
     divisor_L = torch.where(healthy_L, damping_L, bound_L)
-    factored = Curvature(blocks, systems, stacks, window, divisor_L, failures_L + ~healthy_L)
+    factored = Curvature(side_by_side(blocks), systems, stacks, window, divisor_L, failures_L + ~healthy_L)
     if not tol:
         return factored
     of_system = {system: k_NN for members, k_LNN in sized for system, k_NN in zip(members, k_LNN, strict=True)}

@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "representation": {"backend", "jacobian", "layers", "plan", "table", "uses"},
     "shell": {"blocks", "capture", "damping", "options", "summary", "update", "validation"},
     "resident": set(),
-    "state": {"backend", "blocks", "representation", "woodbury"},
+    "state": {"backend", "blocks", "representation", "teams", "woodbury"},
     "summary": {"blocks", "jacobian", "layers", "plan", "products", "woodbury"},
     "update": set(),
     "validation": {"options"},
@@ -72,7 +72,7 @@ MAY_IMPORT = {
         *("explicit", "fisher", "graphs", "lesson", "optimizer", "resident", "state", "tape", "woodbury"),
     },
     "products": {"plan", "update"},
-    "teams": {"jacobian", "products", "update"},
+    "teams": {"jacobian", "kernels", "products", "update"},
     "woodbury": {"jacobian", "phases", "teams", "update", "kernels"},
 }
 
