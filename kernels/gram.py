@@ -23,6 +23,7 @@ from .reuse import expect_factors, factors
 from .spec import KernelSpec, contiguous, expect, nbytes, normal, runs_kernel, widen
 
 _SLAB_ELEMENTS = 1 << 26  # how many entries of the covariance factors the definition holds at a time
+_SLABS, _LEAST_ROWS, _LEAST_COLUMNS = 4, 64, 4096  # of X in X Xᵀ on a CPU; thinner ones take longer (measured)
 
 
 @custom_op("tengrad_triton::gram", mutates_args=())
@@ -42,8 +43,9 @@ def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: st
 def gram_reference(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
     """K[n, m] = Σ_γpq ⟨a_nγp, a_mγq⟩ ⟨g_nγp, g_mγq⟩ (paper, equations 5 and 11), a slab of rows n at a time."""
     k_LNN = _zeros(a, count)
+    k = k_LNN.unbind()
     for row, a_NGPI, g_NGPO in zip(rows, a, g, strict=True):
-        k_LNN[row] += _layer_gram(widen(a_NGPI), widen(g_NGPO))
+        k[row].add_(_layer_gram(widen(a_NGPI), widen(g_NGPO)))
     return k_LNN
 
 
@@ -59,6 +61,9 @@ def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str =
 
 def _layer_gram(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     n, groups, positions, _ = a_NGPI.shape
+    if groups == positions == 1:
+        a_NI, g_NO = a_NGPI.flatten(0, 2), g_NGPO.flatten(0, 2)
+        return _squared(a_NI).mul_(_squared(g_NO))
     a_GRI, g_GRO = (x.transpose(0, 1).flatten(1, 2) for x in (a_NGPI, g_NGPO))  # R samples and their positions
     slab = positions * max(1, _SLAB_ELEMENTS // (groups * positions * n * positions))
     rows = []
@@ -113,9 +118,24 @@ def _(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Te
 def gram_rows_reference(j: list[Tensor], rows: list[int], count: int) -> Tensor:
     """K = J Jᵀ, added up over the weights of a system."""
     k_LNN = _zeros(j, count)
+    k = k_LNN.unbind()
     for row, j_NK in zip(rows, j, strict=True):
-        k_LNN[row].addmm_(widen(j_NK), widen(j_NK).mT)
+        k[row].add_(_squared(widen(j_NK)))
     return k_LNN
+
+
+def _squared(x_NK: Tensor) -> Tensor:
+    """Return X Xᵀ, on a CPU in slabs of rows up to the diagonal: BLAS would compute what lies above as well."""
+    n, k = x_NK.shape
+    slabs = min(_SLABS, n // _LEAST_ROWS)
+    if slabs < 2 or k < _LEAST_COLUMNS or not x_NK.is_cpu or torch.compiler.is_compiling():
+        return x_NK @ x_NK.mT
+    k_NN, step = x_NK.new_empty(n, n), -(-n // slabs)
+    for start in range(0, n, step):
+        end = min(n, start + step)
+        torch.mm(x_NK[start:end], x_NK[:end].mT, out=k_NN[start:end, :end])
+        k_NN[:start, start:end] = k_NN[start:end, :start].mT
+    return k_NN
 
 
 def _gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:

@@ -11,6 +11,7 @@ from tengrad_triton import TENGraD
 from tengrad_triton.jacobian import PerSample
 
 passes = importlib.import_module("tengrad_triton.kernels.passes")
+gram = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 # Small and large, with numbers of rows and columns that can be split in ranges and ones that cannot.
 SIZES = [(5, 7), (32, 1 << 14), (33, 1 << 14), (32, (1 << 14) + 1), (33, (1 << 14) + 1)]
@@ -111,3 +112,10 @@ def test_a_refresh_lays_small_rows_of_one_size_side_by_side():
     for first, second, third in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(first, second)
         torch.testing.assert_close(first, third)
+
+
+@pytest.mark.parametrize("size", [(127, 4096), (128, 4095), (128, 4096), (131, 4097), (515, 4098)])
+def test_a_gram_matrix_in_slabs(size):
+    """Slabs of rows up to the diagonal, where there are enough of them, are the whole product."""
+    x_NK = torch.randn(size)
+    torch.testing.assert_close(gram._squared(x_NK), x_NK @ x_NK.mT)
