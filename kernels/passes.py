@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .spec import widen
 
-_RANGES = (16, 8, 4, 2)  # as many as divide what is split
+_PARTS = (16, 8, 4, 2)
 _LARGE = 1 << 18  # entries of J from which a batch is worth what it costs to begin (measured on two cores)
 _FEW = 8  # matrices below which a batch of them costs more than their own calls
 
@@ -69,7 +69,12 @@ def _combined(j_NK: Tensor, w_N: Tensor) -> Tensor:
 def _ranges(size: int, j_NK: Tensor) -> int:
     if not j_NK.is_cpu or j_NK.numel() < _LARGE:
         return 1
-    return next((ranges for ranges in _RANGES if size % ranges == 0), 1)
+    return _parts(size, _PARTS[0])
+
+
+def _parts(size: int, most: int) -> int:
+    """Return in how many equal parts something can go."""
+    return next((parts for parts in _PARTS if parts <= most and size % parts == 0), 1)
 
 
 def worth_a_batch(j: Sequence[Tensor]) -> bool:
@@ -120,7 +125,11 @@ def combined_outer(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     weighted_NGPO = g_NGPO * w_N.view(-1, 1, 1, 1)
     if not _is_matrix(g_NGPO):
         return torch.einsum("ngpo,ngpi->goi", weighted_NGPO, a_NGPI)
-    return (weighted_NGPO.flatten(0, 2).mT @ a_NGPI.flatten(0, 2)).unsqueeze(0)
+    a_NI, (outputs, inputs) = a_NGPI.flatten(0, 2), (g_NGPO.shape[3], a_NGPI.shape[3])
+    parts = 1 if torch.compiler.is_compiling() else _parts(outputs, torch.get_num_threads())
+    # A part of the outputs for every thread: BLAS divides a product as thin as this less well.
+    weighted_TON = weighted_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
+    return torch.bmm(weighted_TON, a_NI.expand(parts, -1, -1)).view(1, outputs, inputs)
 
 
 def _is_matrix(g_NGPO: Tensor) -> bool:

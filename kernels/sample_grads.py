@@ -23,7 +23,7 @@ from .spec import KernelSpec, contiguous, expect, nbytes, normal, rows_contiguou
 from .window_grads import WINDOW_CONFIGS, window_grads
 
 _UNFOLD_BELOW = 1.75  # positions a channel below which unfolding a convolution's input pays (measured on two cores)
-_UNFOLDED_BYTES, _GROUPED_BYTES = 2**20, 2**22  # unfolded inputs, or rows, that a thread's caches hold
+_UNFOLDED_BYTES, _GROUPED_BYTES = 2**21, 2**22  # unfolded inputs, or rows, that a thread's caches hold
 
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())

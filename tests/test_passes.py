@@ -69,10 +69,11 @@ def test_matrices_out_of_order_are_no_batch():
     assert passes._together(list(transposed.unbind())) is None
 
 
+@pytest.mark.parametrize("outputs", [5, 6, 8])
 @pytest.mark.parametrize(("groups", "positions"), [(1, 1), (1, 3), (2, 1), (2, 3)])
-def test_both_products_of_factors(groups, positions):
-    a, g = torch.randn(9, groups, positions, 4), torch.randn(9, groups, positions, 5)
-    v_GOI, w_N = torch.randn(groups, 5, 4), torch.randn(9)
+def test_both_products_of_factors(groups, positions, outputs):
+    a, g = torch.randn(9, groups, positions, 4), torch.randn(9, groups, positions, outputs)
+    v_GOI, w_N = torch.randn(groups, outputs, 4), torch.randn(9)
     j_NGOI = torch.einsum("ngpo,ngpi->ngoi", g, a)
     torch.testing.assert_close(passes.projected_outer(a, g, v_GOI), (j_NGOI * v_GOI).sum((1, 2, 3)))
     torch.testing.assert_close(passes.combined_outer(a, g, w_N), torch.einsum("n,ngoi->goi", w_N, j_NGOI))
