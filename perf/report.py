@@ -37,8 +37,9 @@ operations in either, so that the smallest case gains the least."""
 KERNELS_NOTE = {
     "cpu": """No kernel runs on a CPU: the ops run their definitions in torch, and the rivals are other expressions. The
 limit is the longer of bytes over the measured bandwidth and operations over the measured rate of a float32 matrix
-product; what fits the caches can beat it. Compiled, a list of small tensors is one loop, where the definition is some
-operations a tensor: that is what is missed, by plain steps; a compiled step is compiled here too.""",
+product; what fits the caches, a convolution and half of a symmetric product can beat it. Where compiled code is ahead,
+it makes the same calls of BLAS without Python's microseconds between them, or takes the direction and the update in one
+pass over a parameter; a compiled step is compiled here too.""",
     "cuda": """The rivals are torch's expressions, eager and compiled, of which the best counts. The limit is the longer
 of bytes over the measured bandwidth and operations over the measured rate of a float32 matrix product. Calls are
 repeated in one CUDA graph, so that the host's part is not counted; what fits the L2 cache can beat the limit.""",
