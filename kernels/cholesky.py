@@ -49,8 +49,9 @@ def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
 
 def cholesky_reference(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     """C = chol(K + shift I)."""
-    eye_NN = torch.eye(k_LNN.shape[-1], dtype=k_LNN.dtype, device=k_LNN.device)
-    c_LNN, info_L = torch.linalg.cholesky_ex(k_LNN + shift_L[:, None, None] * eye_NN, check_errors=False)
+    damped_LNN = k_LNN.clone()
+    damped_LNN.diagonal(dim1=-2, dim2=-1).add_(shift_L.unsqueeze(1))
+    c_LNN, info_L = torch.linalg.cholesky_ex(damped_LNN, check_errors=False)
     pivot_L = c_LNN.diagonal(dim1=-2, dim2=-1).square().amin(-1)
     return c_LNN, torch.where(info_L == 0, pivot_L, -torch.ones_like(pivot_L))
 
