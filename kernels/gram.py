@@ -120,20 +120,25 @@ def gram_rows_reference(j: list[Tensor], rows: list[int], count: int) -> Tensor:
     k_LNN = _zeros(j, count)
     k = k_LNN.unbind()
     for row, j_NK in zip(rows, j, strict=True):
-        k[row].add_(_squared(widen(j_NK)))
+        _add_squared_(k[row], widen(j_NK))
     return k_LNN
 
 
 def _squared(x_NK: Tensor) -> Tensor:
-    """Return X Xᵀ, on a CPU in slabs of rows up to the diagonal: BLAS would compute what lies above as well."""
+    """X Xᵀ."""
+    return _add_squared_(x_NK.new_zeros(len(x_NK), len(x_NK)), x_NK)
+
+
+def _add_squared_(k_NN: Tensor, x_NK: Tensor) -> Tensor:
+    """K += X Xᵀ, on a CPU in slabs of rows up to the diagonal: BLAS would compute what lies above as well."""
     n, k = x_NK.shape
     slabs = min(_SLABS, n // _LEAST_ROWS)
     if slabs < 2 or k < _LEAST_COLUMNS or not x_NK.is_cpu or torch.compiler.is_compiling():
-        return x_NK @ x_NK.mT
-    k_NN, step = x_NK.new_empty(n, n), -(-n // slabs)
+        return k_NN.addmm_(x_NK, x_NK.mT)
+    step = -(-n // slabs)
     for start in range(0, n, step):
         end = min(n, start + step)
-        torch.mm(x_NK[start:end], x_NK[:end].mT, out=k_NN[start:end, :end])
+        k_NN[start:end, :end].addmm_(x_NK[start:end], x_NK[:end].mT)
         k_NN[:start, start:end] = k_NN[start:end, :start].mT
     return k_NN
 

@@ -120,3 +120,5 @@ def test_a_gram_matrix_in_slabs(size):
     """Slabs of rows up to the diagonal, where there are enough of them, are the whole product."""
     x_NK = torch.randn(size)
     torch.testing.assert_close(gram._squared(x_NK), x_NK @ x_NK.mT)
+    k_NN = x_NK[:, :100] @ x_NK[:, :100].mT
+    torch.testing.assert_close(gram._add_squared_(k_NN.clone(), x_NK), k_NN + x_NK @ x_NK.mT)
