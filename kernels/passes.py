@@ -125,11 +125,11 @@ def combined_outer(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     weighted_NGPO = g_NGPO * w_N.view(-1, 1, 1, 1)
     if not _is_matrix(g_NGPO):
         return torch.einsum("ngpo,ngpi->goi", weighted_NGPO, a_NGPI)
-    a_NI, (outputs, inputs) = a_NGPI.flatten(0, 2), (g_NGPO.shape[3], a_NGPI.shape[3])
+    outputs = g_NGPO.shape[3]
     parts = 1 if torch.compiler.is_compiling() else _parts(outputs, torch.get_num_threads())
     # A part of the outputs for every thread: BLAS divides a product as thin as this less well.
     weighted_TON = weighted_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
-    return torch.bmm(weighted_TON, a_NI.expand(parts, -1, -1)).view(1, outputs, inputs)
+    return torch.bmm(weighted_TON, a_NGPI.flatten(0, 2).expand(parts, -1, -1)).view(1, outputs, -1)
 
 
 def _is_matrix(g_NGPO: Tensor) -> bool:

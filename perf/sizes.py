@@ -63,8 +63,8 @@ def _rows(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, 
 
 
 def _rows_and_entries(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
-    v = [_tensor(device, k, 1, 1) for _ in range(weights)]
-    return *_rows(n, k, device, weights)[:1], v, list(range(weights)), [weights, n]
+    j, rows, _ = _rows(n, k, device, weights)
+    return j, [_tensor(device, k, 1, 1) for _ in range(weights)], rows, [weights, n]
 
 
 def _grams(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:

@@ -78,6 +78,8 @@ def side_by_side(blocks: Jacobians) -> Jacobians:
     moved: dict[int, Tensor] = {}
     for alike in filter(worth_a_batch, sizes.values()):
         moved |= zip(map(id, alike), torch.stack(alike).unbind(), strict=True)
+    if not moved:
+        return blocks
 
     def placed(rows: Jacobian) -> Jacobian:
         return replace(rows, j_NK=moved.get(id(rows.j_NK), rows.j_NK)) if isinstance(rows, PerSample) else rows
