@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton import Explicit, Outer, canonical
+from tengrad_triton import OuterProducts, PerSampleGrads, canonical
 
 
 class JetLinear(nn.Module):
@@ -34,9 +34,9 @@ class JetLinear(nn.Module):
 
 
 @canonical.register
-def _(layer: JetLinear, x: Tensor, grad_y: Tensor) -> dict[str, Outer | Explicit]:
+def _(layer: JetLinear, x: Tensor, grad_y: Tensor) -> dict[str, OuterProducts | PerSampleGrads]:
     """The weight as a linear layer over positions; the bias from the first position alone."""
-    return {"weight": Outer(x[:, None], grad_y[:, None]), "bias": Explicit(grad_y[:, 0])}
+    return {"weight": OuterProducts(x[:, None], grad_y[:, None]), "bias": PerSampleGrads(grad_y[:, 0])}
 
 
 def jet_of(x_ND: Tensor) -> Tensor:

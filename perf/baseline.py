@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.blocks import Source
-from tengrad_triton.capture import Capture
-from tengrad_triton.fisher import likelihood_of
+from tengrad_triton.capture.blocks import Source
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.likelihoods import likelihood_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from tengrad_triton.kernels import update_
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
@@ -16,9 +15,10 @@ from torch.nn.functional import cross_entropy
 from perf.baseline import PaperNGD
 from perf.timing import now
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.interval import Growing
-from tengrad_triton.plan import MAX_BYTES
-from tengrad_triton.resident import stay
+from tengrad_triton.compiled.static_buffers import stay
+from tengrad_triton.kernels import update_
+from tengrad_triton.optim.interval import Growing
+from tengrad_triton.tuning.plan import MAX_BYTES
 
 Mode = Literal["plain", "compiled", "cuda graphs"]
 TORCH_MODES: dict[Mode, str | None] = {"compiled": None, "cuda graphs": "reduce-overhead"}

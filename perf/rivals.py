@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from tengrad_triton.kernels.sliding import unpadded
 from tengrad_triton.kernels.spec import KernelSpec
-from torch import Tensor
 
 Work = Callable[..., Any]
 

@@ -12,9 +12,10 @@ from operator import itemgetter
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
 from tengrad_triton.kernels.sliding import Sliding
 from tengrad_triton.kernels.spec import KernelSpec
-from torch import Tensor
 
 Scale = Literal["small", "cpu", "gpu"]
 Make = Callable[[torch.device], tuple[Any, ...]]

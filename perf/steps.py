@@ -15,9 +15,9 @@ from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step, now
 from tengrad_triton import TENGraD
-from tengrad_triton.jacobian import Factored, Jacobian
-from tengrad_triton.plan import MAX_BYTES
-from tengrad_triton.uses import geometry_of
+from tengrad_triton.curvature.contributions import geometry_of
+from tengrad_triton.curvature.jacobian import Factored, Jacobian
+from tengrad_triton.tuning.plan import MAX_BYTES
 
 # Rounds: the first step of a compiled loop is a plain one, and CUDA graphs are recorded after a run without them.
 WARM_UP: dict[Mode, int] = {"plain": 1, "compiled": 2, "cuda graphs": 3}
@@ -66,7 +66,7 @@ def measured(
 def least_seconds(optimizer: TENGraD, rates: Limits) -> float:
     """Return what the two products with J that every step takes would take at the machine's rates.
 
-    Explicit rows are read twice. A weight that keeps its factors takes 2 G N P I O operations twice, or what its rows
+    PerSampleGrads rows are read twice. A weight that keeps its factors takes 2 G N P I O operations twice, or what its rows
     would take where that is less: no exact step is faster, whichever way a weight's J is kept.
     """
     assert optimizer._curvature is not None

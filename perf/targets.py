@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from perf.loops import within
 from perf.results import Device
 from perf.selection import BUDGET
-from tengrad_triton.plan import MAX_BYTES
+from tengrad_triton.tuning.plan import MAX_BYTES
 
 Measure = Callable[[Device], float | None]
 

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 
-from tengrad_triton import Explicit, TENGraD, canonical, compile_train_step
+from tengrad_triton import PerSampleGrads, TENGraD, canonical, compile_train_step
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
 
 # Each optimizer, with settings that make every schedule of its own fall into an interval.
@@ -191,7 +191,7 @@ def test_a_rule_without_factors_is_not_enough(rival):
 
     @canonical.register
     def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
-        return {"weight": Explicit(grad_y * x)}
+        return {"weight": PerSampleGrads(grad_y * x)}
 
     make, own = RIVALS[rival]
     model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))

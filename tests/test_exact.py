@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import TENGraD
-from tengrad_triton.fisher import LIKELIHOODS
+from tengrad_triton.likelihoods import LIKELIHOODS
 
 TOLERANCE = 1e-9
 SETTINGS = {"lr": 0.05, "damping": 0.03, "momentum": 0.9, "weight_decay": 0.01}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, jacrev
 
-from tengrad_triton.fisher import LIKELIHOODS
+from tengrad_triton.likelihoods import LIKELIHOODS
 
 LOSSES = {
     "categorical": lambda output: F.cross_entropy(output, torch.zeros(len(output), dtype=torch.long)),

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from tengrad_triton.backend import ops_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tengrad_triton import TENGraD, compile_train_step, optimizer, teams, woodbury
-from tengrad_triton.backend import kernels_of
 
 
 class Counting(TorchDispatchMode):
@@ -46,8 +46,8 @@ OPTIONS = {
 
 def with_ops(optim):
     """Have an optimizer on a CPU call the ops, as one on a GPU does."""
-    optim._kernels_for = partial(kernels_of, "auto")
-    optim._ops = kernels_of("auto")
+    optim._ops_for = partial(ops_for, "auto")
+    optim._ops = ops_for("auto")
     return optim
 
 

@@ -15,7 +15,7 @@ from tengrad_triton.layers import canonical_rows
 N = 5
 
 
-class Noisy(nn.Module):
+class Reparametrized(nn.Module):
     """A module of its own kind with parameters of its own and chance."""
 
     def __init__(self):
@@ -54,7 +54,7 @@ RANDOM = {
     "encoder layer": lambda: Around(
         nn.TransformerEncoderLayer(4, 2, 6, dropout=0.3, batch_first=True), nn.Module.__call__
     ),
-    "a module of its own kind": lambda: Around(Noisy(), nn.Module.__call__),
+    "a module of its own kind": lambda: Around(Reparametrized(), nn.Module.__call__),
 }
 
 

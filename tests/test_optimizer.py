@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step, kernels
-from tengrad_triton.plan import MAX_BYTES, Geometry, Plan, choose, total_bytes
+from tengrad_triton.curvature.geometry import Geometry
+from tengrad_triton.tuning.plan import MAX_BYTES, Plan, choose, total_bytes
 
 
 def small_model():
@@ -132,7 +133,7 @@ def test_groups_have_their_own_settings():
     assert torch.equal(before["0.weight"], after["0.weight"])
     assert not torch.equal(before["6.weight"], after["6.weight"])
     curvature = optimizer._curvature
-    dampings = dict(zip(curvature.systems, curvature.divisor_L.tolist(), strict=True))
+    dampings = dict(zip(curvature.systems, curvature.damping_L.tolist(), strict=True))
     assert dampings == pytest.approx({"0": 0.1, "4": 1.0, "6": 1.0})
 
 
@@ -156,7 +157,7 @@ def test_callable_damping_and_refresh_take_effect_at_the_refresh():
     seen = []
     for step in range(6):
         take_steps(model, optimizer, step, step + 1)
-        seen.append(optimizer._curvature.divisor_L[0].item())
+        seen.append(optimizer._curvature.damping_L[0].item())
     assert seen == pytest.approx([1, 1, 1 / 3, 1 / 3, 1 / 5, 1 / 6])
 
 
@@ -438,7 +439,7 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_custom_rule_of_the_wrong_size_is_named(case):
-    from tengrad_triton import Explicit, canonical
+    from tengrad_triton import PerSampleGrads, canonical
 
     spoil, message = BAD_ROWS[case]
 
@@ -452,7 +453,7 @@ def test_a_custom_rule_of_the_wrong_size_is_named(case):
 
     @canonical.register
     def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
-        return {"weight": Explicit(spoil(grad_y * x))}
+        return {"weight": PerSampleGrads(spoil(grad_y * x))}
 
     model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))
     optimizer = TENGraD(model)

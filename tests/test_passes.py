@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
+from tengrad_triton.jacobian import PerSample
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tengrad_triton import TENGraD
-from tengrad_triton.jacobian import PerSample
 
 passes = importlib.import_module("tengrad_triton.kernels.passes")
 gram = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import Plan, TENGraD, autotune, kernels, plan_file
-from tengrad_triton.backend import kernels_of
-from tengrad_triton.plan import Geometry, Measured
+from tengrad_triton.curvature.choices import ops_for
+from tengrad_triton.curvature.geometry import Geometry
+from tengrad_triton.tuning.plan import Measured
 
 CPU = torch.device("cpu")
 
@@ -45,10 +46,10 @@ def test_each_kernel_is_served_by_whoever_is_faster():
     mixed = measured(
         1e-3, 1e-3, 1000, gram_rows={"torch": 2e-3, "triton": 1e-3}, project_rows={"torch": 1e-3, "triton": 2e-3}
     )
-    assert mixed.torch_for == ("project_rows",)
+    assert mixed.kernel_overrides == ("project_rows",)
     assert mixed.per_step(1) == pytest.approx(1e-3 + 1e-3 + 1e-3 + 1e-3)
     chosen = Plan({geometry().key: {"per_sample": mixed}}).choose({"w": geometry()}, None, 1, 10**9)
-    assert chosen["w"].torch_for == ("project_rows",)
+    assert chosen["w"].kernel_overrides == ("project_rows",)
 
 
 def test_memory_gives_up_what_costs_least_for_each_byte():
@@ -162,9 +163,9 @@ def test_compression_is_tried_at_the_users_tolerance(tmp_path):
 
 def test_an_incumbent_stays_unless_a_rival_is_noticeably_faster():
     triton = {"torch": 2e-3, "triton": 1e-3, "tall": 0.98e-3}
-    assert measured(0, 1e-3, 1, project_rows=triton).torch_for == ()
-    assert measured(0, 1e-3, 1, project_rows=triton | {"tall": 0.9e-3}).torch_for == ("project_rows:tall",)
-    assert measured(0, 1e-3, 1, project_rows=triton | {"torch": 0.5e-3}).torch_for == ("project_rows",)
+    assert measured(0, 1e-3, 1, project_rows=triton).kernel_overrides == ()
+    assert measured(0, 1e-3, 1, project_rows=triton | {"tall": 0.9e-3}).kernel_overrides == ("project_rows:tall",)
+    assert measured(0, 1e-3, 1, project_rows=triton | {"torch": 0.5e-3}).kernel_overrides == ("project_rows",)
     rows = {"factored": measured(0, 0.98e-3, 1), "per_sample": measured(0, 1e-3, 1)}  # the rule's choice is the latter
     chosen = Plan({geometry().key: rows}).choose({"w": geometry()}, None, 100, 10**9)
     assert chosen["w"].representation == "per_sample"
@@ -172,11 +173,11 @@ def test_an_incumbent_stays_unless_a_rival_is_noticeably_faster():
 
 def test_every_configuration_that_a_plan_can_name_is_an_op():
     named = [f"{spec.name}:{tile}" for spec in kernels.SPECS for tile in spec.tiles]
-    ops = kernels_of("auto", named)
+    ops = ops_for("auto", named)
     assert named
     assert all(isinstance(getattr(ops, name.partition(":")[0]), partial) for name in named)
     with pytest.raises(ValueError, match="no kernels named project_rows:huge"):
-        kernels_of("auto", ("project_rows:huge",))
+        ops_for("auto", ("project_rows:huge",))
 
 
 class Gpu:
@@ -184,7 +185,7 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.times, self.spent = {}, {}
-        module = importlib.import_module("tengrad_triton.autotune")  # the attribute of that name is the function
+        module = importlib.import_module("tengrad_triton.tuning.autotune")  # the attribute of that name is the function
         monkeypatch.setattr(module, "_device_of", lambda args: torch.device("cuda"))
         monkeypatch.setattr(module, "_median_seconds", self.median_seconds)
 
@@ -218,7 +219,11 @@ def test_every_configuration_is_tried_and_the_fastest_is_used(tmp_path, gpu):
     optimizer = TENGraD(net, plan=plan, representation="per_sample")
     F.cross_entropy(net(torch.randn(16, 1, 6, 6)), torch.zeros(16, dtype=torch.long)).backward()
     optimizer.step()
-    assert optimizer.choices()["2.weight"].torch_for == ("conv_sample_grads:narrow", "gram_rows:deep", "project_rows")
+    assert optimizer.choices()["2.weight"].kernel_overrides == (
+        "conv_sample_grads:narrow",
+        "gram_rows:deep",
+        "project_rows",
+    )
     row = next(row for row in optimizer.summary().rows if row.parameter == "2.weight")
     assert row.kernels == "gram_rows:deep, project_rows:torch, expand_rows_update_, conv_sample_grads:narrow"
     assert set(plan_file.load(tmp_path / "plan.json", CPU).entries) == set(plan.entries)
@@ -252,14 +257,14 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
     }
     for measured in (entry["per_sample"] for entry in plan.entries.values()):
         assert set(measured.seconds["gram_rows"]) == {"torch", "triton"}
-        assert measured.torch_for == ("project_rows",)  # not by what was dropped, slow as the others may be
+        assert measured.kernel_overrides == ("project_rows",)  # not by what was dropped, slow as the others may be
     assert plan_file.load(tmp_path / "plan.json", CPU) == plan
 
 
 def test_a_launch_is_split_only_where_its_own_kernels_differ():
-    from tengrad_triton.jacobian import PerSample
+    from tengrad_triton.curvature.jacobian import PerSample
 
-    plain, tuned = (PerSample(torch.ones(2, 3), kernels_of("auto", names)) for names in ((), ("gram_rows:deep",)))
+    plain, tuned = (PerSample(torch.ones(2, 3), ops_for("auto", names)) for names in ((), ("gram_rows:deep",)))
     assert plain.team("gram") != tuned.team("gram")
     assert all(plain.team(product) == tuned.team(product) for product in ("project", "expand"))
 

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.state import pack_curvature
+from tengrad_triton.curvature.checkpoint import pack_curvature
 
 STEPS, REFRESH = 20, 4
 

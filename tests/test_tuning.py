@@ -6,9 +6,9 @@ import json
 import pytest
 from rich.console import Console
 
-from tengrad_triton.plan import Measured, Plan
 from tengrad_triton.recipes.cli import main
 from tengrad_triton.recipes.tuning import table_of
+from tengrad_triton.tuning.plan import Measured, Plan
 
 SMALL = ["autotune", "--width", "4", "--batch-size", "16", "--seconds", "0.001", "--device", "cpu"]
 

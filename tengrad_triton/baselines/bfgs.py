@@ -94,7 +94,7 @@ def _curved(s_GO: Tensor, y_GO: Tensor) -> tuple[Tensor, Tensor]:
 def doubly_damped(
     inverse: Inverse, s_GO: Tensor, y_GO: Tensor, shrink: float, least: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the pair, changed as little as needed for H and its inverse to stay bounded (K-BFGS, algorithm 3).
+    """Return the pair, changed as little as needed for H and its inverse to mark_static bounded (K-BFGS, algorithm 3).
 
     First Powell's damping on H: s moves towards H y until sᵀ y ≥ ``shrink`` yᵀ H y. Then on the inverse with B = I: y
     moves towards s until sᵀ y ≥ ``least`` sᵀ s, with ``least`` at most 1.

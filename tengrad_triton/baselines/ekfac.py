@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tengrad_triton.baselines.base import Curvature, Gathered, KroneckerOptimizer, Rows
 from tengrad_triton.baselines.kfac import averaged, check_running
 from tengrad_triton.baselines.kronecker import Layer, chunks, eigenbasis, in_batches
-from tengrad_triton.baselines.rival import Curvature, Gathered, Rival, Rows
-from tengrad_triton.damping import Schedule
-from tengrad_triton.fisher import Fisher, Likelihood
-from tengrad_triton.options import Unsupported, check_count
-from tengrad_triton.phases import phase
-from tengrad_triton.refresh import BlockUses
-from tengrad_triton.update import Target
+from tengrad_triton.curvature.refresh import BlockUses
+from tengrad_triton.curvature.target import Target
+from tengrad_triton.likelihoods import Fisher, Likelihood
+from tengrad_triton.optim.damping import Schedule
+from tengrad_triton.optim.options import Unsupported, check_count
+from tengrad_triton.profiling import phase
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EkfacLayer:
         return f"eigenbasis {self.g_GOO.shape[1]} x {self.a_GII.shape[1]}"
 
 
-class EKFAC(Rival[EkfacLayer]):
+class EKFAC(KroneckerOptimizer[EkfacLayer]):
     """Eigenvalue-corrected K-FAC (George, Laurent, Bouthillier, Ballas, Vincent 2018).
 
     F ≈ U diag(S) Uᵀ with U the eigenvectors of K-FAC's A ⊗ Γ and S = E[(U_Γᵀ J_n U_A)²], the diagonal that is nearest

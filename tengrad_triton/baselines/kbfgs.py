@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tengrad_triton.baselines.bfgs import Dense
 from tengrad_triton.baselines.quasi_newton import KbfgsLayer, QuasiNewton
-from tengrad_triton.damping import Schedule
-from tengrad_triton.options import Unsupported
+from tengrad_triton.optim.damping import Schedule
+from tengrad_triton.optim.options import Unsupported
 
 
 class KBFGS(QuasiNewton[Dense]):

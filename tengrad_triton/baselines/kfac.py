@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tengrad_triton.baselines.base import Curvature, Gathered, KroneckerOptimizer, Rows
 from tengrad_triton.baselines.kronecker import Layer, in_batches, input_factor, inverse, output_factor, shifted
-from tengrad_triton.baselines.rival import Curvature, Gathered, Rival, Rows
-from tengrad_triton.damping import Schedule
-from tengrad_triton.fisher import Fisher, Likelihood
-from tengrad_triton.options import Unsupported, check_count, is_number
-from tengrad_triton.phases import phase
-from tengrad_triton.update import Target
-from tengrad_triton.validation import check_range
+from tengrad_triton.curvature.target import Target
+from tengrad_triton.likelihoods import Fisher, Likelihood
+from tengrad_triton.optim.damping import Schedule
+from tengrad_triton.optim.options import Unsupported, check_count, is_number
+from tengrad_triton.optim.validation import check_range
+from tengrad_triton.profiling import phase
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class KfacLayer:
         return f"factors {self.g_GOO.shape[1]} x {self.a_GII.shape[1]}"
 
 
-class KFAC(Rival[KfacLayer]):
+class KFAC(KroneckerOptimizer[KfacLayer]):
     """Kronecker-factored approximate curvature (Martens and Grosse 2015; convolutions: Grosse and Martens 2016).
 
     F ≈ A ⊗ Γ for every layer, weight and bias together, with the running means of A = Σ_p a aᵀ and Γ = g gᵀ;

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tengrad_triton.blocks import full_name
-from tengrad_triton.layers import Explicit, Form, Outer, Windows, matrix_view
-from tengrad_triton.refresh import BlockUses
+from tengrad_triton.capture.blocks import full_name
+from tengrad_triton.curvature.refresh import BlockUses
+from tengrad_triton.layers import Contribution, ConvInput, OuterProducts, PerSampleGrads, matrix_view
 
 _CHUNK_BYTES = 256 * 2**20  # of unfolded inputs at a time
 
@@ -40,7 +40,7 @@ class Layer:
 
 
 def layers_of(gathered: Mapping[str, BlockUses], known: Mapping[str, Layer]) -> list[Layer]:
-    """Return the layers that have Kronecker factors: weights all of whose uses are `Outer`, with their biases.
+    """Return the layers that have Kronecker factors: weights all of whose uses are `OuterProducts`, with their biases.
 
     A layer that is among those ``known`` stays as it is there, as long as it has the same parameters.
     """
@@ -55,9 +55,9 @@ def layers_of(gathered: Mapping[str, BlockUses], known: Mapping[str, Layer]) -> 
     return found
 
 
-def _sizes(use: Form) -> tuple[int, int, int] | None:
+def _sizes(use: Contribution) -> tuple[int, int, int] | None:
     """Return G, O and I; None of what is no outer product."""
-    return (use.g_NGPO.shape[1], use.outputs, _inputs(use)) if isinstance(use, Outer) else None
+    return (use.g_NGPO.shape[1], use.outputs, _inputs(use)) if isinstance(use, OuterProducts) else None
 
 
 def _bias_of(label: str, block: BlockUses) -> str | None:
@@ -69,10 +69,10 @@ def _bias_of(label: str, block: BlockUses) -> str | None:
     name = label.replace("weight", "bias")
     if name == label or name not in block:
         return None
-    g, rows = [use.g_NGPO for use in block[label][0] if isinstance(use, Outer)], block[name][0]
-    if not all(isinstance(use, Explicit) and use.entries == g[0].shape[1] * g[0].shape[3] for use in rows):
+    g, rows = [use.g_NGPO for use in block[label][0] if isinstance(use, OuterProducts)], block[name][0]
+    if not all(isinstance(use, PerSampleGrads) and use.entries == g[0].shape[1] * g[0].shape[3] for use in rows):
         return None
-    j_NK = torch.stack([use.j_NK.flatten(1) for use in rows if isinstance(use, Explicit)]).sum(0)
+    j_NK = torch.stack([use.j_NK.flatten(1) for use in rows if isinstance(use, PerSampleGrads)]).sum(0)
     sum_NK, size_NK = _summed(g), _summed([g_NGPO.abs() for g_NGPO in g])
     # The square root of the precision: far above rounding, far below another quantity. Not a number is no refusal.
     far = (j_NK - sum_NK).abs() > torch.finfo(j_NK.dtype).eps ** 0.5 * size_NK
@@ -90,7 +90,7 @@ def chunks(layer: Layer, block: BlockUses, entries: int = 0) -> Iterator[tuple[T
     ``entries`` is how many numbers the caller will form of each sample, beside these.
     """
     for batch in block[layer.weight]:
-        outer = [use for use in batch if isinstance(use, Outer)]
+        outer = [use for use in batch if isinstance(use, OuterProducts)]
         positions = sum(use.g_NGPO.shape[2] for use in outer)
         groups, g_NGPO = outer[0].g_NGPO.shape[1], outer[0].g_NGPO
         numbers = max(entries, groups * positions * (_inputs(outer[0]) + outer[0].outputs))
@@ -101,12 +101,12 @@ def chunks(layer: Layer, block: BlockUses, entries: int = 0) -> Iterator[tuple[T
             yield (a[0], g[0]) if len(outer) == 1 else (torch.cat(a, 2), torch.cat(g, 2))
 
 
-def _inputs(use: Outer) -> int:
-    return use.a.inputs if isinstance(use.a, Windows) else use.a.shape[3]
+def _inputs(use: OuterProducts) -> int:
+    return use.a.inputs if isinstance(use.a, ConvInput) else use.a.shape[3]
 
 
-def _unfolded(use: Outer, part: slice) -> Tensor:
-    if isinstance(use.a, Windows):
+def _unfolded(use: OuterProducts, part: slice) -> Tensor:
+    if isinstance(use.a, ConvInput):
         return replace(use.a, x_NCHW=use.a.x_NCHW[part]).unfold()
     return use.a[part]
 
@@ -134,17 +134,17 @@ def means(layer: Layer, block: BlockUses) -> tuple[Tensor, Tensor]:
     """Return the means of a and g over samples and positions, a_GI and g_GO."""
     uses = _outer(layer, block)
     # Unfolding is linear: one image, the sum of all, is unfolded in place of all of them.
-    sums = [replace(u.a, x_NCHW=u.a.x_NCHW.sum(0, True)).unfold() if isinstance(u.a, Windows) else u.a for u in uses]
+    sums = [replace(u.a, x_NCHW=u.a.x_NCHW.sum(0, True)).unfold() if isinstance(u.a, ConvInput) else u.a for u in uses]
     mean_a_GI = torch.stack([a_NGPI.sum((0, 2)) for a_NGPI in sums]).sum(0) / _rows(uses)
     mean_g_GO = torch.stack([use.g_NGPO.sum((0, 2)) for use in uses]).sum(0) / _rows(uses)
     return F.pad(mean_a_GI, (0, layer.bias is not None), value=1.0), mean_g_GO
 
 
-def _outer(layer: Layer, block: BlockUses) -> list[Outer]:
-    return [use for batch in block[layer.weight] for use in batch if isinstance(use, Outer)]
+def _outer(layer: Layer, block: BlockUses) -> list[OuterProducts]:
+    return [use for batch in block[layer.weight] for use in batch if isinstance(use, OuterProducts)]
 
 
-def _rows(uses: Sequence[Outer]) -> int:
+def _rows(uses: Sequence[OuterProducts]) -> int:
     """Return R."""
     return sum(use.g_NGPO.shape[0] * use.g_NGPO.shape[2] for use in uses)
 
@@ -155,7 +155,7 @@ def _square(x_NGPK: Tensor) -> Tensor:
     return x_GRK.mT @ x_GRK if len(x_GRK) > 1 else (x_GRK[0].mT @ x_GRK[0])[None]
 
 
-def joined(layer: Layer, tensors: Mapping[str, Tensor], like_GOI: tuple[int, torch.dtype]) -> Tensor:
+def concat(layer: Layer, tensors: Mapping[str, Tensor], like_GOI: tuple[int, torch.dtype]) -> Tensor:
     """Return v_GOI, made of parameter-shaped tensors by their labels; ``like_GOI`` is G and the dtype."""
     groups, dtype = like_GOI
     weight_OKI = matrix_view(tensors[layer.weight])
@@ -166,7 +166,7 @@ def joined(layer: Layer, tensors: Mapping[str, Tensor], like_GOI: tuple[int, tor
 
 
 def parted(layer: Layer, v_GOI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameter-shaped tensors that `joined` would make ``v_GOI`` of."""
+    """Return the parameter-shaped tensors that `concat` would make ``v_GOI`` of."""
     parts = {label: torch.empty_like(like[label]) for label in layer.labels}
     weight_OKI = matrix_view(parts[layer.weight])
     inputs = weight_OKI.shape[1] * weight_OKI.shape[2]

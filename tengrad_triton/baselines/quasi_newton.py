@@ -13,13 +13,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tengrad_triton.baselines.base import Curvature, KroneckerOptimizer, Rows
 from tengrad_triton.baselines.bfgs import Dense, Memory, doubly_damped
 from tengrad_triton.baselines.kronecker import Layer, in_batches, input_factor, inverse, means, shifted
-from tengrad_triton.baselines.rival import Curvature, Rival, Rows
-from tengrad_triton.options import Unsupported
-from tengrad_triton.phases import phase
-from tengrad_triton.update import Target
-from tengrad_triton.validation import check_range
+from tengrad_triton.curvature.target import Target
+from tengrad_triton.optim.options import Unsupported
+from tengrad_triton.optim.validation import check_range
+from tengrad_triton.profiling import phase
 
 B = TypeVar("B", Dense, Memory)
 _POWELL = 0.2  # μ₁ of the double damping
@@ -70,7 +70,7 @@ class Seen:
     mean_g_GO: Tensor
 
 
-class QuasiNewton(Rival[KbfgsLayer[B]]):
+class QuasiNewton(KroneckerOptimizer[KbfgsLayer[B]]):
     """What `KBFGS` and `KBFGSL` share: all but how H_g is kept."""
 
     def __init__(

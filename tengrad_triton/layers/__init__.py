@@ -4,29 +4,29 @@ A file a family of layers; `form` is what they all return, `support` what is kno
 """
 
 from tengrad_triton.layers import attention, conv, dense, embedding, norm, recurrent  # they register their rules
-from tengrad_triton.layers.form import (
+from tengrad_triton.layers.batch_norm import frozen_scale, mixes_samples
+from tengrad_triton.layers.contribution import (
     Call,
     Canonical,
-    Explicit,
-    Form,
+    Contribution,
+    ConvInput,
+    EmbeddingGrads,
     Inputs,
-    Lookup,
-    Outer,
-    Windows,
+    OuterProducts,
+    PerSampleGrads,
     arguments,
     canonical,
     canonical_rows,
     input_of,
     matrix_view,
 )
-from tengrad_triton.layers.statistics import frozen_scale, mixes_samples
-from tengrad_triton.layers.support import (
+from tengrad_triton.layers.traits import (
     accounted_for,
     counts_uses,
     draws,
     drops_out,
-    has_within,
-    is_silent,
+    has_uncalled,
+    is_uncalled,
     is_unrolled,
     looks_at_values,
     may_draw,
@@ -37,18 +37,18 @@ from tengrad_triton.layers.support import (
     why_no_rule,
     why_no_samples,
 )
-from tengrad_triton.layers.within import Tap, replayed, rng_state, tapped
+from tengrad_triton.layers.uncalled import Tap, forward_with_taps, replayed, rng_state
 
 __all__ = [
     "Call",
     "Canonical",
-    "Explicit",
-    "Form",
+    "Contribution",
+    "ConvInput",
+    "EmbeddingGrads",
     "Inputs",
-    "Lookup",
-    "Outer",
+    "OuterProducts",
+    "PerSampleGrads",
     "Tap",
-    "Windows",
     "accounted_for",
     "arguments",
     "attention",
@@ -60,10 +60,11 @@ __all__ = [
     "draws",
     "drops_out",
     "embedding",
+    "forward_with_taps",
     "frozen_scale",
-    "has_within",
+    "has_uncalled",
     "input_of",
-    "is_silent",
+    "is_uncalled",
     "is_unrolled",
     "looks_at_values",
     "matrix_view",
@@ -77,7 +78,6 @@ __all__ = [
     "replayed",
     "rng_state",
     "samples_dim",
-    "tapped",
     "why_no_rule",
     "why_no_samples",
 ]

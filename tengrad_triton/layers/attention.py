@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tengrad_triton.layers.contribution import Canonical, Contribution, OuterProducts, PerSampleGrads, canonical
 from tengrad_triton.layers.dense import dense, summed
-from tengrad_triton.layers.form import Canonical, Explicit, Form, Outer, canonical
-from tengrad_triton.layers.within import Stacked, Tap, Weights, of_call, rows_within, tapped
+from tengrad_triton.layers.uncalled import Stacked, Tap, Weights, forward_with_taps, of_call, rows_within
 
 
-@tapped.register
+@forward_with_taps.register
 def _(layer: nn.MultiheadAttention, weights: Weights, named: dict[str, Any], tap: Tap) -> tuple[Tensor, Any]:
     inputs = [_samples_second(layer, named[name]) for name in ("query", "key", "value")]
     projected = []
@@ -72,16 +72,16 @@ def _(layer: nn.MultiheadAttention, x: Any, grad_y: Any) -> Canonical:
 @rows_within.register
 def _(layer: nn.MultiheadAttention, seen: Stacked, by: Stacked) -> Canonical:
     (z_NTE,), (g_NTE,) = seen["out"].transpose(1, 2), by["out"].transpose(1, 2)
-    form: dict[str, Form] = {"out_proj.weight": dense(z_NTE, g_NTE), "out_proj.bias": summed(g_NTE)}
+    form: dict[str, Contribution] = {"out_proj.weight": dense(z_NTE, g_NTE), "out_proj.bias": summed(g_NTE)}
     if layer.bias_k is not None:
-        form |= {f"bias_{name}": Explicit(by[name][0, -1, :, None, None]) for name in "kv"}
+        form |= {f"bias_{name}": PerSampleGrads(by[name][0, -1, :, None, None]) for name in "kv"}
     of_inputs = [(seen[name][0], by[name][0]) for name in "qkv"]
     pairs = [(x.transpose(0, 1), g[: len(x)].transpose(0, 1)) for x, g in of_inputs]
-    form["in_proj_bias"] = Explicit(torch.cat([g.sum(1) for _, g in pairs], 1))
+    form["in_proj_bias"] = PerSampleGrads(torch.cat([g.sum(1) for _, g in pairs], 1))
     if layer.in_proj_weight is None:
         return form | {f"{name}_proj_weight": dense(x, g) for name, (x, g) in zip("qkv", pairs, strict=True)}
     positions = max(g.shape[1] for _, g in pairs)
     a, g = (
         torch.stack([F.pad(t, (0, 0, 0, positions - t.shape[1])) for t in ts], 1) for ts in zip(*pairs, strict=True)
     )
-    return form | {"in_proj_weight": Outer(a, g)}
+    return form | {"in_proj_weight": OuterProducts(a, g)}

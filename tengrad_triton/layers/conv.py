@@ -11,15 +11,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.kernels.sliding import Sliding
-from tengrad_triton.layers.form import Canonical, Explicit, Outer, Windows, canonical
+from tengrad_triton.kernels.sliding import ConvGeometry
+from tengrad_triton.layers.contribution import Canonical, ConvInput, OuterProducts, PerSampleGrads, canonical
 
 # torch's names for them, of one to three dimensions
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | Windows:
+def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | ConvInput:
     """Return what each position of a convolution sees of its input [N, C, *], with zeros around it: a_NGPI, unformed in
     a plane.
     """
@@ -30,7 +30,7 @@ def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | Windows:
     if x.dim() == 3:  # a line is a plane one pixel high
         x, padding = x.unsqueeze(2), (0, *padding)
         kernel_size, stride, dilation = (1, *kernel_size), (1, *stride), (1, *dilation)
-    return Windows(x, list(kernel_size), Sliding(stride, tuple(padding), dilation, layer.groups))
+    return ConvInput(x, list(kernel_size), ConvGeometry(stride, tuple(padding), dilation, layer.groups))
 
 
 def _unfolded(
@@ -56,8 +56,8 @@ def _numbers(padding: tuple[object, ...] | str) -> list[int]:
     return [p for p in padding if isinstance(p, int)]
 
 
-def _bias(grad_y: Tensor) -> Explicit:
-    return Explicit(grad_y.flatten(2).sum(2))
+def _bias(grad_y: Tensor) -> PerSampleGrads:
+    return PerSampleGrads(grad_y.flatten(2).sum(2))
 
 
 @canonical.register
@@ -69,7 +69,7 @@ def _(layer: Convolution, x: Tensor, grad_y: Tensor) -> Canonical:
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         seen = windows(layer, F.pad(x, around, mode=mode), [0] * len(layer.kernel_size))
-    return {"weight": Outer(seen, _grouped(grad_y, layer.groups)), "bias": _bias(grad_y)}
+    return {"weight": OuterProducts(seen, _grouped(grad_y, layer.groups)), "bias": _bias(grad_y)}
 
 
 @canonical.register
@@ -81,4 +81,7 @@ def _(layer: Transposed, x: Tensor, grad_y: Tensor) -> Canonical:
     seen = [(pixels - 1) * step + gap * (size - 1) + 1 for pixels, size, step, gap in axes]
     for axis, pixels in enumerate(seen):  # what output_padding adds, no window sees
         padded = padded.narrow(2 + axis, 0, pixels)
-    return {"weight": Outer(windows(layer, padded, [0] * len(seen)), _grouped(x, layer.groups)), "bias": _bias(grad_y)}
+    return {
+        "weight": OuterProducts(windows(layer, padded, [0] * len(seen)), _grouped(x, layer.groups)),
+        "bias": _bias(grad_y),
+    }

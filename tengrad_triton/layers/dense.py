@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.layers.form import Call, Canonical, Explicit, Outer, arguments, canonical
+from tengrad_triton.layers.contribution import Call, Canonical, OuterProducts, PerSampleGrads, arguments, canonical
 
 
-def dense(a: Tensor, g: Tensor) -> Outer:
+def dense(a: Tensor, g: Tensor) -> OuterProducts:
     """Return the outer product of a weight [O, I] with inputs [N, …, I] and derivatives [N, …, O]."""
-    return Outer(a.reshape(len(a), 1, -1, a.shape[-1]), g.reshape(len(g), 1, -1, g.shape[-1]))
+    return OuterProducts(a.reshape(len(a), 1, -1, a.shape[-1]), g.reshape(len(g), 1, -1, g.shape[-1]))
 
 
-def summed(g: Tensor) -> Explicit:
+def summed(g: Tensor) -> PerSampleGrads:
     """Return the rows of a bias with derivatives [N, …, O]: Σ_p g_np."""
-    return Explicit(g.reshape(len(g), -1, g.shape[-1]).sum(1))
+    return PerSampleGrads(g.reshape(len(g), -1, g.shape[-1]).sum(1))
 
 
 @canonical.register

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.layers.form import Canonical, Inputs, Lookup, arguments, canonical
+from tengrad_triton.layers.contribution import Canonical, EmbeddingGrads, Inputs, arguments, canonical
 
 
-def _lookup(layer: nn.Embedding | nn.EmbeddingBag, ids_NP: Tensor, g_NPD: Tensor) -> Lookup:
+def _lookup(layer: nn.Embedding | nn.EmbeddingBag, ids_NP: Tensor, g_NPD: Tensor) -> EmbeddingGrads:
     """Return the lookup; the entry at ``padding_idx`` gets no gradient."""
     if layer.padding_idx is not None:
         g_NPD = g_NPD.masked_fill((ids_NP == layer.padding_idx)[..., None], 0)
-    return Lookup(ids_NP, g_NPD, layer.num_embeddings)
+    return EmbeddingGrads(ids_NP, g_NPD, layer.num_embeddings)
 
 
 @canonical.register

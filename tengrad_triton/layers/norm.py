@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.layers.form import Canonical, Explicit, canonical
-from tengrad_triton.layers.statistics import broadcast, statistics
+from tengrad_triton.layers.batch_norm import broadcast, statistics
+from tengrad_triton.layers.contribution import Canonical, PerSampleGrads, canonical
 
 InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
-def _by_shape(g: Tensor, shape: tuple[int, ...]) -> Explicit:
+def _by_shape(g: Tensor, shape: tuple[int, ...]) -> PerSampleGrads:
     """Return [N, *shape]: the sum over what lies between the samples and the last dimensions."""
-    return Explicit(g.reshape(len(g), -1, *shape).sum(1))
+    return PerSampleGrads(g.reshape(len(g), -1, *shape).sum(1))
 
 
-def _by_channel(g: Tensor) -> Explicit:
+def _by_channel(g: Tensor) -> PerSampleGrads:
     """Return [N, C] of [N, C, *]."""
-    return Explicit(g.flatten(2).sum(2) if g.dim() > 2 else g)
+    return PerSampleGrads(g.flatten(2).sum(2) if g.dim() > 2 else g)
 
 
 @canonical.register
@@ -62,4 +62,4 @@ def _(layer: BatchNorm, x: Tensor, grad_y: Tensor) -> Canonical:
 @canonical.register
 def _(layer: nn.PReLU, x: Tensor, grad_y: Tensor) -> Canonical:
     j = grad_y * x.clamp(max=0)
-    return {"weight": _by_channel(j) if layer.num_parameters > 1 else Explicit(j.flatten(1).sum(1, keepdim=True))}
+    return {"weight": _by_channel(j) if layer.num_parameters > 1 else PerSampleGrads(j.flatten(1).sum(1, keepdim=True))}

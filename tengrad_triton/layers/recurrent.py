@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tengrad_triton.layers.contribution import Canonical, Contribution, canonical
 from tengrad_triton.layers.dense import dense, summed
-from tengrad_triton.layers.form import Canonical, Form, canonical
-from tengrad_triton.layers.within import Stacked, Tap, Weights, of_call, rows_within, tapped
+from tengrad_triton.layers.uncalled import Stacked, Tap, Weights, forward_with_taps, of_call, rows_within
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Direction:
     tap: Tap
 
     def linear(self, kind: str, x: Tensor) -> Tensor:
-        """Return ``weight_<kind> x + bias_<kind>``, tapped."""
+        """Return ``weight_<kind> x + bias_<kind>``, forward_with_taps."""
         name = f"{kind}_{self.suffix}"
         return self.tap(name, x, F.linear(x, self.weights[f"weight_{name}"], self.weights.get(f"bias_{name}")))
 
@@ -61,7 +61,7 @@ def _cell_of(layer: Any) -> Callable[..., tuple[Tensor, ...]]:
     return _lstm_cell if isinstance(layer, nn.LSTM) else _gru_cell
 
 
-@tapped.register
+@forward_with_taps.register
 def _(layer: nn.RNN | nn.LSTM | nn.GRU, weights: Weights, named: dict[str, Any], tap: Tap) -> tuple[Tensor, Any]:
     x_TNI = named["input"].transpose(0, 1) if layer.batch_first else named["input"]
     starts = _starts(layer, x_TNI, named["hx"])
@@ -112,7 +112,7 @@ def _(layer: nn.RNN | nn.LSTM | nn.GRU, x: Any, grad_y: Any) -> Canonical:
 
 @rows_within.register
 def _(layer: nn.RNN | nn.LSTM | nn.GRU, seen: Stacked, by: Stacked) -> Canonical:
-    form: dict[str, Form] = {}
+    form: dict[str, Contribution] = {}
     for name, x_TNI in seen.items():
         g_NTO = by[name].transpose(0, 1)
         form |= {f"weight_{name}": dense(x_TNI.transpose(0, 1), g_NTO), f"bias_{name}": summed(g_NTO)}

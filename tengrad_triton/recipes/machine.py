@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from tengrad_triton.plan_file import processor_name
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.tuning.plan_file import processor_name
 
 
 def chosen_device(name: str) -> torch.device:

@@ -15,8 +15,8 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt, ResolvedExistingFile
 from torch import nn
 
-from tengrad_triton.fisher import Fisher
-from tengrad_triton.plan import Representation
+from tengrad_triton.curvature.choices import Representation
+from tengrad_triton.likelihoods import Fisher
 
 OptimizerName = Literal[
     "tengrad", "sgd", "adamw", "tengrad_defaults", "kfac", "ekfac", "kbfgs", "kbfgsl", "muon", "soap", "shampoo"
@@ -64,7 +64,7 @@ class TengradSettings:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return TENGraD over all parameters."""
-        from tengrad_triton.optimizer import TENGraD  # noqa: PLC0415
+        from tengrad_triton.optim.tengrad import TENGraD  # noqa: PLC0415
 
         return TENGraD.paper(
             model,
@@ -99,7 +99,7 @@ class TengradDefaultsSettings:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return TENGraD over all parameters."""
-        from tengrad_triton.optimizer import TENGraD  # noqa: PLC0415
+        from tengrad_triton.optim.tengrad import TENGraD  # noqa: PLC0415
 
         return TENGraD(model, **asdict(self))
 

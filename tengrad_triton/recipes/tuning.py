@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from tengrad_triton import plan_file
-from tengrad_triton.autotune import DAMPING, EXACT, TOL, autotune
-from tengrad_triton.plan import Measured, Plan, Representation, served_by
+from tengrad_triton.curvature.choices import Representation, implementation_names
 from tengrad_triton.recipes import machine
 from tengrad_triton.recipes.data import DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import ImageShape, image_model
 from tengrad_triton.recipes.settings import ModelName
+from tengrad_triton.tuning import plan_file
+from tengrad_triton.tuning.autotune import DAMPING, EXACT, TOL, autotune
+from tengrad_triton.tuning.plan import Measured, Plan
 
 SHAPES: dict[DatasetName, tuple[ImageShape, int]] = {
     "digits": ((1, 8, 8), 10),
@@ -116,7 +117,8 @@ def table_of(plan: Plan, refresh_every: int) -> Table:
         table.add_row(
             key,
             ranked[0],
-            "\n".join(served_by(first.torch_for).values()) or ("torch" if _only_torch(first) else "triton"),
+            "\n".join(implementation_names(first.kernel_overrides).values())
+            or ("torch" if _only_torch(first) else "triton"),
             f"{first.per_step(refresh_every) * 1e6:.0f}",
             f"{first.bytes / 2**20:.1f}",
             ranked[1] if second else "-",

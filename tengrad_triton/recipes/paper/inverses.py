@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tengrad_triton.optimizer import TENGraD
+from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.recipes.train import Job, closing_hooks, fit
 
 LAYERS = {"figure6": 2, "figure7": 4, "figure8": 8}  # of 3C1F's, as a Sequential counts them

@@ -1,0 +1,1 @@
+"""`TENGraD` as a `torch.optim.Optimizer`: settings, validation, schedules, summary."""

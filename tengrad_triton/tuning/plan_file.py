@@ -1,0 +1,122 @@
+"""The plan of a device as a file: written whole, merged under a lock, used only where it fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from tengrad_triton import kernels
+from tengrad_triton.tuning.plan import Measured, Plan
+
+SCHEMA = 2
+
+
+def header_of(device: torch.device) -> dict[str, Any]:
+    """Return all that must agree before a measurement can be used: schema, kernels, versions and device."""
+    sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    header: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kernels": code,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+    }
+    if device.type == "cuda":
+        about = torch.cuda.get_device_properties(device)
+        arch = f"{about.major}.{about.minor}"
+        return header | {"device": about.name, "processors": about.multi_processor_count, "arch": arch}
+    threads = torch.get_num_threads()
+    return header | {"device": processor_name(), "processors": threads, "arch": torch.backends.cpu.get_cpu_capability()}
+
+
+def processor_name() -> str:
+    """Return the CPU's model: Linux has it in a file only, elsewhere Python knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def default_path(device: torch.device) -> Path:
+    """Return where the plan of this device is kept: a file a device in ``~/.cache/tengrad-triton``."""
+    header = header_of(device)
+    name = "-".join(str(header[part]) for part in ("device", "processors", "arch"))
+    safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
+    return Path.home() / ".cache" / "tengrad-triton" / f"{safe}.json"
+
+
+def load(path: Path, device: torch.device) -> Plan:
+    """Return the plan in a file; an empty one, with one warning that says why, where it cannot be used here.
+
+    A damaged file is set aside beside itself; a file for another device, version or kernels stays as it is.
+    """
+    if not path.exists():
+        return Plan({})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, expected = content["header"], header_of(device)
+        entries = {
+            key: {name: Measured(**one) for name, one in candidates.items()}
+            for key, candidates in content["entries"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _set_aside(path, error)
+        return Plan({})
+    differing = [
+        f"{name} {found.get(name)!r}, here {value!r}" for name, value in expected.items() if found.get(name) != value
+    ]
+    if differing:
+        warnings.warn(f"{path} is not used: it was measured with {'; '.join(differing)}", stacklevel=2)
+        return Plan({})
+    return Plan(entries)
+
+
+def save(plan: Plan, path: Path, device: torch.device) -> Plan:
+    """Merge a plan into a file, newer measurements first; return the merged one.
+
+    A folder that cannot be written costs the file, with one warning, and nothing else.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            merged = Plan({**load(path, device).entries, **plan.entries})
+            entries = {key: {name: asdict(one) for name, one in found.items()} for key, found in merged.entries.items()}
+            content = {"header": header_of(device), "driver": _driver(device), "entries": entries}
+            temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"the plan is not kept: {path}: {error}", stacklevel=2)
+        return plan
+    return merged
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_suffix(".damaged")
+    try:
+        os.replace(path, aside)
+        where = f"set aside as {aside.name}"
+    except OSError:
+        where = "left where it is"
+    warnings.warn(f"{path} is damaged ({error}), {where}: tuning starts anew", stacklevel=3)
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def _driver(device: torch.device) -> str | None:
+    return torch.version.cuda if device.type == "cuda" else None
