@@ -187,7 +187,7 @@ class Factored(Grouped):
     ) -> Tensor:
         if isinstance(members[0].outer.a, ConvInput):
             x, g, sizes = _convolutions(members)
-            return members[0].ops.project_conv(x, g, _weights(members, v), sizes, systems, shape)
+            return members[0].ops.project_windows(x, g, _weights(members, v), sizes, systems, shape)
         a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
         return members[0].ops.project(a, g, [matrix_view(x) for x in v], systems, shape)
 
@@ -199,7 +199,7 @@ class Factored(Grouped):
         if isinstance(members[0].outer.a, ConvInput):
             x, g, sizes = _convolutions(members)
             state = [_weights(members, tensors) for tensors in _state(targets)]
-            members[0].ops.expand_conv_update_(*state, x, g, sizes, *numbers)
+            members[0].ops.expand_windows_update_(*state, x, g, sizes, *numbers)
             return
         a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
         members[0].ops.expand_update_(*_views(targets), a, g, *numbers)

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.kernels.sliding import ConvGeometry
+from tengrad_triton.kernels.sliding import Sliding as ConvGeometry
 from tengrad_triton.layers.contribution import Canonical, ConvInput, OuterProducts, PerSampleGrads, canonical
 
 # torch's names for them, of one to three dimensions
