@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.baselines.kronecker import Layer, concat, layers_of, parted
-from tengrad_triton.capture.blocks import Block, find_sources, full_name
+from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.refresh import BlockUses, gather
 from tengrad_triton.curvature.target import Target
@@ -103,8 +103,8 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
     def _factorization(self) -> str:
         """Return what a refresh does, for the summary."""
 
-    def _captures(self, blocks: Sequence[Block]) -> Capture:
-        sources = find_sources(self._module, blocks)
+    def _captures(self, blocks: Sequence[LayerParams]) -> Capture:
+        sources = find_captured_layers(self._module, blocks)
         rows, likelihood = self._rows, likelihood_of(self._rows.likelihood)
         return Capture(self.model, sources, rows.fisher, likelihood, self._generator, None, rows.draws, MAX_BYTES)
 
@@ -185,7 +185,7 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
         rows = tuple(self._row(block, label) for block in self._blocks for label in block.parameters)
         return Summary(rows, 0 if self._curvature is None else int(self._curvature.failures))
 
-    def _row(self, block: Block, label: str) -> Row:
+    def _row(self, block: LayerParams, label: str) -> Row:
         name, shape = block.label(label), tuple(block.parameters[label].shape)
         if block.why_sgd is not None:
             return Row(name, shape, "-", f"sgd ({block.why_sgd})", "update_", 0)

@@ -16,7 +16,7 @@ from tengrad_triton.layers import accounted_for, is_uncalled, refuse_inexact, wh
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerParams:
     """The parameters that one module owns, in one group.
 
     Attributes:
@@ -51,7 +51,7 @@ BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
 """How layers form systems (M11): each its own, all together, or as listed; a module's name stands for all within it."""
 
 
-def fisher_blocks_of(choice: BlocksChoice, blocks: Sequence[Block], names: Sequence[str]) -> dict[str, list[str]]:
+def fisher_blocks_of(choice: BlocksChoice, blocks: Sequence[LayerParams], names: Sequence[str]) -> dict[str, list[str]]:
     """Return which of the blocks named are solved together, by the name of the first; those not listed by themselves.
 
     Raises:
@@ -82,22 +82,22 @@ def _within(name: str, module: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Source:
+class CapturedLayer:
     """A layer whose calls make rows.
 
     Attributes:
         layer: the module.
         parameters: those that its calls use, by their names within it: its own, and those of modules that it does not
             call. Some may belong to the block of another module that shares them.
-        explicit: whether no rule describes it, and rows come from running it again.
+        rerun: whether no rule describes it, and rows come from running it again.
     """
 
     layer: nn.Module
     parameters: Mapping[str, Tensor]
-    explicit: bool
+    rerun: bool
 
 
-def find_sources(model: nn.Module, blocks: Sequence[Block]) -> dict[str, Source]:
+def find_captured_layers(model: nn.Module, blocks: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
     """Return the layers whose calls use parameters of covered blocks, by name."""
     covered = {p for block in blocks if block.why_sgd is None for p in block.parameters.values()}
     modules, sources = dict(model.named_modules()), {}
@@ -105,11 +105,13 @@ def find_sources(model: nn.Module, blocks: Sequence[Block]) -> dict[str, Source]
         own = {} if is_uncalled(name, modules) else accounted_for(module)
         parameters = {label: p for label, p in own.items() if p in covered}
         if parameters:
-            sources[name] = Source(module, parameters, why_no_rule(module) is not None)
+            sources[name] = CapturedLayer(module, parameters, why_no_rule(module) is not None)
     return sources
 
 
-def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit: bool = False) -> list[Block]:
+def find_layer_params(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit: bool = False
+) -> list[LayerParams]:
     """Return a block for every module that owns parameters of ``groups``, and one for those of no module.
 
     A parametrized layer owns its parametrizations' parameters. ``explicit`` covers what no rule describes.
@@ -133,11 +135,11 @@ def find_blocks(model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit:
                 "one block of the Fisher matrix: put them into one group"
             )
         why = next((why_uncovered[p] for p in own.values() if p in why_uncovered), None)
-        blocks.append(Block(name, module, own, indices.pop(), why))
+        blocks.append(LayerParams(name, module, own, indices.pop(), why))
     strangers = {index: [p for p, i in group_of.items() if i == index] for index in set(group_of.values())}
     for index, parameters in strangers.items():
         labels = {str(k): parameter for k, parameter in enumerate(parameters)}
-        blocks.append(Block(f"group {index}", model, labels, index, "not a parameter of the model"))
+        blocks.append(LayerParams(f"group {index}", model, labels, index, "not a parameter of the model"))
     return blocks
 
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from tengrad_triton.capture.blocks import Source
+from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.layers import samples_dim
 
 
-def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[str, Source]) -> set[str]:
+def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[str, CapturedLayer]) -> set[str]:
     """Return the layers whose outputs' entries for one sample reach the losses of others.
 
     With a weight of its own for each sample, a derivative by what is sample n's only is the plain one times weight n.
     """
-    fitting = [(name, use) for name, uses in record.uses.items() for use in uses if name not in record.unbatched]
+    fitting = [(name, use) for name, uses in record.calls.items() for use in uses if name not in record.unbatched]
     checked = [(name, use, use.edges[0]) for name, use in fitting if use.edges[0]]
     results = [result for result in results if result.dim() and len(result) == record.samples]
     if not checked or not results:
@@ -47,7 +47,7 @@ def mixing_layers(record: Record, results: Sequence[Tensor], sources: Mapping[st
 def _norms(
     results: Sequence[Tensor],
     calls: Sequence[tuple[str, LayerCall, GradientEdge]],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, CapturedLayer],
     cotangents: Sequence[Tensor],
 ) -> list[Tensor]:
     """Return the norm of the derivative by each call's output, by sample: all that is kept of one pass for the next."""
@@ -55,7 +55,7 @@ def _norms(
     grads = torch.autograd.grad(results, edges, cotangents, retain_graph=True, allow_unused=True)
     norms = []
     for (name, use, _), g in zip(calls, grads, strict=True):
-        dim = 1 if use.swapped else samples_dim(sources[name].layer)
+        dim = 1 if use.samples_second else samples_dim(sources[name].layer)
         samples_first = cotangents[0].new_zeros(1, 1) if g is None else g.transpose(0, dim).flatten(1)
         norms.append(samples_first.norm(dim=1))
     return norms

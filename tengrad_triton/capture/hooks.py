@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from tengrad_triton.capture.batch_statistics import frozen
-from tengrad_triton.capture.blocks import Source
+from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.output_grads import OutputGrads
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.layers import (
@@ -59,7 +59,7 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, CapturedLayer],
         fisher: Fisher,
         likelihood: Likelihood,
         generator: torch.Generator,
@@ -141,7 +141,7 @@ class Capture:
         if self._open is None or not y.requires_grad or not mixes_samples(layer):
             return None
         x = input_of(args, kwargs)
-        self._open.mixed = True
+        self._open.mixes_samples = True
         return frozen(x, y, frozen_scale(layer, x), self._deriving.switch)
 
     def _after_layer(self, name: str, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
@@ -159,11 +159,11 @@ class Capture:
         ]
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         call, swapped = Call(args, kwargs, self._rng.pop(name, None)), False
-        if not self._sources[name].explicit:
+        if not self._sources[name].rerun:
             why, swapped = why_no_samples(layer, outputs[0], record.samples, self._sequence_first)
             if why:
                 record.unbatched[name] = why
-        record.uses.setdefault(name, []).append(
+        record.calls.setdefault(name, []).append(
             LayerCall(call, edges, isinstance(y, Tensor), swapped, tuple(outputs[0].shape))
         )
         return replaced if views else None
@@ -193,7 +193,7 @@ class Capture:
     # What was found
 
     @property
-    def sources(self) -> Mapping[str, Source]:
+    def layers(self) -> Mapping[str, CapturedLayer]:
         """Return the layers that are recorded."""
         return self._sources
 

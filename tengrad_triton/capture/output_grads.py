@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.capture.batch_statistics import Switch
-from tengrad_triton.capture.blocks import Source
+from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.graph_checks import leaves_reached, mixing_layers
 from tengrad_triton.capture.record import LayerCall, Record, listen
 from tengrad_triton.capture.rerun import adds_up, backward_rows, batched_grads, rerun_rows
@@ -49,7 +49,7 @@ class OutputGrads:
     """
 
     model: nn.Module
-    sources: Mapping[str, Source]
+    sources: Mapping[str, CapturedLayer]
     fisher: Fisher
     likelihood: Likelihood
     generator: torch.Generator
@@ -78,12 +78,12 @@ class OutputGrads:
         With a weight of its own for each sample, a derivative by what is sample n's only is the plain one times weight
         n. A table of positions, of which there are as many as samples, looks like a batch, and fails this.
         """
-        shape = tuple((name, *(use.shape for use in uses)) for name, uses in record.uses.items())
+        shape = tuple((name, *(use.output_shape for use in uses)) for name, uses in record.calls.items())
         if shape not in self.verified:
             self.verified.add(shape)
             with self.switch.constants():
                 self.mixing |= mixing_layers(record, results, self.sources)
-        record.unbatched |= dict.fromkeys(self.mixing & record.uses.keys(), _MIXES)
+        record.unbatched |= dict.fromkeys(self.mixing & record.calls.keys(), _MIXES)
 
     def find_unattributed(self, record: Record, results: Sequence[Tensor]) -> None:
         """Note the parameters that the graph reaches in other ways than by calls that a rule or a rerun describes."""
@@ -107,13 +107,13 @@ class OutputGrads:
         if unbatched:
             return unbatched[0]
         layers = [self.sources[name] for name in owners]
-        calls = sum(len(record.uses.get(name, [])) for name in owners)
+        calls = sum(len(record.calls.get(name, [])) for name in owners)
         if reached and not calls:
             return "its layer is not called"
-        if not any(source.explicit for source in layers):
+        if not any(source.rerun for source in layers):
             outside = reached > calls and all(counts_uses(source.layer) for source in layers)
             return "it is used outside of its layer too" if outside else None
-        if not all(source.explicit for source in layers):
+        if not all(source.rerun for source in layers):
             return "it is shared between a layer with a rule and one without"
         return _ANOTHER if id(parameter) in self.irreproducible else self._too_large(record, parameter)
 
@@ -141,12 +141,12 @@ class OutputGrads:
                 if index:
                     record.extra_draws.append(filled)
                 for (use, j), grad in zip(_places(record, filled), grads, strict=False):
-                    use.grads[j] = grad
+                    use.output_grads[j] = grad
                 totals = zip(checked, grads[len(edges) :], strict=True)
-                filled.totals = {id(p): torch.zeros_like(p) if g is None else g for p, g in totals}
+                filled.gradient_sums = {id(p): torch.zeros_like(p) if g is None else g for p, g in totals}
                 another = self.rerun(filled) if checked else []
                 self._fill_by_backward(filled, [*by_backward, *another], results, cotangents)
-        for use in record.all_uses():
+        for use in record.all_calls():
             use.edges = [None] * len(use.edges)
 
     def _rows_of(self, output: Any, results: Sequence[Tensor], wanted: Sequence[Any]) -> Iterator[Row]:
@@ -174,7 +174,7 @@ class OutputGrads:
                 if p.requires_grad and id(p) not in record.unattributed
             }
             for name, source in self.sources.items()
-            if source.explicit and name in record.uses
+            if source.rerun and name in record.calls
         }
         return {name: parameters for name, parameters in reruns.items() if parameters}
 
@@ -183,21 +183,21 @@ class OutputGrads:
         rows: dict[Tensor, list[Tensor]] = {}
         for name, parameters in self._reruns(record).items():
             try:
-                of_layer = rerun_rows(self.sources[name].layer, parameters, record.uses[name], record.samples)
+                of_layer = rerun_rows(self.sources[name].layer, parameters, record.calls[name], record.samples)
             except _REFUSALS:
                 of_layer = {}
             for label, parameter in parameters.items():
                 rows.setdefault(parameter, []).extend([of_layer[label]] if label in of_layer else [])
         another = []
         for parameter, parts in rows.items():
-            total = record.totals.get(id(parameter))
+            total = record.gradient_sums.get(id(parameter))
             summed = torch.stack(parts).sum(0) if parts else None
             if total is None or summed is None or not adds_up(summed, total):
                 self.irreproducible.add(id(parameter))
                 record.unattributed[id(parameter)] = _ANOTHER
                 another.append(parameter)
             else:
-                record.explicit[id(parameter)] = summed
+                record.per_sample_grads[id(parameter)] = summed
         return another
 
     def _by_backward(self, record: Record) -> list[Tensor]:
@@ -217,15 +217,15 @@ class OutputGrads:
         """Fill in rows from the whole model run again, or, where that is another function, from the graph itself."""
         if not parameters:
             return
-        again = [] if record.mixed else [p for p in parameters if id(p) not in self.only_by_graph]
+        again = [] if record.mixes_samples else [p for p in parameters if id(p) not in self.only_by_graph]
         if again:
-            record.explicit |= self._rows_of_model(record, again, results, cotangents)
-        left = [p for p in parameters if id(p) not in record.explicit]
+            record.per_sample_grads |= self._rows_of_model(record, again, results, cotangents)
+        left = [p for p in parameters if id(p) not in record.per_sample_grads]
         self.only_by_graph |= set(map(id, left))
         if left:
             rows = backward_rows(results, cotangents, left, record.samples)
-            record.explicit |= {id(p): j for p, j in zip(left, rows, strict=True)}
-            record.passes = True
+            record.per_sample_grads |= {id(p): j for p, j in zip(left, rows, strict=True)}
+            record.used_backward_per_sample = True
 
     def _rows_of_model(
         self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
@@ -234,7 +234,9 @@ class OutputGrads:
         totals = torch.autograd.grad(
             results, list(named.values()), cotangents, retain_graph=True, materialize_grads=True, allow_unused=True
         )
-        call = LayerCall(record.call, [None] * len(results), alone=False, grads=list(cotangents), versions=[0])
+        call = LayerCall(
+            record.call, [None] * len(results), returns_tensor=False, output_grads=list(cotangents), versions=[0]
+        )
         try:
             rows = rerun_rows(self.model, named, [call], record.samples)
         except _REFUSALS:
@@ -250,13 +252,13 @@ class OutputGrads:
         Where it cannot, a pass of our own starts from the loss's derivatives by the output: where batch statistics are
         to be constants, or rows come from the graph itself.
         """
-        if not record.mixed:
+        if not record.mixes_samples:
             listen(record)
         for parameters in self._reruns(record).values():
             for parameter in parameters.values():
                 _keep_total(record, parameter)
         by_backward = self._by_backward(record)
-        if record.mixed or by_backward:
+        if record.mixes_samples or by_backward:
             self._start_at_output(record, results, by_backward)
 
     def _start_at_output(self, record: Record, results: Sequence[Tensor], by_backward: Sequence[Tensor]) -> None:
@@ -264,7 +266,7 @@ class OutputGrads:
             handle.remove()  # the passes below begin here too
             record.paused = True
             with self.suspended(), self.switch.constants():
-                if record.mixed:
+                if record.mixes_samples:
                     self._fill_uses(record, results[0], grad)
                 self._fill_by_backward(record, by_backward, results[:1], [grad])
             record.paused = False
@@ -276,13 +278,13 @@ class OutputGrads:
         edges: list[Any] = [use.edges[j] for use, j in places]
         grads = torch.autograd.grad(output, edges, grad, retain_graph=True, allow_unused=True)
         for (use, j), by_output in zip(places, grads, strict=True):
-            use.grads[j] = by_output
+            use.output_grads[j] = by_output
             use.edges[j] = None
 
 
 def _places(record: Record, other: Record | None = None) -> list[tuple[LayerCall, int]]:
     """Return every output that stands in the graph, as its use (or the same one in another record) and its index."""
-    pairs = zip(record.all_uses(), (other or record).all_uses(), strict=True)
+    pairs = zip(record.all_calls(), (other or record).all_calls(), strict=True)
     return [(twin, j) for use, twin in pairs for j, edge in enumerate(use.edges) if edge is not None]
 
 
@@ -291,7 +293,7 @@ def _keep_total(record: Record, parameter: Tensor) -> None:
 
     def hook(grad: Tensor) -> None:
         handle.remove()
-        record.totals[id(parameter)] = grad.detach()
+        record.gradient_sums[id(parameter)] = grad.detach()
 
     handle = parameter.register_hook(hook)
 

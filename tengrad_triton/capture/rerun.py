@@ -43,7 +43,7 @@ def _rows_of_call(
 ) -> dict[str, Tensor]:
     leaves, spec = tree_flatten((use.call.args, dict(use.call.kwargs)))
     split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in leaves]
-    wanted = [index for index, grad in enumerate(use.grads) if grad is not None]
+    wanted = [index for index, grad in enumerate(use.output_grads) if grad is not None]
     detached = {name: p.detach() for name, p in parameters.items()}
 
     def one(batched: list[Tensor], cotangents: list[Tensor]) -> Any:
@@ -61,7 +61,7 @@ def _rows_of_call(
 
     entries = sum(p.numel() * p.element_size() for p in parameters.values())
     batched = [leaf for s, leaf in zip(split, leaves, strict=True) if s]
-    cotangents = [scale * grad for grad in use.grads if grad is not None]
+    cotangents = [scale * grad for grad in use.output_grads if grad is not None]
     return vmap(one, randomness="error", chunk_size=max(1, _CHUNK_BYTES // entries))(batched, cotangents)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
 
-from tengrad_triton.capture.blocks import Block, Source
+from tengrad_triton.capture.blocks import LayerParams, CapturedLayer
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rerun import rerun_rows
 from tengrad_triton.compiled.functional_capture import Calls, FunctionalCapture
@@ -62,8 +62,8 @@ class Graphs:
 
     model: nn.Module
     loss_fn: LossFn
-    blocks: Sequence[Block]
-    sources: Mapping[str, Source]
+    blocks: Sequence[LayerParams]
+    sources: Mapping[str, CapturedLayer]
     names: Mapping[tuple[str, str], str]
     trained: frozenset[str]
     likelihood: Reparametrized | None
@@ -132,12 +132,12 @@ class Graphs:
                 pairs: list[Any] = [pair for pair in zip(seen[name], scaled, strict=True) if pair[1]]
             else:
                 uses = [use for use in self.tape.uses(name, seen, by_zeros) if use.has_grads]
-                if source.explicit:
+                if source.rerun:
                     rows = rerun_rows(source.layer, own, uses, samples, scale)
                     for label, p in own.items():
                         forms.setdefault(id(p), []).append(PerSampleGrads(rows[label]))
                     continue
-                pairs = [(use.inputs(name), use.derivatives(scale)) for use in uses]
+                pairs = [(use.inputs(name), use.scaled_grads(scale)) for use in uses]
             wanted = {id(p) for p in own.values()}
             for key, found in forms_of(name, source, pairs, samples).items():
                 if key in wanted:
@@ -148,7 +148,7 @@ class Graphs:
         """Return the rows of parameters that are used in other ways than by calls of their layers."""
         if not self.lesson.by_model:
             return {}
-        use = LayerCall(Call((x,)), [None], alone=True, grads=[grad_output])
+        use = LayerCall(Call((x,)), [None], returns_tensor=True, output_grads=[grad_output])
         return rerun_rows(self.model, self.lesson.by_model, [use], len(x), scale)
 
     def _uses(self, forms: Mapping[int, list[Contribution]]) -> dict[str, BlockUses]:

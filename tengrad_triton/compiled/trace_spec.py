@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.blocks import Source
+from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.compiled.functional_capture import Calls
 from tengrad_triton.layers import (
@@ -63,23 +63,23 @@ def why_not_compiled(optimizer: TENGraD) -> str | None:
     return None
 
 
-def trace_spec_of(record: Record, sources: Mapping[str, Source], model: nn.Module) -> TraceSpec | str:
+def trace_spec_of(record: Record, sources: Mapping[str, CapturedLayer], model: nn.Module) -> TraceSpec | str:
     """Return what a refresh that left ``record`` teaches, or why no graph can do the same."""
     modules = list(model.modules())
-    if record.passes:
+    if record.used_backward_per_sample:
         return "some rows take a backward pass a sample"
     if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
         return "rows take a forward of their own where samples mix, which would drop out other units"
     zeros, swapped = {}, {}
-    for name, uses in record.uses.items():
+    for name, uses in record.calls.items():
         source = sources[name]
         if all(not p.requires_grad or id(p) in record.unattributed for p in source.parameters.values()):
             continue
         if any(looks_at_values(source.layer, use.call) for use in uses):
             return f"the rule for {type(source.layer).__name__} depends on numbers in what it is called with"
         zeros[name] = [_zeros(source.layer, use) for use in uses]
-        swapped[name] = [use.swapped for use in uses]
-    found = record.unattributed.keys() & record.explicit.keys()
+        swapped[name] = [use.samples_second for use in uses]
+    found = record.unattributed.keys() & record.per_sample_grads.keys()
     by_model = {name: p for name, p in model.named_parameters() if id(p) in found}
     return TraceSpec(zeros, swapped, frozenset(record.unattributed), by_model)
 
@@ -89,7 +89,7 @@ def _zeros(layer: nn.Module, use: LayerCall) -> dict[str, Tensor]:
     if not use.has_grads:
         return {}
     if not has_uncalled(layer):
-        return {str(k): _flat_zero(grad) for k, grad in enumerate(use.grads) if grad is not None}
+        return {str(k): _flat_zero(grad) for k, grad in enumerate(use.output_grads) if grad is not None}
     tap, weights = Tap(), dict(layer.named_parameters(remove_duplicate=False))
     with torch.no_grad(), replayed(use.call.rng, next(layer.parameters()).device):
         forward_with_taps(layer, weights, arguments(layer, use.call), tap)

@@ -183,7 +183,7 @@ class TrainStep:
             return "the model is called several times a step" if capture.records else ""
         with torch.no_grad():
             capture.complete()
-        return trace_spec_of(capture.records[0], capture.sources, self._model)
+        return trace_spec_of(capture.records[0], capture.layers, self._model)
 
     def _learn(self, x: Tensor, y: Tensor, lesson: TraceSpec | str, first: dict[str, Any]) -> None:
         graphs = self._graphs(first["trained"], lesson if isinstance(lesson, TraceSpec) else NOTHING)
@@ -205,7 +205,7 @@ class TrainStep:
             model=self._model,
             loss_fn=self._loss_fn,
             blocks=blocks,
-            sources=optimizer._capture.sources,
+            sources=optimizer._capture.layers,
             names={(block.name, label): full[p] for block in blocks for label, p in block.parameters.items()},
             trained=trained,
             likelihood=cast("Reparametrized", o.likelihood) if sampled else None,
@@ -217,7 +217,7 @@ class TrainStep:
             kernels={t: optimizer._ops_for(t) for t in {(), *(c.kernel_overrides for c in choices.values())}},
             tape=FunctionalCapture(
                 self._model,
-                {name: optimizer._capture.sources[name].layer for name in lesson.zeros},
+                {name: optimizer._capture.layers[name].layer for name in lesson.zeros},
                 lesson.swapped,
             ),
             lesson=lesson,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tengrad_triton.capture.blocks import Block
+from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.build import unpack
 from tengrad_triton.curvature.choices import OpsFor
 from tengrad_triton.curvature.grouped import side_by_side
@@ -27,7 +27,7 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     }
 
 
-def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[Block], ops_for: OpsFor) -> Curvature:
+def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[LayerParams], ops_for: OpsFor) -> Curvature:
     """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``blocks``.
 
     Raises:

@@ -24,7 +24,7 @@ def geometry_of(outer: OuterProducts) -> Geometry:
     n, groups, positions, outputs = outer.g_NGPO.shape
     a, itemsize = outer.a, outer.g_NGPO.itemsize
     if isinstance(a, ConvInput):
-        slides = a.sliding
+        slides = a.geometry
         sizes = f"{a.kernel_size} stride {slides.stride} padding {slides.padding} dilation {slides.dilation}"
         layout = f"conv {sizes} of {list(a.x_NCHW.shape[2:])}"
         inputs, stored = a.inputs, a.x_NCHW.nbytes
@@ -44,7 +44,7 @@ def geometry_of_uses(batch: Sequence[Contribution]) -> Geometry | None:
     n, _, entries = tables[0].g_NPD.shape
     positions = sum(use.ids_NP.shape[1] for use in tables)
     stored = sum(use.ids_NP.nbytes + use.g_NPD.nbytes for use in tables) + sum(outer.factored_bytes for outer in outers)
-    return Geometry(n, 1, positions, entries, tables[0].rows, tables[0].g_NPD.itemsize, stored, "table")
+    return Geometry(n, 1, positions, entries, tables[0].num_embeddings, tables[0].g_NPD.itemsize, stored, "table")
 
 
 def rows_in(use: Contribution) -> int:
@@ -59,7 +59,7 @@ def take_rows(use: Contribution, rows: Tensor) -> Contribution:
     if isinstance(use, PerSampleGrads):
         return PerSampleGrads(use.j_NK[rows])
     if isinstance(use, EmbeddingGrads):
-        return EmbeddingGrads(use.ids_NP[rows], use.g_NPD[rows], use.rows)
+        return EmbeddingGrads(use.ids_NP[rows], use.g_NPD[rows], use.num_embeddings)
     a = replace(use.a, x_NCHW=use.a.x_NCHW[rows]) if isinstance(use.a, ConvInput) else use.a[rows]
     return OuterProducts(a, use.g_NGPO[rows])
 
@@ -93,5 +93,7 @@ def concat_embedding(uses: Sequence[Sequence[EmbeddingGrads]]) -> EmbeddingGrads
     positions = max(part.shape[1] for part in ids)
     padded = [F.pad(part, (0, positions - part.shape[1])) for part in ids]
     return EmbeddingGrads(
-        torch.cat(padded), torch.cat([F.pad(part, (0, 0, 0, positions - part.shape[1])) for part in g]), uses[0][0].rows
+        torch.cat(padded),
+        torch.cat([F.pad(part, (0, 0, 0, positions - part.shape[1])) for part in g]),
+        uses[0][0].num_embeddings,
     )

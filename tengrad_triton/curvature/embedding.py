@@ -42,8 +42,8 @@ class Table:
         n, entries = len(lookup.g_NPD), lookup.g_NPD.shape[2]
         step = max(1, CHUNK_BYTES // (n * entries * lookup.g_NPD.itemsize))
         k_NN = lookup.g_NPD.new_zeros(n, n)
-        for first in range(0, lookup.rows, step):
-            end = min(lookup.rows, first + step)
+        for first in range(0, lookup.num_embeddings, step):
+            end = min(lookup.num_embeddings, first + step)
             rows = _rows_between(lookup, outer, first, end, self.ops)
             k_NN = k_NN + self.ops.gram_rows([rows], [0], 1)[0]
         return k_NN
@@ -68,11 +68,11 @@ class Table:
         target.parameter.index_add_(0, ids, change * -share)
 
     def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
-        rows = _rows_between(self.lookup, self.outer, 0, self.lookup.rows, self.ops)
+        rows = _rows_between(self.lookup, self.outer, 0, self.lookup.num_embeddings, self.ops)
         return PerSample(directions_RN @ rows, self.ops, "directions")
 
     def append_history(self, older: Jacobian, rows: int) -> Table | None:  # noqa: D102
-        if not isinstance(older, Table) or older.lookup.rows != self.lookup.rows:
+        if not isinstance(older, Table) or older.lookup.num_embeddings != self.lookup.num_embeddings:
             return None
         first = torch.arange(rows, device=self.lookup.g_NPD.device)
         lookup = concat_embedding([[self.lookup], [take_rows(older.lookup, first)]])  # type: ignore[list-item]
@@ -85,7 +85,11 @@ class Table:
         return "factored"
 
     def pack(self) -> dict[str, Any]:  # noqa: D102
-        lookup = {"ids_NP": self.lookup.ids_NP, "g_NPD": self.lookup.g_NPD, "rows": self.lookup.rows}
+        lookup = {
+            "ids_NP": self.lookup.ids_NP,
+            "g_NPD": self.lookup.g_NPD,
+            "num_embeddings": self.lookup.num_embeddings,
+        }
         outer = {} if self.outer is None else Factored(self.outer, self.ops).pack()
         return {**outer, "lookup": lookup, "kernel_overrides": list(self.ops.kernel_overrides)}
 
@@ -97,5 +101,5 @@ class Table:
 
 def _rows_between(lookup: EmbeddingGrads, outer: OuterProducts | None, first: int, end: int, ops: Any) -> Tensor:
     """Return j_NK of a table's rows from ``first`` to before ``end``."""
-    rows = lookup.sample_rows(first, end).flatten(1)
+    rows = lookup.sample_grads_between(first, end).flatten(1)
     return rows if outer is None else rows + OuterProducts(outer.a, outer.g_NGPO[..., first:end]).sample_grads(ops)

@@ -254,7 +254,7 @@ def _convolutions(members: Sequence[Factored]) -> tuple[list[Tensor], list[Tenso
     """Return inputs, derivatives [N, O, H, W], and all `ConvGeometry.numbers`."""
     views = [cast("ConvInput", one.outer.a) for one in members]
     g = [one.outer.g_NOHW(view) for one, view in zip(members, views, strict=True)]
-    return [view.x_NCHW for view in views], g, [number for view in views for number in view.sliding.numbers]
+    return [view.x_NCHW for view in views], g, [number for view in views for number in view.geometry.numbers]
 
 
 def _weights(members: Sequence[Factored], tensors: Sequence[Tensor]) -> list[Tensor]:

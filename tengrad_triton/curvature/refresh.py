@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tengrad_triton.capture.blocks import Block, Source, full_name
+from tengrad_triton.capture.blocks import LayerParams, CapturedLayer, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
 from tengrad_triton.curvature.build import jacobian_of
@@ -27,7 +27,7 @@ BlockUses = Mapping[str, Contributions]
 
 
 def gather(
-    blocks: Sequence[Block], capture: Capture, frugal: bool = False
+    blocks: Sequence[LayerParams], capture: Capture, frugal: bool = False
 ) -> tuple[dict[str, BlockUses], dict[str, str]]:
     """Return the uses of every covered block, and why the others have none.
 
@@ -45,7 +45,7 @@ def gather(
             "step: call model(inputs) itself, with gradients, before loss.backward() and optimizer.step()"
         )
     capture.complete()
-    found = [_forms_of_record(capture.sources, record, capture.scale, frugal) for record in capture.records]
+    found = [_forms_of_record(capture.layers, record, capture.scale, frugal) for record in capture.records]
     gathered: dict[str, BlockUses] = {}
     missing: dict[str, str] = {}
     for name, block in covered.items():
@@ -61,23 +61,23 @@ def gather(
 
 
 def _forms_of_record(
-    sources: Mapping[str, Source], record: Record, scale: int, frugal: bool
+    sources: Mapping[str, CapturedLayer], record: Record, scale: int, frugal: bool
 ) -> dict[int, list[Contribution]]:
     """Return what a forward contributes to each parameter, by the parameter's id."""
     forms: dict[int, list[Contribution]] = {
-        key: [PerSampleGrads(scale * rows if scale != 1 else rows)] for key, rows in record.explicit.items()
+        key: [PerSampleGrads(scale * rows if scale != 1 else rows)] for key, rows in record.per_sample_grads.items()
     }
     given = tree_leaves((record.call.args, record.call.kwargs))
     lent = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
     for name, source in sources.items():
-        uses = record.uses.pop(name, []) if frugal else record.uses.get(name, [])
+        uses = record.calls.pop(name, []) if frugal else record.calls.get(name, [])
         calls = [use for use in uses if use.has_grads]
         if calls:
-            record.has_grads.add(name)
+            record.layers_with_grads.add(name)
         wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.unattributed.keys()
-        if source.explicit or not wanted or name in record.unbatched:
+        if source.rerun or not wanted or name in record.unbatched:
             continue
-        pairs = [(_own(use.inputs(name), lent), use.derivatives(scale)) for use in calls]
+        pairs = [(_own(use.inputs(name), lent), use.scaled_grads(scale)) for use in calls]
         of_source = forms_of(name, source, pairs, record.samples)
         for key in wanted & of_source.keys():
             forms.setdefault(key, []).extend(of_source[key])
@@ -93,7 +93,7 @@ def _own(x: Inputs, lent: Collection[int]) -> Inputs:
 
 
 def forms_of(
-    name: str, source: Source, calls: Sequence[tuple[Any, Any]], samples: int
+    name: str, source: CapturedLayer, calls: Sequence[tuple[Any, Any]], samples: int
 ) -> dict[int, list[Contribution]]:
     """Return what the calls of a layer, (input, derivatives), contribute to its parameters, by the parameter's id.
 
@@ -129,9 +129,9 @@ def _why_missing(parameter: Tensor, capture: Capture) -> str:
     for record in capture.records:
         if id(parameter) in record.unattributed:
             return record.unattributed[id(parameter)]
-        for name, source in capture.sources.items():
+        for name, source in capture.layers.items():
             labels = [label for label, p in source.parameters.items() if p is parameter]
-            if labels and name in record.has_grads:
+            if labels and name in record.layers_with_grads:
                 return f"the rule for {type(source.layer).__name__} says nothing of {labels[0]}"
     return "not called by the model's forward"
 

@@ -32,25 +32,25 @@ class ConvInput:
 
     x_NCHW: Tensor
     kernel_size: list[int]
-    sliding: ConvGeometry
+    geometry: ConvGeometry
 
     def unfold(self) -> Tensor:
         """Return a_NGPI."""
-        return self.sliding.unfold(self.x_NCHW, self.kernel_size)
+        return self.geometry.unfold(self.x_NCHW, self.kernel_size)
 
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers from which `unpack` makes the same object."""
-        return {"x_NCHW": self.x_NCHW, "kernel_size": self.kernel_size, "sliding": self.sliding.numbers}
+        return {"x_NCHW": self.x_NCHW, "kernel_size": self.kernel_size, "geometry": self.geometry.numbers}
 
     @staticmethod
-    def unpack(x_NCHW: Tensor, kernel_size: list[int], sliding: list[int]) -> ConvInput:
+    def unpack(x_NCHW: Tensor, kernel_size: list[int], geometry: list[int]) -> ConvInput:
         """Return what was packed."""
-        return ConvInput(x_NCHW, kernel_size, next(conv_geometries(sliding)))
+        return ConvInput(x_NCHW, kernel_size, next(conv_geometries(geometry)))
 
     @property
     def inputs(self) -> int:
         """Return I."""
-        return self.kernel_size[0] * self.kernel_size[1] * self.x_NCHW.shape[1] // self.sliding.groups
+        return self.kernel_size[0] * self.kernel_size[1] * self.x_NCHW.shape[1] // self.geometry.groups
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class OuterProducts:
         """Return j_NK, the explicit per-sample gradients."""
         if not isinstance(self.a, ConvInput):
             return ops.sample_grads(self.a, self.g_NGPO)
-        view, slides = self.a, self.a.sliding
+        view, slides = self.a, self.a.geometry
         numbers = view.kernel_size, list(slides.stride), list(slides.dilation), slides.groups
         return ops.conv_sample_grads(slides.padded(view.x_NCHW), self.g_NOHW(view), *numbers)
 
     def g_NOHW(self, view: ConvInput) -> Tensor:
         """Return the derivatives by the pixels of the convolution's output."""
         g_NOP = self.g_NGPO.mT.reshape(len(self.g_NGPO), -1, self.g_NGPO.shape[2])
-        return g_NOP.unflatten(2, view.sliding.pixels(view.x_NCHW.shape[2:], view.kernel_size))
+        return g_NOP.unflatten(2, view.geometry.pixels(view.x_NCHW.shape[2:], view.kernel_size))
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ class EmbeddingGrads:
 
     ids_NP: Tensor
     g_NPD: Tensor
-    rows: int
+    num_embeddings: int
 
     @property
     def entries(self) -> int:
         """Return the entries of J_n."""
-        return self.rows * self.g_NPD.shape[2]
+        return self.num_embeddings * self.g_NPD.shape[2]
 
     def sample_grads(self, ops: Any = kernels) -> Tensor:
         """Return j_NK, the explicit per-sample gradients."""
-        return self.sample_rows(0, self.rows).flatten(1)
+        return self.sample_grads_between(0, self.num_embeddings).flatten(1)
 
-    def sample_rows(self, first: int, end: int) -> Tensor:
+    def sample_grads_between(self, first: int, end: int) -> Tensor:
         """Return j_NVD for the table's rows from ``first`` to before ``end``."""
         n, _, entries = self.g_NPD.shape
         inside = (self.ids_NP >= first) & (self.ids_NP < end)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.blocks import Block, find_blocks
+from tengrad_triton.capture.blocks import LayerParams, find_layer_params
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import Settings, Target
 from tengrad_triton.optim.damping import LevenbergMarquardt, Schedule, rule_of
@@ -64,14 +64,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._rules: list[Schedule | LevenbergMarquardt | None] = []  # of the damping, by group
         self._settings: dict[int, Settings] = {}
         self._warned: set[str] = set()
-        self._blocks: list[Block] = []
+        self._blocks: list[LayerParams] = []
         self._capture: Capture
         self._built = False
         super().__init__(model.parameters() if params is None else params, dict(defaults))
         self._rebuild()
 
     @abstractmethod
-    def _captures(self, blocks: Sequence[Block]) -> Capture:
+    def _captures(self, blocks: Sequence[LayerParams]) -> Capture:
         """Return the capture of what these blocks need; raises `ValueError` where their groups do not fit together."""
 
     @abstractmethod
@@ -121,7 +121,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     def _rebuild(self) -> None:
         """Find the blocks, and have the next step refresh."""
-        blocks = find_blocks(self._module, self.param_groups, self._unsupported == "explicit")
+        blocks = find_layer_params(self._module, self.param_groups, self._unsupported == "explicit")
         self._report({block.name: block.why_sgd for block in blocks if block.why_sgd})
         if self._built:
             self.close()

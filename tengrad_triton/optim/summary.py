@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
-from tengrad_triton.capture.blocks import Block, full_name
+from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.curvature.choices import FACTORED_KERNELS, Choice, implementation_names
 from tengrad_triton.curvature.jacobian import Jacobian, PerSample
 from tengrad_triton.curvature.products import Grouped
@@ -46,7 +46,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(blocks: Sequence[Block], curvature: Curvature | None) -> Summary:
+def summarize(blocks: Sequence[LayerParams], curvature: Curvature | None) -> Summary:
     """Return the summary of ``blocks`` under the present curvature, if there is one yet."""
     rows = tuple(_row(block, label, curvature) for block in blocks for label in block.parameters)
     return Summary(rows, 0 if curvature is None else int(curvature.failures_L.sum()))
@@ -62,7 +62,7 @@ def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
     }
 
 
-def _row(block: Block, label: str, curvature: Curvature | None) -> Row:
+def _row(block: LayerParams, label: str, curvature: Curvature | None) -> Row:
     name, shape = block.label(label), tuple(block.parameters[label].shape)
     if block.why_sgd is not None:
         return Row(name, shape, "-", f"sgd ({block.why_sgd})", "update_", 0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.blocks import Block, BlocksChoice, find_sources, fisher_blocks_of
+from tengrad_triton.capture.blocks import LayerParams, BlocksChoice, find_captured_layers, fisher_blocks_of
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, ops_for
@@ -165,17 +165,17 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             param_group = {**param_group, "nesterov": bool(group["momentum"]) and not group["spring"]}
         super().add_param_group(param_group)
 
-    def _captures(self, blocks: Sequence[Block]) -> Capture:
+    def _captures(self, blocks: Sequence[LayerParams]) -> Capture:
         o = self._options
         covered = [block.name for block in blocks if block.why_sgd is None]
         self._check_dampings(fisher_blocks_of(o.blocks, blocks, covered), blocks)
-        sources = find_sources(self._module, blocks)
+        sources = find_captured_layers(self._module, blocks)
         rows = (o.fisher, o.likelihood, self._generator)
         release = self._release if o.history == 1 else None
         explicit = o.unsupported == "explicit"
         return Capture(self.model, sources, *rows, release, o.fisher_samples, o.max_bytes, explicit)
 
-    def _check_dampings(self, systems: FisherBlocks, blocks: Sequence[Block]) -> None:
+    def _check_dampings(self, systems: FisherBlocks, blocks: Sequence[LayerParams]) -> None:
         """Reject a system with several dampings."""
         group_of = {block.name: block.group for block in blocks}
         for system, names in systems.items():

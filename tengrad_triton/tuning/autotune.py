@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels
-from tengrad_triton.capture.blocks import find_blocks, find_sources, full_name
+from tengrad_triton.capture.blocks import find_layer_params, find_captured_layers, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.build import jacobian_of
 from tengrad_triton.curvature.choices import Representation
@@ -98,8 +98,8 @@ def autotune(
 
 
 def _uses_of(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> dict[str, Mapping[str, Contributions]]:
-    blocks = find_blocks(model, [{"params": list(model.parameters())}])
-    sources = find_sources(model, blocks)
+    blocks = find_layer_params(model, [{"params": list(model.parameters())}])
+    sources = find_captured_layers(model, blocks)
     capture = Capture(model, sources, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
     capture.arm()
     loss_fn(model(x)).backward()
