@@ -1,6 +1,6 @@
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
-VENV        := .venv
+VENV        ?= .venv
 READY       := $(VENV)/.ready
 RUN         := $(VENV)/bin/python -m
 
@@ -8,7 +8,7 @@ RUN         := $(VENV)/bin/python -m
 QUICK := tests/test_layering.py tests/test_exact.py tests/test_optimizer.py tests/test_passes.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install train quick test test-slow bench lint format clean
+.PHONY: help install train quick test tests test-slow bench lint format clean
 
 help:                      ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,9 @@ train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and
 quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
 	$(RUN) pytest -x -q $(QUICK)
 
-test: $(READY) lint        ## lint, then run every test that is not marked slow
+test: lint tests           ## lint, then run every test that is not marked slow
+
+tests: $(READY)            ## run them without linting
 	$(RUN) pytest -m "not slow"
 
 test-slow: $(READY)        ## run the tests marked slow
