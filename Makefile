@@ -4,9 +4,6 @@ VENV        ?= .venv
 READY       := $(VENV)/.ready
 RUN         := $(VENV)/bin/python -m
 
-# The least that shows a mistake in the method: the layers against the dense solve, the optimizer, the CPU code.
-QUICK := tests/test_layering.py tests/test_exact.py tests/test_optimizer.py tests/test_passes.py
-
 .DEFAULT_GOAL := help
 .PHONY: help install train quick test tests test-slow bench lint format clean
 
@@ -19,7 +16,8 @@ train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and
 	$(VENV)/bin/tengrad-triton train
 
 quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
-	$(RUN) pytest -x -q $(QUICK)
+	$(RUN) pytest -x -q -k "not compiled" tests/test_exact.py tests/test_optimizer.py tests/test_passes.py
+	TRITON_INTERPRET=1 $(RUN) pytest -x -q -k "takes_any_strides and not (project or cholesky)" tests/test_kernels.py
 
 test: lint tests           ## lint, then run every test that is not marked slow
 
