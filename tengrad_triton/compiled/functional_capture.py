@@ -6,7 +6,7 @@ compiled graph, where hooks on gradients do not. Layers that use others without 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -84,11 +84,16 @@ class FunctionalCapture:
             for one in within:
                 one.layer.forward = one
                 stack.callback(delattr, one.layer, "forward")
-            hooks: list[tuple[nn.Module, Any]] = [(layer, _Noted(self, name)) for name, layer in self._noted.items()]
-            hooks += [(layer, _Constant(self)) for layer in self._mixing]
-            for layer, hook in hooks if noting else []:  # in front of everyone else's
+            for layer, hook in self._hooks().items() if noting else []:  # in front of everyone else's
                 stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
+
+    def _hooks(self) -> dict[nn.Module, _Chain]:
+        """Return one hook for each layer: its statistics become constants first, then its call is noted."""
+        parts: dict[nn.Module, list[Callable[..., Any]]] = {layer: [_Constant(self)] for layer in self._mixing}
+        for name, layer in self._noted.items():
+            parts.setdefault(layer, []).append(_Noted(self, name))
+        return {layer: _Chain(hooks) for layer, hooks in parts.items()}
 
     # What a traced forward calls
 
@@ -118,6 +123,19 @@ class FunctionalCapture:
                 LayerCall(Call(args, kwargs), [None] * len(of_outputs), not outputs, swapped, output_grads=of_outputs)
             )
         return uses
+
+
+class _Chain:
+    """One forward hook that calls several in order: Dynamo of torch 2.11 mistakes two hooks on one layer."""
+
+    def __init__(self, hooks: Sequence[Callable[..., Any]]) -> None:
+        self._hooks = tuple(hooks)
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        for hook in self._hooks:
+            replaced = hook(layer, args, kwargs, y)
+            y = y if replaced is None else replaced
+        return y
 
 
 class _Noted:
