@@ -110,7 +110,7 @@ def check_rows(fisher: Fisher, likelihood: Likelihood, draws: int, history: int,
         raise ValueError(f"fisher_samples={draws} draws labels, which fisher={fisher!r} does not: use fisher='sampled'")
     if fisher == "exact" and not isinstance(likelihood, HasHessianFactor):
         raise TypeError(
-            f"fisher='exact' needs a likelihood with factor(output), the columns of its Hessian's factor; "
+            f"fisher='exact' needs a likelihood with hessian_factor(output), the columns of its Hessian's factor; "
             f"{type(likelihood).__name__} has none: use fisher='sampled', or add it"
         )
     given = representation.values() if isinstance(representation, Mapping) else [representation]

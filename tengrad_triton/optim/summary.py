@@ -10,7 +10,7 @@ from tengrad_triton.curvature.choices import FACTORED_KERNELS, Choice, implement
 from tengrad_triton.curvature.jacobian import Jacobian, PerSample
 from tengrad_triton.curvature.products import Grouped
 from tengrad_triton.curvature.woodbury import Curvature
-from tengrad_triton.layers import note_on
+from tengrad_triton.layers import summary_note
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _row(block: LayerParams, label: str, curvature: Curvature | None) -> Row:
         return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
     system = next(system for system, names in curvature.systems.items() if block.name in names)
     reduced = isinstance(rows, PerSample) and rows.form == "parameters"
-    notes = (note_on(block.layer), "as many rows as parameters" if reduced else "")
+    notes = (summary_note(block.layer), "as many rows as parameters" if reduced else "")
     chosen = ", ".join(filter(None, (rows.representation, *notes)))
     return Row(name, shape, system or ".", chosen, ", ".join(_kernels(rows)), rows.nbytes)
 

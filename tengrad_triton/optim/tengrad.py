@@ -81,7 +81,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             for every output of every sample: the Fisher matrix without chance) or ``"empirical"`` (the loss's own
             derivatives; the loss must be a mean over the samples).
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, or an object with ``sample(output, generator)``
-            and ``nll(output, target)``, and ``factor(output)`` for the exact Fisher; the empirical one needs none.
+            and ``nll(output, target)``, and ``hessian_factor(output)`` for the exact Fisher; the empirical one needs none.
         fisher_samples: labels drawn for each sample.
         fisher_rows: the most rows that a refresh uses: a random part of them, which leaves F unbiased.
         history: of how many refreshes the rows are kept: F is the mean over all of them.
