@@ -34,7 +34,7 @@ class Likelihood(Protocol):
 class HasHessianFactor(Protocol):
     """A likelihood that the exact Fisher matrix can be made of."""
 
-    def factor(self, output: Tensor) -> Tensor:
+    def hessian_factor(self, output: Tensor) -> Tensor:
         """Return s_RN…, shaped like ``output`` behind R: Σ_r s_r s_rᵀ is the Hessian of each sample's loss (M9)."""
 
 
@@ -95,7 +95,7 @@ class Categorical(Reparametrized):
         losses = F.cross_entropy(output.movedim(self.dim, 1), target, reduction="none")
         return (losses * self._roots(losses)).sum()
 
-    def factor(self, output: Tensor) -> Tensor:
+    def hessian_factor(self, output: Tensor) -> Tensor:
         """Return √p_c (e_c - p) for every token and class: diag(p) - p pᵀ is the sum of their outer products."""
         p_NCT = output.detach().movedim(self.dim, 1).softmax(1)
         shape = p_NCT.shape
@@ -127,7 +127,7 @@ class Gaussian(Reparametrized):
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return (output - target).square().sum() / _outputs(output)
 
-    def factor(self, output: Tensor) -> Tensor:
+    def hessian_factor(self, output: Tensor) -> Tensor:
         """Return √(2 / D) e_d for every output."""
         return _one_by_one(output) * (2 / _outputs(output)) ** 0.5
 
@@ -149,7 +149,7 @@ class Bernoulli(Reparametrized):
     def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
         return F.binary_cross_entropy_with_logits(output, target, reduction="sum") * _outputs(output) ** -0.5
 
-    def factor(self, output: Tensor) -> Tensor:
+    def hessian_factor(self, output: Tensor) -> Tensor:
         """Return √(p (1 - p) / D) e_d for every output."""
         p = output.detach().sigmoid()
         return _one_by_one(output) * (p * (1 - p) / _outputs(output)).sqrt()

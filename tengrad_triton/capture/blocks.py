@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tengrad_triton.layers import accounted_for, is_uncalled, refuse_inexact, why_no_rule
+from tengrad_triton.layers import call_parameters, is_uncalled, require_exact_gradient, why_no_rule
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def find_captured_layers(model: nn.Module, blocks: Sequence[LayerParams]) -> dic
     covered = {p for block in blocks if block.why_sgd is None for p in block.parameters.values()}
     modules, sources = dict(model.named_modules()), {}
     for name, module in modules.items():
-        own = {} if is_uncalled(name, modules) else accounted_for(module)
+        own = {} if is_uncalled(name, modules) else call_parameters(module)
         parameters = {label: p for label, p in own.items() if p in covered}
         if parameters:
             sources[name] = CapturedLayer(module, parameters, why_no_rule(module) is not None)
@@ -127,7 +127,7 @@ def find_layer_params(
         own = {label: p for label, p in _owned(name, module, modules).items() if p in group_of}
         if not own:
             continue
-        refuse_inexact(name, module)
+        require_exact_gradient(name, module)
         indices = {group_of.pop(p) for p in set(own.values())}
         if len(indices) > 1:
             raise ValueError(
@@ -148,7 +148,7 @@ def _owned(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> di
     if is_uncalled(name, modules):
         parametrization = name.rpartition(".")[0].endswith("parametrizations")
         return {} if parametrization else dict(module.named_parameters(recurse=False))
-    accounted = {label: p for label, p in accounted_for(module).items() if not label.startswith("out_proj.")}
+    accounted = {label: p for label, p in call_parameters(module).items() if not label.startswith("out_proj.")}
     labels = {p: label for label, p in reversed(accounted.items())}
     return {label: p for label, p in accounted.items() if labels[p] == label}
 
@@ -159,5 +159,5 @@ def _uncovered(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
     for name, module in modules.items():
         reason = None if is_uncalled(name, modules) else why_no_rule(module)
         if reason is not None:
-            why |= {p: reason for p in accounted_for(module).values() if p not in why}
+            why |= {p: reason for p in call_parameters(module).values() if p not in why}
     return why

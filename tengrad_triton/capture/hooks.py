@@ -25,15 +25,15 @@ from tengrad_triton.capture.output_grads import OutputGrads
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.layers import (
     Call,
-    draws,
-    frozen_scale,
-    input_of,
-    may_draw,
+    draws_random_numbers,
+    statistics_scale,
+    first_tensor,
+    may_draw_random_numbers,
     may_mix_samples,
     mixes_samples,
     rng_state,
     samples_dim,
-    why_no_samples,
+    locate_samples,
 )
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.profiling import phase
@@ -98,7 +98,7 @@ class Capture:
         for name, source in self._sources.items():
             hook = _Hook(self._after_layer, name)
             self._handles.append(source.layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
-            if may_draw(source.layer):
+            if may_draw_random_numbers(source.layer):
                 before = _Hook(self._before_layer, name)
                 self._handles.append(source.layer.register_forward_pre_hook(before))
         for layer in filter(may_mix_samples, getattr(self._model, "_orig_mod", self._model).modules()):
@@ -134,15 +134,15 @@ class Capture:
             self._open = Record(-1 if first is None else len(first), call)
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
-        if self._open is not None and draws(layer):
+        if self._open is not None and draws_random_numbers(layer):
             self._rng[name] = rng_state(next(layer.parameters()).device)
 
     def _after_mixing(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         if self._open is None or not y.requires_grad or not mixes_samples(layer):
             return None
-        x = input_of(args, kwargs)
+        x = first_tensor(args, kwargs)
         self._open.mixes_samples = True
-        return frozen(x, y, frozen_scale(layer, x), self._deriving.switch)
+        return frozen(x, y, statistics_scale(layer, x), self._deriving.switch)
 
     def _after_layer(self, name: str, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         record = self._open
@@ -160,7 +160,7 @@ class Capture:
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         call, swapped = Call(args, kwargs, self._rng.pop(name, None)), False
         if not self._sources[name].rerun:
-            why, swapped = why_no_samples(layer, outputs[0], record.samples, self._sequence_first)
+            why, swapped = locate_samples(layer, outputs[0], record.samples, self._sequence_first)
             if why:
                 record.unbatched[name] = why
         record.calls.setdefault(name, []).append(

@@ -16,8 +16,8 @@ from tengrad_triton.capture.batch_statistics import Switch
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.graph_checks import leaves_reached, mixing_layers
 from tengrad_triton.capture.record import LayerCall, Record, listen
-from tengrad_triton.capture.rerun import adds_up, backward_rows, batched_grads, rerun_rows
-from tengrad_triton.layers import counts_uses, mixes_samples
+from tengrad_triton.capture.rerun import sums_to, backward_rows, batched_grads, rerun_rows
+from tengrad_triton.layers import graph_counts_calls, mixes_samples
 from tengrad_triton.likelihoods import Fisher, HasHessianFactor, Likelihood
 
 Row = tuple[Sequence[Tensor | None], Sequence[Tensor]]
@@ -111,7 +111,7 @@ class OutputGrads:
         if reached and not calls:
             return "its layer is not called"
         if not any(source.rerun for source in layers):
-            outside = reached > calls and all(counts_uses(source.layer) for source in layers)
+            outside = reached > calls and all(graph_counts_calls(source.layer) for source in layers)
             return "it is used outside of its layer too" if outside else None
         if not all(source.rerun for source in layers):
             return "it is shared between a layer with a rule and one without"
@@ -153,7 +153,7 @@ class OutputGrads:
         """Yield the derivatives by what is wanted and by the model's outputs, for one row of each sample at a time."""
         if self.fisher == "exact":
             _check_size(output, self.max_bytes)
-            factor_RN = cast("HasHessianFactor", self.likelihood).factor(output)
+            factor_RN = cast("HasHessianFactor", self.likelihood).hessian_factor(output)
             factor_RN = factor_RN * len(factor_RN) ** 0.5  # F is the mean over all rows, R of each sample
             for row, grads in enumerate(batched_grads([output], wanted, [factor_RN])):
                 yield grads, [factor_RN[row]]
@@ -192,7 +192,7 @@ class OutputGrads:
         for parameter, parts in rows.items():
             total = record.gradient_sums.get(id(parameter))
             summed = torch.stack(parts).sum(0) if parts else None
-            if total is None or summed is None or not adds_up(summed, total):
+            if total is None or summed is None or not sums_to(summed, total):
                 self.irreproducible.add(id(parameter))
                 record.unattributed[id(parameter)] = _ANOTHER
                 another.append(parameter)
@@ -242,7 +242,7 @@ class OutputGrads:
         except _REFUSALS:
             return {}
         pairs = zip(named.items(), totals, strict=True)
-        return {id(p): rows[name] for (name, p), total in pairs if adds_up(rows[name], total)}
+        return {id(p): rows[name] for (name, p), total in pairs if sums_to(rows[name], total)}
 
     # Derivatives that come with the loss's own backward
 

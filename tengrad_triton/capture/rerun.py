@@ -33,7 +33,7 @@ def rerun_rows(
     Raises:
         RuntimeError: torch cannot do that with what the layer does.
     """
-    with quiet(), torch.no_grad():  # but for what the transforms differentiate
+    with ignore_vmap_warning(), torch.no_grad():  # but for what the transforms differentiate
         rows = [_rows_of_call(layer, parameters, use, samples, scale) for use in uses if use.has_grads]
     return {name: torch.stack([part[name] for part in rows]).sum(0) for name in parameters}
 
@@ -66,9 +66,9 @@ def _rows_of_call(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def ignore_vmap_warning() -> Iterator[None]:
     """Keep torch from warning that `vmap` loops over an operation: it is right, and there is no other way."""
-    if torch.compiler.is_compiling():  # who compiles has to be quiet
+    if torch.compiler.is_compiling():  # who compiles has to be ignore_vmap_warning
         yield
         return
     with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def adds_up(rows_N: Tensor, total: Tensor) -> bool:
+def sums_to(rows_N: Tensor, total: Tensor) -> bool:
     """Whether rows sum up to a gradient, to half the digits: rounding is far below that, another function is not."""
     size = rows_N.flatten(1).norm(dim=1).sum()
     off = (rows_N.sum(0) - total).norm()
@@ -109,7 +109,7 @@ def batched_grads(
     """Yield the derivatives of Σ ⟨cotangent, output⟩ for each row of cotangents: one backward pass where torch can."""
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
-        with quiet():
+        with ignore_vmap_warning():
             batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
     except RuntimeError:  # an operation that has no rule for a batch of backward passes, or too little memory
         for row in zip(*cotangents, strict=True):

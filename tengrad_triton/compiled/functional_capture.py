@@ -20,9 +20,9 @@ from tengrad_triton.layers import (
     Tap,
     arguments,
     forward_with_taps,
-    frozen_scale,
+    statistics_scale,
     has_uncalled,
-    input_of,
+    first_tensor,
     is_unrolled,
     mixes_samples,
 )
@@ -167,13 +167,13 @@ class _Within:
         self._tape, self._name, self.layer = tape, name, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if input_of(args, kwargs).dim() != 3:  # no batch
+        if first_tensor(args, kwargs).dim() != 3:  # no batch
             return type(self.layer).forward(self.layer, *args, **kwargs)
         zeros, weights = self._tape.zeros_of(self._name), dict(self.layer.named_parameters(remove_duplicate=False))
         tap = Tap(zeros)
         outputs = forward_with_taps(self.layer, weights, arguments(self.layer, Call(args, kwargs)), tap)
         if zeros is not None:
-            self._tape.note(self._name, tap.seen)
+            self._tape.note(self._name, tap.inputs)
         return outputs
 
 
@@ -186,6 +186,6 @@ class _Constant:
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         if not self._tape.constants or not mixes_samples(layer):
             return None
-        x = input_of(args, kwargs)
-        scaled = x * frozen_scale(layer, x)
+        x = first_tensor(args, kwargs)
+        scaled = x * statistics_scale(layer, x)
         return scaled + (y - scaled).detach()  # y itself, with the scale for its derivative

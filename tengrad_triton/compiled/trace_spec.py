@@ -18,9 +18,9 @@ from tengrad_triton.layers import (
     drops_out,
     forward_with_taps,
     has_uncalled,
-    looks_at_values,
+    rule_reads_values,
     mixes_samples,
-    replayed,
+    replay_rng,
 )
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.tengrad import TENGraD
@@ -75,7 +75,7 @@ def trace_spec_of(record: Record, sources: Mapping[str, CapturedLayer], model: n
         source = sources[name]
         if all(not p.requires_grad or id(p) in record.unattributed for p in source.parameters.values()):
             continue
-        if any(looks_at_values(source.layer, use.call) for use in uses):
+        if any(rule_reads_values(source.layer, use.call) for use in uses):
             return f"the rule for {type(source.layer).__name__} depends on numbers in what it is called with"
         zeros[name] = [_zeros(source.layer, use) for use in uses]
         swapped[name] = [use.samples_second for use in uses]
@@ -91,9 +91,9 @@ def _zeros(layer: nn.Module, use: LayerCall) -> dict[str, Tensor]:
     if not has_uncalled(layer):
         return {str(k): _flat_zero(grad) for k, grad in enumerate(use.output_grads) if grad is not None}
     tap, weights = Tap(), dict(layer.named_parameters(remove_duplicate=False))
-    with torch.no_grad(), replayed(use.call.rng, next(layer.parameters()).device):
+    with torch.no_grad(), replay_rng(use.call.rng, next(layer.parameters()).device):
         forward_with_taps(layer, weights, arguments(layer, use.call), tap)
-    return {name: _flat_zero(ys[0]).expand(len(ys), *ys[0].shape) for name, ys in tap.returned.items()}
+    return {name: _flat_zero(ys[0]).expand(len(ys), *ys[0].shape) for name, ys in tap.outputs.items()}
 
 
 def _flat_zero(like: Any) -> Tensor:

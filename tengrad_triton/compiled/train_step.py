@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from tengrad_triton.capture.rerun import quiet
+from tengrad_triton.capture.rerun import ignore_vmap_warning
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 from tengrad_triton.compiled.graphs import GROUP_WORDS, Graphs, LossFn, State
 from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
@@ -252,7 +252,7 @@ class TrainStep:
         optimizer._release()
         dampings = optimizer._damping_of(graphs.systems)
         try:
-            with graphs.tape.standing(noting=True), quiet():
+            with graphs.tape.standing(noting=True), ignore_vmap_warning():
                 loss, packed = learned.refresh(self._state(learned), graphs.lesson.zeros, *dampings, noise, x, y)
         except TorchDynamoException:
             optimizer._generator.set_state(before)

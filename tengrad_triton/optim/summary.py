@@ -9,7 +9,7 @@ from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.curvature.choices import Choice, implementation_names
 from tengrad_triton.curvature.jacobian import Jacobian, PerSample
 from tengrad_triton.curvature.woodbury import Curvature
-from tengrad_triton.layers import note_on
+from tengrad_triton.layers import summary_note
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _entry(layer: LayerParams, label: str, curvature: Curvature | None) -> Param
         return ParameterSummary(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
     block = next(block for block, names in curvature.blocks.items() if layer.name in names)
     reduced = isinstance(jacobian, PerSample) and jacobian.row_kind == "parameters"
-    notes = (note_on(layer.layer), "as many rows as parameters" if reduced else "")
+    notes = (summary_note(layer.layer), "as many rows as parameters" if reduced else "")
     representation = ", ".join(filter(None, (jacobian.representation, *notes)))
     return ParameterSummary(name, shape, block or ".", representation, ", ".join(_kernels(jacobian)), jacobian.nbytes)
 
