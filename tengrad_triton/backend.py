@@ -21,12 +21,12 @@ def kernels_of(backend: Backend, torch_for: Collection[str] = ()) -> Any:
     name with a launch configuration behind it (``"project_rows:tall"``) is the op with that one.
     """
     names = {spec.name: spec for spec in kernels.SPECS}
-    tiles = {f"{spec.name}:{tile}": (spec.name, tile) for spec in kernels.SPECS for tile in spec.tiles}
+    tiles = {f"{spec.name}:{tile}": (spec.name, tile) for spec in kernels.SPECS for tile in spec.config_names}
     if unknown := set(torch_for) - names.keys() - tiles.keys():
         raise ValueError(
             f"no kernels named {', '.join(sorted(unknown))}; there are {', '.join(sorted({*names, *tiles}))}"
         )
     ops: dict[str, Any] = {name: getattr(kernels, name) for name in names}
-    ops |= {name: partial(ops[name], tile=tile) for name, tile in (tiles[one] for one in torch_for if one in tiles)}
-    ops |= {name: spec.reference for name, spec in names.items() if backend == "torch" or name in torch_for}
+    ops |= {name: partial(ops[name], config=tile) for name, tile in (tiles[one] for one in torch_for if one in tiles)}
+    ops |= {name: spec.torch_impl for name, spec in names.items() if backend == "torch" or name in torch_for}
     return SimpleNamespace(torch_for=tuple(sorted(torch_for)), **ops)

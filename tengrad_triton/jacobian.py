@@ -180,7 +180,7 @@ class Factored(Team):
     ) -> Tensor:
         if isinstance(members[0].outer.a, Windows):
             x, g, sizes = _convolutions(members)
-            return members[0].ops.project_windows(x, g, _weights(members, v), sizes, systems, shape)
+            return members[0].ops.project_conv(x, g, _weights(members, v), sizes, systems, shape)
         a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
         return members[0].ops.project(a, g, [matrix_view(x) for x in v], systems, shape)
 
@@ -192,7 +192,7 @@ class Factored(Team):
         if isinstance(members[0].outer.a, Windows):
             x, g, sizes = _convolutions(members)
             state = [_weights(members, tensors) for tensors in _state(targets)]
-            members[0].ops.expand_windows_update_(*state, x, g, sizes, *numbers)
+            members[0].ops.expand_conv_update_(*state, x, g, sizes, *numbers)
             return
         a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
         members[0].ops.expand_update_(*_views(targets), a, g, *numbers)
@@ -244,7 +244,7 @@ def _views(targets: Sequence[Target]) -> list[list[Tensor]]:
 
 
 def _convolutions(members: Sequence[Factored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Return inputs, derivatives [N, O, H, W], and all `Sliding.numbers`."""
+    """Return inputs, derivatives [N, O, H, W], and all `ConvGeometry.numbers`."""
     views = [cast("Windows", one.outer.a) for one in members]
     g = [one.outer.g_NOHW(view) for one, view in zip(members, views, strict=True)]
     return [view.x_NCHW for view in views], g, [number for view in views for number in view.sliding.numbers]

@@ -141,8 +141,8 @@ FACTOR_KERNELS: Kernels = {
 }
 WINDOW_KERNELS: Kernels = {
     **FACTOR_KERNELS,
-    "project": ("project_windows",),
-    "expand": ("expand_windows_update_",),
+    "project": ("project_conv",),
+    "expand": ("expand_conv_update_",),
 }
 
 STEP_KERNELS = frozenset(

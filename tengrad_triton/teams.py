@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.jacobian import Jacobian, Jacobians, PerSample
-from tengrad_triton.kernels.passes import worth_a_batch
+from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.products import Product, Team
 from tengrad_triton.update import Target
 

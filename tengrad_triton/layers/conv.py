@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.kernels.sliding import Sliding
+from tengrad_triton.kernels.conv_geometry import ConvGeometry
 from tengrad_triton.layers.form import Canonical, Explicit, Outer, Windows, canonical
 
 # torch's names for them, of one to three dimensions
@@ -30,7 +30,7 @@ def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | Windows:
     if x.dim() == 3:  # a line is a plane one pixel high
         x, padding = x.unsqueeze(2), (0, *padding)
         kernel_size, stride, dilation = (1, *kernel_size), (1, *stride), (1, *dilation)
-    return Windows(x, list(kernel_size), Sliding(stride, tuple(padding), dilation, layer.groups))
+    return Windows(x, list(kernel_size), ConvGeometry(stride, tuple(padding), dilation, layer.groups))
 
 
 def _unfolded(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
-from tengrad_triton.kernels.sliding import Sliding, slidings
+from tengrad_triton.kernels.conv_geometry import ConvGeometry, conv_geometries
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Windows:
 
     x_NCHW: Tensor
     kernel_size: list[int]
-    sliding: Sliding
+    sliding: ConvGeometry
 
     def unfold(self) -> Tensor:
         """Return a_NGPI."""
@@ -44,7 +44,7 @@ class Windows:
     @staticmethod
     def unpack(x_NCHW: Tensor, kernel_size: list[int], sliding: list[int]) -> Windows:
         """Return what was packed."""
-        return Windows(x_NCHW, kernel_size, next(slidings(sliding)))
+        return Windows(x_NCHW, kernel_size, next(conv_geometries(sliding)))
 
     @property
     def inputs(self) -> int:
