@@ -11,22 +11,22 @@ from .cholesky import SPECS as CHOLESKY_SPECS
 from .cholesky import cholesky
 from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
-from .reuse import SPECS as REUSE_SPECS
-from .reuse import project
-from .reuse_rows import SPECS as ROWS_SPECS
-from .reuse_rows import project_rows
-from .reuse_rows_update import SPECS as ROWS_UPDATE_SPECS
-from .reuse_rows_update import expand_rows_update_
-from .reuse_update import SPECS as REUSE_UPDATE_SPECS
-from .reuse_update import expand_update_
+from .project_factored import SPECS as REUSE_SPECS
+from .project_factored import project
+from .project_rows import SPECS as ROWS_SPECS
+from .project_rows import project_rows
+from .expand_rows import SPECS as ROWS_UPDATE_SPECS
+from .expand_rows import expand_rows_update_
+from .expand_factored import SPECS as REUSE_UPDATE_SPECS
+from .expand_factored import expand_update_
 from .sample_grads import SPECS as SAMPLE_GRADS_SPECS
 from .sample_grads import conv_sample_grads, sample_grads
 from .spec import KernelSpec
 from .triangular import SPECS as TRIANGULAR_SPECS
 from .triangular import cholesky_inverse, cholesky_solve
 from .update import update_
-from .windows import SPECS as WINDOWS_SPECS
-from .windows import expand_windows_update_, project_windows
+from .conv import SPECS as WINDOWS_SPECS
+from .conv import expand_conv_update_, project_conv
 
 # One row a kernel: the tests, the benchmarks and the ahead-of-time compile iterate over these.
 SPECS: tuple[KernelSpec, ...] = (
@@ -50,12 +50,12 @@ __all__ = [
     "conv_sample_grads",
     "expand_rows_update_",
     "expand_update_",
-    "expand_windows_update_",
+    "expand_conv_update_",
     "gram",
     "gram_rows",
     "project",
     "project_rows",
-    "project_windows",
+    "project_conv",
     "sample_grads",
     "update_",
 ]

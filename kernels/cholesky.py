@@ -31,7 +31,7 @@ from .spec import (
     tl,
     triton,
 )
-from .tiles import load_tile
+from .primitives import load_tile
 
 TILE = 32  # rows of a diagonal tile: the chain of dependent columns grows with it, the number of panels shrinks
 
@@ -44,10 +44,10 @@ def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     (the square of the smallest diagonal entry of C) is then zero, negative or NaN, and its factor must not be used.
     """
     expect("k_LNN", k_LNN, shift_L.shape[0], k_LNN.shape[1], k_LNN.shape[1])
-    return (_cholesky if is_small(k_LNN, shift_L) else cholesky_reference)(k_LNN, shift_L)
+    return (_cholesky if is_small(k_LNN, shift_L) else cholesky_torch)(k_LNN, shift_L)
 
 
-def cholesky_reference(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky_torch(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     """C = chol(K + shift I)."""
     damped_LNN = k_LNN.clone()
     damped_LNN.diagonal(dim1=-2, dim2=-1).add_(shift_L.unsqueeze(1))
@@ -183,8 +183,8 @@ def batch_examples(make: Callable[[torch.device, int, int], tuple[Any, ...]]) ->
 SPECS = (
     KernelSpec(
         name="cholesky",
-        fast=_cholesky,
-        reference=cholesky_reference,
+        triton_impl=_cholesky,
+        torch_impl=cholesky_torch,
         examples=batch_examples(gram_example),
         flops=lambda k_LNN, shift_L: k_LNN.numel() * k_LNN.shape[1] // 3,
         bytes=lambda k_LNN, shift_L: 2 * nbytes(k_LNN),

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.nn.functional import pad
 
-from .groups import MOST, aligned, batches
-from .products import PRODUCT_CONFIGS, WIDTH, Product, add_products
-from .reuse import expect_factors, factors
+from .pointer_table import MAX_GROUP, aligned, batches
+from .gram_ranges import PRODUCT_CONFIGS, WIDTH, Product, add_products
+from .project_factored import expect_factors, factors
 from .spec import KernelSpec, contiguous, expect, nbytes, normal, runs_kernel, widen
 
 _SLAB_ELEMENTS = 1 << 26  # how many entries of the covariance factors the definition holds at a time
@@ -27,7 +27,7 @@ _SLABS, _LEAST_ROWS, _LEAST_COLUMNS = 4, 64, 4096  # of X in X Xᵀ on a CPU; th
 
 
 @custom_op("tengrad_triton::gram", mutates_args=())
-def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
+def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, config: str = "default") -> Tensor:
     """Return k_LNN: K[rows[t]] is the sum over its layers' Gram matrices, from inputs and output derivatives.
 
     The work grows with the square of P: from some dozens of positions on, `gram_rows` of explicit gradients is cheaper.
@@ -37,10 +37,10 @@ def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: st
     for a_NGPI, g_NGPO in zip(a, g, strict=True):
         expect("a_NGPI", a_NGPI, a[0].shape[0], *a_NGPI.shape[1:])
         expect_factors(a_NGPI, g_NGPO)
-    return (partial(_gram, tile=tile) if runs_kernel(*a, *g) else gram_reference)(a, g, rows, count)
+    return (partial(_gram, config=config) if runs_kernel(*a, *g) else gram_torch)(a, g, rows, count)
 
 
-def gram_reference(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
+def gram_torch(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
     """K[n, m] = Σ_γpq ⟨a_nγp, a_mγq⟩ ⟨g_nγp, g_mγq⟩ (paper, equations 5 and 11), a slab of rows n at a time."""
     k_LNN = _zeros(a, count)
     k = k_LNN.unbind()
@@ -55,7 +55,7 @@ def _zeros(x: Sequence[Tensor], count: int) -> Tensor:
 
 
 @gram.register_fake
-def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
+def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, config: str = "default") -> Tensor:
     return _zeros(a, count)
 
 
@@ -73,9 +73,9 @@ def _layer_gram(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
+def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, config: str = "default") -> Tensor:
     k_LNN = torch.zeros(count, a[0].shape[0], a[0].shape[0], dtype=torch.float32, device=a[0].device)
-    for _, alike in batches([x.dtype for x in a], order=rows, most=MOST // 2):
+    for _, alike in batches([x.dtype for x in a], order=rows, most=MAX_GROUP // 2):
         matrices: list[Tensor] = []
         products: list[Product] = []
         for t in alike:
@@ -86,7 +86,7 @@ def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: s
                 aa, gg = (at, i * inputs, j * inputs, inputs), (at + 1, i * outputs, j * outputs, outputs)
                 products.append((rows[t], aa, gg))
             matrices += [a_NGPI.flatten(1), g_NGPO.flatten(1)]
-        add_products(matrices, products, k_LNN, tile)
+        add_products(matrices, products, k_LNN, config)
     return k_LNN
 
 
@@ -103,19 +103,19 @@ def _pairs(groups: int, positions: int) -> Iterator[tuple[int, int]]:
 
 
 @custom_op("tengrad_triton::gram_rows", mutates_args=())
-def gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
+def gram_rows(j: list[Tensor], rows: list[int], count: int, config: str = "default") -> Tensor:
     """Return k_LNN with K[rows[t]] = Σ_t J_t J_tᵀ over a system's explicit per-sample gradients."""
     for j_NK in j:
         expect("j_NK", j_NK, j[0].shape[0], j_NK.shape[1])
-    return (partial(_gram_rows, tile=tile) if runs_kernel(*j) else gram_rows_reference)(j, rows, count)
+    return (partial(_gram_rows, config=config) if runs_kernel(*j) else gram_rows_torch)(j, rows, count)
 
 
 @gram_rows.register_fake
-def _(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
+def _(j: list[Tensor], rows: list[int], count: int, config: str = "default") -> Tensor:
     return _zeros(j, count)
 
 
-def gram_rows_reference(j: list[Tensor], rows: list[int], count: int) -> Tensor:
+def gram_rows_torch(j: list[Tensor], rows: list[int], count: int) -> Tensor:
     """K = J Jᵀ, added up over the weights of a system."""
     k_LNN = _zeros(j, count)
     k = k_LNN.unbind()
@@ -143,14 +143,14 @@ def _add_squared_(k_NN: Tensor, x_NK: Tensor) -> Tensor:
     return k_NN
 
 
-def _gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
+def _gram_rows(j: list[Tensor], rows: list[int], count: int, config: str = "default") -> Tensor:
     k_LNN = torch.zeros(count, j[0].shape[0], j[0].shape[0], dtype=torch.float32, device=j[0].device)
     for _, alike in batches([j_NK.dtype for j_NK in j], order=rows):
         matrices = [j[t] if aligned(j[t], WIDTH) else _padded(j[t]) for t in alike]
         widths = (int(x.shape[1]) for x in matrices)
         ranges = [(index, 0, 0, width) for index, width in enumerate(widths)]
         products = [(rows[t], part, None) for t, part in zip(alike, ranges, strict=True)]
-        add_products(matrices, products, k_LNN, tile)
+        add_products(matrices, products, k_LNN, config)
     return k_LNN
 
 
@@ -174,8 +174,8 @@ def _gram_flops(a: list[Tensor], g: list[Tensor], *_: object) -> int:
 SPECS = (
     KernelSpec(
         name="gram",
-        fast=_gram,
-        reference=gram_reference,
+        triton_impl=_gram,
+        torch_impl=gram_torch,
         examples={
             "one position": lambda dtype, device: _layers(
                 dtype, device, (150, 1, 1, 700, 11), (150, 1, 1, 9, 70), (150, 1, 1, 8, 16)
@@ -188,8 +188,8 @@ SPECS = (
     ),
     KernelSpec(
         name="gram_rows",
-        fast=_gram_rows,
-        reference=gram_rows_reference,
+        triton_impl=_gram_rows,
+        torch_impl=gram_rows_torch,
         examples={"aligned and unaligned": _rows},
         flops=lambda j, *_: sum(2 * x.shape[0] * x.numel() for x in j),
         bytes=lambda j, rows, count: nbytes(*j) + 4 * count * j[0].shape[0] ** 2,

@@ -16,38 +16,38 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .depthwise import DEPTHWISE_GRADS, depthwise_grads
-from .reuse import expect_factors, factors
-from .sliding import unpadded
+from .depthwise_sample_grads import DEPTHWISE_GRADS, depthwise_grads
+from .project_factored import expect_factors, factors
+from .conv_geometry import unpadded
 from .spec import KernelSpec, contiguous, expect, nbytes, normal, rows_contiguous, runs_kernel
-from .window_grads import WINDOW_CONFIGS, window_grads
+from .conv_sample_grads import WINDOW_CONFIGS, window_grads
 
 _UNFOLD_BELOW = 1.75  # positions a channel below which unfolding a convolution's input pays (measured on two cores)
 _UNFOLDED_BYTES, _GROUPED_BYTES = 2**21, 2**22  # unfolded inputs, or rows, that a thread's caches hold
 
 
 @triton_op("tengrad_triton::sample_grads", mutates_args=())
-def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, tile: str = "default") -> Tensor:
+def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, config: str = "default") -> Tensor:
     """Return j_NK with K = (G, O, I) flat: J_n = Σ_p g_np a_npᵀ in every group (paper, equation 8).
 
     With one position, or a few, keep the factors instead: they are smaller, and `gram` needs no J_n.
     """
     expect_factors(a_NGPI, g_NGPO)
-    make = partial(_sample_grads, tile=tile) if runs_kernel(a_NGPI, g_NGPO) else sample_grads_reference
+    make = partial(_sample_grads, config=config) if runs_kernel(a_NGPI, g_NGPO) else sample_grads_torch
     return make(a_NGPI, g_NGPO)
 
 
-def sample_grads_reference(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
+def sample_grads_torch(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     """J_n = Σ_p g_np a_npᵀ."""
     return (g_NGPO.mT @ a_NGPI).flatten(1)
 
 
-def _sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, tile: str = "default") -> Tensor:
+def _sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, config: str = "default") -> Tensor:
     a_NGPI, g_NGPO = rows_contiguous(a_NGPI), rows_contiguous(g_NGPO.to(a_NGPI.dtype))
     positions, inputs = a_NGPI.shape[2:]
     sizes = (inputs, g_NGPO.shape[3], positions, positions, 1)
     strides = (0, a_NGPI.stride(2), 0, 0, *a_NGPI.stride()[:2], *g_NGPO.stride()[:3])
-    return window_grads(a_NGPI, g_NGPO, 1, sizes, strides, tile)
+    return window_grads(a_NGPI, g_NGPO, 1, sizes, strides, config)
 
 
 @triton_op("tengrad_triton::conv_sample_grads", mutates_args=())
@@ -58,7 +58,7 @@ def conv_sample_grads(
     stride: list[int],
     dilation: list[int],
     groups: int,
-    tile: str = "default",
+    config: str = "default",
 ) -> Tensor:
     """Return j_NK with K = (O, kh, kw, C / groups) flat, for a convolution of an input that is already padded.
 
@@ -71,11 +71,11 @@ def conv_sample_grads(
         needed = (outputs - 1) * step + (size - 1) * gap + 1
         if pixels < needed:
             raise ValueError(f"{outputs} outputs need a padded input of {needed} pixels or more, got {pixels}")
-    make = partial(_conv_sample_grads, tile=tile) if runs_kernel(x_NCHW, g_NOHW) else conv_sample_grads_reference
+    make = partial(_conv_sample_grads, config=config) if runs_kernel(x_NCHW, g_NOHW) else conv_sample_grads_torch
     return make(x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
 
 
-def conv_sample_grads_reference(
+def conv_sample_grads_torch(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     """J_n = Σ_p g_np a_npᵀ: the gradient of a convolution's weight with every sample as a group of its own.
@@ -133,7 +133,7 @@ def _conv_sample_grads(
     stride: list[int],
     dilation: list[int],
     groups: int,
-    tile: str = "default",
+    config: str = "default",
 ) -> Tensor:
     x_NHWC = contiguous(x_NCHW.permute(0, 2, 3, 1))
     g_NHWO = contiguous(g_NOHW.to(x_NCHW.dtype).permute(0, 2, 3, 1))
@@ -141,14 +141,14 @@ def _conv_sample_grads(
     _, height, width, outputs = g_NHWO.shape
     steps = (stride[0] * per_row, stride[1] * per_pixel, dilation[0] * per_row, dilation[1] * per_pixel)
     if groups == per_pixel:
-        return depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps, tile)
+        return depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps, config)
     rows, columns, inputs = *kernel_size, per_pixel // groups
     if groups == 1 and dilation[1] == 1:
         # The pixels of a window's row lie side by side: together they fill a tile that few channels would not.
         columns, inputs = 1, columns * inputs
     sizes = (inputs, outputs // groups, height * width, width, columns)
     strides = (*steps, per_sample, per_pixel // groups, g_NHWO.stride(0), outputs // groups, outputs)
-    return window_grads(x_NHWC, g_NHWO, rows * columns, sizes, strides, tile)
+    return window_grads(x_NHWC, g_NHWO, rows * columns, sizes, strides, config)
 
 
 def _conv_example(
@@ -180,8 +180,8 @@ def _conv_bytes(x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], *rest: A
 SPECS = (
     KernelSpec(
         name="sample_grads",
-        fast=_sample_grads,
-        reference=sample_grads_reference,
+        triton_impl=_sample_grads,
+        torch_impl=sample_grads_torch,
         examples={
             "groups": lambda dtype, device: factors(dtype, device, (3, 2, 37, 20, 9)),
             "large tiles": lambda dtype, device: factors(dtype, device, (2, 1, 70, 150, 130)),
@@ -192,8 +192,8 @@ SPECS = (
     ),
     KernelSpec(
         name="conv_sample_grads",
-        fast=_conv_sample_grads,
-        reference=conv_sample_grads_reference,
+        triton_impl=_conv_sample_grads,
+        torch_impl=conv_sample_grads_torch,
         examples={
             "merged rows": partial(_conv_example, (3, 5, 11, 13), 7, [3, 2], [2, 1], [1, 1], 1),
             "dilated": partial(_conv_example, (2, 20, 11, 12), 9, [2, 3], [1, 2], [2, 3], 1),

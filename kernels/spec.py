@@ -41,7 +41,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     async_copies: bool = False  # whether its loads are promised to be asynchronous copies of 16 bytes
-    tile: str = "default"  # the name by which the op's ``tile=`` asks for it
+    name: str = "default"  # by which the op's ``config=`` asks for it
 
     def block(self, dimension: str) -> int:
         """How many entries of a dimension one program covers."""
@@ -69,8 +69,8 @@ class KernelSpec:
     """
 
     name: str
-    fast: Callable[..., Any]
-    reference: Callable[..., Any]
+    triton_impl: Callable[..., Any]
+    torch_impl: Callable[..., Any]
     examples: Mapping[str, Example]
     flops: Callable[..., int]
     bytes: Callable[..., int]
@@ -79,9 +79,9 @@ class KernelSpec:
     mutates: int = 0  # how many of the first arguments it changes in place, instead of returning anything
 
     @property
-    def tiles(self) -> tuple[str, ...]:
+    def config_names(self) -> tuple[str, ...]:
         """Return the names of the launch configurations beside the default, which the tuner may choose."""
-        return tuple(dict.fromkeys(config.tile for config in self.configs if config.tile != "default"))
+        return tuple(dict.fromkeys(config.name for config in self.configs if config.name != "default"))
 
 
 def runs_kernel(*tensors: Tensor) -> bool:

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .cholesky import TILE, batch_examples, cholesky_reference, gram_example, is_small
+from .cholesky import TILE, batch_examples, cholesky_torch, gram_example, is_small
 from .spec import Config, KernelSpec, cdiv, contiguous, expect, nbytes, normal, rows_contiguous, tl, triton
-from .tiles import load_tile
+from .primitives import load_tile
 
 
 @triton_op("tengrad_triton::cholesky_inverse", mutates_args=())
 def cholesky_inverse(c_LNN: Tensor) -> Tensor:
     """Return w_LNN = C⁻¹ of lower factors: two matrix-vector products then replace each pair of triangular solves."""
-    return (_cholesky_inverse if is_small(c_LNN, c_LNN) else cholesky_inverse_reference)(c_LNN)
+    return (_cholesky_inverse if is_small(c_LNN, c_LNN) else cholesky_inverse_torch)(c_LNN)
 
 
-def cholesky_inverse_reference(c_LNN: Tensor) -> Tensor:
+def cholesky_inverse_torch(c_LNN: Tensor) -> Tensor:
     """W = C⁻¹."""
     eye_NN = torch.eye(c_LNN.shape[-1], dtype=c_LNN.dtype, device=c_LNN.device)
     w_LNN: Tensor = torch.linalg.solve_triangular(c_LNN, eye_NN.expand_as(c_LNN), upper=False)
@@ -95,10 +95,10 @@ def _cholesky_inverse(c_LNN: Tensor) -> Tensor:
 def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
     """Return z_LN = (K + shift I)⁻¹ y = Wᵀ (W y)."""
     expect("y_LN", y_LN, *w_LNN.shape[:2])
-    return (_cholesky_solve if is_small(w_LNN, y_LN) else cholesky_solve_reference)(w_LNN, y_LN)
+    return (_cholesky_solve if is_small(w_LNN, y_LN) else cholesky_solve_torch)(w_LNN, y_LN)
 
 
-def cholesky_solve_reference(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
+def cholesky_solve_torch(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
     """Z = Wᵀ (W y)."""
     return torch.bmm(torch.bmm(y_LN.unsqueeze(1), w_LNN.mT), w_LNN).squeeze(1)
 
@@ -138,19 +138,19 @@ def _cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
 
 
 def _factor_example(device: torch.device, matrices: int, n: int) -> tuple[Tensor]:
-    return (cholesky_reference(*gram_example(device, matrices, n))[0],)
+    return (cholesky_torch(*gram_example(device, matrices, n))[0],)
 
 
 def _solve_example(device: torch.device, matrices: int, n: int) -> tuple[Tensor, Tensor]:
-    w_LNN = cholesky_inverse_reference(*_factor_example(device, matrices, n))
+    w_LNN = cholesky_inverse_torch(*_factor_example(device, matrices, n))
     return w_LNN, normal(matrices, n, dtype=torch.float32, device=device, seed=1)
 
 
 SPECS = (
     KernelSpec(
         name="cholesky_inverse",
-        fast=_cholesky_inverse,
-        reference=cholesky_inverse_reference,
+        triton_impl=_cholesky_inverse,
+        torch_impl=cholesky_inverse_torch,
         examples=batch_examples(_factor_example),
         flops=lambda c_LNN: c_LNN.numel() * c_LNN.shape[1] // 3,
         bytes=lambda c_LNN: 2 * nbytes(c_LNN),
@@ -159,8 +159,8 @@ SPECS = (
     ),
     KernelSpec(
         name="cholesky_solve",
-        fast=_cholesky_solve,
-        reference=cholesky_solve_reference,
+        triton_impl=_cholesky_solve,
+        torch_impl=cholesky_solve_torch,
         examples=batch_examples(_solve_example),
         flops=lambda w_LNN, y_LN: 2 * w_LNN.numel(),
         bytes=lambda w_LNN, y_LN: nbytes(w_LNN, y_LN, y_LN),

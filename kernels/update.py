@@ -95,9 +95,9 @@ def _lie_alike(x: Tensor, y: Tensor) -> bool:
     )
 
 
-def negated_ratios(w: Sequence[Tensor], divisors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return −w / divisor of each, in float32 at least."""
-    return torch._foreach_div([widen(w_N) for w_N in w], torch._foreach_neg(list(divisors)))
+def negated_ratios(w: Sequence[Tensor], dampings: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return −w / damping of each, in float32 at least."""
+    return torch._foreach_div([widen(w_N) for w_N in w], torch._foreach_neg(list(dampings)))
 
 
 def update_along_(
@@ -105,35 +105,35 @@ def update_along_(
     momenta: Sequence[Tensor],
     grads: Sequence[Tensor],
     expanded: Iterable[tuple[int, Tensor]],
-    divisors: Sequence[Tensor],
+    dampings: Sequence[Tensor],
     settings: Sequence[Tensor],
     nesterov: bool,
 ) -> None:
-    """`update_` along (grad − Jᵀ w) / divisor = grad / divisor + Jᵀ (−w / divisor): so no pass over the larger side.
+    """`update_` along (grad − Jᵀ w) / damping = grad / damping + Jᵀ (−w / damping): so no pass over the larger side.
 
-    ``expanded`` yields (index, Jᵀ (−w / divisor)), each a tensor of its own with its entries in the order of (O, K, I).
+    ``expanded`` yields (index, Jᵀ (−w / damping)), each a tensor of its own with its entries in the order of (O, K, I).
     """
     update_all_(
         (
-            (params[t], momenta[t], _direction(grads[t], added.reshape(grads[t].shape), divisors[t]), settings[t])
+            (params[t], momenta[t], _direction(grads[t], added.reshape(grads[t].shape), dampings[t]), settings[t])
             for t, added in expanded
         ),
         nesterov,
     )
 
 
-def _direction(grad: Tensor, added: Tensor, divisor: Tensor) -> Tensor:
+def _direction(grad: Tensor, added: Tensor, damping: Tensor) -> Tensor:
     if _lie_alike(added, grad):
-        return added.addcdiv_(grad, divisor)
+        return added.addcdiv_(grad, damping)
     # It has to lie in memory as the gradient does, or arithmetic on the two would crawl.
-    return (grad / divisor).add_(added)
+    return (grad / damping).add_(added)
 
 
-def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor) -> None:
+def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, damping: Tensor, settings: Tensor) -> None:
     """Raise ValueError unless what an update takes belongs together."""
     expect("momentum_OKI", momentum_buffer, *param.shape)
     expect("grad_OKI", grad, *param.shape)
-    expect("divisor", divisor)
+    expect("damping", damping)
     expect("settings", settings, 4)
 
 
@@ -144,6 +144,6 @@ def example_parameters(o: int, k: int, i: int, device: torch.device) -> list[Ten
 
 
 def example_numbers(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return w_N, a divisor and settings."""
+    """Return w_N, a damping and settings."""
     w_N = normal(n, dtype=torch.float32, device=device, seed=6)
     return w_N, torch.tensor(0.3, device=device), torch.tensor([0.1, 0.9, 0.01, 0.02], device=device)

@@ -10,7 +10,7 @@ from collections import deque
 
 import pytest
 import torch
-from tengrad_triton.backend import ops_for
+from tengrad_triton.curvature.choices import ops_for
 
 from perf.launches import Repeated
 from perf.rivals import rivals

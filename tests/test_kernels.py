@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from tengrad_triton import kernels
 
 SPECS = kernels.SPECS
-products = importlib.import_module("tengrad_triton.kernels.products")
+products = importlib.import_module("tengrad_triton.kernels.gram_ranges")
 gram_module = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 HARDWARE = torch.cuda.is_available()
@@ -39,7 +39,7 @@ IN_TILES = [
         marks=[] if at == 0 and dtype == HALF else [pytest.mark.slow],
     )
     for row in SPECS
-    for tile in row.tiles
+    for tile in row.config_names
     for at, (name, example) in enumerate(row.examples.items())
     for dtype in (torch.float32, HALF)
 ]
@@ -113,7 +113,7 @@ def _strided(x):
 
 def _kernel(row):
     """The op itself where its tensors can be on a GPU, else the part of it that launches."""
-    return getattr(kernels, row.name) if HARDWARE else row.fast
+    return getattr(kernels, row.name) if HARDWARE else row.triton_impl
 
 
 def _run(row, function, arguments):
@@ -128,8 +128,8 @@ def _assert_as_exact_as_torch(row, arguments, results, dtype):
 
     Errors are norms over everything that the op returns, since one number's own error is a matter of luck.
     """
-    exact = _run(row, row.reference, _map(torch.Tensor.double, arguments))
-    torchs = _run(row, row.reference, arguments)
+    exact = _run(row, row.torch_impl, _map(torch.Tensor.double, arguments))
+    torchs = _run(row, row.torch_impl, arguments)
     assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in torchs]
     of_torch = _error([x.to(dtype) for x in torchs], exact)
     of_rounding = _error([truth.to(x.dtype) for truth, x in zip(exact, torchs, strict=True)], exact)
@@ -153,7 +153,7 @@ def test_kernel_is_as_exact_as_torch(row, example, dtype):
 @pytest.mark.parametrize(("row", "tile", "example", "dtype"), IN_TILES)
 def test_kernel_is_as_exact_in_every_tile(row, tile, example, dtype):
     arguments = example(dtype, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), tile=tile), arguments), dtype)
+    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), config=tile), arguments), dtype)
 
 
 @on_kernels
@@ -174,10 +174,10 @@ def test_kernel_takes_any_strides(row):
 def test_op_traces_to_its_definition_on_a_cpu(row, tiled):
     torch._dynamo.reset()
     op = getattr(kernels, row.name)
-    op = partial(op, tile=row.tiles[0]) if tiled and row.tiles else op
+    op = partial(op, config=row.config_names[0]) if tiled and row.config_names else op
     arguments = next(iter(row.examples.values()))(torch.float32, torch.device("cpu"))
     traced = _run(row, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
-    for result, of_definition in zip(traced, _run(row, row.reference, arguments), strict=True):
+    for result, of_definition in zip(traced, _run(row, row.torch_impl, arguments), strict=True):
         torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
 
 
@@ -187,7 +187,7 @@ def test_op_is_its_definition_in_double_precision(row):
     for example in row.examples.values():
         arguments = _map(torch.Tensor.double, example(torch.float32, DEVICE))
         results = _run(row, getattr(kernels, row.name), arguments)
-        for result, of_definition in zip(results, _run(row, row.reference, arguments), strict=True):
+        for result, of_definition in zip(results, _run(row, row.torch_impl, arguments), strict=True):
             torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
 
 
@@ -223,8 +223,8 @@ def test_gram_is_the_gram_of_the_sample_grads():
     a, g = (kernels.spec.normal(20, 2, 3, size, dtype=torch.float32, device=DEVICE, seed=size) for size in (12, 7))
     j_NK = _fast("sample_grads")(a, g)
     factored, explicit = _fast("gram")([a], [g], [0], 1)[0], _fast("gram_rows")([j_NK], [0], 1)[0]
-    truth = gram_module.gram_reference([a.double()], [g.double()], [0], 1)[0]
-    of_torch = _error([gram_module.gram_rows_reference([j_NK], [0], 1)[0]], [truth])
+    truth = gram_module.gram_torch([a.double()], [g.double()], [0], 1)[0]
+    of_torch = _error([gram_module.gram_rows_torch([j_NK], [0], 1)[0]], [truth])
     assert _error([factored], [truth]) <= 2 * of_torch
     assert _error([explicit], [truth]) <= 2 * of_torch
 

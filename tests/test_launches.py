@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tengrad_triton.backend import ops_for
+from tengrad_triton.curvature.choices import ops_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -16,7 +16,7 @@ from tengrad_triton.curvature.choices import Product
 from tengrad_triton.curvature.jacobian import Jacobian, Jacobians, PerSample
 from tengrad_triton.curvature.products import Grouped
 from tengrad_triton.curvature.target import Target
-from tengrad_triton.kernels.passes import worth_a_batch
+from tengrad_triton.kernels.cpu import worth_a_batch
 
 
 class BlockEntry(NamedTuple):

@@ -209,7 +209,7 @@ class Factored(Grouped):
         ops = jacobians[0].ops
         if isinstance(jacobians[0].factors.a, ConvInput):
             x, g, geometries = _conv_factors(jacobians)
-            return ops.project_windows(x, g, _conv_weights(jacobians, v), geometries, blocks, shape)
+            return ops.project_conv(x, g, _conv_weights(jacobians, v), geometries, blocks, shape)
         a, g = [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
         return ops.project(a, g, [matrix_view(x) for x in v], blocks, shape)
 
@@ -223,7 +223,7 @@ class Factored(Grouped):
         if isinstance(jacobians[0].factors.a, ConvInput):
             x, g, geometries = _conv_factors(jacobians)
             state = [_conv_weights(jacobians, tensors) for tensors in _state(targets)]
-            ops.expand_windows_update_(*state, x, g, geometries, *numbers)
+            ops.expand_conv_update_(*state, x, g, geometries, *numbers)
             return
         a, g = [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
         ops.expand_update_(*_matrix_views(targets), a, g, *numbers)

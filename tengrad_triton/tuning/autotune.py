@@ -141,7 +141,7 @@ def _calls_of(
     def remembering(spec: kernels.KernelSpec) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             calls[spec.name] = args
-            return spec.reference(*args)  # whatever Triton has to say of the others
+            return spec.torch_impl(*args)  # whatever Triton has to say of the others
 
         return call
 
@@ -168,7 +168,7 @@ def _times(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, floa
     """Return the median seconds of one call, by who runs it: forever, where Triton's default was dropped."""
     spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
     on_gpu = _device_of(args).type == "cuda"
-    calls = {"torch": spec.reference, **(_configurations(spec, args) if on_gpu else {})}
+    calls = {"torch": spec.torch_impl, **(_configurations(spec, args) if on_gpu else {})}
     share = seconds / len(calls)
     times = {name: _median_seconds(partial(call, *args), share, on_gpu) for name, call in calls.items()}
     return {"triton": math.inf, **times} if on_gpu else times  # what no plan names runs by default
@@ -180,8 +180,8 @@ def _configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> dict[str
     Any other is dropped with a warning: one that does not compile, or takes more than the device has, too.
     """
     op, error = getattr(kernels, spec.name), _error_of(spec, args)
-    allowed, passed = 2 * error(spec.reference), {}
-    for name, call in {"triton": op, **{tile: partial(op, tile=tile) for tile in spec.tiles}}.items():
+    allowed, passed = 2 * error(spec.torch_impl), {}
+    for name, call in {"triton": op, **{tile: partial(op, config=tile) for tile in spec.config_names}}.items():
         try:
             found = error(call)
         except Exception as failure:  # a compiler's errors have no base in common
@@ -220,7 +220,7 @@ def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Call
         result = function(*changed, *arguments[spec.mutates :])
         return tree_leaves(changed if spec.mutates else result)
 
-    exact = outputs(spec.reference, tree_map_only(Tensor, _in_float64, list(args)))
+    exact = outputs(spec.torch_impl, tree_map_only(Tensor, _in_float64, list(args)))
 
     def error(function: Callable[..., Any]) -> float:
         found = outputs(function, args)

@@ -16,9 +16,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .groups import TABLE, Member, address, number, table_of, uploaded
+from .pointer_table import TABLE, GroupEntry, address, number, table_of, to_device
 from .spec import TRITON_TYPES, Config, cdiv, tl, triton
-from .tiles import load_tile
+from .primitives import load_tile
 
 Range = tuple[int, int, int, int]  # of columns: the matrix, where left and right factor begin, and how many they have
 Product = tuple[int, Range, Range | None]  # system, range of inputs, range of output derivatives
@@ -106,8 +106,8 @@ _TILES = {
 }
 
 
-def _range_config(tile: str, dtype: torch.dtype) -> Config:
-    rows, columns, num_warps, num_stages = _TILES[tile][dtype != torch.float32]
+def _range_config(name: str, dtype: torch.dtype) -> Config:
+    rows, columns, num_warps, num_stages = _TILES[name][dtype != torch.float32]
     return Config(
         kernel=_range_gram_kernel,
         types=f"*i64 {TRITON_TYPES[dtype]} *i64 *fp32 i32 i32 i32",
@@ -116,7 +116,7 @@ def _range_config(tile: str, dtype: torch.dtype) -> Config:
         num_warps=num_warps,
         num_stages=num_stages,
         async_copies=True,
-        tile=tile,
+        name=name,
     )
 
 
@@ -126,20 +126,20 @@ _SUM_PRODUCTS = Config(
 )
 
 
-def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor, tile: str) -> None:
+def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor, config: str) -> None:
     """Add the products, in the order of their systems, as many at a time as the memory for partial sums allows."""
     (layers, n, _), device = k_LNN.shape, k_LNN.device
-    config = _RANGE_GRAM[tile, matrices[0].dtype]
-    table = table_of([Member([x], [x.stride(0) // WIDTH], 0) for x in matrices])
-    tiles, blocks = cdiv(n, config.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
+    launch = _RANGE_GRAM[config, matrices[0].dtype]
+    table = table_of([GroupEntry([x], [x.stride(0) // WIDTH], 0) for x in matrices])
+    tiles, blocks = cdiv(n, launch.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
     row = cdiv(n, 16) * 16  # of partial sums, so that they are stored and loaded 16 bytes at a time for any N
     total = sum(length for _, *ranges in products for *_, length in filter(None, ranges))
-    chunk = cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), config.block("K")) * config.block("K")
+    chunk = cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), launch.block("K")) * launch.block("K")
     for work, terms, starts in _rounds(products, layers, chunk, max(1, _PARTIAL_BYTES // (4 * n * row))):
-        work_W4, terms_Q4 = (uploaded([x for row in rows for x in row], device).view(-1, 4) for rows in (work, terms))
-        starts_L = uploaded(starts, device)
+        work_W4, terms_Q4 = (to_device([x for row in rows for x in row], device).view(-1, 4) for rows in (work, terms))
+        starts_L = to_device(starts, device)
         part_WNM = torch.empty(len(work), n, row, dtype=torch.float32, device=device)
-        config.start((len(work), tiles, tiles), table, matrices[0], work_W4, part_WNM, len(matrices), n, row)
+        launch.start((len(work), tiles, tiles), table, matrices[0], work_W4, part_WNM, len(matrices), n, row)
         _SUM_PRODUCTS.start((layers, blocks, blocks), part_WNM, terms_Q4, starts_L, k_LNN, n, row)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .spec import Config, cdiv, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
-MOST = 128  # members of one launch
+MAX_GROUP = 128  # members of one launch
 PAGE = 256  # entries of a table that one launch writes, so that one kernel of a second's compilation serves all tables
 
 
@@ -50,7 +50,7 @@ def _sent(value: int) -> int:
     return (value + (1 << 61) << 1) + 1
 
 
-class Member(NamedTuple):
+class GroupEntry(NamedTuple):
     """What a kernel has to know of one member: its tensors, its sizes, and how many programs it takes."""
 
     tensors: Sequence[Tensor]
@@ -67,16 +67,16 @@ class Part(NamedTuple):
     positions: int
 
 
-def table_of(members: Sequence[Member]) -> Tensor:
+def table_of(members: Sequence[GroupEntry]) -> Tensor:
     """Return the members' addresses, where each one's programs begin among all, and their numbers, as fields_FT."""
     starts = accumulate((member.tiles for member in members), initial=0)
     addresses = zip(*([x.data_ptr() for x in member.tensors] for member in members), strict=True)
     numbers = zip(*((start, *member.numbers) for start, member in zip(starts, members, strict=False)), strict=True)
     flat = [x for field in (*addresses, *numbers) for x in field]
-    return uploaded(flat, members[0].tensors[0].device).view(-1, len(members))
+    return to_device(flat, members[0].tensors[0].device).view(-1, len(members))
 
 
-def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return numbers as a tensor of int64, for which nobody waits, unlike for a copy from the host."""
     pages = cdiv(len(numbers), PAGE)
     sent = [*map(_sent, numbers), *[_sent(0)] * (pages * PAGE - len(numbers))]
@@ -86,13 +86,13 @@ def uploaded(numbers: Sequence[int], device: torch.device) -> Tensor:
     return table[: len(numbers)]
 
 
-def launch(config: Config, members: Sequence[Member], likes: Sequence[Tensor]) -> None:
-    """Launch one kernel for all members; ``likes`` have the dtypes of what the addresses point to."""
-    config.start((sum(member.tiles for member in members),), table_of(members), *likes, len(members))
+def launch_group(config: Config, members: Sequence[GroupEntry], dtype_examples: Sequence[Tensor]) -> None:
+    """Launch one kernel for all members; ``dtype_examples`` have the dtypes of what the addresses point to."""
+    config.start((sum(member.tiles for member in members),), table_of(members), *dtype_examples, len(members))
 
 
 def add_sums(
-    config: Config, members: Sequence[Member], parts: Sequence[Part], likes: Sequence[Tensor], y_LN: Tensor
+    config: Config, members: Sequence[GroupEntry], parts: Sequence[Part], dtype_examples: Sequence[Tensor], y_LN: Tensor
 ) -> None:
     """Launch a kernel that leaves partial sums for every member, and add these to their rows of the result.
 
@@ -107,14 +107,14 @@ def add_sums(
     table = table_of(described)
     part_S = torch.empty(sum(sizes), dtype=torch.float32, device=table.device)
     blocks = cdiv(max(part.samples * part.positions for part in parts), config.block("R"))
-    config.start((sum(member.tiles for member in members), blocks), table, *likes, part_S, len(members))
+    config.start((sum(member.tiles for member in members), blocks), table, *dtype_examples, part_S, len(members))
     summing = SUM_PARTS[len(members[0].tensors)]
     rows, length = y_LN.shape
     summing.start((rows, cdiv(length, summing.block("N"))), table, part_S, y_LN, len(members), length)
 
 
 def batches(
-    keys: Sequence[Key], order: Sequence[int] | None = None, most: int = MOST
+    keys: Sequence[Key], order: Sequence[int] | None = None, most: int = MAX_GROUP
 ) -> Iterator[tuple[Key, list[int]]]:
     """Yield which members go into one launch, in this order: equal keys, and at most as many as a launch can have."""
     places = range(len(keys)) if order is None else sorted(range(len(keys)), key=order.__getitem__)
@@ -190,7 +190,7 @@ SUM_PARTS = {
     addresses: Config(
         kernel=_sum_parts_kernel,
         types="*i64 *fp32 *fp32 i32 i32",
-        constants={"FIRST": addresses + 1, "BLOCK_T": MOST, "BLOCK_N": 32},
+        constants={"FIRST": addresses + 1, "BLOCK_T": MAX_GROUP, "BLOCK_N": 32},
         unaligned=("MEMBERS", "LENGTH"),
     )
     for addresses in (2, 3)

@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 import torch
-from tengrad_triton.jacobian import PerSample
+from tengrad_triton.curvature.jacobian import PerSample
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tengrad_triton import TENGraD
 
-passes = importlib.import_module("tengrad_triton.kernels.passes")
+passes = importlib.import_module("tengrad_triton.kernels.cpu")
 gram = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
 
 # Small and large, with numbers of rows and columns that can be split in ranges and ones that cannot.

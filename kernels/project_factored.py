@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .groups import (
-    MOST,
+from .pointer_table import (
+    MAX_GROUP,
     SUM_PARTS,
     TABLE,
-    Member,
+    GroupEntry,
     Part,
     add_sums,
     address,
@@ -33,7 +33,7 @@ from .groups import (
     member_at,
     number,
 )
-from .passes import projected_outer
+from .cpu import projected_outer
 from .spec import (
     Config,
     Constants,
@@ -68,7 +68,7 @@ def expect_view(name: str, x_OKI: Tensor, a_NGPI: Tensor, g_NGPO: Tensor) -> Non
 
 @custom_op("tengrad_triton::project", mutates_args=())
 def project(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default"
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
     """Return y_LN with y[rows[t], n] = Σ_tγp g_nγpᵀ V_γ a_nγp over the weights of a row (paper, equation 6).
 
@@ -76,17 +76,17 @@ def project(
     """
     for a_NGPI, g_NGPO, v_OKI in zip(a, g, v, strict=True):
         expect_view("v_OKI", v_OKI, a_NGPI, g_NGPO)
-    return (partial(_project, tile=tile) if runs_kernel(*a, *g, *v) else project_reference)(a, g, v, rows, shape)
+    return (partial(_project, config=config) if runs_kernel(*a, *g, *v) else project_torch)(a, g, v, rows, shape)
 
 
 @project.register_fake
 def _(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default"
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
     return a[0].new_empty(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
 
 
-def project_reference(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+def project_torch(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
     """y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩, added up over the weights of a row."""
     y_LN = a[0].new_zeros(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
     y = y_LN.unbind()
@@ -157,12 +157,12 @@ _PROJECT = {
     (tile, unit): Config(
         kernel=_project_kernel,
         types="*i64 *fp32 *fp32 *fp32 *fp32 i32",
-        constants={"UNIT": unit, "BLOCK_T": MOST, **constants},
+        constants={"UNIT": unit, "BLOCK_T": MAX_GROUP, **constants},
         unaligned=("MEMBERS",),
         num_warps=num_warps,
         num_stages=num_stages,
         async_copies=unit > 1,
-        tile=tile,
+        name=tile,
     )
     for tile, (constants, num_warps, num_stages) in _TILES.items()
     for unit in UNITS
@@ -186,22 +186,22 @@ def in_units(unit: int, *entries: int) -> list[int]:
 
 
 def _project(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default"
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
     a, g = ([rows_contiguous(widen(x)) for x in factors] for factors in (a, g))
     y_LN = torch.zeros(shape, dtype=torch.float32, device=a[0].device)
     keys = [(v_OKI.dtype, unit_of(*factors, v_OKI)) for *factors, v_OKI in zip(a, g, v, strict=True)]
     for (_, unit), alike in batches(keys, order=rows):
-        config, members, parts = _PROJECT[tile, unit], [], []
+        launch, members, parts = _PROJECT[config, unit], [], []
         for row, a_NGPI, g_NGPO, v_OKI in ((rows[t], a[t], g[t], v[t]) for t in alike):
             n, groups, positions, inputs = a_NGPI.shape
             outputs = g_NGPO.shape[3]
-            slots = groups * cdiv(outputs, config.block("O")) * cdiv(inputs, int(config.constants["CHUNK"]))
+            slots = groups * cdiv(outputs, launch.block("O")) * cdiv(inputs, int(launch.constants["CHUNK"]))
             strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3], *v_OKI.stride())
             sizes = (v_OKI.shape[2], *in_units(unit, inputs, outputs, *strides))
-            members.append(Member((a_NGPI, g_NGPO, v_OKI), sizes, slots))
+            members.append(GroupEntry((a_NGPI, g_NGPO, v_OKI), sizes, slots))
             parts.append(Part(row, slots, n, positions))
-        add_sums(config, members, parts, members[0].tensors, y_LN)
+        add_sums(launch, members, parts, members[0].tensors, y_LN)
     return y_LN
 
 
@@ -239,8 +239,8 @@ def product_flops(a: Sequence[Tensor], g: Sequence[Tensor]) -> int:
 SPECS = (
     KernelSpec(
         name="project",
-        fast=_project,
-        reference=project_reference,
+        triton_impl=_project,
+        torch_impl=project_torch,
         examples={"three layers": _project_example},
         flops=lambda a, g, *_: product_flops(a, g),
         bytes=lambda a, g, v, rows, shape: nbytes(*a, *g, *v) + 4 * shape[0] * shape[1],

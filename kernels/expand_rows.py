@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .groups import MOST, TABLE, Member, address, batches, entry, launch, member_at, number
-from .passes import combinations
-from .reuse_rows import UNITS, example_rows, unit_of_rows
+from .pointer_table import MAX_GROUP, TABLE, GroupEntry, address, batches, entry, launch_group, member_at, number
+from .cpu import combinations
+from .project_rows import UNITS, example_rows, unit_of_rows
 from .spec import (
     TRITON_TYPES,
     Config,
@@ -31,7 +31,7 @@ from .spec import (
     tl,
     triton,
 )
-from .tiles import update_entries, weighted_rows
+from .primitives import update_entries, weighted_rows
 from .update import example_numbers, example_parameters, expect_update, negated_ratios, update_along_
 
 
@@ -42,36 +42,36 @@ def expand_rows_update_(
     grads: list[Tensor],
     j: list[Tensor],
     w: list[Tensor],
-    divisors: list[Tensor],
+    dampings: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
-    tile: str = "default",
+    config: str = "default",
 ) -> None:
-    """Step parameters along (grad − Jᵀ w) / divisor in place; see `update_` for the rest of the rule.
+    """Step parameters along (grad − Jᵀ w) / damping in place; see `update_` for the rest of the rule.
 
     The parameter-shaped tensors are strided views [O, K, I], over which J's flat entries run.
     """
-    for one in zip(params, momenta, grads, j, w, divisors, settings, strict=True):
+    for one in zip(params, momenta, grads, j, w, dampings, settings, strict=True):
         expect_update(*one[:3], *one[5:])
         expect("j_NK", one[3], one[4].shape[0], one[0].numel())
     kernel = runs_kernel(*params, *momenta, *grads, *j, *w)
-    update = partial(_expand_rows_update_, tile=tile) if kernel else expand_rows_update_reference_
-    update(params, momenta, grads, j, w, divisors, settings, nesterov)
+    update = partial(_expand_rows_update_, config=config) if kernel else expand_rows_update_torch_
+    update(params, momenta, grads, j, w, dampings, settings, nesterov)
 
 
-def expand_rows_update_reference_(
+def expand_rows_update_torch_(
     params: list[Tensor],
     momenta: list[Tensor],
     grads: list[Tensor],
     j: list[Tensor],
     w: list[Tensor],
-    divisors: list[Tensor],
+    dampings: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
 ) -> None:
-    """`update_` along (grad − Jᵀ w) / divisor."""
-    expanded = combinations(j, negated_ratios(w, divisors))
-    update_along_(params, momenta, grads, expanded, divisors, settings, nesterov)
+    """`update_` along (grad − Jᵀ w) / damping."""
+    expanded = combinations(j, negated_ratios(w, dampings))
+    update_along_(params, momenta, grads, expanded, dampings, settings, nesterov)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _expand_rows_update_kernel(
 ):  # fmt: skip
     """The update rule on BLOCK_K entries of one member, counted in the order of J's columns.
 
-    Fields: parameter, momentum, gradient, J, w, divisor, settings; first tile; row stride of J in UNITs, N,
+    Fields: parameter, momentum, gradient, J, w, damping, settings; first tile; row stride of J in UNITs, N,
     columns in UNITs, PIXELS, INPUTS, strides of the first three.
     """
     tile = tl.program_id(0)
@@ -90,7 +90,7 @@ def _expand_rows_update_kernel(
     momentum_ptr = address(table_ptr, 1, member, MEMBERS, like_momentum_ptr, 1)
     grad_ptr = address(table_ptr, 2, member, MEMBERS, like_grad_ptr, 1)
     j_ptr = address(table_ptr, 3, member, MEMBERS, like_j_ptr, UNIT)
-    w_ptr, divisor_ptr = (
+    w_ptr, damping_ptr = (
         address(table_ptr, 4, member, MEMBERS, like_w_ptr, 1), address(table_ptr, 5, member, MEMBERS, like_w_ptr, 1)
     )  # fmt: skip
     settings_ptr = address(table_ptr, 6, member, MEMBERS, like_w_ptr, 1)
@@ -105,7 +105,7 @@ def _expand_rows_update_kernel(
     update_entries(
         param_ptr, momentum_ptr, grad_ptr, entry(table_ptr, 13, member, MEMBERS, o, pixel, i),
         entry(table_ptr, 16, member, MEMBERS, o, pixel, i), entry(table_ptr, 19, member, MEMBERS, o, pixel, i),
-        cols < K, expanded, divisor_ptr, settings_ptr, NESTEROV,
+        cols < K, expanded, damping_ptr, settings_ptr, NESTEROV,
     )  # fmt: skip
 
 
@@ -117,9 +117,9 @@ _EXPAND_ROWS_UPDATE = {
     (tile, dtype, unit, nesterov): Config(
         kernel=_expand_rows_update_kernel,
         types=f"*i64 *fp32 *fp32 *fp32 {entries} *fp32 i32",
-        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MOST, **constants},
+        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MAX_GROUP, **constants},
         unaligned=("MEMBERS",),
-        tile=tile,
+        name=tile,
     )
     for tile, constants in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
@@ -134,23 +134,23 @@ def _expand_rows_update_(
     grads: list[Tensor],
     j: list[Tensor],
     w: list[Tensor],
-    divisors: list[Tensor],
+    dampings: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
-    tile: str = "default",
+    config: str = "default",
 ) -> None:
     j = [rows_contiguous(j_NK) for j_NK in j]
-    w, divisors, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, divisors, settings))
-    states = list(zip(params, momenta, grads, j, w, divisors, settings, strict=True))
+    w, dampings, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, dampings, settings))
+    states = list(zip(params, momenta, grads, j, w, dampings, settings, strict=True))
     keys = [(*(x.dtype for x in state[:4]), unit_of_rows(state[3])) for state in states]
     for (*_, dtype, unit), alike in batches(keys):
-        config, members = _EXPAND_ROWS_UPDATE[tile, dtype, unit, nesterov], []
+        launch, members = _EXPAND_ROWS_UPDATE[config, dtype, unit, nesterov], []
         for state in (states[t] for t in alike):
             n, k = state[3].shape
             strides = (stride for x in state[:3] for stride in x.stride())
             sizes = (state[3].stride(0) // unit, n, k // unit, *state[0].shape[1:], *strides)
-            members.append(Member(state, sizes, cdiv(k, config.block("K"))))
-        launch(config, members, members[0].tensors[:5])
+            members.append(GroupEntry(state, sizes, cdiv(k, launch.block("K"))))
+        launch_group(launch, members, members[0].tensors[:5])
 
 
 def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) -> tuple[object, ...]:
@@ -163,8 +163,8 @@ def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) ->
 SPECS = (
     KernelSpec(
         name="expand_rows_update_",
-        fast=_expand_rows_update_,
-        reference=expand_rows_update_reference_,
+        triton_impl=_expand_rows_update_,
+        torch_impl=expand_rows_update_torch_,
         examples={name: partial(_update_example, nesterov=name == "nesterov") for name in ("heavy ball", "nesterov")},
         flops=lambda params, momenta, grads, j, *_: sum(2 * x.numel() + 9 * x.shape[1] for x in j),
         bytes=lambda params, momenta, grads, j, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *j),

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .groups import MOST, TABLE, Member, address, batches, launch, member_at, number
-from .passes import combined_outer
-from .reuse import EXAMPLE_SHAPES, UNITS, example_layers, expect_view, in_units, matrix_entries, product_flops, unit_of
+from .pointer_table import MAX_GROUP, TABLE, GroupEntry, address, batches, launch_group, member_at, number
+from .cpu import combined_outer
+from .project_factored import (
+    EXAMPLE_SHAPES,
+    UNITS,
+    example_layers,
+    expect_view,
+    in_units,
+    matrix_entries,
+    product_flops,
+    unit_of,
+)
 from .spec import Config, KernelSpec, cdiv, contiguous, expect, nbytes, rows_contiguous, runs_kernel, tl, triton, widen
-from .tiles import update_entries, weighted_outer
+from .primitives import update_entries, weighted_outer
 from .update import example_numbers, expect_update, negated_ratios, update_along_
 
 
@@ -30,44 +39,44 @@ def expand_update_(
     a: list[Tensor],
     g: list[Tensor],
     w: list[Tensor],
-    divisors: list[Tensor],
+    dampings: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
-    tile: str = "default",
+    config: str = "default",
 ) -> None:
-    """Step parameters along (grad − Σ_n w_n J_n) / divisor in place (paper, equation 7); `update_` is the rule.
+    """Step parameters along (grad − Σ_n w_n J_n) / damping in place (paper, equation 7); `update_` is the rule.
 
     The parameter-shaped tensors are strided views with O running over all groups and (K, I) over the canonical form's
     inputs: for a convolution K is the kernel's pixels and I its channels, for everything else K is 1.
     """
     for param, momentum, grad, a_NGPI, g_NGPO, w_N, *numbers in zip(
-        params, momenta, grads, a, g, w, divisors, settings, strict=True
+        params, momenta, grads, a, g, w, dampings, settings, strict=True
     ):
         expect_update(param, momentum, grad, *numbers)
         expect_view("param_OKI", param, a_NGPI, g_NGPO)
         expect("w_N", w_N, a_NGPI.shape[0])
     kernel = runs_kernel(*params, *momenta, *grads, *a, *g, *w)
-    update = partial(_expand_update_, tile=tile) if kernel else expand_update_reference_
-    update(params, momenta, grads, a, g, w, divisors, settings, nesterov)
+    update = partial(_expand_update_, config=config) if kernel else expand_update_torch_
+    update(params, momenta, grads, a, g, w, dampings, settings, nesterov)
 
 
-def expand_update_reference_(
+def expand_update_torch_(
     params: list[Tensor],
     momenta: list[Tensor],
     grads: list[Tensor],
     a: list[Tensor],
     g: list[Tensor],
     w: list[Tensor],
-    divisors: list[Tensor],
+    dampings: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
 ) -> None:
-    """`update_` along (grad − U) / divisor with U_γ = Σ_np w_n g_nγp a_nγpᵀ."""
-    factors = zip(a, g, negated_ratios(w, divisors), strict=True)
+    """`update_` along (grad − U) / damping with U_γ = Σ_np w_n g_nγp a_nγpᵀ."""
+    factors = zip(a, g, negated_ratios(w, dampings), strict=True)
     expanded = (
         (t, combined_outer(widen(a_NGPI), widen(g_NGPO), u_N)) for t, (a_NGPI, g_NGPO, u_N) in enumerate(factors)
     )
-    update_along_(params, momenta, grads, expanded, divisors, settings, nesterov)
+    update_along_(params, momenta, grads, expanded, dampings, settings, nesterov)
 
 
 @triton.jit
@@ -77,7 +86,7 @@ def _expand_update_kernel(
 ):  # fmt: skip
     """The update rule on one [BLOCK_O, BLOCK_I] tile of one group of a member.
 
-    Fields: parameter, momentum, gradient, a, g, w, divisor, settings; first tile; N, P, CHANNELS; in UNITs INPUTS,
+    Fields: parameter, momentum, gradient, a, g, w, damping, settings; first tile; N, P, CHANNELS; in UNITs INPUTS,
     OUTPUTS, the strides of a and g but the last, and those of the first three.
     """
     tile = tl.program_id(0)
@@ -123,18 +132,18 @@ _TILES = {
 }
 
 
-def _config(tile: str, unit: int, nesterov: bool) -> Config:
-    rows, outputs, inputs, num_warps, num_stages = _TILES[tile][unit]
+def _config(name: str, unit: int, nesterov: bool) -> Config:
+    rows, outputs, inputs, num_warps, num_stages = _TILES[name][unit]
     blocks = {"BLOCK_R": rows, "BLOCK_O": outputs, "BLOCK_I": inputs}
     return Config(
         kernel=_expand_update_kernel,
         types="*i64 *fp32 *fp32 *fp32 *fp32 i32",
-        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MOST, **blocks},
+        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MAX_GROUP, **blocks},
         unaligned=("MEMBERS",),
         num_warps=num_warps,
         num_stages=num_stages,
         async_copies=unit > 1,
-        tile=tile,
+        name=name,
     )
 
 
@@ -153,25 +162,25 @@ def _expand_update_(
     a: list[Tensor],
     g: list[Tensor],
     w: list[Tensor],
-    divisors: list[Tensor],
+    dampings: list[Tensor],
     settings: list[Tensor],
     nesterov: bool,
-    tile: str = "default",
+    config: str = "default",
 ) -> None:
     a, g = ([rows_contiguous(widen(x)) for x in factors] for factors in (a, g))
-    w, divisors, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, divisors, settings))
-    states = list(zip(params, momenta, grads, a, g, w, divisors, settings, strict=True))
+    w, dampings, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, dampings, settings))
+    states = list(zip(params, momenta, grads, a, g, w, dampings, settings, strict=True))
     keys = [(*(x.dtype for x in state[:3]), unit_of(*state[3:5], *state[:3])) for state in states]
     for (*_, unit), alike in batches(keys):
-        config, members = _EXPAND_UPDATE[tile, unit, nesterov], []
+        launch, members = _EXPAND_UPDATE[config, unit, nesterov], []
         for state in (states[t] for t in alike):
             n, groups, positions, inputs = state[3].shape
             outputs = state[4].shape[3]
             strides = (*state[3].stride()[:3], *state[4].stride()[:3], *(s for x in state[:3] for s in x.stride()))
             sizes = (n, positions, state[0].shape[2], *in_units(unit, inputs, outputs, *strides))
-            tiles = groups * cdiv(outputs, config.block("O")) * cdiv(inputs, config.block("I"))
-            members.append(Member(state, sizes, tiles))
-        launch(config, members, members[0].tensors[:4])
+            tiles = groups * cdiv(outputs, launch.block("O")) * cdiv(inputs, launch.block("I"))
+            members.append(GroupEntry(state, sizes, tiles))
+        launch_group(launch, members, members[0].tensors[:4])
 
 
 def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) -> tuple[object, ...]:
@@ -183,8 +192,8 @@ def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) ->
 SPECS = (
     KernelSpec(
         name="expand_update_",
-        fast=_expand_update_,
-        reference=expand_update_reference_,
+        triton_impl=_expand_update_,
+        torch_impl=expand_update_torch_,
         examples={name: partial(_update_example, nesterov=name == "nesterov") for name in ("heavy ball", "nesterov")},
         flops=lambda params, momenta, grads, a, g, *_: product_flops(a, g) + 9 * sum(x.numel() for x in params),
         bytes=lambda params, momenta, grads, a, g, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *a, *g),

@@ -56,7 +56,7 @@ _TILES = {
 }
 
 
-def _config(dtype: torch.dtype, tile: str, sizes: tuple[int, int, int, int, int]) -> Config:
+def _config(dtype: torch.dtype, name: str, sizes: tuple[int, int, int, int, int]) -> Config:
     *blocks, num_warps, num_stages = sizes
     return Config(
         kernel=_window_grads_kernel,
@@ -66,7 +66,7 @@ def _config(dtype: torch.dtype, tile: str, sizes: tuple[int, int, int, int, int]
         num_warps=num_warps,
         num_stages=num_stages,
         async_copies=True,
-        tile=tile,
+        name=name,
     )
 
 
@@ -82,15 +82,15 @@ WINDOW_CONFIGS = (*_WINDOW_GRADS.values(), *_LARGE.values())
 
 
 def window_grads(
-    x: Tensor, g: Tensor, taps: int, sizes: tuple[int, ...], strides: tuple[int, ...], tile: str
+    x: Tensor, g: Tensor, taps: int, sizes: tuple[int, ...], strides: tuple[int, ...], config: str
 ) -> Tensor:
     """Return j_NK from what the kernel calls INPUTS, OUTPUTS, P, OUT_W and KERNEL_W, and all distances in memory."""
     inputs, outputs = sizes[:2]
     groups = g.numel() // (g.shape[0] * outputs * sizes[2])
     j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=x.dtype, device=x.device)
-    config = _WINDOW_GRADS[tile, x.dtype]
-    if tile == "default" and min(inputs, outputs) > config.block("I"):
-        config = _LARGE.get(x.dtype, config)
-    tiles = cdiv(inputs, config.block("I")) * cdiv(outputs, config.block("O"))
-    config.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *strides)
+    launch = _WINDOW_GRADS[config, x.dtype]
+    if config == "default" and min(inputs, outputs) > launch.block("I"):
+        launch = _LARGE.get(x.dtype, launch)
+    tiles = cdiv(inputs, launch.block("I")) * cdiv(outputs, launch.block("O"))
+    launch.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *strides)
     return j_NK

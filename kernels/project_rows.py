@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .groups import (
-    MOST,
+from .pointer_table import (
+    MAX_GROUP,
     SUM_PARTS,
     TABLE,
-    Member,
+    GroupEntry,
     Part,
     add_sums,
     address,
@@ -29,7 +29,7 @@ from .groups import (
     member_at,
     number,
 )
-from .passes import add_projections_
+from .cpu import add_projections_
 from .spec import (
     TRITON_TYPES,
     Config,
@@ -50,7 +50,9 @@ UNITS = (8, 1)  # entries that J's rows begin at multiples of: eight can be read
 
 
 @custom_op("tengrad_triton::project_rows", mutates_args=())
-def project_rows(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default") -> Tensor:
+def project_rows(
+    j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
+) -> Tensor:
     """Return y_LN with y[rows[t]] = Σ_t J_t v_t over the weights of a row; ``shape`` is [L, N], and a shorter J adds to
     the first entries only.
 
@@ -58,16 +60,16 @@ def project_rows(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[
     """
     for j_NK, v_OKI in zip(j, v, strict=True):
         expect("j_NK", j_NK, j_NK.shape[0], v_OKI.numel())
-    project = partial(_project_rows, tile=tile) if runs_kernel(*j, *v) else project_rows_reference
+    project = partial(_project_rows, config=config) if runs_kernel(*j, *v) else project_rows_torch
     return project(j, v, rows, shape)
 
 
 @project_rows.register_fake
-def _(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default") -> Tensor:
+def _(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default") -> Tensor:
     return j[0].new_empty(shape, dtype=torch.promote_types(j[0].dtype, torch.float32))
 
 
-def project_rows_reference(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
+def project_rows_torch(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
     """y_n = ⟨J_n, v⟩, added up over the weights of a row."""
     y_LN = j[0].new_zeros(shape, dtype=torch.promote_types(j[0].dtype, torch.float32))
     add_projections_(y_LN, j, v, rows)
@@ -117,9 +119,9 @@ _PROJECT_ROWS = {
     (tile, dtype, unit): Config(
         kernel=_project_rows_kernel,
         types=f"*i64 {entries} *fp32 *fp32 i32",
-        constants={"UNIT": unit, "BLOCK_T": MOST, **constants},
+        constants={"UNIT": unit, "BLOCK_T": MAX_GROUP, **constants},
         unaligned=("MEMBERS",),
-        tile=tile,
+        name=tile,
     )
     for tile, constants in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
@@ -127,18 +129,20 @@ _PROJECT_ROWS = {
 }
 
 
-def _project_rows(j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], tile: str = "default") -> Tensor:
+def _project_rows(
+    j: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
+) -> Tensor:
     j = [rows_contiguous(j_NK) for j_NK in j]
     y_LN = torch.zeros(shape, dtype=torch.float32, device=j[0].device)
     keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OKI.dtype) for j_NK, v_OKI in zip(j, v, strict=True)]
     for (dtype, unit, _), alike in batches(keys, order=rows):
-        config, members, parts = _PROJECT_ROWS[tile, dtype, unit], [], []
+        launch, members, parts = _PROJECT_ROWS[config, dtype, unit], [], []
         for j_NK, v_OKI, row in ((j[t], v[t], rows[t]) for t in alike):
-            chunks = cdiv(j_NK.shape[1], int(config.constants["CHUNK"]))
+            chunks = cdiv(j_NK.shape[1], int(launch.constants["CHUNK"]))
             sizes = (j_NK.stride(0) // unit, j_NK.shape[1] // unit, *v_OKI.shape[1:], *v_OKI.stride())
-            members.append(Member((j_NK, v_OKI), sizes, chunks))
+            members.append(GroupEntry((j_NK, v_OKI), sizes, chunks))
             parts.append(Part(row, chunks, j_NK.shape[0], 1))
-        add_sums(config, members, parts, members[0].tensors, y_LN)
+        add_sums(launch, members, parts, members[0].tensors, y_LN)
     return y_LN
 
 
@@ -160,8 +164,8 @@ def _project_example(dtype: torch.dtype, device: torch.device) -> tuple[object, 
 SPECS = (
     KernelSpec(
         name="project_rows",
-        fast=_project_rows,
-        reference=project_rows_reference,
+        triton_impl=_project_rows,
+        torch_impl=project_rows_torch,
         examples={"two weights and a bias": _project_example},
         flops=lambda j, v, *_: 2 * sum(j_NK.numel() for j_NK in j),
         bytes=lambda j, v, rows, shape: nbytes(*j, *v) + 4 * shape[0] * shape[1],

@@ -53,10 +53,10 @@ def weighted_rows(j_ptr, w_ptr, cols, N, K, stride_jn, BLOCK_N: tl.constexpr, BL
 
 @triton.jit
 def update_entries(
-    param_ptr, momentum_ptr, grad_ptr, param_at, momentum_at, grad_at, inside, expanded, divisor_ptr, settings_ptr,
+    param_ptr, momentum_ptr, grad_ptr, param_at, momentum_at, grad_at, inside, expanded, damping_ptr, settings_ptr,
     NESTEROV: tl.constexpr,
 ):  # fmt: skip
-    """The update rule of `update_` along (grad − expanded) / divisor, on the entries at some offsets."""
+    """The update rule of `update_` along (grad − expanded) / damping, on the entries at some offsets."""
     lr = tl.load(settings_ptr)
     momentum = tl.load(settings_ptr + 1)
     weight_decay = tl.load(settings_ptr + 2)
@@ -64,7 +64,7 @@ def update_entries(
     param = tl.load(param_ptr + param_at, mask=inside, other=0.0).to(tl.float32)
     buffer = tl.load(momentum_ptr + momentum_at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + grad_at, mask=inside, other=0.0).to(tl.float32)
-    decayed = tl.div_rn(grad - expanded, tl.load(divisor_ptr)) + weight_decay * param
+    decayed = tl.div_rn(grad - expanded, tl.load(damping_ptr)) + weight_decay * param
     buffer = momentum * buffer + decayed
     step = decayed + momentum * buffer if NESTEROV else buffer
     param = (1 - lr * shrink) * param - lr * step

@@ -15,7 +15,7 @@ from torch import Tensor
 from .spec import contiguous
 
 
-class Sliding(NamedTuple):
+class ConvGeometry(NamedTuple):
     """A convolution's stride, its padding by zeros and its dilation, each by row and by column, and its groups."""
 
     stride: tuple[int, int] = (1, 1)
@@ -63,14 +63,14 @@ class Sliding(NamedTuple):
         )[1]
 
 
-def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> Sliding:
+def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> ConvGeometry:
     """Return how windows slide over an input that has its padding already."""
     (sh, sw), (dh, dw) = stride, dilation
-    return Sliding((sh, sw), (0, 0), (dh, dw), groups)
+    return ConvGeometry((sh, sw), (0, 0), (dh, dw), groups)
 
 
-def slidings(numbers: Sequence[int]) -> Iterator[Sliding]:
-    """Yield what a flat list of all layers' `Sliding.numbers` holds."""
+def conv_geometries(numbers: Sequence[int]) -> Iterator[ConvGeometry]:
+    """Yield what a flat list of all layers' `ConvGeometry.numbers` holds."""
     for at in range(0, len(numbers), 7):
         a, b, c, d, e, f, groups = numbers[at : at + 7]
-        yield Sliding((a, b), (c, d), (e, f), groups)
+        yield ConvGeometry((a, b), (c, d), (e, f), groups)

@@ -54,7 +54,7 @@ DEPTHWISE_GRADS = {
         constants={"BLOCK_P": positions, "BLOCK_T": 16, "BLOCK_O": outputs},
         unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
         num_warps=num_warps,
-        tile=tile,
+        name=tile,
     )
     for tile, (positions, outputs, num_warps) in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
@@ -62,14 +62,14 @@ DEPTHWISE_GRADS = {
 
 
 def depthwise_grads(
-    x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...], tile: str
+    x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...], config: str
 ) -> Tensor:
     """Return j_NK; ``steps`` is how far apart in x windows and their entries are, by row and by column."""
     n, height, width, outputs = g_NHWO.shape
     taps = kernel_size[0] * kernel_size[1]
-    config = DEPTHWISE_GRADS[tile, x_NHWC.dtype]
+    launch = DEPTHWISE_GRADS[config, x_NHWC.dtype]
     j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
     sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
-    grid = (cdiv(outputs, config.block("O")) * cdiv(taps, config.block("T")), n)
-    config.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
+    grid = (cdiv(outputs, launch.block("O")) * cdiv(taps, launch.block("T")), n)
+    launch.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
     return j_NK
