@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
-from tengrad_triton.curvature.jacobian import PerSample
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tengrad_triton import TENGraD
+from tengrad_triton.curvature.jacobian import PerSample
 
 passes = importlib.import_module("tengrad_triton.kernels.cpu")
 gram = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
@@ -94,7 +94,7 @@ def two_steps(model: nn.Module, optimizer: TENGraD) -> None:
 
 
 def rows_of_biases(optimizer: TENGraD) -> list[PerSample]:
-    return [block["bias"] for block in optimizer._curvature.blocks.values()]
+    return [block["bias"] for block in optimizer._curvature.jacobians.values()]
 
 
 def test_a_refresh_lays_small_rows_of_one_size_side_by_side():

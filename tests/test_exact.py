@@ -271,7 +271,7 @@ LAYERS |= {
 def test_step_equals_the_dense_solve(layer, fisher, representation):
     ours, oracle, optimizer = train(LAYERS[layer], fisher, representation=representation)
     assert dense.relative_error(ours, oracle) < TOLERANCE
-    assert all(row.block != "-" for row in optimizer.summary().rows)
+    assert all(row.block != "-" for row in optimizer.summary().parameters)
 
 
 LOSSES = {

@@ -1,6 +1,5 @@
 """Choice by measurement: the arithmetic of a plan, its file, and the tuner."""
 
-import importlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import Plan, TENGraD, autotune, kernels
-from tengrad_triton.tuning import plan_file
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.curvature.geometry import Geometry
+from tengrad_triton.tuning import measure, plan_file
 from tengrad_triton.tuning.plan import Measured
 
 CPU = torch.device("cpu")
@@ -186,9 +185,9 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.times, self.spent = {}, {}
-        module = importlib.import_module("tengrad_triton.tuning.autotune")  # the attribute of that name is the function
+        module = measure
         monkeypatch.setattr(module, "_device_of", lambda args: torch.device("cuda"))
-        monkeypatch.setattr(module, "_median_seconds", self.median_seconds)
+        monkeypatch.setattr(module, "median_seconds", self.median_seconds)
 
     def median_seconds(self, call, seconds, on_gpu):
         assert on_gpu
@@ -225,7 +224,7 @@ def test_every_configuration_is_tried_and_the_fastest_is_used(tmp_path, gpu):
         "gram_rows:deep",
         "project_rows",
     )
-    row = next(row for row in optimizer.summary().rows if row.parameter == "2.weight")
+    row = next(row for row in optimizer.summary().parameters if row.parameter == "2.weight")
     assert row.kernels == "gram_rows:deep, project_rows:torch, expand_rows_update_, conv_sample_grads:narrow"
     assert set(plan_file.load(tmp_path / "plan.json", CPU).entries) == set(plan.entries)
 
@@ -265,9 +264,9 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
 def test_a_launch_is_split_only_where_its_own_kernels_differ():
     from tengrad_triton.curvature.jacobian import PerSample
 
-    plain, tuned = (PerSample(torch.ones(2, 3), ops_for("auto", names)) for names in ((), ("gram_rows:deep",)))
-    assert plain.team("gram") != tuned.team("gram")
-    assert all(plain.team(product) == tuned.team(product) for product in ("project", "expand"))
+    plain, tuned = (PerSample(torch.ones(2, 3), ops_for("auto", names), "samples") for names in ((), ("gram_rows:deep",)))
+    assert plain.group_key("gram") != tuned.group_key("gram")
+    assert all(plain.group_key(product) == tuned.group_key(product) for product in ("project", "expand"))
 
 
 def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
@@ -282,5 +281,5 @@ def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
 
 
 def test_nothing_to_tune(tmp_path):
-    with pytest.raises(ValueError, match="no weight of BatchNorm1d multiplies what its layer sees"):
+    with pytest.raises(ValueError, match="no weight of BatchNorm1d multiplies its layer's input"):
         autotune(nn.BatchNorm1d(4), torch.randn(16, 4), path=tmp_path / "plan.json")

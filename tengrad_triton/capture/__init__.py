@@ -1,1 +1,1 @@
-"""What one forward and backward pass leaves behind: layer calls, output gradients, and per-sample gradients without a rule."""
+"""What one forward and backward leave behind: layer calls, output gradients, and rows that need no rule."""

@@ -26,14 +26,14 @@ from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.layers import (
     Call,
     draws_random_numbers,
-    statistics_scale,
     first_tensor,
+    locate_samples,
     may_draw_random_numbers,
     may_mix_samples,
     mixes_samples,
     rng_state,
     samples_dim,
-    locate_samples,
+    statistics_scale,
 )
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.profiling import phase

@@ -16,7 +16,7 @@ from tengrad_triton.capture.batch_statistics import Switch
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.graph_checks import leaves_reached, mixing_layers
 from tengrad_triton.capture.record import LayerCall, Record, listen
-from tengrad_triton.capture.rerun import sums_to, backward_rows, batched_grads, rerun_rows
+from tengrad_triton.capture.rerun import backward_rows, batched_grads, rerun_rows, sums_to
 from tengrad_triton.layers import graph_counts_calls, mixes_samples
 from tengrad_triton.likelihoods import Fisher, HasHessianFactor, Likelihood
 

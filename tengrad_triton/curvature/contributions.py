@@ -121,7 +121,7 @@ def contributions_of(
 
 
 def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
-    """Return a rule's result, shaped like the parameter where it is explicit; raises `ValueError` if it does not fit."""
+    """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if the sizes do not fit."""
     rule = f"the rule for {type(layer).__name__}"
     if one.entries != parameter.numel():
         raise ValueError(

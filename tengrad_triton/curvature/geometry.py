@@ -63,7 +63,7 @@ class Geometry:
 
     @property
     def prefers_explicit_rows(self) -> bool:
-        """Whether K is cheaper from explicit per-sample gradients: so for most convolutions, for no linear layer with P = 1."""
+        """Whether K is cheaper from explicit rows: for most convolutions it is, for linear layers with P = 1 never."""
         return self.row_flops < self.pair_flops
 
     def flops_saved_by_rows(self, refresh_every: int) -> float:

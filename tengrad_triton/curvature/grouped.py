@@ -20,7 +20,7 @@ from tengrad_triton.kernels.cpu import worth_a_batch
 
 
 class BlockEntry(NamedTuple):
-    """One parameter of a Fisher block: its J, the index of the block, and the target that its part of a step updates."""
+    """One parameter of a Fisher block: its J, the index of its block, and the target of its update."""
 
     jacobian: Jacobian
     block: int

@@ -81,8 +81,8 @@ def refresh(
     compressed = compressed_layers(contributions, choices)
     tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
     with phase("curvature"):
-        jacobians = jacobians_of(contributions, choices, options.ops_for)
-        jacobians, history = append_history(jacobians, rows, before, options.history)
+        own = jacobians_of(contributions, choices, options.ops_for)
+        jacobians, history = append_history(own, rows, before, options.history)
         failures_L = failures_of(list(blocks), before)
         return factor(
             jacobians, blocks, history, options.damping_of(blocks), failures_L, options.ops_for(()),

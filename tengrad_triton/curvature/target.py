@@ -47,7 +47,7 @@ class Target(NamedTuple):
 
 
 TensorsOf = Callable[[LayerParams, str], tuple[Tensor, Tensor, Tensor] | None]
-"""A function from a layer and a parameter's name within it to (parameter, momentum, gradient); None without gradient."""
+"""From a layer and a parameter's name within it to (parameter, momentum, gradient); None where there is no gradient."""
 
 
 def targets_of(

@@ -218,8 +218,8 @@ def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, 
     found = []
     for size in sorted(set(rows.values())):
         alike = tuple(block for block in blocks if rows[block] == size)
-        members = [(j, at) for at, block in enumerate(alike) for name in blocks[block] for j in jacobians[name].values()]
-        own, of_block = zip(*members, strict=True)
+        layers = [(name, at) for at, block in enumerate(alike) for name in blocks[block]]
+        own, of_block = zip(*((j, at) for name, at in layers for j in jacobians[name].values()), strict=True)
         found.append((alike, grams(own, of_block, len(alike))))
     return found
 
@@ -227,8 +227,8 @@ def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, 
 def _reduced(jacobians: Jacobians, names: Sequence[str]) -> Jacobians:
     """Return the J of a block, replaced by R of J = Q R where the block has fewer parameters than rows.
 
-    Rᵀ R = Jᵀ J, so F is the same, and K has as many rows as there are parameters (M12). J stays as it is where it is not
-    explicit.
+    Rᵀ R = Jᵀ J, so F is the same, and K has as many rows as there are parameters (M12). J that is not explicit stays as
+    it is.
     """
     chosen = {(name, label): one for name in names for label, one in jacobians[name].items()}
     explicit = [one for one in chosen.values() if isinstance(one, PerSample) and one.j_NK.dtype != torch.bfloat16]

@@ -1,6 +1,6 @@
-"""What the optimizers with a captured curvature share: groups, schedules, capture, targets and state.
+"""What all optimizers with a captured curvature share: groups, schedules, capture, targets and state.
 
-Which curvature there is, and the step along it, is a subclass's own: `TENGraD`, and the baselines' `KroneckerOptimizer`.
+The kind of curvature and the step along it are a subclass's: `TENGraD`, or the baselines' `KroneckerOptimizer`.
 """
 
 from __future__ import annotations
@@ -257,8 +257,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
             ValueError: the state is of another model or another optimizer; nothing has changed then.
         """
         if self.state_key not in state_dict:
-            name = type(self).__name__
-            raise ValueError(f"expected a state_dict of {name}, with the key {self.state_key!r}; got {sorted(state_dict)}")
+            expected = f"a state_dict of {type(self).__name__}, with the key {self.state_key!r}"
+            raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
         saved = state_dict[self.state_key]
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)

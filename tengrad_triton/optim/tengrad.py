@@ -15,7 +15,7 @@ from tengrad_triton.capture.blocks import BlocksChoice, LayerParams, find_captur
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, ops_for
-from tengrad_triton.curvature.refresh import RefreshOptions, failures_of, refresh
+from tengrad_triton.curvature.refresh import RefreshOptions, refresh
 from tengrad_triton.curvature.target import Target, fill_on_device
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
@@ -68,11 +68,11 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         trust_region: κ > 0, in units of the loss: all natural gradients are scaled down by one factor where the step's
             squared Fisher norm, Σ lr² dᵀ (F + α I) d over all blocks with the lr of each parameter's group, would be
             larger (M14). None for no bound.
-        refresh_every: steps from one refresh of the curvature to the next, or a function of the step; by default `Growing`,
-            which refreshes more often at first.
+        refresh_every: steps from one refresh of the curvature to the next, or a function of the step; by default
+            `Growing`, which refreshes more often at first.
         fisher: ``"sampled"`` (labels drawn from the model's own distribution: the Fisher matrix), ``"exact"`` (a row
-            for every output of every sample: the Fisher matrix without sampling noise) or ``"empirical"`` (the gradients
-            of the loss itself, which must be a mean over the samples).
+            for every output of every sample: the Fisher matrix without sampling noise) or ``"empirical"`` (the
+            gradients of the loss itself, which must be a mean over the samples).
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, or an object with ``sample(output, generator)``
             and ``nll(output, target)``, and ``hessian_factor(output)`` for the exact Fisher matrix; the empirical one
             needs none.
@@ -93,7 +93,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             also bounds the output gradients of the exact Fisher matrix, and the rows of each parameter without a rule.
             On a GPU, and with less than the default, a refresh drops captured tensors as it goes: after a refresh that
             failed, repeat the forward and backward.
-        tol: of ``"compressed"``: the relative error α ‖Δd‖ / ‖∇L‖ that dropping directions of J may cause in a step (M7).
+        tol: of ``"compressed"``: the relative error α ‖Δd‖ / ‖∇L‖ that dropping directions of J may cause (M7).
         seed: of the generators that draw labels and rows; torch's initial seed by default.
 
     Raises:
@@ -140,7 +140,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
         )  # fmt: skip
-        # The ops would run the same PyTorch code on a CPU, but calling an op costs as much as a small layer's arithmetic.
+        # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
         self._ops = self._ops_for()
         self._release_calls = device.type != "cpu" or max_bytes < MAX_BYTES
