@@ -253,7 +253,7 @@ UNCOVERED = {
     ),
     "loose parameter": (Loose, ["scale"], "no rule for Loose"),
     "used outside of its layer": (UsedTwice, ["fc.weight", "fc.bias"], "used outside"),
-    "rows that are no samples": (Reshapes, ["fc.weight", "fc.bias"], "12 rows where the batch has 6"),
+    "rows that are no samples": (Reshapes, ["fc.weight", "fc.bias"], "12 entries in dimension 0 where the batch has 6 samples"),
     "shared with a layer without a rule": (Tied, ["first.weight", "first.bias", "second.bias"], "its own forward"),
 }
 
@@ -316,7 +316,7 @@ class Truncates(nn.Module):
 def test_an_output_with_another_batch_size_is_an_error():
     model = Truncates()
     _optimizer = TENGraD(model)
-    with pytest.raises(ValueError, match="2 rows where its input has 6"):
+    with pytest.raises(ValueError, match="returned 2 samples for an input of 6"):
         model(batch()[0])
 
 

@@ -168,7 +168,7 @@ def test_summary_names_what_is_no_rule_and_no_sample_of_its_own():
     F.cross_entropy(model(torch.randn(N, 4)), torch.zeros(N, dtype=torch.long)).backward()
     optimizer.step()
     shown = {row.parameter: row.representation for row in optimizer.summary().rows}
-    assert shown["1.weight"] == "per_sample, batch statistics as constants"
+    assert shown["1.weight"] == "per_sample, detached batch statistics"
     assert shown["2.weight"] == "per_sample, explicit (OwnForward has its own forward)"
     assert shown["0.weight"] == "factored"
 

@@ -1,6 +1,7 @@
-"""The blocks of the Fisher matrix: what one module owns directly, and who is left to plain SGD.
+"""From a model to the blocks of the Fisher matrix and to the layers whose calls are recorded.
 
-A shared parameter belongs to the first module that owns it.
+The parameters that a module owns directly form one block (docs/math.md, M2). A parameter of several modules belongs to
+the first of them. Blocks that are solved together form one Fisher block (M11).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from tengrad_triton.layers import call_parameters, is_uncalled, require_exact_gr
 
 @dataclass(frozen=True)
 class LayerParams:
-    """The parameters that one module owns, in one group.
+    """The parameters that one module owns directly: a block.
 
     Attributes:
-        name: the module's name in the model.
+        name: the module's name in the model; it names the block too.
         layer: the module itself.
         parameters: by their names within the module.
-        group: the index of their parameter group.
-        why_sgd: why no rule covers them, or None where one does.
+        group: the index of the optimizer's parameter group that all of them are in.
+        why_sgd: why they take the plain SGD step, or None if they have rows.
     """
 
     name: str
@@ -34,62 +35,67 @@ class LayerParams:
     why_sgd: str | None
 
     def trained(self) -> list[str]:
-        """Return the names of those parameters that are not frozen at present."""
+        """Return the names of the parameters that require gradients at present."""
         return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
 
     def label(self, parameter: str) -> str:
-        """Return the parameter's full name."""
+        """Return the name in the model of the block's parameter ``parameter``."""
         return full_name(self.name, parameter)
 
 
 def full_name(block: str, parameter: str) -> str:
-    """Return a parameter's name in the model, from its block's name and its own within it."""
+    """Return a parameter's name in the model from the name of its block and its name within that."""
     return f"{block}.{parameter}" if block else parameter
 
 
 BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
-"""How layers form systems (M11): each its own, all together, or as listed; a module's name stands for all within it."""
+"""Which blocks are solved together (M11): none, all, or those of each list; a module's name includes its submodules."""
 
 
 def fisher_blocks_of(choice: BlocksChoice, blocks: Sequence[LayerParams], names: Sequence[str]) -> dict[str, list[str]]:
-    """Return which of the blocks named are solved together, by the name of the first; those not listed by themselves.
+    """Return the names of the blocks that are solved together, by the name of their Fisher block.
+
+    Args:
+        choice: which blocks are solved together; a block in no list is solved by itself.
+        blocks: all blocks of the model.
+        names: the blocks with rows; the others are left out.
 
     Raises:
-        ValueError: a list names a block twice, or nothing.
+        ValueError: a list names a module without a block, or a block is in several lists.
     """
     if choice == "layer":
         return {name: [name] for name in names}
     if choice == "network":
         return {"network": list(names)} if names else {}
     known = [block.name for block in blocks]
-    lists = [[name for entry in group for name in known if _within(name, entry)] for group in choice]
-    unknown = [entry for group in choice for entry in group if not any(_within(name, entry) for name in known)]
+    lists = [[name for entry in group for name in known if _is_inside(name, entry)] for group in choice]
+    unknown = [entry for group in choice for entry in group if not any(_is_inside(name, entry) for name in known)]
     if unknown:
         raise ValueError(
             f"blocks names {', '.join(map(repr, unknown))}, where no block is; there are {', '.join(map(repr, known))}"
         )
     twice = [name for name, count in Counter(name for group in lists for name in group).items() if count > 1]
     if twice:
-        raise ValueError(f"blocks names {', '.join(map(repr, twice))} more than once: each can be in one list only")
+        raise ValueError(f"blocks names {', '.join(map(repr, twice))} more than once: put each into one list only")
     present = [[name for name in group if name in names] for group in lists]
     listed = {name for group in lists for name in group}
     alone = {name: [name] for name in names if name not in listed}
     return {" + ".join(entries): group for entries, group in zip(choice, present, strict=True) if group} | alone
 
 
-def _within(name: str, module: str) -> bool:
+def _is_inside(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.") or not module
 
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """A layer whose calls make rows.
+    """A layer whose calls are recorded, because they give rows.
 
     Attributes:
         layer: the module.
-        parameters: those that its calls use, by their names within it: its own, and those of modules that it does not
-            call. Some may belong to the block of another module that shares them.
-        rerun: whether no rule describes it, and rows come from running it again.
+        parameters: the parameters that its calls use, by their names within it. Of two modules that share a parameter,
+            both have it here, whichever owns its block.
+        rerun: whether no rule describes the layer, so that its rows come from running it again.
     """
 
     layer: nn.Module
@@ -98,26 +104,32 @@ class CapturedLayer:
 
 
 def find_captured_layers(model: nn.Module, blocks: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
-    """Return the layers whose calls use parameters of covered blocks, by name."""
+    """Return the layers whose calls use parameters of blocks with rows, by name."""
     covered = {p for block in blocks if block.why_sgd is None for p in block.parameters.values()}
-    modules, sources = dict(model.named_modules()), {}
+    modules, captured = dict(model.named_modules()), {}
     for name, module in modules.items():
-        own = {} if is_uncalled(name, modules) else call_parameters(module)
-        parameters = {label: p for label, p in own.items() if p in covered}
+        used = {} if is_uncalled(name, modules) else call_parameters(module)
+        parameters = {label: p for label, p in used.items() if p in covered}
         if parameters:
-            sources[name] = CapturedLayer(module, parameters, why_no_rule(module) is not None)
-    return sources
+            captured[name] = CapturedLayer(module, parameters, why_no_rule(module) is not None)
+    return captured
 
 
 def find_layer_params(
     model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit: bool = False
 ) -> list[LayerParams]:
-    """Return a block for every module that owns parameters of ``groups``, and one for those of no module.
+    """Return a block for every module that owns parameters of ``groups``, and one for a group's other parameters.
 
-    A parametrized layer owns its parametrizations' parameters. ``explicit`` covers what no rule describes.
+    A parametrized layer owns the parameters of its parametrizations.
+
+    Args:
+        model: the model itself, not compiled.
+        groups: the optimizer's parameter groups.
+        explicit: whether parameters that no rule describes have rows; otherwise they take the plain SGD step.
 
     Raises:
-        ValueError: a module's parameters are in different groups, or an option of it makes gradients no derivatives.
+        ValueError: a module's parameters are in different groups, or an option of a module makes its gradient differ
+            from the derivative of the loss.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
     modules = dict(model.named_modules())
@@ -136,25 +148,31 @@ def find_layer_params(
             )
         why = next((why_uncovered[p] for p in own.values() if p in why_uncovered), None)
         blocks.append(LayerParams(name, module, own, indices.pop(), why))
-    strangers = {index: [p for p, i in group_of.items() if i == index] for index in set(group_of.values())}
-    for index, parameters in strangers.items():
+    return blocks + _blocks_of_no_module(model, group_of)
+
+
+def _blocks_of_no_module(model: nn.Module, group_of: Mapping[nn.Parameter, int]) -> list[LayerParams]:
+    """Return a block for each group's parameters that are none of the model's."""
+    blocks = []
+    for index in set(group_of.values()):
+        parameters = [p for p, group in group_of.items() if group == index]
         labels = {str(k): parameter for k, parameter in enumerate(parameters)}
         blocks.append(LayerParams(f"group {index}", model, labels, index, "not a parameter of the model"))
     return blocks
 
 
 def _owned(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return what a module owns directly, each parameter once."""
+    """Return the parameters that a module owns directly, each under one name only."""
     if is_uncalled(name, modules):
         parametrization = name.rpartition(".")[0].endswith("parametrizations")
         return {} if parametrization else dict(module.named_parameters(recurse=False))
-    accounted = {label: p for label, p in call_parameters(module).items() if not label.startswith("out_proj.")}
-    labels = {p: label for label, p in reversed(accounted.items())}
-    return {label: p for label, p in accounted.items() if labels[p] == label}
+    owned = {label: p for label, p in call_parameters(module).items() if not label.startswith("out_proj.")}
+    labels = {p: label for label, p in reversed(owned.items())}
+    return {label: p for label, p in owned.items() if labels[p] == label}
 
 
 def _uncovered(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
-    """Return why no rule covers a parameter, for each that some layer without one uses."""
+    """Return why no rule covers a parameter, for each parameter that some layer without a rule uses."""
     why: dict[nn.Parameter, str] = {}
     for name, module in modules.items():
         reason = None if is_uncalled(name, modules) else why_no_rule(module)

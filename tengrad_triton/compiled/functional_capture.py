@@ -114,9 +114,7 @@ class FunctionalCapture:
             leaves, structure, outputs = rest
             args, kwargs = tree_unflatten([tensors.get(str(k), leaf) for k, leaf in enumerate(leaves)], structure)
             of_outputs = [by.get(str(k)) for k in range(outputs or 1)]
-            uses.append(
-                LayerCall(Call(args, kwargs), [None] * len(of_outputs), not outputs, swapped, output_grads=of_outputs)
-            )
+            uses.append(LayerCall.with_grads(Call(args, kwargs), of_outputs, not outputs, swapped))
         return uses
 
 

@@ -148,7 +148,7 @@ class Graphs:
         """Return the rows of parameters that are used in other ways than by calls of their layers."""
         if not self.lesson.by_model:
             return {}
-        use = LayerCall(Call((x,)), [None], returns_tensor=True, output_grads=[grad_output])
+        use = LayerCall.with_grads(Call((x,)), [grad_output], returns_tensor=True, samples_second=False)
         return rerun_rows(self.model, self.lesson.by_model, [use], len(x), scale)
 
     def _uses(self, forms: Mapping[int, list[Contribution]]) -> dict[str, BlockUses]:

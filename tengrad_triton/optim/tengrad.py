@@ -173,7 +173,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         rows = (o.fisher, o.likelihood, self._generator)
         release = self._release if o.history == 1 else None
         explicit = o.unsupported == "explicit"
-        return Capture(self.model, sources, *rows, release, o.fisher_samples, o.max_bytes, explicit)
+        return Capture(
+            self.model, sources, *rows, on_forward=release, draws=o.fisher_samples, max_factor_bytes=o.max_bytes,
+            max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
+        )  # fmt: skip
 
     def _check_dampings(self, systems: FisherBlocks, blocks: Sequence[LayerParams]) -> None:
         """Reject a system with several dampings."""
