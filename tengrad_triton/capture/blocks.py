@@ -1,7 +1,8 @@
-"""From a model to the blocks of the Fisher matrix and to the layers whose calls are recorded.
+"""From a model to its layers, to the layers whose calls are recorded, and to the blocks of the Fisher matrix.
 
-The parameters that a module owns directly form one block (docs/math.md, M2). A parameter of several modules belongs to
-the first of them. Blocks that are solved together form one Fisher block (M11).
+A layer here is a module together with the parameters that it owns directly. A parameter of several modules belongs to
+the first of them. A block of the Fisher matrix is one layer, or several layers that are solved together (docs/math.md,
+M2 and M11).
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from tengrad_triton.layers import call_parameters, is_uncalled, require_exact_gr
 
 @dataclass(frozen=True)
 class LayerParams:
-    """The parameters that one module owns directly: a block.
+    """A layer and the parameters that it owns directly.
 
     Attributes:
-        name: the module's name in the model; it names the block too.
+        name: the module's name in the model.
         layer: the module itself.
         parameters: by their names within the module.
         group: the index of the optimizer's parameter group that all of them are in.
@@ -39,35 +40,35 @@ class LayerParams:
         return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
 
     def label(self, parameter: str) -> str:
-        """Return the name in the model of the block's parameter ``parameter``."""
+        """Return the name in the model of ``parameter``, a name within the layer."""
         return full_name(self.name, parameter)
 
 
-def full_name(block: str, parameter: str) -> str:
-    """Return a parameter's name in the model from the name of its block and its name within that."""
-    return f"{block}.{parameter}" if block else parameter
+def full_name(layer: str, parameter: str) -> str:
+    """Return a parameter's name in the model from the name of its layer and its name within the layer."""
+    return f"{layer}.{parameter}" if layer else parameter
 
 
 BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
-"""Which blocks are solved together (M11): none, all, or those of each list; a module's name includes its submodules."""
+"""Which layers form a block (M11): each its own, all one, or those of each list, where a name includes submodules."""
 
 
-def fisher_blocks_of(choice: BlocksChoice, blocks: Sequence[LayerParams], names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the names of the blocks that are solved together, by the name of their Fisher block.
+def fisher_blocks_of(choice: BlocksChoice, layers: Sequence[LayerParams], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of the layers that form each block, by the name of the block.
 
     Args:
-        choice: which blocks are solved together; a block in no list is solved by itself.
-        blocks: all blocks of the model.
-        names: the blocks with rows; the others are left out.
+        choice: which layers form a block; a layer in no list is a block of its own.
+        layers: all layers of the model.
+        names: the layers with rows; the others are left out.
 
     Raises:
-        ValueError: a list names a module without a block, or a block is in several lists.
+        ValueError: a list names a module without parameters, or a layer is in several lists.
     """
     if choice == "layer":
         return {name: [name] for name in names}
     if choice == "network":
         return {"network": list(names)} if names else {}
-    known = [block.name for block in blocks]
+    known = [layer.name for layer in layers]
     lists = [[name for entry in group for name in known if _is_inside(name, entry)] for group in choice]
     unknown = [entry for group in choice for entry in group if not any(_is_inside(name, entry) for name in known)]
     if unknown:
@@ -94,7 +95,7 @@ class CapturedLayer:
     Attributes:
         layer: the module.
         parameters: the parameters that its calls use, by their names within it. Of two modules that share a parameter,
-            both have it here, whichever owns its block.
+            both have it here, although it belongs to one of them.
         rerun: whether no rule describes the layer, so that its rows come from running it again.
     """
 
@@ -103,9 +104,9 @@ class CapturedLayer:
     rerun: bool
 
 
-def find_captured_layers(model: nn.Module, blocks: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
-    """Return the layers whose calls use parameters of blocks with rows, by name."""
-    covered = {p for block in blocks if block.why_sgd is None for p in block.parameters.values()}
+def find_captured_layers(model: nn.Module, layers: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
+    """Return the layers whose calls use parameters that have rows, their own or those of another layer, by name."""
+    covered = {p for layer in layers if layer.why_sgd is None for p in layer.parameters.values()}
     modules, captured = dict(model.named_modules()), {}
     for name, module in modules.items():
         used = {} if is_uncalled(name, modules) else call_parameters(module)
@@ -118,7 +119,7 @@ def find_captured_layers(model: nn.Module, blocks: Sequence[LayerParams]) -> dic
 def find_layer_params(
     model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit: bool = False
 ) -> list[LayerParams]:
-    """Return a block for every module that owns parameters of ``groups``, and one for a group's other parameters.
+    """Return every layer that owns parameters of ``groups``, and one more for each group's other parameters.
 
     A parametrized layer owns the parameters of its parametrizations.
 
@@ -134,7 +135,7 @@ def find_layer_params(
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
     modules = dict(model.named_modules())
     why_uncovered = {} if explicit else _uncovered(modules)
-    blocks = []
+    layers = []
     for name, module in modules.items():
         own = {label: p for label, p in _owned(name, module, modules).items() if p in group_of}
         if not own:
@@ -147,18 +148,18 @@ def find_layer_params(
                 "one block of the Fisher matrix: put them into one group"
             )
         why = next((why_uncovered[p] for p in own.values() if p in why_uncovered), None)
-        blocks.append(LayerParams(name, module, own, indices.pop(), why))
-    return blocks + _blocks_of_no_module(model, group_of)
+        layers.append(LayerParams(name, module, own, indices.pop(), why))
+    return layers + _params_of_no_module(model, group_of)
 
 
-def _blocks_of_no_module(model: nn.Module, group_of: Mapping[nn.Parameter, int]) -> list[LayerParams]:
-    """Return a block for each group's parameters that are none of the model's."""
-    blocks = []
+def _params_of_no_module(model: nn.Module, group_of: Mapping[nn.Parameter, int]) -> list[LayerParams]:
+    """Return an entry for each group's parameters that are none of the model's."""
+    layers = []
     for index in set(group_of.values()):
         parameters = [p for p, group in group_of.items() if group == index]
         labels = {str(k): parameter for k, parameter in enumerate(parameters)}
-        blocks.append(LayerParams(f"group {index}", model, labels, index, "not a parameter of the model"))
-    return blocks
+        layers.append(LayerParams(f"group {index}", model, labels, index, "not a parameter of the model"))
+    return layers
 
 
 def _owned(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
