@@ -264,7 +264,9 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
 def test_a_launch_is_split_only_where_its_own_kernels_differ():
     from tengrad_triton.curvature.jacobian import PerSample
 
-    plain, tuned = (PerSample(torch.ones(2, 3), ops_for("auto", names), "samples") for names in ((), ("gram_rows:deep",)))
+    plain, tuned = (
+        PerSample(torch.ones(2, 3), ops_for("auto", names), "samples") for names in ((), ("gram_rows:deep",))
+    )
     assert plain.group_key("gram") != tuned.group_key("gram")
     assert all(plain.group_key(product) == tuned.group_key(product) for product in ("project", "expand"))
 

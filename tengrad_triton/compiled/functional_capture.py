@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tengrad_triton.capture.record import LayerCall
@@ -118,8 +117,7 @@ class FunctionalCapture:
         for (leaves, structure, outputs), own, by_place, second in zip(*of_calls, strict=True):
             args, kwargs = tree_unflatten([own.get(str(k), leaf) for k, leaf in enumerate(leaves)], structure)
             output_grads = [by_place.get(str(k)) for k in range(outputs or 1)]
-            edges: list[GradientEdge | None] = [None] * len(output_grads)
-            calls.append(LayerCall(Call(args, kwargs), edges, not outputs, second, output_grads=output_grads))
+            calls.append(LayerCall.with_grads(Call(args, kwargs), output_grads, not outputs, second))
         return calls
 
 

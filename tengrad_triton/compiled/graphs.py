@@ -171,7 +171,7 @@ class Graphs:
         parameters = self.spec.from_model
         if not parameters:
             return {}
-        call = LayerCall(Call((x,)), [None], returns_tensor=True, output_grads=[grad_output])
+        call = LayerCall.with_grads(Call((x,)), [grad_output], returns_tensor=True, samples_second=False)
         rows = rerun_rows(self.model, parameters, [call], len(x), scale)
         return {id(parameters[name]): own for name, own in rows.items()}
 

@@ -27,6 +27,7 @@ from tengrad_triton.layers.contribution import (
     canonical_rows,
     first_tensor,
     matrix_view,
+    tensors_in,
 )
 from tengrad_triton.layers.traits import (
     call_parameters,
@@ -87,5 +88,6 @@ __all__ = [
     "samples_dim",
     "statistics_scale",
     "summary_note",
+    "tensors_in",
     "why_no_rule",
 ]

@@ -208,9 +208,14 @@ def arguments(layer: nn.Module, x: Inputs) -> dict[str, Any]:
     return {name: value for name, value in bound.arguments.items() if value is not layer}
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Return all tensors within nested tuples, lists and dictionaries."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def first_tensor(args: Any, kwargs: Any) -> Tensor:
     """Return the first tensor among the arguments of a call."""
-    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    return tensors_in((args, kwargs))[0]
 
 
 def matrix_view(parameter: Tensor) -> Tensor:

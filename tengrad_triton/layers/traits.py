@@ -97,10 +97,13 @@ def locate_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bo
         dim = samples_dim(layer)
         fits = y.dim() == 3 and y.shape[dim] == samples
         return None if fits else f"its output {tuple(y.shape)} has no batch of {samples} in dimension {dim}", False
-    sizes = (*y.shape[:2], -1, -1)
-    if sequence_first and y.dim() > 2 and isinstance(layer, _POINTWISE) and sizes[1] == samples:
-        return ("its first two dimensions are both as many as samples", False) if sizes[0] == samples else (None, True)
-    return None if sizes[0] == samples else f"its output has {sizes[0]} rows where the batch has {samples}", False
+    first, second = (*y.shape[:2], -1, -1)[:2]
+    if sequence_first and y.dim() > 2 and isinstance(layer, _POINTWISE) and second == samples:
+        ambiguous = first == samples
+        return ("its first two dimensions are both as large as the batch", False) if ambiguous else (None, True)
+    if first == samples:
+        return None, False
+    return f"its output has {first} entries in dimension 0 where the batch has {samples} samples", False
 
 
 def may_mix_samples(layer: nn.Module) -> bool:
@@ -138,4 +141,4 @@ def summary_note(layer: nn.Module) -> str:
     why = why_no_rule(layer)
     if why is not None:
         return f"explicit ({why})"
-    return "batch statistics as constants" if mixes_samples(layer) else ""
+    return "detached batch statistics" if mixes_samples(layer) else ""

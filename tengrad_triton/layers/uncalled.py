@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from tengrad_triton.layers.contribution import Call, Canonical, Inputs, arguments, first_tensor
+from tengrad_triton.layers.contribution import Call, Canonical, Inputs, arguments, first_tensor, tensors_in
 
 Weights = Mapping[str, Tensor]
 """A layer's parameters, by their names within it."""
@@ -113,8 +112,8 @@ def rerun_with_taps(
     weights = {name: p.detach().to(like) for name, p in layer.named_parameters()}
     with replay_rng(call.rng, like.device), torch.enable_grad():
         outputs = forward_with_taps(layer, weights, arguments(layer, call), tap)
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    ys, cotangents = zip(*((y, g) for y, g in zip(leaves, output_grads, strict=True) if g is not None), strict=True)
+    pairs = zip(tensors_in(outputs), output_grads, strict=True)
+    ys, cotangents = zip(*((y, g) for y, g in pairs if g is not None), strict=True)
     tapped = [y for calls in tap.outputs.values() for y in calls]
     grads = iter(torch.autograd.grad(ys, tapped, cotangents, allow_unused=True, materialize_grads=True))
     return tap.inputs, _stack_calls({name: [next(grads) for _ in calls] for name, calls in tap.outputs.items()})

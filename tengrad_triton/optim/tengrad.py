@@ -177,7 +177,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         fisher = (o.fisher, o.likelihood, self._generator)
         release = self._release if o.history == 1 else None
         explicit = o.unsupported == "explicit"
-        return Capture(self.model, captured, *fisher, release, o.fisher_samples, o.max_bytes, explicit)
+        return Capture(
+            self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples, max_factor_bytes=o.max_bytes,
+            max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
+        )  # fmt: skip
 
     def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:
         """Raise unless all layers of a block have the same damping."""
