@@ -58,6 +58,12 @@ QUICK = {
 }
 
 
+def _marks(layer):
+    if layer == "embedding bag, bags of several sizes" and torch.__version__ < (2, 12):
+        return [pytest.mark.skip(reason="torch 2.11 cannot trace slices whose lengths are data")]
+    return [] if layer in QUICK else [pytest.mark.slow]
+
+
 def twins(case, backend="aot_eager", **options):
     """Return parameters after a plain and a compiled training under schedules, the compiled step, and its graphs."""
     torch.compiler.reset()
@@ -85,7 +91,7 @@ def twins(case, backend="aot_eager", **options):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own, of its own forward
-@pytest.mark.parametrize("layer", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in CASES])
+@pytest.mark.parametrize("layer", [pytest.param(layer, marks=_marks(layer)) for layer in CASES])
 def test_a_refresh_is_compiled_or_says_why_not(layer):
     """Two graphs, reuse and refresh, over schedules of the learning rate and the damping; one where it says why."""
     ours, expected, step, graphs = twins(CASES[layer])
