@@ -15,6 +15,7 @@ from . import cpu_update, reference
 from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous, widen
 from .factors import EXAMPLE_SHAPES, UNITS, example_layers, expect_view, product_flops, unit_of, view_offsets
 from .pointer_table import (
+    FIRST_TILE,
     MAX_GROUP,
     TABLE,
     address,
@@ -86,7 +87,8 @@ def _expand_update_kernel(
     NESTEROV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Update one [BLOCK_O, BLOCK_I] tile of one group of a weight."""
-    entry, tile = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    tile = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
     N, P = number(table_ptr, _SAMPLES, entry, ENTRIES), number(table_ptr, _POSITIONS, entry, ENTRIES)
     CHANNELS = number(table_ptr, _CHANNELS, entry, ENTRIES)
     INPUTS = number(table_ptr, _INPUTS, entry, ENTRIES) * UNIT

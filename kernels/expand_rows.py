@@ -14,6 +14,7 @@ from torch import Tensor
 from . import cpu_update, reference
 from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous
 from .pointer_table import (
+    FIRST_TILE,
     MAX_GROUP,
     TABLE,
     address,
@@ -84,7 +85,8 @@ def _expand_rows_update_kernel(
     UNIT: tl.constexpr, NESTEROV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Update BLOCK_K entries of one weight, counted in the order of J's columns."""
-    entry, tile = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    tile = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
     param_ptr = address(table_ptr, _PARAM, entry, ENTRIES, like_param_ptr, 1)
     momentum_ptr = address(table_ptr, _MOMENTUM, entry, ENTRIES, like_momentum_ptr, 1)
     grad_ptr = address(table_ptr, _GRAD, entry, ENTRIES, like_grad_ptr, 1)

@@ -180,11 +180,10 @@ def strided(table_ptr, field, entry, ENTRIES, x, y, z):
 
 @triton.jit
 def entry_at(table_ptr, tile, ENTRIES, BLOCK_T: tl.constexpr):
-    """Return the entry that a program belongs to, and its index among that entry's programs."""
+    """Return the entry that a program of the grid belongs to."""
     index = tl.arange(0, BLOCK_T)
     first = tl.load(table_ptr + ENTRIES * FIRST_TILE + index, mask=index < ENTRIES, other=1 << 40)
-    entry = tl.sum((first <= tile).to(tl.int32), 0) - 1
-    return entry, tile - number(table_ptr, FIRST_TILE, entry, ENTRIES)
+    return tl.sum((first <= tile).to(tl.int32), 0) - 1
 
 
 @triton.jit

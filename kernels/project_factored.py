@@ -24,6 +24,7 @@ from .pointer_table import (
     ADD_PARTIAL_SUMS,
     BLOCK,
     FIRST_PART,
+    FIRST_TILE,
     MAX_GROUP,
     POSITIONS,
     SAMPLES,
@@ -81,9 +82,10 @@ def _project_kernel(
 
     Where UNIT is not 1, V is a matrix with contiguous rows.
     """
-    entry, slot = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
     N, P = number(table_ptr, SAMPLES, entry, ENTRIES), number(table_ptr, POSITIONS, entry, ENTRIES)
     if tl.program_id(1) * BLOCK_R < N * P:
+        slot = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
         CHANNELS = number(table_ptr, _CHANNELS, entry, ENTRIES)
         INPUTS = number(table_ptr, _INPUTS, entry, ENTRIES) * UNIT
         OUTPUTS = number(table_ptr, _OUTPUTS, entry, ENTRIES) * UNIT

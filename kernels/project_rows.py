@@ -21,6 +21,7 @@ from .pointer_table import (
     ADD_PARTIAL_SUMS,
     BLOCK,
     FIRST_PART,
+    FIRST_TILE,
     MAX_GROUP,
     POSITIONS,
     SAMPLES,
@@ -76,9 +77,10 @@ def _project_rows_kernel(
     UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """part[chunk, n] = ⟨J_n, v⟩ over a chunk of one weight's columns, for BLOCK_R samples."""
-    entry, chunk = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
     N = number(table_ptr, SAMPLES, entry, ENTRIES)
     if tl.program_id(1) * BLOCK_R < N:
+        chunk = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
         j_ptr = address(table_ptr, _J, entry, ENTRIES, like_j_ptr, UNIT)
         v_ptr = address(table_ptr, _V, entry, ENTRIES, like_v_ptr, 1)
         stride_jn = number(table_ptr, _ROW_STRIDE, entry, ENTRIES) * UNIT
