@@ -101,24 +101,34 @@ UPDATES = {
     "strided": {"by": every_second},
     "strided, nesterov": {"by": every_second, "nesterov": True},
 }
+
+
+def gram(n, k):
+    return [normal(n, 1, 1, k)], [normal(n, 1, 1, 3)], [0], 1
+
+
+def gram_rows(n, k):
+    return [normal(n, k), normal(n, k, seed=1)], [0, 0], 1
+
+
+def project_small(make):
+    j = make()
+    return project_rows(j, [t % 3 for t in range(len(j))], [3, 8])
+
+
+def updates(options):
+    return expand_rows([normal(6, 10), normal(5, 4)], **options)
+
+
 CASES = {
-    **{f"gram_rows-slabs of {n} x {k}": partial(lambda *size: ([normal(*size)] * 2, [0, 0], 1), n, k) for n, k in SLABS},
-    **{
-        f"gram-slabs of {n} x {k}": partial(lambda n, k: ([normal(n, 1, 1, k)], [normal(n, 1, 1, 3)], [0], 1), n, k)
-        for n, k in SLABS
-    },
+    **{f"gram-slabs of {n} x {k}": partial(gram, n, k) for n, k in SLABS},
+    **{f"gram_rows-slabs of {n} x {k}": partial(gram_rows, n, k) for n, k in SLABS},
     **{f"project_rows-{n} x {k}": partial(lambda *size: project_rows([normal(*size)]), n, k) for n, k in SIZES},
+    **{f"project_rows-{name}": partial(project_small, make) for name, make in SMALL.items()},
     "project_rows-shorter": lambda: project_rows([normal(32, 1 << 14), normal(5, 3)], [2, 1], [3, 35]),
-    **{
-        f"project_rows-{name}": partial(lambda make: project_rows(j := make(), [t % 3 for t in range(len(j))], [3, 8]), make)
-        for name, make in SMALL.items()
-    },
     **{f"expand_rows_update_-{n} x {k}": partial(lambda *size: expand_rows([normal(*size)]), n, k) for n, k in SIZES},
     **{f"expand_rows_update_-{name}": partial(lambda make: expand_rows(make()), make) for name, make in SMALL.items()},
-    **{
-        f"expand_rows_update_-{name}": partial(lambda options: expand_rows([normal(6, 10), normal(5, 4)], **options), options)
-        for name, options in UPDATES.items()
-    },
+    **{f"expand_rows_update_-{name}": partial(updates, options) for name, options in UPDATES.items()},
     "expand_rows_update_-large parameters": lambda: expand_rows([normal(3, 50_000) for _ in range(3)]),
     **{f"project-{shape}": partial(project, shape) for shape in FACTORS},
     **{f"expand_update_-{shape}": partial(expand, shape) for shape in FACTORS},
@@ -126,7 +136,8 @@ CASES = {
     "conv_sample_grads-unfolded, groups": lambda: conv((20, 8, 4, 5), 6, stride=(1, 2), groups=2),
     "conv_sample_grads-grouped": lambda: conv((20, 2, 9, 8), 3, dilation=(2, 1)),
     "conv_sample_grads-grouped, groups": lambda: conv((20, 4, 9, 8), 6, (2, 3), stride=(2, 1), groups=2),
-}  # fmt: skip
+}
+IN_PARTS = [case for case in CASES if case.startswith(("conv_sample_grads", "project-", "expand_update_"))]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,9 +146,7 @@ def test_tuned_code_is_the_definition(case):
     assert_is_definition(row, row.torch_impl, CASES[case]())
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.startswith(("conv_sample_grads", "project-", "expand_up"))]
-)
+@pytest.mark.parametrize("case", IN_PARTS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_tuned_code_in_parts_is_the_definition(case, threads, monkeypatch):
     """With small caches and several threads the same work goes in parts."""
