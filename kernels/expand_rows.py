@@ -1,6 +1,6 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Expand (Jᵀ w) with explicit per-sample gradients and the update in its epilogue, all weights in one launch.
+"""Expand (Jᵀ w) with explicit rows of J and the update in its epilogue, all weights in one launch.
 
 Dimensions: N samples, K entries of a flat gradient; in a parameter's view O outputs of all groups, K kernel pixels and
 I inputs of a pixel.
@@ -8,34 +8,39 @@ I inputs of a pixel.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from .pointer_table import MAX_GROUP, TABLE, GroupEntry, address, batches, entry, launch_group, member_at, number
-from .cpu import combinations
-from .project_rows import UNITS, example_rows, unit_of_rows
-from .spec import (
-    TRITON_TYPES,
-    Config,
-    Constants,
-    KernelSpec,
-    cdiv,
-    contiguous,
-    expect,
-    nbytes,
-    rows_contiguous,
-    runs_kernel,
-    tl,
-    triton,
+from . import cpu_update, reference
+from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous
+from .pointer_table import (
+    FIRST_TILE,
+    MAX_GROUP,
+    TABLE,
+    address,
+    addresses,
+    batches,
+    entry_at,
+    fields,
+    launch_group,
+    number,
+    strided,
+    strides,
 )
 from .primitives import update_entries, weighted_rows
-from .update import example_numbers, example_parameters, expect_update, negated_ratios, update_along_
+from .project_rows import UNITS, example_rows, unit_of_rows
+from .spec import TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
+from .update import example_numbers, example_param_dtype, example_parameters, expect_update, update_examples
+
+# The fields of a weight: addresses; N; in UNITs the stride of J's rows and their length; K and I of the parameter; and
+# the strides of the first three.
+(
+    _PARAM, _MOMENTUM, _GRAD, _J, _W, _DAMPING, _SETTINGS, _SAMPLES, _ROW_STRIDE, _COLUMNS, _PIXELS, _INPUTS,
+    _PARAM_STRIDES, _MOMENTUM_STRIDES, _GRAD_STRIDES,
+) = fields(12, strides=3, after=1)  # fmt: skip
 
 
-@custom_op("tengrad_triton::expand_rows_update_", mutates_args=("params", "momenta"))
+@define_op(mutates=("params", "momenta"))
 def expand_rows_update_(
     params: list[Tensor],
     momenta: list[Tensor],
@@ -47,81 +52,78 @@ def expand_rows_update_(
     nesterov: bool,
     config: str = "default",
 ) -> None:
-    """Step parameters along (grad − Jᵀ w) / damping in place; see `update_` for the rest of the rule.
+    """Apply `update_` along (grad − Jᵀ w) / damping (equation 7; M4, M5).
 
-    The parameter-shaped tensors are strided views [O, K, I], over which J's flat entries run.
+    With one position, or a few, prefer `expand_update_` of the factors: they are smaller than J.
+
+    Args:
+        params: strided views [O, K, I] of the parameters, changed in place.
+        momenta: likewise, changed in place.
+        grads: likewise.
+        j: rows [N, K] of each weight, K running over (O, K, I).
+        w: the weights w_N of the rows of each J.
+        dampings: a scalar for each weight.
+        settings: [lr, momentum, weight_decay, shrink] of each weight, as for `update_`.
+        nesterov: as for `update_`.
+        config: the launch configuration of the kernel.
+
+    Raises:
+        ValueError: the shapes of a weight's tensors do not belong together.
     """
-    for one in zip(params, momenta, grads, j, w, dampings, settings, strict=True):
-        expect_update(*one[:3], *one[5:])
-        expect("j_NK", one[3], one[4].shape[0], one[0].numel())
-    kernel = runs_kernel(*params, *momenta, *grads, *j, *w)
-    update = partial(_expand_rows_update_, config=config) if kernel else expand_rows_update_torch_
-    update(params, momenta, grads, j, w, dampings, settings, nesterov)
-
-
-def expand_rows_update_torch_(
-    params: list[Tensor],
-    momenta: list[Tensor],
-    grads: list[Tensor],
-    j: list[Tensor],
-    w: list[Tensor],
-    dampings: list[Tensor],
-    settings: list[Tensor],
-    nesterov: bool,
-) -> None:
-    """`update_` along (grad − Jᵀ w) / damping."""
-    expanded = combinations(j, negated_ratios(w, dampings))
-    update_along_(params, momenta, grads, expanded, dampings, settings, nesterov)
+    for param, momentum, grad, j_NK, w_N, *numbers in zip(
+        params, momenta, grads, j, w, dampings, settings, strict=True
+    ):
+        expect_update(param, momentum, grad, *numbers)
+        expect("j_NK", j_NK, w_N.shape[0], param.numel())
+    arguments = (params, momenta, grads, j, w, dampings, settings, nesterov)
+    dispatch(_expand_rows_update_, cpu_update.expand_rows_update_, config, *arguments)
 
 
 @triton.jit
 def _expand_rows_update_kernel(
-    table_ptr, like_param_ptr, like_momentum_ptr, like_grad_ptr, like_j_ptr, like_w_ptr, MEMBERS,
+    table_ptr, like_param_ptr, like_momentum_ptr, like_grad_ptr, like_j_ptr, like_w_ptr, ENTRIES,
     UNIT: tl.constexpr, NESTEROV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The update rule on BLOCK_K entries of one member, counted in the order of J's columns.
-
-    Fields: parameter, momentum, gradient, J, w, damping, settings; first tile; row stride of J in UNITs, N,
-    columns in UNITs, PIXELS, INPUTS, strides of the first three.
-    """
-    tile = tl.program_id(0)
-    member = member_at(table_ptr + 7 * MEMBERS, tile, MEMBERS, BLOCK_T)
-    param_ptr = address(table_ptr, 0, member, MEMBERS, like_param_ptr, 1)
-    momentum_ptr = address(table_ptr, 1, member, MEMBERS, like_momentum_ptr, 1)
-    grad_ptr = address(table_ptr, 2, member, MEMBERS, like_grad_ptr, 1)
-    j_ptr = address(table_ptr, 3, member, MEMBERS, like_j_ptr, UNIT)
-    w_ptr, damping_ptr = (
-        address(table_ptr, 4, member, MEMBERS, like_w_ptr, 1), address(table_ptr, 5, member, MEMBERS, like_w_ptr, 1)
-    )  # fmt: skip
-    settings_ptr = address(table_ptr, 6, member, MEMBERS, like_w_ptr, 1)
-    stride_jn, N = number(table_ptr, 8, member, MEMBERS) * UNIT, number(table_ptr, 9, member, MEMBERS)
-    K, PIXELS = number(table_ptr, 10, member, MEMBERS) * UNIT, number(table_ptr, 11, member, MEMBERS)
-    INPUTS = number(table_ptr, 12, member, MEMBERS)
-    cols = (tile - number(table_ptr, 7, member, MEMBERS)).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    expanded = weighted_rows(j_ptr, w_ptr, cols, N, K, stride_jn, BLOCK_N, BLOCK_K)
-    o = cols // INPUTS // PIXELS
-    pixel = cols // INPUTS % PIXELS
-    i = cols % INPUTS
+    """Update BLOCK_K entries of one weight, counted in the order of J's columns."""
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    tile = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
+    param_ptr = address(table_ptr, _PARAM, entry, ENTRIES, like_param_ptr, 1)
+    momentum_ptr = address(table_ptr, _MOMENTUM, entry, ENTRIES, like_momentum_ptr, 1)
+    grad_ptr = address(table_ptr, _GRAD, entry, ENTRIES, like_grad_ptr, 1)
+    j_ptr = address(table_ptr, _J, entry, ENTRIES, like_j_ptr, UNIT)
+    w_ptr = address(table_ptr, _W, entry, ENTRIES, like_w_ptr, 1)
+    damping_ptr = address(table_ptr, _DAMPING, entry, ENTRIES, like_w_ptr, 1)
+    settings_ptr = address(table_ptr, _SETTINGS, entry, ENTRIES, like_w_ptr, 1)
+    N = number(table_ptr, _SAMPLES, entry, ENTRIES)
+    stride_jn = number(table_ptr, _ROW_STRIDE, entry, ENTRIES) * UNIT
+    K = number(table_ptr, _COLUMNS, entry, ENTRIES) * UNIT
+    PIXELS, INPUTS = number(table_ptr, _PIXELS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
+    col = tile.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    expanded = weighted_rows(j_ptr, w_ptr, col, N, K, stride_jn, BLOCK_N, BLOCK_K)
+    o = col // INPUTS // PIXELS
+    pixel = col // INPUTS % PIXELS
+    i = col % INPUTS
     update_entries(
-        param_ptr, momentum_ptr, grad_ptr, entry(table_ptr, 13, member, MEMBERS, o, pixel, i),
-        entry(table_ptr, 16, member, MEMBERS, o, pixel, i), entry(table_ptr, 19, member, MEMBERS, o, pixel, i),
-        cols < K, expanded, damping_ptr, settings_ptr, NESTEROV,
+        param_ptr, momentum_ptr, grad_ptr,
+        strided(table_ptr, _PARAM_STRIDES, entry, ENTRIES, o, pixel, i),
+        strided(table_ptr, _MOMENTUM_STRIDES, entry, ENTRIES, o, pixel, i),
+        strided(table_ptr, _GRAD_STRIDES, entry, ENTRIES, o, pixel, i),
+        col < K, expanded, damping_ptr, settings_ptr, NESTEROV,
     )  # fmt: skip
 
 
-_TILES: dict[str, Constants] = {
-    "default": {"BLOCK_N": 8, "BLOCK_K": 512},
-    "narrow": {"BLOCK_N": 16, "BLOCK_K": 128},
+_TILINGS = {
+    "default": tiling(BLOCK_N=8, BLOCK_K=512),
+    "narrow": tiling(BLOCK_N=16, BLOCK_K=128),  # more programs for a small parameter
 }
-_EXPAND_ROWS_UPDATE = {
-    (tile, dtype, unit, nesterov): Config(
+_CONFIGS = {
+    (dtype, unit, nesterov): configs_of(
+        _TILINGS,
+        {"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MAX_GROUP},
         kernel=_expand_rows_update_kernel,
         types=f"*i64 *fp32 *fp32 *fp32 {entries} *fp32 i32",
-        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MAX_GROUP, **constants},
-        unaligned=("MEMBERS",),
-        name=tile,
+        unaligned=("ENTRIES",),
     )
-    for tile, constants in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
     for unit in UNITS
     for nesterov in (False, True)
@@ -129,33 +131,44 @@ _EXPAND_ROWS_UPDATE = {
 
 
 def _expand_rows_update_(
-    params: list[Tensor],
-    momenta: list[Tensor],
-    grads: list[Tensor],
-    j: list[Tensor],
-    w: list[Tensor],
-    dampings: list[Tensor],
-    settings: list[Tensor],
-    nesterov: bool,
-    config: str = "default",
-) -> None:
-    j = [rows_contiguous(j_NK) for j_NK in j]
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor],
+    w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str = "default",
+) -> None:  # fmt: skip
+    j = [last_contiguous(j_NK) for j_NK in j]
     w, dampings, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, dampings, settings))
-    states = list(zip(params, momenta, grads, j, w, dampings, settings, strict=True))
-    keys = [(*(x.dtype for x in state[:4]), unit_of_rows(state[3])) for state in states]
-    for (*_, dtype, unit), alike in batches(keys):
-        launch, members = _EXPAND_ROWS_UPDATE[config, dtype, unit, nesterov], []
-        for state in (states[t] for t in alike):
-            n, k = state[3].shape
-            strides = (stride for x in state[:3] for stride in x.stride())
-            sizes = (state[3].stride(0) // unit, n, k // unit, *state[0].shape[1:], *strides)
-            members.append(GroupEntry(state, sizes, cdiv(k, launch.block("K"))))
-        launch_group(launch, members, members[0].tensors[:5])
+    keys = [
+        ((param.dtype, momentum.dtype, grad.dtype), j_NK.dtype, unit_of_rows(j_NK))
+        for param, momentum, grad, j_NK in zip(params, momenta, grads, j, strict=True)
+    ]
+    for (_, dtype, unit), members in batches(keys):
+        launch = _CONFIGS[dtype, unit, nesterov][config]
+        params_, momenta_, grads_, j_, w_, dampings_, settings_ = (
+            [x[t] for t in members] for x in (params, momenta, grads, j, w, dampings, settings)
+        )
+        columns = {
+            _PARAM: addresses(params_),
+            _MOMENTUM: addresses(momenta_),
+            _GRAD: addresses(grads_),
+            _J: addresses(j_),
+            _W: addresses(w_),
+            _DAMPING: addresses(dampings_),
+            _SETTINGS: addresses(settings_),
+            _SAMPLES: [len(j_NK) for j_NK in j_],
+            _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
+            _COLUMNS: [j_NK.shape[1] // unit for j_NK in j_],
+            _PIXELS: [param_OKI.shape[1] for param_OKI in params_],
+            _INPUTS: [param_OKI.shape[2] for param_OKI in params_],
+            **strides(_PARAM_STRIDES, params_),
+            **strides(_MOMENTUM_STRIDES, momenta_),
+            **strides(_GRAD_STRIDES, grads_),
+        }
+        tiles = [cdiv(j_NK.shape[1], launch.block("K")) for j_NK in j_]
+        launch_group(launch, tiles, columns, (params_[0], momenta_[0], grads_[0], j_[0], w_[0]))
 
 
-def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool) -> tuple[object, ...]:
-    shapes = ((48, 9, 10), (7, 9, 10), (5, 1, 1))
-    states = zip(*(example_parameters(*shape, device) for shape in shapes), strict=True)
+def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:
+    shapes, param_dtype = ((48, 9, 10), (7, 9, 10), (5, 1, 1)), example_param_dtype(dtype, half)
+    states = zip(*(example_parameters(*shape, device, param_dtype) for shape in shapes), strict=True)
     numbers = zip(*(example_numbers(n, device) for n in (50, 50, 33)), strict=True)
     return *map(list, states), example_rows(dtype, device), *map(list, numbers), nesterov
 
@@ -164,11 +177,12 @@ SPECS = (
     KernelSpec(
         name="expand_rows_update_",
         triton_impl=_expand_rows_update_,
-        torch_impl=expand_rows_update_torch_,
-        examples={name: partial(_update_example, nesterov=name == "nesterov") for name in ("heavy ball", "nesterov")},
+        torch_impl=cpu_update.expand_rows_update_,
+        reference=reference.expand_rows_update_,
+        examples=update_examples(_example),
         flops=lambda params, momenta, grads, j, *_: sum(2 * x.numel() + 9 * x.shape[1] for x in j),
         bytes=lambda params, momenta, grads, j, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *j),
-        configs=(*_EXPAND_ROWS_UPDATE.values(), TABLE),
+        configs=(*all_configs(_CONFIGS), TABLE),
         mutates=2,
     ),
 )

@@ -1,53 +1,69 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Sums of products of Gram matrices of ranges of columns, for the ops of `gram`.
+"""Sums of (X₁ X₁ᵀ) ∘ (X₂ X₂ᵀ) over ranges of columns of some matrices, for the ops of `gram`.
 
-One launch makes the Gram and cross-Gram matrices of all ranges, each in chunks that fill the device, and a second one
-multiplies and adds them up in a fixed order. The matrices are read where they lie (see `groups`).
+The first kernel computes the Gram (or cross-Gram) matrices of all ranges, in chunks that fill the device; the second
+one multiplies and adds them in a fixed order. A pointer table locates the matrices (see `pointer_table`).
 
-Dimensions: N samples, L systems, W work items, M samples rounded up, Q products of two Gram matrices.
+Dimensions: N samples, L Fisher blocks, W work items, M samples rounded up, Q products of two Gram matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .pointer_table import TABLE, GroupEntry, address, number, table_of, to_device
-from .spec import TRITON_TYPES, Config, cdiv, tl, triton
+from .pointer_table import TABLE, address, addresses, fields, number, table_of, to_device
 from .primitives import load_tile
+from .spec import TRITON_TYPES, Config, all_configs, cdiv, configs_of, tiling, tl, triton
 
-Range = tuple[int, int, int, int]  # of columns: the matrix, where left and right factor begin, and how many they have
-Product = tuple[int, Range, Range | None]  # system, range of inputs, range of output derivatives
+WIDTH = 8  # entries that every range is a multiple of: in half precision they are one copy of 16 bytes
+_PARTIAL_BYTES = 1 << 28  # memory that partial sums take at a time
+_PROGRAMS = 512  # programs that fill a device
+_LEAST_CHUNK = 256  # columns of a work item below which its partial sum costs more than it gains
 
-_PARTIAL_BYTES = 1 << 28  # how much memory partial sums may take at a time
-_PROGRAMS = 512  # how many programs fill a device
-_LEAST_CHUNK = 256  # columns of a work item, below which partial sums cost more than they buy
-WIDTH = 8  # what every range of columns is a multiple of, for copies of 16 bytes in half precision
+
+class Range(NamedTuple):
+    """Columns of a matrix: the first ones of the left and the right factor, and how many."""
+
+    matrix: int
+    left: int
+    right: int
+    length: int
+
+
+class Product(NamedTuple):
+    """A term of a block's sum: the Gram matrix of a range of inputs, times that of a range of output derivatives."""
+
+    block: int
+    inputs: Range
+    derivatives: Range | None
+
+
+# The fields of a matrix: its address, and the stride of its samples in units of WIDTH entries.
+_ADDRESS, _STRIDE = fields(2)
 
 
 @triton.jit
 def _range_gram_kernel(
-    table_ptr, like_ptr, work_ptr, part_ptr, MEMBERS, N, stride_pn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    table_ptr, like_ptr, work_ptr, part_ptr, ENTRIES, N, stride_pn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """part[w] = X[:, left range] X[:, right range]ᵀ of one work item w = (matrix, left column, right column, length).
-
-    The table holds each matrix's address, and its row stride in units of eight entries.
-    """
+    """part[w] = X[:, left range] X[:, right range]ᵀ of one work item w, a `Range`."""
     item = tl.program_id(0).to(tl.int64)
     matrix = tl.load(work_ptr + item * 4)
     left = tl.load(work_ptr + item * 4 + 1)
     right = tl.load(work_ptr + item * 4 + 2)
     length = tl.load(work_ptr + item * 4 + 3).to(tl.int32)
     if (left == right) & (tl.program_id(1) < tl.program_id(2)):
-        return  # a symmetric product: the finalizing kernel reads its lower tiles only
-    # The divisibility that the work list promises; without it every load is a scalar one.
+        return  # a symmetric product: the second kernel reads its lower tiles only
+    # The divisibility that the work list guarantees; without it every load is a scalar one.
     left, right, length = tl.multiple_of(left, 8), tl.multiple_of(right, 8), tl.multiple_of(length, 8)
-    x_ptr = address(table_ptr, 0, matrix, MEMBERS, like_ptr, 8)
-    stride_xn = number(table_ptr, 2, matrix, MEMBERS) * 8
+    x_ptr = address(table_ptr, _ADDRESS, matrix, ENTRIES, like_ptr, 8)
+    stride_xn = number(table_ptr, _STRIDE, matrix, ENTRIES) * 8
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
@@ -56,13 +72,13 @@ def _range_gram_kernel(
         y = load_tile(x_ptr + right, m, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
     at = (item * N + n)[:, None] * stride_pn + m[None, :]
-    # Whole rows, of which the end is zero: N says nothing about alignment, their length does.
+    # Stores cover the padding too: their length is then a multiple of 16, whatever N is.
     tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < stride_pn)[None, :])
 
 
 @triton.jit
 def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
-    """(Σ partial input Grams) ∘ (Σ partial output Grams) of one product, whose row in the table is given."""
+    """Return (Σ partial Grams of inputs) ∘ (Σ partial Grams of derivatives) of one product, given its terms."""
     at = n.to(tl.int64)[:, None] * stride_pn + m[None, :]
     inside = (n < N)[:, None] & (m < stride_pn)[None, :]
     first, middle, last = tl.load(product_ptr), tl.load(product_ptr + 1), tl.load(product_ptr + 2)
@@ -77,100 +93,110 @@ def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, BLOCK_N: tl.constexpr):
-    """Add a layer's products to one tile of K and to its mirror image; a product of two positions counts both ways."""
-    layer = tl.program_id(0).to(tl.int64)
+    """Add a block's products to one tile of K and to its mirror image; a cross-Gram counts with its transpose."""
+    block = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) < tl.program_id(2):
         return
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (n < N)[:, None] & (m < N)[None, :]
-    at = (layer * N + n)[:, None] * N + m[None, :]
+    at = (block * N + n)[:, None] * N + m[None, :]
     total = tl.load(k_ptr + at, mask=inside, other=0.0)
-    for product in range(tl.load(start_ptr + layer), tl.load(start_ptr + layer + 1)):
-        row_ptr = product_ptr + product * 4
-        total += _hadamard(part_ptr, row_ptr, n, m, N, stride_pn, BLOCK_N)
-        if tl.load(row_ptr + 3) != 0:
-            total += tl.trans(_hadamard(part_ptr, row_ptr, m, n, N, stride_pn, BLOCK_N))
+    for product in range(tl.load(start_ptr + block), tl.load(start_ptr + block + 1)):
+        terms_ptr = product_ptr + product * 4
+        total += _hadamard(part_ptr, terms_ptr, n, m, N, stride_pn, BLOCK_N)
+        if tl.load(terms_ptr + 3) != 0:
+            total += tl.trans(_hadamard(part_ptr, terms_ptr, m, n, N, stride_pn, BLOCK_N))
     if tl.program_id(1) == tl.program_id(2):
         total = 0.5 * (total + tl.trans(total))
     tl.store(k_ptr + at, total, mask=inside)
-    mirrored = (layer * N + m)[:, None] * N + n[None, :]
+    mirrored = (block * N + m)[:, None] * N + n[None, :]
     tl.store(k_ptr + mirrored, tl.trans(total), mask=(m < N)[:, None] & (n < N)[None, :])
 
 
-# Rows, columns, warps and stages, for float32, which no tensor cores multiply, and for half precision.
-_TILES = {
-    "default": ((64, 32, 4, 3), (128, 64, 8, 3)),
-    "small": ((32, 64, 4, 3), (64, 64, 4, 4)),  # few samples leave most of a larger one empty
-    "deep": ((128, 16, 8, 4), (128, 32, 8, 5)),  # many samples: shorter steps, of which more are under way
+# For float32, which no tensor cores multiply, and for half precision.
+_FLOAT32 = {
+    "default": tiling(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),  # few samples would leave most of a tile empty
+    "deep": tiling(BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=4),  # many samples: more, shorter steps in flight
 }
-
-
-def _range_config(name: str, dtype: torch.dtype) -> Config:
-    rows, columns, num_warps, num_stages = _TILES[name][dtype != torch.float32]
-    return Config(
+_HALF = {
+    "default": tiling(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+    "small": tiling(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    "deep": tiling(BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=5),
+}
+_RANGE_GRAM = {
+    dtype: configs_of(
+        _FLOAT32 if dtype == torch.float32 else _HALF,
         kernel=_range_gram_kernel,
-        types=f"*i64 {TRITON_TYPES[dtype]} *i64 *fp32 i32 i32 i32",
-        constants={"BLOCK_N": rows, "BLOCK_K": columns},
-        unaligned=("MEMBERS", "N"),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        types=f"*i64 {entries} *i64 *fp32 i32 i32 i32",
+        unaligned=("ENTRIES", "N"),
         async_copies=True,
-        name=name,
     )
-
-
-_RANGE_GRAM = {(tile, dtype): _range_config(tile, dtype) for tile in _TILES for dtype in TRITON_TYPES}
+    for dtype, entries in TRITON_TYPES.items()
+}
 _SUM_PRODUCTS = Config(
     kernel=_sum_products_kernel, types="*fp32 *i64 *i64 *fp32 i32 i32", constants={"BLOCK_N": 32}, unaligned=("N",)
 )
+PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, TABLE)
 
 
 def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor, config: str) -> None:
-    """Add the products, in the order of their systems, as many at a time as the memory for partial sums allows."""
-    (layers, n, _), device = k_LNN.shape, k_LNN.device
-    launch = _RANGE_GRAM[config, matrices[0].dtype]
-    table = table_of([GroupEntry([x], [x.stride(0) // WIDTH], 0) for x in matrices])
-    tiles, blocks = cdiv(n, launch.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
-    row = cdiv(n, 16) * 16  # of partial sums, so that they are stored and loaded 16 bytes at a time for any N
-    total = sum(length for _, *ranges in products for *_, length in filter(None, ranges))
-    chunk = cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), launch.block("K")) * launch.block("K")
-    for work, terms, starts in _rounds(products, layers, chunk, max(1, _PARTIAL_BYTES // (4 * n * row))):
+    """Add products to their blocks' Gram matrices k_LNN in place.
+
+    Args:
+        matrices: [N, columns] each, of one dtype, with strides of samples that are multiples of WIDTH.
+        products: in ascending order of their blocks. As many go at a time as the memory for partial sums allows.
+        k_LNN: the sums, in float32.
+        config: the name of the launch configuration.
+    """
+    (blocks, n, _), device = k_LNN.shape, k_LNN.device
+    range_gram = _RANGE_GRAM[matrices[0].dtype][config]
+    columns = {_ADDRESS: addresses(matrices), _STRIDE: [x.stride(0) // WIDTH for x in matrices]}
+    table = table_of(columns, device)
+    tiles, sum_tiles = cdiv(n, range_gram.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
+    padded_n = cdiv(n, 16) * 16  # so that partial sums are stored and loaded 16 bytes at a time for any N
+    chunk = _chunk_size(products, n, tiles, range_gram.block("K"))
+    for work, terms, begins in _rounds(products, blocks, chunk, max(1, _PARTIAL_BYTES // (4 * n * padded_n))):
         work_W4, terms_Q4 = (to_device([x for row in rows for x in row], device).view(-1, 4) for rows in (work, terms))
-        starts_L = to_device(starts, device)
-        part_WNM = torch.empty(len(work), n, row, dtype=torch.float32, device=device)
-        launch.start((len(work), tiles, tiles), table, matrices[0], work_W4, part_WNM, len(matrices), n, row)
-        _SUM_PRODUCTS.start((layers, blocks, blocks), part_WNM, terms_Q4, starts_L, k_LNN, n, row)
+        begins_L = to_device(begins, device)
+        part_WNM = torch.empty(len(work), n, padded_n, dtype=torch.float32, device=device)
+        grid = (len(work), tiles, tiles)
+        range_gram.start(grid, table, matrices[0], work_W4, part_WNM, len(matrices), n, padded_n)
+        _SUM_PRODUCTS.start((blocks, sum_tiles, sum_tiles), part_WNM, terms_Q4, begins_L, k_LNN, n, padded_n)
+
+
+def _chunk_size(products: Sequence[Product], n: int, tiles: int, step: int) -> int:
+    """Return how many columns a work item has: enough items to fill the device, of whole steps of the kernel."""
+    ranges = [one for product in products for one in (product.inputs, product.derivatives) if one is not None]
+    total = sum(one.length for one in ranges)
+    return cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), step) * step
 
 
 def _rounds(
-    products: Iterable[Product], layers: int, chunk: int, slots: int
+    products: Iterable[Product], blocks: int, chunk: int, slots: int
 ) -> Iterator[tuple[list[Range], list[tuple[int, int, int, bool]], list[int]]]:
-    """Yield lists of work items with at most `slots` entries each (or one product), what to multiply, and for whom.
+    """Yield at most ``slots`` work items (or one product's), the terms of the sums, and each block's first term.
 
-    A row of the second list is (first item of the inputs, first of the derivatives, end, whether it counts both ways);
-    the third list holds where each layer's rows begin.
+    A term is (first item of the inputs, first item of the derivatives, end, whether its transpose counts too).
     """
     work: list[Range] = []
-    table: list[tuple[int, int, int, bool]] = []
-    counts = [0] * layers
-    for layer, aa, gg in products:
-        left, right = _chunks(aa, chunk), _chunks(gg, chunk)
+    terms: list[tuple[int, int, int, bool]] = []
+    counts = [0] * blocks
+    for block, inputs, derivatives in products:
+        left, right = _chunks(inputs, chunk), _chunks(derivatives, chunk)
         if work and len(work) + len(left) + len(right) > slots:
-            yield work, table, list(accumulate(counts, initial=0))
-            work, table, counts = [], [], [0] * layers
+            yield work, terms, list(accumulate(counts, initial=0))
+            work, terms, counts = [], [], [0] * blocks
         first = len(work)
         work += left + right
-        table.append((first, first + len(left), len(work), aa[1] != aa[2]))
-        counts[layer] += 1
-    yield work, table, list(accumulate(counts, initial=0))
+        terms.append((first, first + len(left), len(work), inputs.left != inputs.right))
+        counts[block] += 1
+    yield work, terms, list(accumulate(counts, initial=0))
 
 
 def _chunks(columns: Range | None, chunk: int) -> list[Range]:
     if columns is None:
         return []
     matrix, left, right, length = columns
-    return [(matrix, left + at, right + at, min(chunk, length - at)) for at in range(0, length, chunk)]
-
-
-PRODUCT_CONFIGS = (*_RANGE_GRAM.values(), _SUM_PRODUCTS, TABLE)
+    return [Range(matrix, left + at, right + at, min(chunk, length - at)) for at in range(0, length, chunk)]

@@ -1,249 +1,190 @@
-# ruff: noqa: ANN001, ANN201, ANN202  (the arguments of device code get their types at launch)
+# ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Project (J v) with factored per-sample gradients, all weights in one launch; `reuse_update` has the other product.
+"""Project (J v) with factored per-sample gradients, all weights in one launch; `expand_factored` has the other product.
 
-With P = 1 both products read or write a whole parameter and are bound by that, so the arithmetic is float32 whatever
-the factors are stored in. They are widened on the host: for sm_100 Triton 3.7 turns an ieee dot into a tf32 one where
-the kernel itself widens an operand. With many positions prefer explicit gradients (`reuse_rows`).
+With P = 1 the product reads a whole parameter, and that bounds its time; so the arithmetic is float32 for factors and
+parameters of any dtype. Half precision is widened on the host: Triton's dot takes operands of one dtype, and for sm_100
+Triton 3.7 compiles an ieee dot as a tf32 one if the kernel itself widens an operand.
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, L rows of the result; in a parameter's
-view O outputs of all groups, K kernel pixels and I inputs of a pixel.
+Dimensions: N samples, G groups, P positions, R pairs of a sample and a position, I inputs and O outputs of a group, L
+Fisher blocks; in a parameter's view O outputs of all groups, K kernel pixels and I inputs of a pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from . import cpu, reference
+from .dispatch import define_op, dispatch, last_contiguous, widen, zeros
+from .factors import UNITS, example_layers, expect_view, product_flops, unit_of, view_offsets
 from .pointer_table import (
+    ADD_PARTIAL_SUMS,
+    BLOCK,
+    FIRST_PART,
+    FIRST_TILE,
     MAX_GROUP,
-    SUM_PARTS,
+    POSITIONS,
+    SAMPLES,
     TABLE,
-    GroupEntry,
-    Part,
-    add_sums,
+    add_partial_sums,
     address,
-    aligned,
+    addresses,
     batches,
-    entry,
-    member_at,
+    entry_at,
+    fields,
     number,
+    strided,
+    strides,
 )
-from .cpu import projected_outer
-from .spec import (
-    Config,
-    Constants,
-    KernelSpec,
-    cdiv,
-    expect,
-    nbytes,
-    normal,
-    rows_contiguous,
-    runs_kernel,
-    tl,
-    triton,
-    widen,
-)
-from .update import example_parameters
+from .spec import KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
+from .update import example_param_dtype
 
-UNITS = (4, 1)  # entries that rows begin at multiples of, in factors and parameters: four are copied at once
+# The fields of a weight: addresses; I of a pixel; and in UNITs I, O, and the strides of a, g and V.
+_A, _G, _V, _CHANNELS, _INPUTS, _OUTPUTS, _A_STRIDES, _G_STRIDES, _V_STRIDES = fields(6, strides=3, after=6)
 
 
-def expect_factors(a_NGPI: Tensor, g_NGPO: Tensor) -> None:
-    """Raise ValueError unless inputs and output derivatives belong to the same samples, groups and positions."""
-    expect("g_NGPO", g_NGPO, *a_NGPI.shape[:3], g_NGPO.shape[-1])
-
-
-def expect_view(name: str, x_OKI: Tensor, a_NGPI: Tensor, g_NGPO: Tensor) -> None:
-    """Raise ValueError unless a parameter's view belongs to these factors."""
-    expect_factors(a_NGPI, g_NGPO)
-    _, pixels, inputs = x_OKI.shape
-    expect("a_NGPI", a_NGPI, *a_NGPI.shape[:3], pixels * inputs)
-    expect(name, x_OKI, g_NGPO.shape[1] * g_NGPO.shape[3], pixels, inputs)
-
-
-@custom_op("tengrad_triton::project", mutates_args=())
+@define_op(fake=lambda a, g, v, blocks, shape, *_: zeros(a[0], *shape))
 def project(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
-    """Return y_LN with y[rows[t], n] = Σ_tγp g_nγpᵀ V_γ a_nγp over the weights of a row (paper, equation 6).
+    """Return y_LN with y_n = Σ_γp g_nγpᵀ V_γ a_nγp, summed over the weights of a block (equation 6; M4).
 
-    ``v`` are parameters' strided views [O, K, I]; ``shape`` is [L, N].
+    With many positions prefer `sample_grads` once and `project_rows`: this costs 2 N P I O operations each time.
+
+    Args:
+        a: inputs [N, G, P, I] of each weight's layer.
+        g: output derivatives [N, G, P, O] of each layer.
+        v: the tensors V, as strided views [O, K, I] of the parameters' shapes.
+        blocks: the Fisher block of each weight.
+        shape: [L, N] of the result; a layer with fewer samples adds to the first ones.
+        config: the launch configuration of the kernel.
+
+    Returns:
+        y_LN, in the dtype of ``a``, but in float32 for half precision.
+
+    Raises:
+        ValueError: the shapes of a layer's tensors do not belong together.
     """
     for a_NGPI, g_NGPO, v_OKI in zip(a, g, v, strict=True):
         expect_view("v_OKI", v_OKI, a_NGPI, g_NGPO)
-    return (partial(_project, config=config) if runs_kernel(*a, *g, *v) else project_torch)(a, g, v, rows, shape)
-
-
-@project.register_fake
-def _(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
-) -> Tensor:
-    return a[0].new_empty(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
-
-
-def project_torch(a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]) -> Tensor:
-    """y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩, added up over the weights of a row."""
-    y_LN = a[0].new_zeros(shape, dtype=torch.promote_types(a[0].dtype, torch.float32))
-    y = y_LN.unbind()
-    for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
-        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
-        y[row][: len(a_NGPI)].add_(projected_outer(widen(a_NGPI), g_NGPO, v_GOI))
-    return y_LN
+    return dispatch(launch_project, cpu.project, config, a, g, v, blocks, shape)
 
 
 @triton.jit
 def _project_kernel(
-    table_ptr, like_a_ptr, like_g_ptr, like_v_ptr, part_ptr, MEMBERS, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
+    table_ptr, like_ptr, part_ptr, ENTRIES, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """part[slot, (n, p)] = Σ_o g[o] (V a)[o] over one tile of outputs, a chunk of inputs and one group of a member.
+    """part[slot, (n, p)] = Σ_o g[o] (V a)[o] over one tile of outputs, a chunk of inputs and one group of a weight.
 
-    Fields: a, g, V; first slot; row, slots, N, P, begin; CHANNELS; in UNITs INPUTS, OUTPUTS, the strides of a and g but
-    the last, and those of V. Where UNIT is not 1, V is a matrix with contiguous rows.
+    Where UNIT is not 1, V is a matrix with contiguous rows.
     """
-    tile = tl.program_id(0)
-    member = member_at(table_ptr + 3 * MEMBERS, tile, MEMBERS, BLOCK_T)
-    N, P = number(table_ptr, 6, member, MEMBERS), number(table_ptr, 7, member, MEMBERS)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    N, P = number(table_ptr, SAMPLES, entry, ENTRIES), number(table_ptr, POSITIONS, entry, ENTRIES)
     if tl.program_id(1) * BLOCK_R < N * P:
-        slot = tile - number(table_ptr, 3, member, MEMBERS)
-        CHANNELS = number(table_ptr, 9, member, MEMBERS)
-        INPUTS = number(table_ptr, 10, member, MEMBERS) * UNIT
-        OUTPUTS = number(table_ptr, 11, member, MEMBERS) * UNIT
+        slot = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
+        CHANNELS = number(table_ptr, _CHANNELS, entry, ENTRIES)
+        INPUTS = number(table_ptr, _INPUTS, entry, ENTRIES) * UNIT
+        OUTPUTS = number(table_ptr, _OUTPUTS, entry, ENTRIES) * UNIT
         tiles = tl.cdiv(OUTPUTS, BLOCK_O)
         chunks = tl.cdiv(INPUTS, CHUNK)
         o = slot % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
         chunk = slot // tiles % chunks
         group = slot // tiles // chunks
-        rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        inside = rows < N * P
-        a_ptr = address(table_ptr, 0, member, MEMBERS, like_a_ptr, UNIT)
-        g_ptr = address(table_ptr, 1, member, MEMBERS, like_g_ptr, UNIT)
-        v_ptr = address(table_ptr, 2, member, MEMBERS, like_v_ptr, UNIT)
-        a_ptr += entry(table_ptr, 12, member, MEMBERS, rows // P, group, rows % P)[:, None] * UNIT
-        g_ptr += entry(table_ptr, 15, member, MEMBERS, rows // P, group, rows % P)[:, None] * UNIT
+        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = r < N * P
+        a_ptr = address(table_ptr, _A, entry, ENTRIES, like_ptr, UNIT)
+        g_ptr = address(table_ptr, _G, entry, ENTRIES, like_ptr, UNIT)
+        v_ptr = address(table_ptr, _V, entry, ENTRIES, like_ptr, UNIT)
+        a_ptr += strided(table_ptr, _A_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
+        g_ptr += strided(table_ptr, _G_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
         total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
         for start in range(0, CHUNK, BLOCK_I):
             i = chunk * CHUNK + start + tl.arange(0, BLOCK_I)
             a = tl.load(a_ptr + i[None, :], mask=inside[:, None] & (i < INPUTS)[None, :], other=0.0)
-            v_at = matrix_entries(table_ptr, 18, member, MEMBERS, group * OUTPUTS + o, i, CHANNELS, UNIT)
+            v_at = view_offsets(table_ptr, _V_STRIDES, entry, ENTRIES, group * OUTPUTS + o, i, CHANNELS, UNIT)
             v = tl.load(v_ptr + v_at, mask=(o < OUTPUTS)[:, None] & (i < INPUTS)[None, :], other=0.0)
             total = tl.dot(a, tl.trans(v), total, input_precision="ieee")
         g = tl.load(g_ptr + o[None, :], mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0.0)
-        begin = tl.load(table_ptr + 8 * MEMBERS + member) + slot.to(tl.int64) * (N * P)
-        tl.store(part_ptr + begin + rows, tl.sum(total * g, 1), mask=inside)
+        first = tl.load(table_ptr + ENTRIES * FIRST_PART + entry) + slot.to(tl.int64) * (N * P)
+        tl.store(part_ptr + first + r, tl.sum(total * g, 1), mask=inside)
 
 
-@triton.jit
-def matrix_entries(table_ptr, field, member, MEMBERS, o, i, CHANNELS, UNIT: tl.constexpr):
-    """Where the entries [o, i] of a parameter-shaped tensor lie."""
-    if UNIT == 1:
-        at = entry(table_ptr, field, member, MEMBERS, o[:, None], i[None, :] // CHANNELS, i[None, :] % CHANNELS)
-    else:
-        at = o.to(tl.int64)[:, None] * (tl.load(table_ptr + field * MEMBERS + member) * UNIT) + i[None, :]
-    return at
-
-
-_TILES: dict[str, tuple[Constants, int, int]] = {  # with warps and stages
-    "default": ({"BLOCK_R": 64, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": 512}, 4, 3),
-    "small": ({"BLOCK_R": 32, "BLOCK_O": 32, "BLOCK_I": 64, "CHUNK": 256}, 4, 3),  # few samples, or a small layer alone
-    "large": ({"BLOCK_R": 128, "BLOCK_O": 64, "BLOCK_I": 32, "CHUNK": 512}, 8, 2),  # 128 samples read V once
+_TILINGS = {
+    "default": tiling(BLOCK_R=64, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=4, num_stages=3),
+    # For few samples, or for a small layer alone.
+    "small": tiling(BLOCK_R=32, BLOCK_O=32, BLOCK_I=64, CHUNK=256, num_warps=4, num_stages=3),
+    # 128 samples read V once.
+    "large": tiling(BLOCK_R=128, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=8, num_stages=2),
 }
-_PROJECT = {
-    (tile, unit): Config(
+_CONFIGS = {
+    unit: configs_of(
+        _TILINGS,
+        {"UNIT": unit, "BLOCK_T": MAX_GROUP},
         kernel=_project_kernel,
-        types="*i64 *fp32 *fp32 *fp32 *fp32 i32",
-        constants={"UNIT": unit, "BLOCK_T": MAX_GROUP, **constants},
-        unaligned=("MEMBERS",),
-        num_warps=num_warps,
-        num_stages=num_stages,
+        types="*i64 *fp32 *fp32 i32",
+        unaligned=("ENTRIES",),
         async_copies=unit > 1,
-        name=tile,
     )
-    for tile, (constants, num_warps, num_stages) in _TILES.items()
     for unit in UNITS
 }
+PROJECT_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE)
 
 
-def unit_of(a_NGPI: Tensor, g_NGPO: Tensor, *views: Tensor) -> int:
-    """Return what factors are aligned to, and parameters' views too if these are matrices with contiguous rows."""
-    unit = next(unit for unit in UNITS if aligned(a_NGPI, unit) and aligned(g_NGPO, unit))
-    dense = all(
-        x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) and x.stride(0) % unit == 0
-        and x.storage_offset() % unit == 0
-        for x in views
-    )  # fmt: skip
-    return unit if dense else 1
-
-
-def in_units(unit: int, *entries: int) -> list[int]:
-    """Return sizes and distances in units of so many entries."""
-    return [count // unit for count in entries]
-
-
-def _project(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int], config: str = "default"
+def launch_project(
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
-    a, g = ([rows_contiguous(widen(x)) for x in factors] for factors in (a, g))
-    y_LN = torch.zeros(shape, dtype=torch.float32, device=a[0].device)
-    keys = [(v_OKI.dtype, unit_of(*factors, v_OKI)) for *factors, v_OKI in zip(a, g, v, strict=True)]
-    for (_, unit), alike in batches(keys, order=rows):
-        launch, members, parts = _PROJECT[config, unit], [], []
-        for row, a_NGPI, g_NGPO, v_OKI in ((rows[t], a[t], g[t], v[t]) for t in alike):
-            n, groups, positions, inputs = a_NGPI.shape
-            outputs = g_NGPO.shape[3]
-            slots = groups * cdiv(outputs, launch.block("O")) * cdiv(inputs, int(launch.constants["CHUNK"]))
-            strides = (*a_NGPI.stride()[:3], *g_NGPO.stride()[:3], *v_OKI.stride())
-            sizes = (v_OKI.shape[2], *in_units(unit, inputs, outputs, *strides))
-            members.append(GroupEntry((a_NGPI, g_NGPO, v_OKI), sizes, slots))
-            parts.append(Part(row, slots, n, positions))
-        add_sums(launch, members, parts, members[0].tensors, y_LN)
+    """Launch the kernels of `project`."""
+    a, g = ([last_contiguous(widen(x)) for x in factors] for factors in (a, g))
+    v = [widen(v_OKI) for v_OKI in v]
+    y_LN = zeros(a[0], *shape)
+    units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
+    for unit, members in batches(units, order=blocks):
+        launch = _CONFIGS[unit][config]
+        a_, g_, v_ = ([x[t] for t in members] for x in (a, g, v))
+        sizes = [(*a_NGPI.shape, g_NGPO.shape[3]) for a_NGPI, g_NGPO in zip(a_, g_, strict=True)]
+        slots = [
+            groups * cdiv(outputs, launch.block("O")) * cdiv(inputs, int(launch.constants["CHUNK"]))
+            for _, groups, _, inputs, outputs in sizes
+        ]
+        columns = {
+            BLOCK: [blocks[t] for t in members],
+            SAMPLES: [n for n, *_ in sizes],
+            POSITIONS: [positions for _, _, positions, *_ in sizes],
+            _A: addresses(a_),
+            _G: addresses(g_),
+            _V: addresses(v_),
+            _CHANNELS: [v_OKI.shape[2] for v_OKI in v_],
+            _INPUTS: [inputs // unit for *_, inputs, _ in sizes],
+            _OUTPUTS: [outputs // unit for *_, outputs in sizes],
+            **strides(_A_STRIDES, a_, unit),
+            **strides(_G_STRIDES, g_, unit),
+            **strides(_V_STRIDES, v_, unit),
+        }
+        add_partial_sums(launch, slots, columns, a_[:1], y_LN)
     return y_LN
 
 
-def factors(dtype: torch.dtype, device: torch.device, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return example factors of a layer for (N, G, P, I, O)."""
-    n, groups, p, inputs, outputs = shape
-    a_NGPI = normal(n, groups, p, inputs, dtype=dtype, device=device)
-    return a_NGPI, normal(n, groups, p, outputs, dtype=dtype, device=device, seed=1)
-
-
-# (N, G, P, I, O) and the kernel's pixels of some layers: aligned, unaligned, with groups and positions.
-EXAMPLE_SHAPES = (((150, 1, 1, 532, 72), 1), ((150, 1, 1, 30, 9), 1), ((101, 2, 7, 9 * 10, 70), 9))
-
-
-def example_layers(dtype: torch.dtype, device: torch.device) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Return (a, g), and (parameters, momenta, gradients), of some layers."""
-    layers = [factors(dtype, device, shape) for shape, _ in EXAMPLE_SHAPES]
-    views = [
-        example_parameters(groups * outputs, pixels, inputs // pixels, device)
-        for (_, groups, _, inputs, outputs), pixels in EXAMPLE_SHAPES
-    ]
-    return [list(x) for x in zip(*layers, strict=True)], [list(x) for x in zip(*views, strict=True)]
-
-
-def _project_example(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-    layers, views = example_layers(dtype, device)
+def _example(dtype: torch.dtype, device: torch.device, half: bool) -> tuple[object, ...]:
+    layers, views = example_layers(dtype, device, example_param_dtype(dtype, half))
     return *layers, views[2], [1, 1, 0], [2, 150]
-
-
-def product_flops(a: Sequence[Tensor], g: Sequence[Tensor]) -> int:
-    """Return the cost of one product with J."""
-    return sum(2 * a_NGPI.numel() * g_NGPO.shape[3] for a_NGPI, g_NGPO in zip(a, g, strict=True))
 
 
 SPECS = (
     KernelSpec(
         name="project",
-        triton_impl=_project,
-        torch_impl=project_torch,
-        examples={"three layers": _project_example},
+        triton_impl=launch_project,
+        torch_impl=cpu.project,
+        reference=reference.project,
+        examples={
+            "three layers": partial(_example, half=False),
+            "half-precision parameters": partial(_example, half=True),
+        },
         flops=lambda a, g, *_: product_flops(a, g),
-        bytes=lambda a, g, v, rows, shape: nbytes(*a, *g, *v) + 4 * shape[0] * shape[1],
-        configs=(*_PROJECT.values(), SUM_PARTS[3], TABLE),
+        bytes=lambda a, g, v, blocks, shape: nbytes(*a, *g, *v) + 4 * shape[0] * shape[1],
+        configs=PROJECT_CONFIGS,
     ),
 )
