@@ -157,10 +157,10 @@ def launch_expand_update_(
         ((param.dtype, momentum.dtype, grad.dtype), unit_of(a_NGPI, g_NGPO, param, momentum, grad))
         for param, momentum, grad, a_NGPI, g_NGPO in zip(params, momenta, grads, a, g, strict=True)
     ]
-    for (_, unit), members in batches(keys):
+    for (_, unit), indices in batches(keys):
         launch = _CONFIGS[unit, nesterov][config]
         params_, momenta_, grads_, a_, g_, w_, dampings_, settings_ = (
-            [x[t] for t in members] for x in (params, momenta, grads, a, g, w, dampings, settings)
+            [x[t] for t in indices] for x in (params, momenta, grads, a, g, w, dampings, settings)
         )
         sizes, (tile_o, tile_i) = sizes_of(a_, g_), (launch.block("O"), launch.block("I"))
         tiles = [size.groups * cdiv(size.outputs, tile_o) * cdiv(size.inputs, tile_i) for size in sizes]

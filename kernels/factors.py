@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """What the ops on factored per-sample gradients share: shape checks, alignment, and examples.
 
-A layer's factors are a_NGPI, what each position sees of the input, and g_NGPO, the derivative of the loss with respect
-to each position's output: J_n = Σ_p g_np a_npᵀ in every group (docs/math.md, M1).
+A layer's factors are a_NGPI, the input of each position, and g_NGPO, the derivative of the loss with respect to the
+output of each position: J_n = Σ_p g_np a_npᵀ in every group (docs/math.md, M1).
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; in a parameter's view O outputs of all
 groups, K kernel pixels and I inputs of a pixel.

@@ -142,13 +142,13 @@ def launch_project(
     v = [widen(v_OKI) for v_OKI in v]
     y_LN = zeros(a[0], *shape)
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
-    for unit, members in batches(units, order=blocks):
+    for unit, indices in batches(units, order=blocks):
         launch = _CONFIGS[unit][config]
-        a_, g_, v_ = ([x[t] for t in members] for x in (a, g, v))
+        a_, g_, v_ = ([x[t] for t in indices] for x in (a, g, v))
         sizes, chunk = sizes_of(a_, g_), int(launch.constants["CHUNK"])
         slots = [size.groups * cdiv(size.outputs, launch.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
         columns = {
-            BLOCK: [blocks[t] for t in members],
+            BLOCK: [blocks[t] for t in indices],
             SAMPLES: [size.samples for size in sizes],
             POSITIONS: [size.positions for size in sizes],
             _A: addresses(a_),

@@ -10,13 +10,13 @@ from collections import deque
 
 import pytest
 import torch
-from tengrad_triton.kernels import SPECS
+from tengrad_triton.backend import kernels_of
 
 from perf.launches import Repeated
 from perf.rivals import rivals
 from perf.sizes import sized
 from perf.timing import spread
-from tengrad_triton.backend import kernels_of
+from tengrad_triton.kernels import SPECS
 
 
 def pytest_generate_tests(metafunc):

@@ -1,6 +1,6 @@
-"""Every shipped configuration compiled for GPUs that need not be there, and every op traced as on one of them.
+"""Compile every launch configuration for several GPUs, and trace every op on CUDA tensors; no GPU is needed.
 
-As a program this file traces the ops, in a process of its own, because it puts a stand-in for Triton's driver.
+As a program this file traces the ops; a process of its own does that, because it replaces Triton's driver.
 """
 
 import contextlib
