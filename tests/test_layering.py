@@ -15,7 +15,8 @@ ORDER = [
     *("kernels", "likelihoods", "profiling", "layers", "capture", "curvature", "tuning", "optim", "compiled"),
     *("baselines", "recipes"),
 ]
-NEVER = {"baselines": {"tuning", "compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
+NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
+OF_TENGRAD = {"tengrad", "woodbury", "jacobian", "refresh", "step_access"}  # what no baseline may know
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})
 LAYER_TYPES = {"Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "BatchNorm2d", "LayerNorm", "LSTM"}
@@ -55,6 +56,11 @@ def test_files_import_only_what_stands_before_them(path):
 
 def test_a_package_is_a_line_in_the_order():
     assert {part_of(path) for path in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("baselines/*.py")), ids=name_of)
+def test_baselines_know_nothing_of_tengrad(path):
+    assert not OF_TENGRAD & {part for name in imported(path) for part in name.split(".")[2:3]}
 
 
 def modules_imported(path):
