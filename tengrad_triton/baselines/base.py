@@ -19,7 +19,7 @@ from tengrad_triton.baselines.curvature import (
     unpack_curvature,
 )
 from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch, layer_batches
-from tengrad_triton.baselines.settings import Common, FisherOptions, complete
+from tengrad_triton.baselines.settings import Common, FisherOptions, with_defaults
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import gather
@@ -60,7 +60,7 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
         fisher: FisherOptions,
         **common: Unpack[Common],
     ) -> None:
-        settings = complete(type(self).__name__, common)
+        settings = with_defaults(type(self).__name__, common)
         unsupported, seed = settings.pop("unsupported"), settings.pop("seed")
         self._fisher = fisher
         self._compiled_step_: Callable[..., None] | None = None
@@ -87,9 +87,9 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
     def _check_group(self, group: Mapping[str, Any], rule: Schedule | LevenbergMarquardt | None) -> None:
         name = type(self).__name__
         if isinstance(rule, LevenbergMarquardt):
-            raise ValueError(f"damping must be a number or a function of the step for {name}; 'lm' is TENGraD's alone")
+            raise ValueError(f"damping must be a number or a function of the step for {name}; only TENGraD takes 'lm'")
         if "spring" in group:
-            raise ValueError(f"spring is TENGraD's alone: {name} has momentum")
+            raise ValueError(f"{name} has no spring, which is a setting of TENGraD: use momentum")
 
     def compile_step(self, *, mode: str | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile what every step does, the directions and the update, as one graph.

@@ -15,7 +15,7 @@ from typing_extensions import Unpack, override
 
 from tengrad_triton.baselines.curvature import Curvature
 from tengrad_triton.baselines.factors import chunks
-from tengrad_triton.baselines.fisher_factors import Factors, FisherFactorOptimizer
+from tengrad_triton.baselines.fisher_factors import BothSides, FisherFactorOptimizer
 from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch
 from tengrad_triton.baselines.linalg import by_size, eigenbasis
 from tengrad_triton.baselines.settings import FactorSettings, document
@@ -28,8 +28,8 @@ class EkfacState:
     """The running factors of a layer, their eigenvectors, and the second moments in that basis.
 
     Attributes:
-        a_GII: A.
-        g_GOO: Γ.
+        a_GII: the running A.
+        g_GOO: the running Γ.
         basis_a_GII: U_A, the eigenvectors of A as columns.
         basis_g_GOO: U_Γ, the eigenvectors of Γ as columns.
         scale_GOI: S, the second moments.
@@ -67,9 +67,10 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
         {model}
         damping: α > 0, or a function of the step; 0.03 by default. It is read when the second moments are measured.
         {common}
-        refresh_every: steps from one eigendecomposition of the factors to the next, or a function of the step.
-        rescale_every: steps from one measurement of the second moments to the next. A new basis starts their mean anew;
-            in one basis they keep ``stat_decay`` of their past.
+        refresh_every: steps from one eigendecomposition of the factors to the next, or a function of the step; 100 by
+            default.
+        rescale_every: steps from one measurement of the second moments to the next; 20 by default. In one basis they
+            keep ``stat_decay`` of their past at each measurement; a new basis starts them anew.
         {factors}
     """
 
@@ -115,17 +116,17 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
 
     def _factors(
         self, batches: Sequence[LayerBatch], previous: Mapping[KroneckerLayer, EkfacState], new_basis: bool
-    ) -> tuple[Factors, int]:
-        """Return the running factors, and how many batches they have taken in: these batches only where that is due."""
+    ) -> tuple[BothSides, int]:
+        """Return the running A and Γ, and how many batches they have taken in; this step's batch only where it is due."""
         before = self._curvature
         if before is None or new_basis or self._factors_are_due():
             return self._running_factors(batches, previous)
         return {layer: (state.a_GII, state.g_GOO) for layer, state in previous.items()}, before.batches
 
     def _bases(
-        self, factors: Factors, previous: Mapping[KroneckerLayer, EkfacState], new_basis: bool
-    ) -> tuple[Factors, Tensor]:  # fmt: skip
-        """Return U_A and U_Γ of every layer, and how many factors had none."""
+        self, factors: BothSides, previous: Mapping[KroneckerLayer, EkfacState], new_basis: bool
+    ) -> tuple[BothSides, Tensor]:  # fmt: skip
+        """Return U_A and U_Γ of every layer, and how many factorizations failed."""
         if not new_basis:
             kept = {layer: (state.basis_a_GII, state.basis_g_GOO) for layer, state in previous.items()}
             return kept, torch.zeros((), dtype=torch.long)

@@ -20,8 +20,8 @@ from tengrad_triton.baselines.settings import Common, check_running_factors, fis
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.likelihoods import Fisher, Likelihood
 
-Factors = dict[KroneckerLayer, tuple[Tensor, Tensor]]
-"""The running factors a_GII and g_GOO of every layer."""
+BothSides = dict[KroneckerLayer, tuple[Tensor, Tensor]]
+"""A matrix of the input side [G, I, I] and one of the output side [G, O, O], for every layer."""
 
 
 class FactorState(LayerState, Protocol):
@@ -93,8 +93,8 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
 
     def _running_factors(
         self, batches: Sequence[LayerBatch], previous: Mapping[KroneckerLayer, F]
-    ) -> tuple[Factors, int]:
-        """Return the running factors with one more batch taken in, and how many they have taken in."""
+    ) -> tuple[BothSides, int]:
+        """Return the running A and Γ with this step's batch taken in, and how many batches they have taken in."""
         count = 1 if self._curvature is None else self._curvature.batches + 1
         weight = 1 - min(1 - 1 / count, self._stat_decay)
         running = {}

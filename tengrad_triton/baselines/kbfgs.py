@@ -37,8 +37,9 @@ class KBFGS(QuasiNewton[DenseInverse]):
         damping: α > 0, or a function of the step; 0.03 by default. √α is added to A, and min(√α, 1) bounds sᵀ y / sᵀ s
             from below.
         {common}
-        refresh_every: steps from one update of the inverses to the next, or a function of the step; 1 in the paper.
-        stat_decay: the share of their past that the running A, s and y keep at an update, in [0, 1).
+        refresh_every: steps from one update of the inverses to the next, or a function of the step; 1 by default and
+            in the paper.
+        stat_decay: the share of their past that the running A, s and y keep at an update, in [0, 1); 0.9 by default.
     """
 
     state_key = "kbfgs"
@@ -64,9 +65,10 @@ class KBFGSL(QuasiNewton[LimitedMemoryInverse]):
         {model}
         damping: α > 0, or a function of the step, as in `KBFGS`; 0.03 by default.
         {common}
-        refresh_every: steps from one update of the inverses to the next, or a function of the step; 1 in the paper.
-        stat_decay: the share of their past that the running A, s and y keep at an update, in [0, 1).
-        memory: how many pairs are kept, at least 1.
+        refresh_every: steps from one update of the inverses to the next, or a function of the step; 1 by default and
+            in the paper.
+        stat_decay: the share of their past that the running A, s and y keep at an update, in [0, 1); 0.9 by default.
+        memory: how many pairs are kept, at least 1; 100 by default.
     """
 
     state_key = "kbfgsl"

@@ -24,8 +24,8 @@ class KfacState:
     """The running factors of a layer, and the damped inverses that its steps use.
 
     Attributes:
-        a_GII: A.
-        g_GOO: Γ.
+        a_GII: the running A.
+        g_GOO: the running Γ.
         inverse_a_GII: (A + π √α I)⁻¹ as of the last inversion.
         inverse_g_GOO: (Γ + √α / π I)⁻¹ as of the last inversion.
     """
@@ -59,7 +59,7 @@ class KFAC(FisherFactorOptimizer[KfacState]):
         damping: α > 0, or a function of the step; 0.03 by default. It is split over the two factors by
             π² = (tr A / I) / (tr Γ / O), and read when they are inverted.
         {common}
-        refresh_every: steps from one inversion of the factors to the next, or a function of the step.
+        refresh_every: steps from one inversion of the factors to the next, or a function of the step; 100 by default.
         {factors}
     """
 

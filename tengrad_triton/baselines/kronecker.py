@@ -81,10 +81,10 @@ class LayerBatch:
 
 
 def layer_batches(contributions: Contributions, known: Sequence[KroneckerLayer]) -> list[LayerBatch]:
-    """Return every layer that has Kronecker factors, with what it is given.
+    """Return every layer that has Kronecker factors, with what the calls of a step contribute to it.
 
-    These are the weights to which all calls contribute `OuterProducts`, of equal sizes. Each takes the bias that is
-    named after it, if `_bias_of` confirms that the two belong together.
+    A weight has Kronecker factors if all its calls contribute `OuterProducts` of one size. The bias that is named after
+    it joins it if `_bias_of` confirms that the two belong together.
 
     Args:
         contributions: of one step.

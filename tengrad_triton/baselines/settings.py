@@ -69,18 +69,18 @@ decoupled_weight_decay: shrink θ by 1 − lr λ instead; {DEFAULTS["decoupled_w
 maximize: ascend; {DEFAULTS["maximize"]} by default.
 unsupported: what happens to parameters without Kronecker factors: ``"sgd"`` (the default) gives them the plain SGD
     step, with one warning; ``"error"`` raises `ValueError`, at construction or at the first refresh.
-seed: of the generator that draws labels; torch's initial seed by default.
+seed: of the generator that draws labels, where any are drawn; torch's initial seed by default.
 """
 _FACTORS = """
 factors_every: steps from one batch that the running factors take in to the next; None for those of
-    ``refresh_every`` only.
-stat_decay: the share of their past that the running factors keep when they take in a batch, in [0, 1). When they
-    take in the k-th batch it is 1 − 1/k at most, so that the first batches count alike.
+    ``refresh_every`` (the default).
+stat_decay: the share of their past that the running factors keep when they take in a batch, in [0, 1); 0.95 by
+    default. When they take in the k-th batch it is 1 − 1/k at most, so that the first batches count alike.
 kl_clip: κ > 0, in units of the loss: all preconditioned gradients d are scaled down by one factor where
-    Σ lr² ⟨d, ∇L⟩ would exceed it. None for no bound.
-fisher: ``"sampled"``, ``"exact"`` or ``"empirical"``, as in `TENGraD`.
-likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"`` or an object, as in `TENGraD`.
-fisher_samples: labels drawn for each sample.
+    Σ lr² ⟨d, ∇L⟩ would exceed it; 1e-3 by default, None for no bound.
+fisher: ``"sampled"`` (the default), ``"exact"`` or ``"empirical"``, as in `TENGraD`.
+likelihood: ``"categorical"`` (the default), ``"gaussian"``, ``"bernoulli"`` or an object, as in `TENGraD`.
+fisher_samples: labels drawn for each sample; 1 by default.
 """
 _RAISES = """
 Raises:
@@ -100,8 +100,12 @@ def document(cls: T) -> T:
     return cls
 
 
-def complete(optimizer: str, common: Common) -> dict[str, Any]:
-    """Return the common settings of a baseline, with defaults in place of those that are not given.
+def with_defaults(optimizer: str, common: Common) -> dict[str, Any]:
+    """Return all common settings of a baseline, those that are given and defaults for the rest.
+
+    Args:
+        optimizer: the name of its class, for the error message.
+        common: those that are given.
 
     Raises:
         TypeError: there is no such setting.
@@ -120,7 +124,7 @@ def complete(optimizer: str, common: Common) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """With respect to which labels the derivatives are taken; `TENGraD` says what each choice means.
+    """Which derivatives the factors are made of; `TENGraD` says what each choice means.
 
     Attributes:
         fisher: the kind of the Fisher matrix.
