@@ -63,7 +63,7 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
         settings = with_defaults(type(self).__name__, common)
         unsupported, seed = settings.pop("unsupported"), settings.pop("seed")
         self._fisher = fisher
-        self._compiled_step_: Callable[..., None] | None = None
+        self._compiled_step: Callable[..., None] | None = None
         defaults = {"lr": lr, **settings}
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
 
@@ -100,16 +100,16 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
             mode: as of `torch.compile`.
             backend: as of `torch.compile`.
         """
-        self._compiled_step_ = torch.compile(step_, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+        self._compiled_step = torch.compile(step_, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
-    def _move(self, curvature: Curvature[S], targets: Sequence[Target], kl_clip: float | None) -> None:
+    def _update_targets(self, curvature: Curvature[S], targets: Sequence[Target], kl_clip: float | None) -> None:
         """Update the targets along their preconditioned gradients."""
         layers = list(curvature.layers.items())
-        if self._compiled_step_ is None:
+        if self._compiled_step is None:
             step_(layers, targets, kl_clip)
         else:
-            with phase("solve"):  # a compiled graph has no phases within
-                self._compiled_step_(layers, targets, kl_clip)
+            with phase("solve"):  # compiled code shows no phases of its own
+                self._compiled_step(layers, targets, kl_clip)
 
     def _gather(self) -> list[LayerBatch]:
         """Return what the batches since the last step contribute to the layers that this optimizer preconditions.

@@ -117,7 +117,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
     def _factors(
         self, batches: Sequence[LayerBatch], previous: Mapping[KroneckerLayer, EkfacState], new_basis: bool
     ) -> tuple[BothSides, int]:
-        """Return the running A and Γ, and how many batches they have taken in; this step's batch only where it is due."""
+        """Return the running A and Γ, with this step's batch where that is due, and how many they have taken in."""
         before = self._curvature
         if before is None or new_basis or self._factors_are_due():
             return self._running_factors(batches, previous)
@@ -129,7 +129,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
         """Return U_A and U_Γ of every layer, and how many factorizations failed."""
         if not new_basis:
             kept = {layer: (state.basis_a_GII, state.basis_g_GOO) for layer, state in previous.items()}
-            return kept, torch.zeros((), dtype=torch.long)
+            return kept, torch.zeros((), dtype=torch.long, device=self._generator.device)
         found, failures = by_size(eigenbasis, [factor for pair in factors.values() for factor in pair])
         return dict(zip(factors, zip(found[::2], found[1::2], strict=True), strict=True)), failures
 

@@ -80,7 +80,7 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed()
-        self._move(curvature, targets, self._kl_clip)
+        self._update_targets(curvature, targets, self._kl_clip)
         return curvature, age
 
     def _inversion_is_due(self) -> bool:

@@ -102,7 +102,7 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
 
     @override
     def _supports(self, layer: KroneckerLayer) -> bool:
-        # In a transposed convolution (as torch calls it) a are derivatives, and no output is made of their mean.
+        # `transposed` is torch's attribute of transposed convolutions, whose a are derivatives and make no output.
         return not getattr(self._params_of(layer).layer, "transposed", False)
 
     @override
@@ -124,11 +124,11 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
     ) -> tuple[Curvature[KbfgsState[H]], int]:
         curvature = self._curvature
         if curvature is not None and not self._refresh_is_due():
-            self._move(curvature, targets, None)
+            self._update_targets(curvature, targets, None)
             return curvature, self._age
         assert closure is not None  # `_why_closure` has asked for it
         curvature, before = self._with_input_factors()
-        self._move(curvature, targets, None)
+        self._update_targets(curvature, targets, None)
         self._capture.forget()
         with torch.enable_grad():
             closure()
