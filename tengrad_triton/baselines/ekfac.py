@@ -148,7 +148,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
 def second_moments(batch: LayerBatch, basis_a_GII: Tensor, basis_g_GOO: Tensor) -> Tensor:
     """Return s_GOI = Σ_n (U_Γᵀ J_n U_A)² / N, entry by entry, with J_n of weight and bias together.
 
-    Source: George et al. 2018, section 3.
+    Source: George et al. 2018.
     """
     samples, total_GOI = 0, torch.zeros(())
     single = all(call.g_NGPO.shape[2] == 1 for call in batch.calls)

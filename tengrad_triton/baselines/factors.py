@@ -38,7 +38,7 @@ def input_factor(batch: LayerBatch) -> Tensor:
 def output_factor(batch: LayerBatch) -> Tensor:
     """Return g_GOO, Γ = Σ_np g_np g_npᵀ / R: a mean over samples and positions.
 
-    Source: Grosse and Martens 2016, equation 32.
+    Source: Grosse and Martens 2016.
     """
     return torch.stack([_sum_of_squares(call.g_NGPO) for call in batch.calls]).sum(0) / _positions(batch)
 
