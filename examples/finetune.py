@@ -18,7 +18,7 @@ from examples import gpt, guide
 from examples.race import Runner, best_of, race
 from examples.text import batch, code, prose
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.recipes.page import block, bullets
+from tengrad_triton.recipes.reports.run_page import block, bullets
 
 SETTINGS: dict[str, Any] = {"damping": 0.03}
 PRETRAINING_LR = 3e-3

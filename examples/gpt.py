@@ -24,7 +24,7 @@ from examples.race import Runner, best_of, race
 from examples.text import VOCABULARY, Text, batch, prose
 from examples.transformer import GPT
 from tengrad_triton import Categorical, TENGraD
-from tengrad_triton.recipes.page import block, bullets
+from tengrad_triton.recipes.reports.run_page import block, bullets
 
 SAMPLES, LENGTH = 64, 32
 SIZES: Mapping[str, int] = {"features": 64, "heads": 4, "blocks": 2}

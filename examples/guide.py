@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.race import Runner, best_of
-from tengrad_triton.recipes.figures import MARKERS, STYLES
-from tengrad_triton.recipes.machine import describe
-from tengrad_triton.recipes.page import block, machine, table
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.measuring.machine import describe
+from tengrad_triton.recipes.reports.run_figures import MARKERS, STYLES
+from tengrad_triton.recipes.reports.run_page import block, machine, table
+from tengrad_triton.recipes.training.run_folder import replacing
 
 GENERATED = "<!-- Written by `{command}`: changes by hand are lost. -->"
 CLOCK = (

@@ -25,7 +25,7 @@ from examples import guide
 from examples.laplacian import JetNetwork
 from examples.race import Runner, best_of, race
 from tengrad_triton import TENGraD
-from tengrad_triton.recipes.page import block, bullets
+from tengrad_triton.recipes.reports.run_page import block, bullets
 
 WIDTHS = (2, 32, 32, 1)
 INSIDE, BOUNDARY = 400, 100  # points of a step

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from examples import guide
 from tengrad_triton import TENGraD, kernels
-from tengrad_triton.recipes.figures import STYLES
-from tengrad_triton.recipes.page import bullets, table
+from tengrad_triton.recipes.reports.run_figures import STYLES
+from tengrad_triton.recipes.reports.run_page import bullets, table
 
 SAMPLES, INPUTS = 8, 32
 SHARES = (0.25, 0.5, 0.95)  # of the largest learning rate that the theorem allows

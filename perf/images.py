@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from tengrad_triton.recipes.splits import Data, Normalizer, Part, Split
+from tengrad_triton.recipes.data.images import Data, Normalizer, Part, Split
 
 
 def load(folder: Path, limit: int | None) -> Data:

@@ -16,7 +16,7 @@ from torch import nn
 from perf.loops import Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS
 from perf.record import KEEP_PAGES
-from tengrad_triton.recipes.peak import peak_pages
+from tengrad_triton.recipes.training.peak_memory import peak_pages
 from tengrad_triton.tuning.plan import MAX_BYTES
 
 STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet

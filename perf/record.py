@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tengrad_triton.recipes.machine import describe
+from tengrad_triton.recipes.measuring.machine import describe
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf" / "results"

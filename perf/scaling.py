@@ -12,7 +12,7 @@ from perf.loops import sgd, tengrad, timed_step
 from perf.models import Model, convolutions
 from perf.optimizers import optimizer_seconds, parts_timer
 from perf.timing import interleaved
-from tengrad_triton.recipes.fit import exponent
+from tengrad_triton.recipes.measuring.power_law import exponent
 
 Quantity = Literal["samples", "width", "depth"]
 QUANTITIES: tuple[Quantity, ...] = ("samples", "width", "depth")

@@ -19,8 +19,8 @@ from perf.models import CLASSES
 from perf.record import Suite
 from perf.timing import now
 from tengrad_triton import TENGraD
+from tengrad_triton.recipes.data.images import Data
 from tengrad_triton.recipes.models import conv_3c1f
-from tengrad_triton.recipes.splits import Data
 
 BATCH, EVALUATION_BATCH = 128, 1000
 

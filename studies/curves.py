@@ -14,8 +14,8 @@ from studies.optimizers import BUILDERS, FACTORS
 from studies.problems import PROBLEMS
 from studies.results import Curve, Results
 from studies.runs import SEEDS
-from tengrad_triton.recipes.figures import STYLES
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.reports.run_figures import STYLES
+from tengrad_triton.recipes.training.run_folder import replacing
 
 RATES = sorted({factor for factors in FACTORS.values() for factor in factors})
 COLOR = dict(zip(BUILDERS, STYLES, strict=False))

@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from studies import curves, page, runs, timing
 from studies.problems import PROBLEMS
 from studies.results import Results
-from tengrad_triton.recipes.machine import describe
+from tengrad_triton.recipes.measuring.machine import describe
 
 ROOT = Path(__file__).parent
 ProblemName = Literal["mlp", "3c1f", "resnet", "vit", "pinn"]

@@ -12,7 +12,7 @@ from studies.problems import PROBLEMS
 from studies.results import Curve, Results
 from studies.runs import ABLATIONS, SEEDS
 from tengrad_triton import TENGraD
-from tengrad_triton.recipes.page import table
+from tengrad_triton.recipes.reports.run_page import table
 
 GENERATED = "<!-- Written by `python -m studies.defaults`: changes by hand are lost. -->"
 SETTINGS = (

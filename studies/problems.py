@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from tengrad_triton.recipes import data as datasets
+from tengrad_triton.recipes.data import registry as datasets
+from tengrad_triton.recipes.data.images import Data
 from tengrad_triton.recipes.models import conv_3c1f, mlp
-from tengrad_triton.recipes.splits import Data
 
 BATCH, EVALUATION_BATCH = 128, 1000
 FASHION, CIFAR = (1, 28, 28), (3, 32, 32)

@@ -15,7 +15,7 @@ from torch import nn
 
 from studies.optimizers import BUILDERS, DEFAULT_LR, FACTORS, close
 from studies.problems import PROBLEMS, Task
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.training.run_folder import replacing
 
 POINTS = 8  # evaluations in a run
 SEEDS = (0, 1, 2)

@@ -13,9 +13,9 @@ import torch
 from test_data import write_folder
 from test_train import assert_same
 
-from tengrad_triton.recipes import train
-from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.training import loop as train
+from tengrad_triton.recipes.training.settings import Settings
 
 NAMES = Settings().optimizer
 SMALL = ["--device", "cpu", "--threads", "1", "--width", "4", "--train-limit", "150", "--test-limit", "50"]
@@ -162,7 +162,7 @@ def test_an_empty_folder_can_be_used(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "tengrad_triton.recipes.commands")
+    monkeypatch.delitem(sys.modules, "tengrad_triton.recipes.cli.commands")
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     assert main(["--version"]) == 2
     assert "pip install 'tengrad-triton[train]'" in one_line(capsys)
@@ -211,7 +211,7 @@ def test_ctrl_c_before_training_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_signal_ends_the_process_with_130_and_it_can_go_on(tmp_path):
-    command = [sys.executable, "-c", "import sys; from tengrad_triton.recipes.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from tengrad_triton.recipes.cli.main import main; sys.exit(main())"]
     asked = [*command, "train", *SMALL, "--optimizer", "sgd", "--epochs", "100000", "--out", "run"]
     with subprocess.Popen(asked, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         deadline = time.monotonic() + 60

@@ -13,9 +13,9 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from tengrad_triton.recipes.data import DATASETS, DatasetName, load
+from tengrad_triton.recipes.data.images import Data, Normalizer, Split
+from tengrad_triton.recipes.data.registry import DATASETS, DatasetName, load
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.splits import Data, Normalizer, Split
 
 SPELLINGS = [("fashion-mnist", "image", "label", "L"), ("cifar10", "img", "label", "RGB")]
 SPELLINGS += [("cifar100", "img", "fine_label", "RGB")]

@@ -18,16 +18,18 @@ from test_data import write_folder
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tengrad_triton.recipes import train
-from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.fit import exponent
+from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.measuring.power_law import exponent
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.paper import complexity, estimates, inverses, page, phases
-from tengrad_triton.recipes.paper.asked import OF_RUNS, TARGETS, Asked, Scale
-from tengrad_triton.recipes.paper.curves import Finished, by_epoch, levels, times_to
+from tengrad_triton.recipes.paper import estimates
+from tengrad_triton.recipes.paper.measurements import complexity, inverses, phases
 from tengrad_triton.recipes.paper.published import ROWS, chosen_rows
+from tengrad_triton.recipes.paper.report import page
+from tengrad_triton.recipes.paper.report.seeds import Finished, by_epoch, levels, times_to
+from tengrad_triton.recipes.paper.request import OF_RUNS, TARGETS, Asked, Scale
 from tengrad_triton.recipes.paper.runs import runs_of, settings_of
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.training import loop as train
+from tengrad_triton.recipes.training.settings import Settings
 
 SMALL = ["--scale.width", "4", "--scale.batch-size", "16", "--scale.depth", "10"]
 SMALL += ["--device", "cpu", "--threads", "1"]
@@ -295,7 +297,7 @@ def test_a_kill_loses_no_finished_run_and_at_most_the_current_epoch(data, tmp_pa
     command = [
         sys.executable,
         "-c",
-        "import sys; from tengrad_triton.recipes.cli import main; sys.exit(main())",
+        "import sys; from tengrad_triton.recipes.cli.main import main; sys.exit(main())",
         *asked,
     ]
     folders = [tmp_path / "out/runs" / ROWS[0].key / f"{name}-seed0" for name in ("sgd", "adamw")]
@@ -412,7 +414,7 @@ def test_the_least_memory_is_counted_by_hand(name):
 
 
 def train_split(images, classes):
-    from tengrad_triton.recipes.splits import Data, Normalizer, Split
+    from tengrad_triton.recipes.data.images import Data, Normalizer, Split
 
     split = Split(images, torch.arange(len(images)) % classes)
     return Data(split, split, Normalizer.of(split), classes)

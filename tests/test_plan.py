@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import Plan, TENGraD, autotune, kernels
-from tengrad_triton.tuning import plan_file
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.curvature.geometry import Geometry
+from tengrad_triton.tuning import plan_file
 from tengrad_triton.tuning.plan import Measured
 
 CPU = torch.device("cpu")

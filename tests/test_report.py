@@ -14,12 +14,12 @@ from PIL import Image
 from test_cli import SMALL, one_line
 from test_data import write_folder
 
-from tengrad_triton.recipes import commands
-from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.figures import FIGURES, draw, running_mean
-from tengrad_triton.recipes.metrics import Record, Row, Steps
-from tengrad_triton.recipes.page import GENERATED, GPU_NOTE
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.cli import commands
+from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.reports.run_figures import FIGURES, draw, running_mean
+from tengrad_triton.recipes.reports.run_page import GENERATED, GPU_NOTE
+from tengrad_triton.recipes.training.metrics import Record, Row, Steps
+from tengrad_triton.recipes.training.settings import Settings
 
 NAMES = Settings().optimizer
 

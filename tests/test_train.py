@@ -16,15 +16,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.overrides import TorchFunctionMode
 
-from tengrad_triton.recipes import train
-from tengrad_triton.recipes.data import load
+from tengrad_triton.recipes.data.registry import load
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.experiment import start
-from tengrad_triton.recipes.figures import FIGURES
-from tengrad_triton.recipes.metrics import Record, Row, Steps, parsed_steps
-from tengrad_triton.recipes.muon import MuonSettings
-from tengrad_triton.recipes.optimizers import AdamwSettings, SgdSettings, TengradSettings
-from tengrad_triton.recipes.rivals import (
+from tengrad_triton.recipes.optimizers.baselines import (
     BASELINES,
     EkfacSettings,
     KbfgslSettings,
@@ -32,9 +26,15 @@ from tengrad_triton.recipes.rivals import (
     KfacSettings,
     ShampooSettings,
 )
-from tengrad_triton.recipes.run import RunFolder, replacing
-from tengrad_triton.recipes.settings import Settings, installed
-from tengrad_triton.recipes.train import Job, diverged, fit, record_of, warm_up
+from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.settings import AdamwSettings, SgdSettings, TengradSettings
+from tengrad_triton.recipes.reports.run_figures import FIGURES
+from tengrad_triton.recipes.training import loop as train
+from tengrad_triton.recipes.training.loop import Job, diverged, fit, record_of, warm_up
+from tengrad_triton.recipes.training.metrics import Record, Row, Steps, parsed_steps
+from tengrad_triton.recipes.training.run import start
+from tengrad_triton.recipes.training.run_folder import RunFolder, replacing
+from tengrad_triton.recipes.training.settings import Settings, installed
 
 NAMES = installed()
 DEFAULTS = Settings().optimizer

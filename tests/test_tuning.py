@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.tuning import table_of
+from tengrad_triton.recipes.cli.autotune import table_of
+from tengrad_triton.recipes.cli.main import main
 from tengrad_triton.tuning.plan import Measured, Plan
 
 SMALL = ["autotune", "--width", "4", "--batch-size", "16", "--seconds", "0.001", "--device", "cpu"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.train import EVAL_BATCH, Job, seconds_of_steps
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.loop import EVAL_BATCH, Job, seconds_of_steps
 
 FLOAT = 4  # bytes
 

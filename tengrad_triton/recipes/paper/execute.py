@@ -11,21 +11,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tengrad_triton.recipes import machine
-from tengrad_triton.recipes.data import DatasetName, load
+from tengrad_triton.recipes.data.images import Data
+from tengrad_triton.recipes.data.registry import DatasetName, load
 from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
-from tengrad_triton.recipes.experiment import check_installed, train_all, warm_up_all
-from tengrad_triton.recipes.metrics import rows_json
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.paper import report
-from tengrad_triton.recipes.paper.asked import Asked, expanded
+from tengrad_triton.recipes.measuring import machine
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.paper.estimates import Estimate, check_memory, estimated
-from tengrad_triton.recipes.paper.measure import measure
+from tengrad_triton.recipes.paper.measurements.measure import measure
+from tengrad_triton.recipes.paper.report import write as report
+from tengrad_triton.recipes.paper.request import Asked, expanded
 from tengrad_triton.recipes.paper.runs import Run, runs_of
-from tengrad_triton.recipes.run import RunFolder
-from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.splits import Data
-from tengrad_triton.recipes.train import Job, diverged
+from tengrad_triton.recipes.training.loop import Job, diverged
+from tengrad_triton.recipes.training.metrics import rows_json
+from tengrad_triton.recipes.training.run import check_installed, train_all, warm_up_all
+from tengrad_triton.recipes.training.run_folder import RunFolder
+from tengrad_triton.recipes.training.settings import Settings
 
 Key = tuple[str, OptimizerName]  # a row's and an optimizer's: runs that take the same time
 

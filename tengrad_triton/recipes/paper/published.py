@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.muon import MuonSettings
-from tengrad_triton.recipes.optimizers import AdamwSettings, OptimizerName, OptimizerSettings
-from tengrad_triton.recipes.rivals import EkfacSettings
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.optimizers.baselines import EkfacSettings
+from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.settings import AdamwSettings, OptimizerName, OptimizerSettings
+from tengrad_triton.recipes.training.settings import Settings
 
 Tuned = tuple[float, float, float] | tuple[float, float]  # learning rate, weight decay and, but for SGD, damping
 PAPER: tuple[OptimizerName, ...] = ("sgd", "tengrad", "kfac", "ekfac", "kbfgs")

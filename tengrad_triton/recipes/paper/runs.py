@@ -7,12 +7,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.optimizers import OptimizerName, OptimizerSettings
-from tengrad_triton.recipes.paper.asked import SENSITIVITY, Asked
+from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
 from tengrad_triton.recipes.paper.published import BATCH_SIZE, PAPER, ROWS, Row, with_tuned
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.paper.request import SENSITIVITY, Asked
+from tengrad_triton.recipes.training.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tengrad_triton.recipes.metrics import History, Record
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.metrics import History, Record
+from tengrad_triton.recipes.training.run_folder import replacing
 
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))

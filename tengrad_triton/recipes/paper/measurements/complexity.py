@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tengrad_triton.recipes.fit import exponent
-from tengrad_triton.recipes.machine import clock
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.measuring.machine import clock
+from tengrad_triton.recipes.measuring.power_law import exponent
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.settings import Settings
 
 Quantity = Literal["batch", "width", "depth"]
 CLASSES = 10

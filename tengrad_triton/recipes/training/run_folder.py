@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.metrics import History, Record, parsed_rows, parsed_steps, rows_csv, rows_json, steps_csv
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.metrics import (
+    History,
+    Record,
+    parsed_rows,
+    parsed_steps,
+    rows_csv,
+    rows_json,
+    steps_csv,
+)
+from tengrad_triton.recipes.training.settings import Settings
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tengrad_triton.recipes import machine
-from tengrad_triton.recipes.data import load
+from tengrad_triton.recipes.data.registry import load
 from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
-from tengrad_triton.recipes.figures import draw
-from tengrad_triton.recipes.metrics import History
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.rivals import PACKAGE
-from tengrad_triton.recipes.run import RunFolder, add_events, check_free
-from tengrad_triton.recipes.settings import Settings, is_installed
-from tengrad_triton.recipes.terminal import Display, summary_table
-from tengrad_triton.recipes.train import Job, WarmUp, diverged, fit, record_of, warm_up
+from tengrad_triton.recipes.measuring import machine
+from tengrad_triton.recipes.optimizers.baselines import PACKAGE
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.reports.run_figures import draw
+from tengrad_triton.recipes.training.loop import Job, WarmUp, diverged, fit, record_of, warm_up
+from tengrad_triton.recipes.training.metrics import History
+from tengrad_triton.recipes.training.progress import Display, summary_table
+from tengrad_triton.recipes.training.run_folder import RunFolder, add_events, check_free
+from tengrad_triton.recipes.training.settings import Settings, is_installed
 
 WarmUps = dict[OptimizerName, WarmUp]
 

@@ -5,7 +5,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from tengrad_triton.recipes.metrics import History
+from tengrad_triton.recipes.training.metrics import History
 
 OUTCOME = ("optimizer", "test acc.", "best (epoch)", "train loss", "time", "an epoch", "× SGD")
 STEP_TIME = ("steps", "number", "median", "× SGD")

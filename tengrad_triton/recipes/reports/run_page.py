@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 from urllib.parse import quote
 
-from tengrad_triton.recipes.comparison import OUTCOME, STEP_TIME, outcomes, step_times
-from tengrad_triton.recipes.figures import FIGURES, WINDOW
-from tengrad_triton.recipes.metrics import History
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.reports.comparison import OUTCOME, STEP_TIME, outcomes, step_times
+from tengrad_triton.recipes.reports.run_figures import FIGURES, WINDOW
+from tengrad_triton.recipes.training.metrics import History
+from tengrad_triton.recipes.training.settings import Settings
 
 GENERATED = "<!-- Written by `tengrad-triton report`: changes by hand are lost. -->"
 CAPTIONS = {

@@ -1,4 +1,4 @@
-"""The most memory that something took: `python -m tengrad_triton.recipes.peak` measures an optimizer's first steps.
+"""The most memory that something took: `python -m tengrad_triton.recipes.training.peak_memory` measures an optimizer's first steps.
 
 It reads what to measure as JSON from its input, and is a process of its own, because a process's peak never falls.
 """
@@ -34,9 +34,9 @@ def peak_of_steps(asked: dict[str, Any]) -> int:
     """
     from dataclasses import replace  # noqa: PLC0415
 
-    from tengrad_triton.recipes.settings import Settings  # noqa: PLC0415
-    from tengrad_triton.recipes.splits import Data, Normalizer, Split  # noqa: PLC0415
-    from tengrad_triton.recipes.train import Job, seconds_of_steps  # noqa: PLC0415
+    from tengrad_triton.recipes.data.images import Data, Normalizer, Split  # noqa: PLC0415
+    from tengrad_triton.recipes.training.loop import Job, seconds_of_steps  # noqa: PLC0415
+    from tengrad_triton.recipes.training.settings import Settings  # noqa: PLC0415
 
     device, name, batch = torch.device(asked["device"]), asked["optimizer"], asked["batch_size"]
     images = torch.randint(256, (batch, *asked["shape"]), dtype=torch.uint8)

@@ -10,15 +10,16 @@ from typing import Any
 from rich.console import Console
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.machine import describe
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.paper import complexity, drawings, inverses, phases
-from tengrad_triton.recipes.paper.asked import INVERSES, MEASURED, Asked
+from tengrad_triton.recipes.measuring.machine import describe
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.paper.measurements import complexity, inverses, phases
 from tengrad_triton.recipes.paper.published import ROWS
+from tengrad_triton.recipes.paper.report import figures as drawings
+from tengrad_triton.recipes.paper.request import INVERSES, MEASURED, Asked
 from tengrad_triton.recipes.paper.runs import settings_of
-from tengrad_triton.recipes.run import RunFolder
-from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.train import Job
+from tengrad_triton.recipes.training.loop import Job
+from tengrad_triton.recipes.training.run_folder import RunFolder
+from tengrad_triton.recipes.training.settings import Settings
 
 JobOf = Callable[[Settings], Job]
 
@@ -115,7 +116,7 @@ def _memory(job_of: JobOf, asked: Asked, job: Job, console: Console) -> dict[str
 
 
 def _peak(what: Mapping[str, Any]) -> int:
-    command = [sys.executable, "-m", "tengrad_triton.recipes.peak"]
+    command = [sys.executable, "-m", "tengrad_triton.recipes.training.peak_memory"]
     done = subprocess.run(command, input=json.dumps(what), check=True, stdout=subprocess.PIPE, text=True)
     peak: int = json.loads(done.stdout)["bytes"]
     return peak

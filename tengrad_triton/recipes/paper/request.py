@@ -9,9 +9,9 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.paper.published import DAMPINGS, RATES, ROWS, SEEDS, WEIGHT_DECAYS, Row, chosen_rows
-from tengrad_triton.recipes.settings import each_once
+from tengrad_triton.recipes.training.settings import each_once
 
 MANY = Parameter(consume_multiple=True, negative=(), show_default=lambda values: " ".join(map(str, values)) or "all")
 MODELS_OF_FIGURES = ("wrn-28-4", "mobilenetv2", "densenet-19-100")

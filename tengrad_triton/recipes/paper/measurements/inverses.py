@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tengrad_triton.optim.tengrad import TENGraD
-from tengrad_triton.recipes.train import Job, closing_hooks, fit
+from tengrad_triton.recipes.training.loop import Job, closing_hooks, fit
 
 LAYERS = {"figure6": 2, "figure7": 4, "figure8": 8}  # of 3C1F's, as a Sequential counts them
 ENTRIES, SIDE = 576, 24  # of a weight at most, and of its outputs

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.splits import Part, Split
+from tengrad_triton.recipes.data.images import Part, Split
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]

@@ -10,25 +10,25 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
 from cyclopts.validators import Number
 
-from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.muon import MuonSettings
-from tengrad_triton.recipes.optimizers import (
-    AdamwSettings,
-    OptimizerName,
-    OptimizerSettings,
-    SgdSettings,
-    TengradDefaultsSettings,
-    TengradSettings,
-)
-from tengrad_triton.recipes.rivals import (
+from tengrad_triton.recipes.optimizers.baselines import (
     EkfacSettings,
     KbfgslSettings,
     KbfgsSettings,
     KfacSettings,
     ShampooSettings,
     SoapSettings,
+)
+from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.settings import (
+    AdamwSettings,
+    OptimizerName,
+    OptimizerSettings,
+    SgdSettings,
+    TengradDefaultsSettings,
+    TengradSettings,
 )
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tengrad_triton.recipes.data.images import Data
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.machine import now
-from tengrad_triton.recipes.metrics import Record, Row, Steps
+from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.splits import Data
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.metrics import Record, Row, Steps
+from tengrad_triton.recipes.training.settings import Settings
 
 EVAL_BATCH = 500
 ABOVE = 1.1  # times the first loss: what is less may be chance

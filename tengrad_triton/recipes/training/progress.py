@@ -11,8 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor
 
-from tengrad_triton.recipes.comparison import OUTCOME, outcomes
-from tengrad_triton.recipes.metrics import History, Row
+from tengrad_triton.recipes.reports.comparison import OUTCOME, outcomes
+from tengrad_triton.recipes.training.metrics import History, Row
 
 REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait, so it is read no more often than an eye can follow
 

@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tengrad_triton.recipes.page import table
-from tengrad_triton.recipes.paper.complexity import PUBLISHED
-from tengrad_triton.recipes.paper.curves import Finished, Spread, by_optimizer, levels, times_to
+from tengrad_triton.recipes.paper.measurements.complexity import PUBLISHED
 from tengrad_triton.recipes.paper.published import ROWS
+from tengrad_triton.recipes.paper.report.seeds import Finished, Spread, by_optimizer, levels, times_to
+from tengrad_triton.recipes.reports.run_page import table
 
 OUTCOME = (
     "optimizer",

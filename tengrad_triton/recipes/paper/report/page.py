@@ -9,11 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tengrad_triton.recipes.page import block, cell, table
-from tengrad_triton.recipes.paper import sections
-from tengrad_triton.recipes.paper.asked import INVERSES, OF_RUNS
-from tengrad_triton.recipes.paper.curves import ORDER, Finished
 from tengrad_triton.recipes.paper.published import ROWS
+from tengrad_triton.recipes.paper.report import sections
+from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished
+from tengrad_triton.recipes.paper.request import INVERSES, OF_RUNS
+from tengrad_triton.recipes.reports.run_page import block, cell, table
 
 GENERATED = "<!-- Written by `tengrad-triton paper`: changes by hand are lost. -->"
 INTRODUCTION = (

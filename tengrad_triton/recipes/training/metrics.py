@@ -14,7 +14,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor
 
-from tengrad_triton.recipes.optimizers import OptimizerName
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.paper import drawings
-from tengrad_triton.recipes.paper.asked import INVERSES, MEASURED, Asked
-from tengrad_triton.recipes.paper.curves import Finished
-from tengrad_triton.recipes.paper.page import finished, markdown, scale_of
 from tengrad_triton.recipes.paper.published import ROWS
-from tengrad_triton.recipes.run import RunFolder, replacing
+from tengrad_triton.recipes.paper.report import figures as drawings
+from tengrad_triton.recipes.paper.report.page import finished, markdown, scale_of
+from tengrad_triton.recipes.paper.report.seeds import Finished
+from tengrad_triton.recipes.paper.request import INVERSES, MEASURED, Asked
+from tengrad_triton.recipes.training.run_folder import RunFolder, replacing
 
 DOCUMENT, PAGES = "paper.json", ("paper.md", "paper.html")
 STYLE = """body { font: 16px/1.5 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; }

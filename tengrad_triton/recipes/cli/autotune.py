@@ -17,11 +17,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tengrad_triton.curvature.choices import Representation, implementation_names
-from tengrad_triton.recipes import machine
-from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.measuring import machine
 from tengrad_triton.recipes.models import ImageShape, image_model
-from tengrad_triton.recipes.settings import ModelName
+from tengrad_triton.recipes.training.settings import ModelName
 from tengrad_triton.tuning import plan_file
 from tengrad_triton.tuning.autotune import DAMPING, EXACT, TOL, autotune
 from tengrad_triton.tuning.plan import Measured, Plan

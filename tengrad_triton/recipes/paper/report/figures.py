@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from tengrad_triton.recipes.figures import STYLES
-from tengrad_triton.recipes.paper.asked import Asked
-from tengrad_triton.recipes.paper.curves import ORDER, Finished, by_epoch, by_optimizer
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished, by_epoch, by_optimizer
+from tengrad_triton.recipes.paper.request import Asked
+from tengrad_triton.recipes.reports.run_figures import STYLES
+from tengrad_triton.recipes.training.run_folder import replacing
 
 QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_loss": ("training cross-entropy (nats)", 1.0),

@@ -11,14 +11,15 @@ from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
 from rich.console import Console
 
-from tengrad_triton.recipes import experiment, tuning
-from tengrad_triton.recipes import report as pages
+from tengrad_triton.recipes.cli import autotune as tuning
+from tengrad_triton.recipes.cli import report as pages
+from tengrad_triton.recipes.cli.autotune import Tuning
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.paper.asked import TARGETS, Asked, known_target
 from tengrad_triton.recipes.paper.execute import execute
-from tengrad_triton.recipes.run import RunFolder
-from tengrad_triton.recipes.settings import Settings
-from tengrad_triton.recipes.tuning import Tuning
+from tengrad_triton.recipes.paper.request import TARGETS, Asked, known_target
+from tengrad_triton.recipes.training import run as experiment
+from tengrad_triton.recipes.training.run_folder import RunFolder
+from tengrad_triton.recipes.training.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         # Imported here because Ctrl-C may come while torch is imported, and [train] may not be installed.
-        from tengrad_triton.recipes.commands import run  # noqa: PLC0415
+        from tengrad_triton.recipes.cli.commands import run  # noqa: PLC0415
 
         run(arguments)
     except UsageError as error:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from tengrad_triton.recipes.machine import now
-from tengrad_triton.recipes.optimizers import OptimizerName
-from tengrad_triton.recipes.train import Job, closing_hooks, one_step, warm_up
+from tengrad_triton.recipes.measuring.machine import now
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.loop import Job, closing_hooks, one_step, warm_up
 
 PHASES = ("capture", "curvature", "solve", "update")
 REST = "forward and backward"

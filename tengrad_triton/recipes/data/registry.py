@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.parquet import ParquetImages
-from tengrad_triton.recipes.splits import Data, Normalizer, Part, Split
+from tengrad_triton.recipes.data.parquet import ParquetImages
+from tengrad_triton.recipes.data.images import Data, Normalizer, Part, Split
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.figures import draw
-from tengrad_triton.recipes.page import GENERATED, Run, markdown
-from tengrad_triton.recipes.run import RunFolder, replacing
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.reports.run_figures import draw
+from tengrad_triton.recipes.reports.run_page import GENERATED, Run, markdown
+from tengrad_triton.recipes.training.run_folder import RunFolder, replacing
+from tengrad_triton.recipes.training.settings import Settings
 
 SESSION: dict[str, type] = {"device_type": str, "train_images": int, "test_images": int}
 

@@ -1,0 +1,1 @@
+"""What `tengrad-triton paper` measures beside training runs: costs, inverse blocks, phases of a step and peak memory."""
