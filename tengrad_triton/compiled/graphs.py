@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
 
-from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
+from tengrad_triton.capture.blocks import LayerParams, CapturedLayer
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rerun import rerun_rows
 from tengrad_triton.compiled.functional_capture import Calls, FunctionalCapture

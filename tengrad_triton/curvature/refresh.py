@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tengrad_triton.capture.blocks import CapturedLayer, LayerParams, full_name
+from tengrad_triton.capture.blocks import LayerParams, CapturedLayer, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
 from tengrad_triton.curvature.build import jacobian_of

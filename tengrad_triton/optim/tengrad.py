@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.blocks import BlocksChoice, LayerParams, find_captured_layers, fisher_blocks_of
+from tengrad_triton.capture.blocks import LayerParams, BlocksChoice, find_captured_layers, fisher_blocks_of
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, ops_for

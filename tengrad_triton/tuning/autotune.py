@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels
-from tengrad_triton.capture.blocks import find_captured_layers, find_layer_params, full_name
+from tengrad_triton.capture.blocks import find_layer_params, find_captured_layers, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.build import jacobian_of
 from tengrad_triton.curvature.choices import Representation

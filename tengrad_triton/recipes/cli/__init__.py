@@ -1,1 +1,1 @@
-"""The command `tengrad-triton`: its arguments, its exit codes, and a file for each larger command."""
+"""The command `tengrad-triton`: exit codes, arguments, and a file for each command that does more than call another."""

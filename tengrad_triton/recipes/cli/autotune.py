@@ -1,4 +1,4 @@
-"""The plan on the command line: measure a model's candidates, and show what a plan file holds."""
+"""`tengrad-triton autotune` and `plan show`: measure the plan of a model, and show a plan file."""
 
 import warnings
 from collections.abc import Iterator
@@ -36,75 +36,75 @@ SHAPES: dict[DatasetName, tuple[ImageShape, int]] = {
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """What `tengrad-triton autotune` measures, and where it keeps that."""
+class AutotuneSettings:
+    """What `tengrad-triton autotune` measures, and the file that keeps the plan."""
 
     model: ModelName = "3c1f"
     "The model, as in tengrad-triton train."
     width: PositiveInt | None = None
-    "As in tengrad-triton train."
+    "Width of the model, as in tengrad-triton train."
     dataset: DatasetName = "digits"
-    "The data set whose image size and classes the model gets; no data is read."
+    "The data set that gives the image size and the number of classes; no data is read."
     batch_size: PositiveInt = 128
-    "Images a step."
+    "Images per step."
     bf16: Annotated[bool, Parameter(negative=())] = False
     "Also try per-sample gradients rounded to bfloat16."
     tol: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] | None = None
-    "Also try J compressed to this tolerance, as TENGraD(tol=...) takes it."
+    "Also try J compressed to this tolerance, which is that of TENGraD(tol=...)."
     damping: PositiveFloat = DAMPING
-    "The damping to train with, on which the directions that are kept depend."
+    "The damping of the training; a compressed J depends on it."
     seconds: PositiveFloat = 0.2
-    "Time for each kernel of each candidate."
+    "Seconds to measure each kernel of each candidate."
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    "Where to measure."
+    "Device to measure on; auto takes the GPU if there is one."
     refresh_every: PositiveInt = 100
-    "Steps that share a refresh, in the table's times and choices."
+    "Steps between two refreshes, for the times and choices in the table."
     plan: Path | None = None
-    "The plan file; the device's own in the user's cache folder if not given."
+    "The plan file; that of the device in the user's cache folder if not given."
 
 
-def tune(tuning: Tuning, console: Console) -> None:
-    """Measure, keep and show."""
-    device = machine.chosen_device(tuning.device)
-    shape, classes = SHAPES[tuning.dataset]
+def tune(settings: AutotuneSettings, console: Console) -> None:
+    """Measure a plan, write its file and show it."""
+    device = machine.chosen_device(settings.device)
+    shape, classes = SHAPES[settings.dataset]
     torch.manual_seed(0)
-    model = image_model(tuning.model).build(shape, classes, tuning.width).to(device)
-    path = tuning.plan or plan_file.default_path(device)
-    rounded: tuple[Representation, ...] = ("per_sample_bf16",) if tuning.bf16 else ()
-    fewer: tuple[Representation, ...] = () if tuning.tol is None else ("compressed",)
-    with _said(console), Progress(console=console, disable=not console.is_terminal) as progress:
+    model = image_model(settings.model).build(shape, classes, settings.width).to(device)
+    path = settings.plan or plan_file.default_path(device)
+    rounded: tuple[Representation, ...] = ("per_sample_bf16",) if settings.bf16 else ()
+    fewer: tuple[Representation, ...] = () if settings.tol is None else ("compressed",)
+    with _warnings_as_lines(console), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=None)
         measured = autotune(
             model,
-            torch.randn(tuning.batch_size, *shape, device=device),
+            torch.randn(settings.batch_size, *shape, device=device),
             representations=(*EXACT, *rounded, *fewer),
-            tol=tuning.tol or TOL,
-            damping=tuning.damping,
-            seconds=tuning.seconds,
+            tol=settings.tol or TOL,
+            damping=settings.damping,
+            seconds=settings.seconds,
             path=path,
             progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
         )
-    console.print(table_of(measured, tuning.refresh_every))
+    console.print(table_of(measured, settings.refresh_every))
     console.print(f"kept in {path}", soft_wrap=True, highlight=False)
 
 
 def show(path: Path | None, refresh_every: int, console: Console) -> None:
-    """Show the plan in a file; raises `UsageError` if there is none that holds here."""
+    """Show a plan file; raises `UsageError` if it does not exist or is not valid on this device."""
     device = machine.chosen_device("auto")
     file = path or plan_file.default_path(device)
     if not file.exists():
         raise UsageError(f"{file}: no such plan: make one with tengrad-triton autotune")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plan = plan_file.load(file, device)
-    if said:
-        raise UsageError(str(said[0].message))
+    if caught:
+        raise UsageError(str(caught[0].message))
     console.print(table_of(plan, refresh_every))
     console.print(f"from {file}", soft_wrap=True, highlight=False)
 
 
 def table_of(plan: Plan, refresh_every: int) -> Table:
-    """Return a row a geometry: the choice, whom its kernels have instead of Triton's default, and the runner-up."""
+    """Return a line for each geometry: the choice, its kernels other than Triton's defaults, and the second best."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=f"µs a step, a refresh shared by {refresh_every} steps")
     table.add_column("weight", overflow="fold")
     for heading in ("choice", "kernels"):
@@ -132,10 +132,10 @@ def _only_torch(measured: Measured) -> bool:
 
 
 @contextmanager
-def _said(console: Console) -> Iterator[None]:
-    """Print the tuner's warnings as lines, each once: a configuration that fails may do so for many weights."""
-    with warnings.catch_warnings(record=True) as said:
+def _warnings_as_lines(console: Console) -> Iterator[None]:
+    """Print the tuner's warnings as lines, each once: a configuration may fail for many weights."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for message in dict.fromkeys(str(warning.message) for warning in said):
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
         console.print(message, style="yellow", soft_wrap=True, highlight=False)

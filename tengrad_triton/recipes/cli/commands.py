@@ -1,4 +1,4 @@
-"""From arguments to a run: the frozen settings are the flags, in both directions."""
+"""The commands: their arguments as typed values, and what each does with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
 from rich.console import Console
 
-from tengrad_triton.recipes.cli import autotune as tuning
+from tengrad_triton.recipes.cli import autotune as plans
 from tengrad_triton.recipes.cli import report as pages
-from tengrad_triton.recipes.cli.autotune import Tuning
+from tengrad_triton.recipes.cli import train as runs
+from tengrad_triton.recipes.cli.autotune import AutotuneSettings
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.paper.execute import execute
-from tengrad_triton.recipes.paper.request import TARGETS, Asked, known_target
-from tengrad_triton.recipes.training import run as experiment
+from tengrad_triton.recipes.paper.request import TARGETS, Request, check_target
 from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
 
 
 @dataclass(frozen=True)
-class Training:
-    """What `tengrad-triton train` was asked for."""
+class TrainCommand:
+    """The arguments of `tengrad-triton train`."""
 
     settings: Settings
     out: Path | None
@@ -32,66 +32,77 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Reporting:
-    """What `tengrad-triton report` was asked for."""
+class ReportCommand:
+    """The arguments of `tengrad-triton report`."""
 
     run: Path
     to: Path
 
 
-def train(*, settings: Settings = Settings(), out: Path | None = None, resume: Path | None = None) -> Training:  # noqa: B008
+@dataclass(frozen=True)
+class ShowPlanCommand:
+    """The arguments of `tengrad-triton plan show`."""
+
+    plan: Path | None
+    refresh_every: int
+
+
+@dataclass(frozen=True)
+class PaperCommand:
+    """The arguments of `tengrad-triton paper`."""
+
+    targets: tuple[str, ...]
+    request: Request
+
+
+Command = TrainCommand | ReportCommand | AutotuneSettings | ShowPlanCommand | PaperCommand
+
+
+def train(*, settings: Settings = Settings(), out: Path | None = None, resume: Path | None = None) -> TrainCommand:  # noqa: B008
     """Train a model with one or several optimizers and compare them.
 
-    Each optimizer starts from the same weights and sees the same batches. The run's folder gets the settings, the
-    metrics (CSV, JSON, TensorBoard), figures, and a checkpoint an optimizer.
+    All optimizers start from the same weights and see the same batches. The folder of the run gets the settings, the
+    metrics (CSV, JSON, TensorBoard), figures, and a checkpoint for each optimizer.
 
     Parameters
     ----------
     settings
-        One flag a field.
+        One flag for each field.
     out
         New folder of the run; runs/<dataset>-<model>-<time> if not given.
     resume
-        Folder of an interrupted run to go on with, by its own settings.
+        Folder of an interrupted run to resume, with its own settings.
     """
-    return Training(settings, out, resume)
+    return TrainCommand(settings, out, resume)
 
 
-def report(run: Path, /, *, to: Path) -> Reporting:
+def report(run: Path, /, *, to: Path) -> ReportCommand:
     """Write a Markdown page about a run, with its figures beside it.
 
-    The page has the settings, the machine, the results and the command that runs it again.
+    The page has the settings, the machine, the results and the command that repeats the run.
 
     Parameters
     ----------
     run
         Folder of the run.
     to
-        The page, such as docs/NAME.md; its figures become docs/NAME-loss.png and so on.
+        File of the page, such as docs/NAME.md; its figures become docs/NAME-loss.png and so on.
     """
-    return Reporting(run, to)
+    return ReportCommand(run, to)
 
 
-@dataclass(frozen=True)
-class Showing:
-    """What `tengrad-triton plan show` was asked for."""
-
-    plan: Path | None
-    refresh_every: int
-
-
-def autotune(*, asked: Tuning = Tuning()) -> Tuning:  # noqa: B008
-    """Measure how to serve each weight of a model on this device, and keep it in the device's plan file.
+def autotune(*, settings: AutotuneSettings = AutotuneSettings()) -> AutotuneSettings:  # noqa: B008
+    """Measure how to store and compute the curvature of each weight on this device, and keep the plan in a file.
 
     Parameters
     ----------
-    asked
-        One flag a field.
+    settings
+        One flag for each field.
     """
-    return asked
+    return settings
 
 
-def plan(action: Literal["show"], file: Path | None = None, /, *, refresh_every: PositiveInt = 100) -> Showing:
+def plan(action: Literal["show"], file: Path | None = None, /, *, refresh_every: PositiveInt = 100) -> ShowPlanCommand:
     """Show a plan file.
 
     Parameters
@@ -99,27 +110,19 @@ def plan(action: Literal["show"], file: Path | None = None, /, *, refresh_every:
     action
         What to do with it.
     file
-        The plan file; this device's own if not given.
+        The plan file; that of this device if not given.
     refresh_every
-        Steps that share a refresh.
+        Steps between two refreshes.
     """
     assert action == "show"
-    return Showing(file, refresh_every)
-
-
-@dataclass(frozen=True)
-class Papering:
-    """What `tengrad-triton paper` was asked for."""
-
-    targets: tuple[str, ...]
-    asked: Asked
+    return ShowPlanCommand(file, refresh_every)
 
 
 def paper(
-    *targets: Annotated[str, Parameter(validator=known_target)],
-    asked: Asked = Asked(),  # noqa: B008
-) -> Papering:
-    """Run the paper's experiments, and write a report with its numbers beside ours.
+    *targets: Annotated[str, Parameter(validator=check_target)],
+    request: Request = Request(),  # noqa: B008
+) -> PaperCommand:
+    """Run the paper's experiments, and write a report with the paper's numbers beside ours.
 
     Targets: table1, table2, figure1, figure4 to figure15, tables3-5, phases, memory, or all.
 
@@ -127,16 +130,15 @@ def paper(
     ----------
     targets
         The tables and figures, named as in the paper.
-    asked
-        One flag a field.
+    request
+        One flag for each field.
     """
     if not targets:
         raise UsageError(f"paper: no target: name one or several of {', '.join(TARGETS)}")
-    return Papering(targets, asked)
+    return PaperCommand(targets, request)
 
 
-Request = Training | Reporting | Tuning | Showing | Papering
-COMMANDS: dict[str, Callable[..., Request]] = {
+COMMANDS: dict[str, Callable[..., Command]] = {
     "train": train,
     "report": report,
     "autotune": autotune,
@@ -146,44 +148,44 @@ COMMANDS: dict[str, Callable[..., Request]] = {
 
 
 def run(arguments: list[str]) -> None:
-    """Do what the arguments say; raises `UsageError` if it cannot be done, and `InterruptedRunError` on Ctrl-C."""
+    """Run a command; raises `UsageError` if it cannot be carried out, and `InterruptedRunError` on Ctrl-C."""
     console = Console()
-    match _parsed(arguments):
-        case Reporting(path, to):
+    match parse(arguments):
+        case ReportCommand(path, to):
             _report(RunFolder(path), to)
-        case Tuning() as asked:
-            tuning.tune(asked, console)
-        case Showing(path, refresh_every):
-            tuning.show(path, refresh_every, console)
-        case Papering(targets, asked):
-            execute(targets, asked, arguments, console)
-        case Training(settings, out, None):
-            experiment.start(settings, out, console)
-        case Training(_, out, Path() as path):
+        case AutotuneSettings() as settings:
+            plans.tune(settings, console)
+        case ShowPlanCommand(path, refresh_every):
+            plans.show(path, refresh_every, console)
+        case PaperCommand(targets, request):
+            execute(targets, request, arguments, console)
+        case TrainCommand(settings, out, None):
+            runs.start(settings, out, console)
+        case TrainCommand(_, out, Path() as path):
             folder = RunFolder(path)
-            experiment.resume(_agreed_settings(arguments, out, folder), folder, console)
-        case None:  # the help or the version, which cyclopts has shown
+            runs.resume(_resumed_settings(arguments, out, folder), folder, console)
+        case None:  # cyclopts has shown the help or the version
             pass
 
 
 def _report(folder: RunFolder, to: Path) -> None:
     stored = _stored(folder)
-    local = stored.pop("data", None) is not None  # it need not be here any more, and no page says where it was
+    local = stored.pop("data", None) is not None  # the folder may be gone, and no page names a folder of this machine
     if isinstance(stored.get("tengrad"), dict):
-        stored["tengrad"].pop("plan", None)  # changes times and rounding only
-    pages.write(pages.read(folder, _training(["train"], folder, stored).settings, local), to)
+        stored["tengrad"].pop("plan", None)  # it changes times and rounding only
+    pages.write(pages.read(folder, _train_command(["train"], folder, stored).settings, local), to)
 
 
-def _agreed_settings(arguments: list[str], out: Path | None, folder: RunFolder) -> Settings:
-    """Return the settings of a folder; raises `UsageError` if a flag says something else."""
+def _resumed_settings(arguments: list[str], out: Path | None, folder: RunFolder) -> Settings:
+    """Return the settings of a folder; raises `UsageError` if a flag contradicts them."""
     if out is not None:
         raise UsageError(f"--out {out}: --resume goes on in {folder.path}: drop one of the two")
     stored = _stored(folder)
-    settings = _training(["train"], folder, stored).settings
-    theirs, ours = settings.flags(), _training(arguments, folder, stored).settings.flags()
-    for flag in sorted(theirs | ours):
-        if theirs.get(flag) != ours.get(flag):
-            got, expected = ours.get(flag), theirs.get(flag)
+    settings = _train_command(["train"], folder, stored).settings
+    kept, given = settings.flags(), _train_command(arguments, folder, stored).settings.flags()
+    for flag in sorted(kept | given):
+        if kept.get(flag) != given.get(flag):
+            got, expected = given.get(flag), kept.get(flag)
             raise UsageError(f"{flag} {got}: this run has {expected}: drop the flag, or start anew without --resume")
     return settings
 
@@ -195,15 +197,19 @@ def _stored(folder: RunFolder) -> dict[str, Any]:
     return stored
 
 
-def _training(arguments: list[str], folder: RunFolder, stored: dict[str, Any]) -> Training:
-    """Return what is asked for where the defaults are those of a folder."""
+def _train_command(arguments: list[str], folder: RunFolder, stored: dict[str, Any]) -> TrainCommand:
+    """Return the arguments of `train`, with the settings of a folder as the defaults."""
     config = Dict(stored, use_commands_as_keys=False, source=str(folder.path / "settings.json"))
-    request = _parsed(arguments, (config,))
-    assert isinstance(request, Training)
-    return request
+    command = parse(arguments, (config,))
+    assert isinstance(command, TrainCommand)
+    return command
 
 
-def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | None:
+def parse(arguments: list[str], config: tuple[Dict, ...] = ()) -> Command | None:
+    """Return the command that the arguments name, or None for help and version, which cyclopts shows.
+
+    Raises `UsageError` if an argument is unknown or has a wrong value.
+    """
     app = App(
         name="tengrad-triton",
         help="Exact natural-gradient steps for PyTorch.",
@@ -215,7 +221,7 @@ def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | No
     for command in COMMANDS.values():
         app.command(command)
     try:
-        request: Request | None = app(
+        parsed: Command | None = app(
             arguments,
             exit_on_error=False,
             print_error=False,
@@ -224,4 +230,4 @@ def _parsed(arguments: list[str], config: tuple[Dict, ...] = ()) -> Request | No
     except CycloptsError as error:
         known = [word for word in arguments[:1] if word in COMMANDS]
         raise UsageError(f"{error} See {' '.join(['tengrad-triton', *known])} --help.") from error
-    return request
+    return parsed

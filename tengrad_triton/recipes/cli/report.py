@@ -1,25 +1,26 @@
-"""`tengrad-triton report`: from the folder of a run to a page with its figures, in which nobody types a number."""
+"""`tengrad-triton report`: from the folder of a run to a page with its figures. All numbers come from the folder."""
 
 import shlex
 from pathlib import Path
 from typing import Any
 
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.reports.run_figures import draw
 from tengrad_triton.recipes.reports.run_page import GENERATED, Run, markdown
-from tengrad_triton.recipes.training.run_folder import RunFolder, replacing
+from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
 
 SESSION: dict[str, type] = {"device_type": str, "train_images": int, "test_images": int}
 
 
 def read(folder: RunFolder, settings: Settings, local_data: bool) -> Run:
-    """Read a run's files; raises `UsageError` if one is missing or damaged, or no epoch has ended yet."""
+    """Return a run; raises `UsageError` if a file is missing or damaged, or if no epoch has ended yet."""
     sessions = folder.read_json("machine.json")
     if not isinstance(sessions, list) or not sessions or not all(map(_is_session, sessions)):
         raise UsageError(f"{folder.path / 'machine.json'}: expected a list of starts, each with {', '.join(SESSION)}")
-    steps_an_epoch = -(-sessions[-1]["train_images"] // settings.batch_size)
-    history = folder.read_metrics(steps_an_epoch) if (folder.path / "metrics.json").exists() else {}
+    steps_per_epoch = -(-sessions[-1]["train_images"] // settings.batch_size)
+    history = folder.read_metrics(steps_per_epoch) if (folder.path / "metrics.json").exists() else {}
     if not history:
         command = f"tengrad-triton train --resume {shlex.quote(str(folder.path))}"
         raise UsageError(f"{folder.path}: no epoch has ended yet: go on with `{command}`")
@@ -28,7 +29,10 @@ def read(folder: RunFolder, settings: Settings, local_data: bool) -> Run:
 
 
 def write(run: Run, page: Path) -> None:
-    """Write the page, and its figures beside it; raises `UsageError` rather than replace a page of someone else."""
+    """Write the page, and its figures beside it.
+
+    Raises `UsageError` if the page cannot be written, or exists and was not written by this command.
+    """
     if page.suffix != ".md":
         raise UsageError(f"--to {page}: expected a Markdown file: let its name end in .md")
     try:

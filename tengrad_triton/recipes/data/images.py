@@ -15,7 +15,7 @@ Part = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Split:
-    """Images as uint8, normalized a batch at a time: in float32 they would take four times the memory."""
+    """Images in uint8 and their labels. A batch is normalized when it is taken: float32 takes four times the memory."""
 
     images: Tensor  # NCHW
     labels: Tensor  # N
@@ -24,7 +24,7 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Self:
-        """Return the same images and labels on `device`."""
+        """Return the same images and labels on ``device``."""
         return type(self)(self.images.to(device), self.labels.to(device))
 
 
@@ -37,28 +37,28 @@ class Normalizer:
 
     @classmethod
     def of(cls, split: Split) -> Self:
-        """Count the 256 pixel values: exact, and no second copy of the images is made."""
+        """Return the statistics of a split, from counts of the 256 pixel values, without a copy of the images."""
         channels = split.images.transpose(0, 1).flatten(1)
         counts_CV = torch.stack([torch.bincount(channel, minlength=256) for channel in channels]).double()
         share_CV = counts_CV / counts_CV.sum(1, keepdim=True)
         value_V = torch.arange(256, dtype=torch.float64)
         mean_C1 = (share_CV * value_V).sum(1, keepdim=True)
         std_C1 = (share_CV * (value_V - mean_C1) ** 2).sum(1, keepdim=True).sqrt()
-        std_C1[std_C1 == 0] = 1  # a constant channel carries nothing: zeros, not NaN
+        std_C1[std_C1 == 0] = 1  # a constant channel becomes zeros, not NaN
         return cls(mean_C1[..., None].float(), std_C1[..., None].float())
 
     def to(self, device: torch.device) -> Self:
-        """Return the same numbers on `device`."""
+        """Return the same statistics on ``device``."""
         return type(self)(self.mean.to(device), self.std.to(device))
 
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        """Return images with mean 0 and standard deviation 1 over the training set, in float32."""
+        """Return images in float32; over the training set each channel has mean 0 and standard deviation 1."""
         return (images_NCHW - self.mean) / self.std
 
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test set, ready for a model."""
+    """A training set, a test set, and the statistics that normalize both."""
 
     train: Split
     test: Split
@@ -66,13 +66,13 @@ class Data:
     classes: int
 
     def to(self, device: torch.device) -> Self:
-        """Return the same data on `device`."""
+        """Return the same data on ``device``."""
         return type(self)(self.train.to(device), self.test.to(device), self.normalize.to(device), self.classes)
 
     def batches(self, part: Part, size: int, shuffle_seed: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalized images with their labels, in an order that depends on the seed alone.
+        """Yield batches of normalized images and their labels.
 
-        Without a seed they come in the order of the file. The last batch is what is left, and may be smaller.
+        The order depends on ``shuffle_seed`` alone; without it, it is that of the file. The last batch may be smaller.
         """
         split = self.train if part == "train" else self.test
         order_N = torch.arange(len(split))

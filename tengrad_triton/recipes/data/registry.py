@@ -1,15 +1,13 @@
-"""The data sets of the recipes. A new one is a name in `DatasetName` and a row in `DATASETS`."""
+"""The data sets by name. A new one is a name in `DatasetName` and an entry of `DATASETS`."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from rich.console import Console
 
-from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.data.parquet import ParquetImages
+from tengrad_triton.recipes.data.digits import Digits
 from tengrad_triton.recipes.data.images import Data, Normalizer, Part, Split
+from tengrad_triton.recipes.data.parquet import ParquetImages
 
 DatasetName = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]
 
@@ -19,34 +17,13 @@ class Source(Protocol):
 
     @property
     def classes(self) -> int:
-        """How many labels there are: 0 to classes - 1."""
+        """The number of classes; labels are 0 to classes - 1."""
 
     def split(self, part: Part, folder: Path | None, limit: int | None, console: Console) -> Split:
-        """Return the first `limit` images, from `folder` if one is named; raises `UsageError`."""
+        """Return the first ``limit`` images of a part, from ``folder`` if it is given.
 
-
-@dataclass(frozen=True)
-class Digits:
-    """scikit-learn's 1797 handwritten digits of 8 x 8 pixels, which ship with it; the last 360 are for testing.
-
-    They are kept in their order, because neighbours are by the same writer: a shuffled split would be easier than the
-    digits of someone new.
-    """
-
-    classes: int = 10
-    train_size: int = 1437
-
-    def split(self, part: Part, folder: Path | None, limit: int | None, console: Console) -> Split:
-        """Return the first `limit` digits of a part."""
-        if folder is not None:
-            raise UsageError(f"digits come with scikit-learn, got --data {folder}: drop it or choose another --dataset")
-        # Imported here because scikit-learn takes a second to import, and only these need it.
-        from sklearn.datasets import load_digits  # noqa: PLC0415
-
-        pixels, labels = load_digits(return_X_y=True)
-        rows = slice(self.train_size) if part == "train" else slice(self.train_size, None)
-        images_NCHW = torch.from_numpy(pixels[rows]).to(torch.uint8).view(-1, 1, 8, 8)
-        return Split(images_NCHW[:limit], torch.from_numpy(labels[rows])[:limit])
+        Raises `UsageError` if the source cannot be read or holds something else.
+        """
 
 
 DATASETS: dict[DatasetName, Source] = {
@@ -60,10 +37,11 @@ DATASETS: dict[DatasetName, Source] = {
 def load(
     name: DatasetName, folder: Path | None, train_limit: int | None, test_limit: int | None, console: Console
 ) -> Data:
-    """Return a data set, decoded, on the CPU; raises `UsageError`."""
+    """Return a data set with its images decoded, on the CPU; raises `UsageError` as `Source.split` does.
+
+    A limit keeps the first images of a part; None keeps all.
+    """
     source = DATASETS[name]
-    test = source.split(
-        "test", folder, test_limit, console
-    )  # first, because it is small and fails as well as the other
+    test = source.split("test", folder, test_limit, console)  # first, because it is small: an error comes sooner
     train = source.split("train", folder, train_limit, console)
     return Data(train, test, Normalizer.of(train), source.classes)

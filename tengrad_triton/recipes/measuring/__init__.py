@@ -1,1 +1,1 @@
-"""The machine and what it takes: devices, clocks, peak memory, and the exponent of a power law."""
+"""What is measured of the machine: its description, clocks, memory, and the exponent of a power law."""

@@ -1,4 +1,4 @@
-"""Where a run took place: device, versions, and the commit if the package runs from a git checkout."""
+"""The machine of a run: device, clocks, versions, and the commit if the package runs from a git checkout."""
 
 import os
 import platform
@@ -15,14 +15,14 @@ from tengrad_triton.tuning.plan_file import processor_name
 
 
 def chosen_device(name: str) -> torch.device:
-    """Return the device that --device names; raises `UsageError` if there is no such GPU."""
+    """Return the device that --device names; raises `UsageError` if it is a GPU and torch finds none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no GPU here: use --device cpu, or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def describe(device: torch.device) -> dict[str, str | int | None]:
-    """Return what a reader of the numbers has to know about the machine, as JSON has it."""
+    """Return the device, the versions and the commit, as JSON values; None for what is not known."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
@@ -39,14 +39,14 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
 
 
 def now(device: torch.device) -> float:
-    """Return the host's time in seconds, after all that the device has been given to do."""
+    """Return the host's wall-clock time in seconds, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def clock(device: torch.device) -> float:
-    """Return the processor's time on one thread of a CPU, which other programs do not disturb; elsewhere `now`."""
+    """Return the process's CPU time in seconds on one CPU thread, which other programs do not disturb; else `now`."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if alone else now(device)
 
@@ -59,7 +59,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Return the commit, with -dirty if files differ from it; None if git doesn't know this very file."""
+    """Return the commit, with -dirty if files differ from it; None if git does not track this file."""
     here = Path(__file__).resolve()
     try:
         for command in (

@@ -1,6 +1,6 @@
-"""Muon as its users run it: torch's own for the hidden weights, taken as matrices, and AdamW for all other parameters.
+"""Muon for the hidden weights and AdamW for all other parameters, as one optimizer.
 
-Key: O outputs, I what one of them is computed from (an input's channels times a kernel's pixels).
+Key: a weight as a matrix has O outputs and I inputs (of a convolution: input channels times kernel size).
 """
 
 from collections.abc import Callable
@@ -11,35 +11,36 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 @Parameter(group="Muon")
 @dataclass(frozen=True, kw_only=True)
 class MuonSettings:
-    """torch's Muon for hidden weights, with torch's AdamW for the rest; the defaults are torch's."""
+    """torch's Muon for the hidden weights and torch's AdamW for the rest, with torch's defaults."""
 
-    needs: ClassVar[str] = "torch"
-    closure: ClassVar[bool] = False
+    package: ClassVar[str] = "torch"
+    needs_closure: ClassVar[bool] = False
     lr: PositiveFloat = 1e-3
     "Learning rate of both."
     momentum: NonNegativeFloat = 0.95
-    "Muon's momentum, by Nesterov's rule."
+    "Nesterov momentum of Muon."
     weight_decay: NonNegativeFloat = 0.1
     "Decoupled weight decay of the hidden weights."
     adjust: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
-    "How a step is scaled by the matrix's shape; match_rms_adamw makes rates mean what AdamW's do."
+    "How a step is scaled with the shape of the matrix; match_rms_adamw gives learning rates the scale of AdamW's."
     betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.9, 0.999)
-    "AdamW's decay rates."
+    "Decay rates of AdamW's running means."
     adamw_weight_decay: NonNegativeFloat = 0.01
     "Decoupled weight decay of the rest."
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return both as one optimizer; raises `ValueError` for a model without hidden weights."""
+        """Return both as one optimizer; raises `ValueError` if the model has no hidden weights."""
         return MuonWithAdamW(model, self)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers as one. A hidden weight is given to Muon as a matrix [O, I] that shares its memory."""
+    """Muon and AdamW as one optimizer. Muon gets a hidden weight as a matrix [O, I] that shares its memory."""
 
     def __init__(self, model: nn.Module, settings: MuonSettings) -> None:
         self._hidden = hidden_weights(model)
@@ -59,17 +60,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW(
             self._rest, lr=settings.lr, betas=settings.betas, weight_decay=settings.adamw_weight_decay
         )
-        # The same objects, so that a scheduler of this one schedules those.
+        # The same dictionaries, so that a scheduler of this optimizer changes the learning rates of both.
         self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
 
+    @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients."""
+        """Set all gradients to None."""
         for parameter in (*self._hidden, *self._rest):
             parameter.grad = None
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of each."""
+        """Take one step of both; return the loss of the closure, or None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,18 +83,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._adamw.step()
         return loss
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return both states."""
+        """Return the states of both."""
         return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from both states."""
+        """Restore the states of both."""
         self._muon.load_state_dict(state_dict["muon"])
         self._adamw.load_state_dict(state_dict["adamw"])
         self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
 
 
 def hidden_weights(model: nn.Module) -> list[Tensor]:
-    """Return the weights of the linear and convolution layers between the first and the last of them."""
+    """Return the weights of all linear and convolution layers but the first and the last."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [layer.weight for layer in [m for m in model.modules() if isinstance(m, kinds)][1:-1]]

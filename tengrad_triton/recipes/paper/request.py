@@ -1,30 +1,38 @@
-"""What `tengrad-triton paper` is asked for: targets, rows, optimizers, seeds, and how much smaller than the paper's."""
+"""The arguments of `tengrad-triton paper`: targets, experiments, optimizers, seeds, and the scale."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
-from tengrad_triton.recipes.paper.published import DAMPINGS, RATES, ROWS, SEEDS, WEIGHT_DECAYS, Row, chosen_rows
+from tengrad_triton.recipes.paper.published import (
+    DAMPINGS,
+    EXPERIMENTS,
+    RATES,
+    SEEDS,
+    WEIGHT_DECAYS,
+    Experiment,
+    choose_experiments,
+)
 from tengrad_triton.recipes.training.settings import each_once
 
 MANY = Parameter(consume_multiple=True, negative=(), show_default=lambda values: " ".join(map(str, values)) or "all")
 MODELS_OF_FIGURES = ("wrn-28-4", "mobilenetv2", "densenet-19-100")
 
 
-def _of(dataset: str, *models: str) -> tuple[Row, ...]:
-    return tuple(row for model in models for row in ROWS if (row.model, row.dataset) == (model, dataset))
+def _of(dataset: str, *models: str) -> tuple[Experiment, ...]:
+    return tuple(e for model in models for e in EXPERIMENTS if (e.model, e.dataset) == (model, dataset))
 
 
 ACCURACIES = (*_of("fashion-mnist", "3c1f"), *_of("cifar10", "wrn-28-4"), *_of("cifar100", "wrn-28-4"))
-# What each shows, in the paper's words, and the rows whose runs it needs.
-OF_RUNS: Mapping[str, tuple[str, tuple[Row, ...]]] = {
-    "table2": ("Top test accuracy and time", ROWS),
+# The tables and figures made from runs: the caption in the paper, and the experiments that each needs.
+OF_RUNS: Mapping[str, tuple[str, tuple[Experiment, ...]]] = {
+    "table2": ("Top test accuracy and time", EXPERIMENTS),
     "figure1": ("Training loss, CIFAR-100 on DenseNet", _of("cifar100", "densenet-19-100")),
     "figure4": ("Train accuracy", ACCURACIES),
     "figure5": ("Test accuracy", ACCURACIES),
@@ -45,8 +53,8 @@ DRAWINGS = {"figure2": "a drawing of the methods", "figure3": "a drawing of a co
 TARGETS = (*OF_RUNS, *SENSITIVITY, *INVERSES, *MEASURED, "tables3-5", "all")
 
 
-def known_target(_: type, name: str) -> None:
-    """Reject what is not a table or figure that can be run; raises `ValueError`."""
+def check_target(_: type, name: str) -> None:
+    """Raise `ValueError` unless the name is a target: a table or figure that runs or measurements make."""
     if name in DRAWINGS:
         raise ValueError(f"{name} is {DRAWINGS[name]}: there is nothing to run")
     if name not in TARGETS:
@@ -55,46 +63,46 @@ def known_target(_: type, name: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much smaller than the paper's experiments; what is not given is the paper's."""
+    """The scale of the runs; values that are not given are the paper's."""
 
     epochs: PositiveInt | None = None
-    "Passes over the training set; the decays of the learning rate move in proportion."
+    "Passes over the training set; the decays of the learning rate come in proportion."
     train_images: PositiveInt | None = None
-    "Train on the first so many images."
+    "Number of training images, from the first."
     test_images: PositiveInt | None = None
-    "Test on the first so many images."
+    "Number of test images, from the first."
     width: PositiveInt | None = None
-    "Channels of the first convolution; for densenet, what a layer adds."
+    "Channels of the first convolution; for densenet, channels that each layer adds."
     depth: PositiveInt | None = None
     "Depth of the wide residual networks and the densenets."
     batch_size: PositiveInt | None = None
-    "Images a step."
+    "Images per step."
 
-    def said(self) -> str:
-        """Return what is smaller than in the paper, as the figures say it."""
+    def description(self) -> str:
+        """Return the given values as a phrase, such as "width 4, epochs 2"."""
         given = {key.replace("_", " "): value for key, value in asdict(self).items() if value is not None}
         return ", ".join(f"{key} {value}" for key, value in given.items()) or "the paper's"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The values that figures 9 and 10 and tables 3 to 5 try."""
+    """The hyperparameters of figures 9 and 10 and of tables 3 to 5."""
 
     lr: Annotated[tuple[PositiveFloat, ...], MANY] = RATES
     "Learning rates."
     weight_decay: Annotated[tuple[PositiveFloat, ...], MANY] = WEIGHT_DECAYS
-    "Weight decays; figures 9 and 10 keep the tuned one."
+    "Weight decays; figures 9 and 10 have the tuned one only."
     damping: Annotated[tuple[PositiveFloat, ...], MANY] = DAMPINGS
     "Dampings."
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to run, at which scale, with what, and into which folder."""
+class Request:
+    """What to run, at which scale, with which optimizers, and into which folder."""
 
     row: Annotated[tuple[str, ...], MANY] = ()
-    "Rows of table 2, by their title or its beginning, such as 3C1F; all that the target shows if not given."
+    "Rows of table 2: a title or its beginning, such as 3C1F; all rows of the target if not given."
     optimizer: Annotated[tuple[OptimizerName, ...], MANY, Parameter(validator=each_once)] = (
         "tengrad",
         "sgd",
@@ -105,40 +113,39 @@ class Asked:
         "adamw",
         "muon",
     )
-    "Optimizers; kbfgsl, and soap and shampoo where their package is installed, can be named too."
+    "Optimizers; kbfgsl can be named too, and soap and shampoo if their package is installed."
     seeds: PositiveInt = SEEDS
-    "Runs of each, with seeds from 0."
+    "Number of runs of each optimizer, with seeds from 0."
     scale: Annotated[Scale, Parameter(name="scale", group="Scale")] = field(default_factory=Scale)
     grid: Annotated[Grid, Parameter(name="grid", group="Grid")] = field(default_factory=Grid)
     data: ResolvedExistingDirectory | None = None
-    "Folder with a folder of Parquet files for each data set (fashion-mnist, cifar10, cifar100), instead of the hub."
+    "Folder with a folder of Parquet files for each of fashion-mnist, cifar10 and cifar100; the hub if not given."
     out: Path = Path("runs/paper")
-    "Folder of the runs and the report; what is there already is kept and gone on with."
+    "Folder of the runs and the report; finished runs in it are kept, and unfinished ones resumed."
     estimate: Annotated[bool, Parameter(negative=())] = False
-    "Only say how long it would take."
+    "Only estimate how long the runs take."
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    "Where to train; auto takes the GPU if there is one."
+    "Device to train on; auto takes the GPU if there is one."
     threads: PositiveInt | None = None
-    "CPU threads; as many as torch takes by itself if not given."
+    "CPU threads; torch's default if not given."
 
-    def rows(self, targets: tuple[str, ...]) -> tuple[Row, ...]:
-        """Return the rows whose runs the targets need, but for those that --row leaves out; raises `UsageError`."""
-        needed = [row for row in ROWS if any(row in OF_RUNS[target][1] for target in targets if target in OF_RUNS)]
+    def experiments(self, targets: tuple[str, ...]) -> tuple[Experiment, ...]:
+        """Return the experiments that the targets need, restricted to those of --row.
+
+        Raises `UsageError` if --row names only experiments that the targets do not need.
+        """
+        lists = [OF_RUNS[target][1] for target in targets if target in OF_RUNS]
+        needed = [experiment for experiment in EXPERIMENTS if any(experiment in of for of in lists)]
         if not self.row:
             return tuple(needed)
-        chosen = chosen_rows(self.row)
-        strangers = [row.title for row in chosen if row not in needed]
-        if needed and len(strangers) == len(chosen):
-            shown = "; ".join(row.title for row in needed)
+        chosen = choose_experiments(self.row)
+        common = tuple(experiment for experiment in chosen if experiment in needed)
+        if needed and not common:
+            shown = "; ".join(experiment.title for experiment in needed)
             raise UsageError(f"--row {' '.join(self.row)}: {', '.join(targets)} shows {shown}")
-        return tuple(row for row in chosen if row in needed)
-
-    def plain(self) -> dict[str, Any]:
-        """Return what was asked, as JSON has it, without what is of this machine only."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("data", "out", "estimate")}
-        return kept | {"data": None if self.data is None else "DIR"}
+        return common
 
 
-def expanded(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the targets with all of them for `all`."""
+def expand_all(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the targets; every target if `all` is among them."""
     return TARGETS[:-1] if "all" in targets else targets

@@ -1,1 +1,1 @@
-"""What a finished run is shown as: tables, figures and a Markdown page."""
+"""A run as tables, figures and a Markdown page."""

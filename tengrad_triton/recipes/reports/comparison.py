@@ -1,4 +1,4 @@
-"""The optimizers of a run side by side, as cells of tables: the terminal's and the report's."""
+"""The optimizers of a run side by side, as lines of tables for the terminal and the page."""
 
 from statistics import median
 
@@ -12,32 +12,34 @@ STEP_TIME = ("steps", "number", "median", "× SGD")
 
 
 def outcomes(history: History) -> list[tuple[str, ...]]:
-    """Return a row an optimizer; an epoch's time is the median, because other programs disturb single ones."""
-    table: list[tuple[str, ...]] = []
+    """Return a line for each optimizer. The time of an epoch is a median, which load on the machine changes least."""
+    lines: list[tuple[str, ...]] = []
     epoch_seconds = {
-        name: median(row.train_seconds for row in record.rows) for name, record in history.items() if record.rows
+        name: median(epoch.train_seconds for epoch in record.epochs)
+        for name, record in history.items()
+        if record.epochs
     }
     for name, seconds in epoch_seconds.items():
-        rows = history[name].rows
-        best = max(rows, key=lambda row: row.test_accuracy)
-        table.append(
+        epochs = history[name].epochs
+        best = max(epochs, key=lambda epoch: epoch.test_accuracy)
+        lines.append(
             (
                 name,
-                f"{rows[-1].test_accuracy:.2%}",
+                f"{epochs[-1].test_accuracy:.2%}",
                 f"{best.test_accuracy:.2%} ({best.epoch})",
-                f"{rows[-1].train_loss:.4f}",
+                f"{epochs[-1].train_loss:.4f}",
                 f"{history[name].train_seconds:.1f} s",
                 f"{seconds:.2f} s",
                 f"{seconds / epoch_seconds['sgd']:.2f}" if "sgd" in epoch_seconds else "-",
             )
         )
-    return table
+    return lines
 
 
 def step_times(history: History, refresh_every: int) -> list[tuple[str, ...]]:
-    """Return a row an optimizer, and for TENGraD's steps that refresh the curvature and those that reuse it.
+    """Return a line for each optimizer, and for TENGraD's refreshing and reusing steps.
 
-    Meaningful on a CPU only: the host's times do not wait for a GPU.
+    The times mean something on a CPU only: those of the host do not include the work that a GPU still has to do.
     """
     durations: dict[str, Tensor] = {}
     for name, record in history.items():

@@ -1,4 +1,4 @@
-"""Loss and accuracy of all optimizers of a run: by epoch, by step and by time.
+"""Figures of a run: loss and accuracy of all optimizers by epoch, by step and by time.
 
 Key: S steps.
 """
@@ -14,20 +14,20 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import History, Record
-from tengrad_triton.recipes.training.run_folder import replacing
 
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
-# Okabe and Ito's colours, which readers with any colour vision tell apart; the markers help in print.
+# Okabe and Ito's colours can be told apart with any colour vision; the markers help in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "x"))
-MARKERS = 12  # a curve, whatever its number of epochs or steps
-WINDOW = 25  # steps: batches differ by more than optimizers do
+MARKERS = 12  # on each curve, whatever its number of points
+WINDOW = 25  # steps of a running mean: batches differ more than optimizers
 
 
 def draw(history: History, title: str, folder: Path, prefix: str) -> None:
-    """Write a PNG for each of `FIGURES`, with `prefix` before its name."""
+    """Write a PNG file for each of `FIGURES`; its name starts with ``prefix``."""
     figures = [_by_epoch(history, *quantity) for quantity in QUANTITIES]
     for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
         figure.suptitle(title)
@@ -36,7 +36,7 @@ def draw(history: History, title: str, folder: Path, prefix: str) -> None:
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:
-    """Return the mean of each value and those before it, `window` in all, fewer at the start: [S]."""
+    """Return the mean of the last ``window`` values at each step, of fewer at the start: [S]."""
     counts_S = torch.arange(1, len(values_S) + 1).clamp(max=window)
     return pad(values_S, (window - 1, 0)).unfold(0, window, 1).sum(1) / counts_S
 
@@ -46,10 +46,10 @@ def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure
     panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
     by_epoch, by_time = panels
     for color, marker, name, record in _styled(history):
-        epochs = [row.epoch for row in record.rows]
-        seconds = list(accumulate(row.train_seconds for row in record.rows))
+        epochs = [epoch.epoch for epoch in record.epochs]
+        seconds = list(accumulate(epoch.train_seconds for epoch in record.epochs))
         for part, line in (("test", "-"), ("train", "--")):
-            values = [scale * getattr(row, f"{part}_{quantity}") for row in record.rows]
+            values = [scale * getattr(epoch, f"{part}_{quantity}") for epoch in record.epochs]
             for panel, x in ((by_epoch, epochs), (by_time, seconds)):
                 panel.plot(
                     x,
@@ -67,7 +67,7 @@ def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     by_time.set(xlabel="training time (s)")
     _finish(panels, quantity)
-    by_epoch.set_xlim(0.5, max((len(record.rows) for record in history.values()), default=1) + 0.5)
+    by_epoch.set_xlim(0.5, max((len(record.epochs) for record in history.values()), default=1) + 0.5)
     by_time.set_xlim(left=0)
     by_time.legend(fontsize="small")
     return figure
@@ -86,7 +86,7 @@ def _by_step(history: History) -> Figure:
         _finish(panels, quantity)
     grid[1][0].set(xlabel="step")
     grid[1][1].set(xlabel="training time (s)")
-    grid[0][1].legend(fontsize="small", loc="upper right")  # a search for the best place takes long with many steps
+    grid[0][1].legend(fontsize="small", loc="upper right")  # to search for the best place is slow with many steps
     return figure
 
 

@@ -1,60 +1,48 @@
-"""The most memory that something took: `python -m tengrad_triton.recipes.training.peak_memory` measures an optimizer's first steps.
+"""The peak memory of an optimizer's first steps: `python -m tengrad_triton.recipes.training.peak_memory`.
 
-It reads what to measure as JSON from its input, and is a process of its own, because a process's peak never falls.
+It reads what to measure as JSON from its standard input. It is a process of its own, because a process's peak never
+falls.
 """
 
 import json
-import resource
 import sys
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet
+from tengrad_triton.recipes.data.images import Data, Normalizer, Split
+from tengrad_triton.recipes.measuring.memory import peak_process_bytes
+from tengrad_triton.recipes.training.job import Job
+from tengrad_triton.recipes.training.settings import Settings
+from tengrad_triton.recipes.training.warm_up import seconds_of_steps
+
+STEPS = 3  # refresh, reuse, refresh: the old and the new curvature are in memory together
 
 
-def peak_pages() -> int:
-    """Return the most memory that this process has had, in bytes.
+def peak_of_steps(case: dict[str, Any]) -> int:
+    """Return the peak in bytes, minus what was in use before the model was built.
 
-    Linux's own count is of this program; what `resource` tells includes the process that started it.
+    ``case`` has the device, the optimizer, the model, its width, the batch size, an image's shape and the number of
+    classes; the images are random. On a CPU the peak is that of the process; on a GPU, what torch has allocated.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
-
-
-def peak_of_steps(asked: dict[str, Any]) -> int:
-    """Return the most bytes in use beyond those before the model was there, on random images of the shape asked for.
-
-    On a CPU these are the process's pages, without what the libraries take; on a GPU what torch has allocated.
-    """
-    from dataclasses import replace  # noqa: PLC0415
-
-    from tengrad_triton.recipes.data.images import Data, Normalizer, Split  # noqa: PLC0415
-    from tengrad_triton.recipes.training.loop import Job, seconds_of_steps  # noqa: PLC0415
-    from tengrad_triton.recipes.training.settings import Settings  # noqa: PLC0415
-
-    device, name, batch = torch.device(asked["device"]), asked["optimizer"], asked["batch_size"]
-    images = torch.randint(256, (batch, *asked["shape"]), dtype=torch.uint8)
-    split = Split(images, torch.randint(asked["classes"], (batch,)))
-    data = Data(split, split, Normalizer.of(split), asked["classes"]).to(device)
+    device, name, batch = torch.device(case["device"]), case["optimizer"], case["batch_size"]
+    images = torch.randint(256, (batch, *case["shape"]), dtype=torch.uint8)
+    split = Split(images, torch.randint(case["classes"], (batch,)))
+    data = Data(split, split, Normalizer.of(split), case["classes"]).to(device)
     own = Settings().of(name)
     if hasattr(own, "refresh_every"):
         own = replace(own, refresh_every=2)  # type: ignore[type-var]
     settings = Settings(
         optimizer=(name,),
-        model=asked["model"],
-        width=asked["width"],
+        model=case["model"],
+        width=case["width"],
         batch_size=batch,
         **{name: own},  # type: ignore[arg-type]
     )
-    before = peak_pages() if device.type == "cpu" else 0
+    before = peak_process_bytes() if device.type == "cpu" else 0
     seconds_of_steps(Job(settings, data, device), name, STEPS)
-    return peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    return peak_process_bytes() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 if __name__ == "__main__":

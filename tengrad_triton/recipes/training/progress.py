@@ -1,77 +1,61 @@
-"""What a run shows on the terminal: a progress bar or, without one, a line an epoch; and a table at the end."""
+"""The progress of training on the terminal: a bar or, where the output is not a terminal, a line for each epoch."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from rich.box import SIMPLE_HEAD
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
-from tengrad_triton.recipes.reports.comparison import OUTCOME, outcomes
-from tengrad_triton.recipes.training.metrics import History, Row
+from tengrad_triton.recipes.training.metrics import EpochMetrics
 
-REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait, so it is read no more often than an eye can follow
+REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait: it is read no more often than an eye can follow
 
 
-class Display:
-    """The progress of one optimizer: a bar over all its epochs on a terminal, a line an epoch elsewhere."""
+class Progress:
+    """The progress of one optimizer over all its epochs."""
 
-    def __init__(self, progress: Progress, name: str, epochs: int, images: int) -> None:
-        self._progress, self._epochs, self._images = progress, epochs, images
-        self._task = progress.add_task(f"{name:8}", total=epochs * images, quality="")
+    def __init__(self, bar: progress.Progress, name: str, epochs: int, images: int) -> None:
+        self._bar, self._epochs, self._images = bar, epochs, images
+        self._task = bar.add_task(f"{name:8}", total=epochs * images, quality="")
         self._drawn = time.monotonic()
 
     @classmethod
     @contextmanager
     def of(cls, console: Console, name: str, epochs: int, images: int) -> Iterator[Self]:
-        """Show the bar for as long as the block lasts."""
+        """Show the bar while the block runs. ``images`` is the number of images in an epoch."""
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(20),
-            TextColumn("{task.fields[quality]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(20),
+            progress.TextColumn("{task.fields[quality]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-            yield cls(progress, name, epochs, images)
+        with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            yield cls(bar, name, epochs, images)
 
     def step(self, epoch: int, totals_3: Tensor) -> None:
-        """Move the bar; takes what `train.Watch` is given."""
-        if self._progress.disable or time.monotonic() - self._drawn < REDRAW_SECONDS:
+        """Move the bar after a step. The arguments are those of `loop.Watch`."""
+        if self._bar.disable or time.monotonic() - self._drawn < REDRAW_SECONDS:
             return
-        loss, hits, seen = totals_3.tolist()
-        self._draw(epoch, int(seen), loss / seen, hits / seen)
+        loss, hits, images = totals_3.tolist()
+        self._draw(epoch, int(images), loss / images, hits / images)
         self._drawn = time.monotonic()
 
-    def epoch(self, row: Row) -> None:
-        """Show what an epoch came to: the training's loss and accuracy on the bar, and those of the test in a line."""
-        if self._progress.disable:
+    def epoch(self, metrics: EpochMetrics) -> None:
+        """Show the metrics of an epoch: those of training on the bar, or all of them in a line."""
+        if self._bar.disable:
             line = (
-                f"{row.optimizer:8} epoch {row.epoch}/{self._epochs}  "
-                f"train loss {row.train_loss:.4f}, accuracy {row.train_accuracy:.2%}  "
-                f"test loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2%}  {row.train_seconds:.2f} s"
+                f"{metrics.optimizer:8} epoch {metrics.epoch}/{self._epochs}  "
+                f"train loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}  "
+                f"test loss {metrics.test_loss:.4f}, accuracy {metrics.test_accuracy:.2%}  "
+                f"{metrics.train_seconds:.2f} s"
             )
-            self._progress.console.print(line, soft_wrap=True)
-        self._draw(row.epoch, self._images, row.train_loss, row.train_accuracy)
+            self._bar.console.print(line, soft_wrap=True)
+        self._draw(metrics.epoch, self._images, metrics.train_loss, metrics.train_accuracy)
 
-    def _draw(self, epoch: int, seen: int, loss: float, accuracy: float) -> None:
+    def _draw(self, epoch: int, images: int, loss: float, accuracy: float) -> None:
         quality = f"epoch {epoch}/{self._epochs}  loss {loss:.3f}  {accuracy:.1%}"
-        self._progress.update(self._task, completed=(epoch - 1) * self._images + seen, quality=quality)
-
-
-def summary_table(history: History) -> Table:
-    """Return a row an optimizer: what `comparison.outcomes` says."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption="Times are those of training, after a warm-up; an epoch's is the median.",
-    )
-    for heading in OUTCOME:
-        table.add_column(heading, justify="left" if heading == OUTCOME[0] else "right", no_wrap=True)
-    for cells in outcomes(history):
-        table.add_row(*cells)
-    return table
+        self._bar.update(self._task, completed=(epoch - 1) * self._images + images, quality=quality)

@@ -1,4 +1,4 @@
-"""The settings of a run: what the command line takes, and what settings.json keeps."""
+"""The settings of a run, which are the flags of the command line and the content of settings.json."""
 
 import dataclasses
 import importlib.util
@@ -13,27 +13,16 @@ from cyclopts.validators import Number
 from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.optimizers.baselines import (
-    EkfacSettings,
-    KbfgslSettings,
-    KbfgsSettings,
-    KfacSettings,
-    ShampooSettings,
-    SoapSettings,
-)
+from tengrad_triton.recipes.optimizers.baselines import EkfacSettings, KbfgslSettings, KbfgsSettings, KfacSettings
+from tengrad_triton.recipes.optimizers.first_order import AdamwSettings, SgdSettings
 from tengrad_triton.recipes.optimizers.muon import MuonSettings
-from tengrad_triton.recipes.optimizers.settings import (
-    AdamwSettings,
-    OptimizerName,
-    OptimizerSettings,
-    SgdSettings,
-    TengradDefaultsSettings,
-    TengradSettings,
-)
+from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
+from tengrad_triton.recipes.optimizers.tengrad import TengradDefaultsSettings, TengradSettings
+from tengrad_triton.recipes.optimizers.third_party import ShampooSettings, SoapSettings
 
 
 def each_once(_: type, names: tuple[str, ...]) -> None:
-    """Reject no optimizer, or one twice; raises `ValueError`."""
+    """Raise `ValueError` unless there is at least one optimizer, and each is named once."""
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"got {' '.join(names) or 'nothing'}, expected at least one optimizer, and each of them once")
 
@@ -51,39 +40,39 @@ ModelName = Annotated[str, Parameter(validator=_known_model)]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that the numbers of a run depend on, but for the machine and the versions."""
+    """Everything that the numbers of a run depend on, except the machine and the versions."""
 
     optimizer: Annotated[
         tuple[OptimizerName, ...],
         Parameter(consume_multiple=True, negative=(), validator=each_once, show_default=" ".join),
     ] = ("tengrad", "sgd", "adamw")
-    "Optimizers to train with, one after the other, from the same weights and in the same order of the data."
+    "Optimizers to train with, one after the other. All start from the same weights and see the same batches."
     model: ModelName = "3c1f"
     "3c1f or mlp (of width 32), mobilenetv2, resnet18, resnet50, vit-tiny, wrn-DEPTH-WIDEN, densenet-DEPTH-GROWTH."
     width: PositiveInt | None = None
     "Channels of the first convolution, units of a hidden layer or features of a token; the model's own if not given."
     dataset: DatasetName = "digits"
-    "Data set: digits ship with scikit-learn, the others come from the Hugging Face hub or from --data."
+    "Data set. The digits ship with scikit-learn; the others come from the Hugging Face hub or from --data."
     data: ResolvedExistingDirectory | None = None
-    "Folder with train-*.parquet and test-*.parquet to read the data set from, instead of the hub."
+    "Folder with the data set as train-*.parquet and test-*.parquet; the hub if not given."
     train_limit: PositiveInt | None = None
-    "Train on the first so many images only."
+    "Number of training images, from the first; all if not given."
     test_limit: PositiveInt | None = None
-    "Test on the first so many images only."
+    "Number of test images, from the first; all if not given."
     epochs: PositiveInt = 15
     "Passes over the training set."
     batch_size: PositiveInt = 128
-    "Images a step."
+    "Images per step."
     decay_at: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, negative=())] = ()
     "Epochs after which every optimizer's learning rate is multiplied by --decay."
     decay: PositiveFloat = 0.1
-    "What the learning rates are multiplied by."
+    "Factor of the learning rates after the epochs of --decay-at."
     seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))] = 0
-    "Seed of the weights, of the order of the data and of the labels that TENGraD draws."
+    "Seed of the weights, of the order of the data and of the labels that TENGraD samples."
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    "Where to train; auto takes the GPU if there is one."
+    "Device to train on; auto takes the GPU if there is one."
     threads: PositiveInt | None = None
-    "CPU threads; as many as torch takes by itself if not given."
+    "CPU threads; torch's default if not given."
     tengrad: TengradSettings = field(default_factory=TengradSettings)
     sgd: SgdSettings = field(default_factory=SgdSettings)
     adamw: AdamwSettings = field(default_factory=AdamwSettings)
@@ -98,7 +87,7 @@ class Settings:
 
     @property
     def channels(self) -> int:
-        """The width, or the model's own."""
+        """The width of the model: the given one, or the model's default."""
         return image_model(self.model).width if self.width is None else self.width
 
     def of(self, name: OptimizerName) -> OptimizerSettings:
@@ -106,35 +95,35 @@ class Settings:
         settings: OptimizerSettings = getattr(self, name)
         return settings
 
-    def plain(self) -> dict[str, Any]:
-        """Return the settings as JSON has them; what was not given is left out."""
+    def as_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values, without those that were not given."""
         given = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if v not in (None, ())})
-        plain: dict[str, Any] = json.loads(json.dumps(given, default=str))
-        return plain
+        values: dict[str, Any] = json.loads(json.dumps(given, default=str))
+        return values
 
     def flags(self) -> dict[str, Any]:
-        """Return what was given as the command line's flags: {"--sgd.lr": 0.1, ...}."""
-        return _flags(self.plain())
+        """Return the settings as flags of the command line: {"--sgd.lr": 0.1, ...}."""
+        return _flags(self.as_json())
 
     def title(self, images: int) -> str:
-        """Say in a line what was trained on how many images."""
+        """Return a title: the model, its width, the number of training images and the data set."""
         return f"{self.model}, width {self.channels}, on {images} images of {self.dataset}"
 
 
 def installed() -> tuple[OptimizerName, ...]:
-    """Return the optimizers whose packages are there."""
-    return tuple(name for name in get_args(OptimizerName) if is_installed(Settings().of(name).needs))
+    """Return the optimizers whose packages are installed."""
+    return tuple(name for name in get_args(OptimizerName) if is_installed(Settings().of(name).package))
 
 
 def is_installed(package: str) -> bool:
-    """Tell whether a package can be imported, without doing it."""
+    """Return whether a package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
-def _flags(plain: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """Return nested settings by their flags: {"sgd": {"lr": 1}} is {"--sgd.lr": 1}."""
+def _flags(settings: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
+    """Return nested settings as flags: {"sgd": {"lr": 1}} becomes {"--sgd.lr": 1}."""
     flags: dict[str, Any] = {}
-    for key, value in plain.items():
+    for key, value in settings.items():
         name = f"{prefix}{key.replace('_', '-')}"
         flags |= _flags(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flags

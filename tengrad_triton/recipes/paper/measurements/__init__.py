@@ -1,1 +1,1 @@
-"""What `tengrad-triton paper` measures beside training runs: costs, inverse blocks, phases of a step and peak memory."""
+"""What `tengrad-triton paper` measures beside runs: costs, blocks of the inverse, phases of a step, peak memory."""

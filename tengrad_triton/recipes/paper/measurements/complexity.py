@@ -1,6 +1,6 @@
-"""Table 1, measured: what the curvature and a step cost, by batch, width and depth of a perceptron, and the exponents.
+"""Table 1, measured: the cost of the curvature and of a step by batch, width and depth of a perceptron.
 
-A width is the inputs and the outputs of every layer, d = d_i = d_o in the paper's terms, and a batch its m.
+The width is that of all layers, d = d_i = d_o in the paper's terms; the batch is the paper's m.
 """
 
 import statistics
@@ -27,34 +27,30 @@ VALUES: Mapping[Quantity, Sequence[int]] = {
 }  # fmt: skip
 ROUNDS = 5
 COSTS = ("curvature", "step")
-# The paper's table 1: the powers of m and d that it has, and d's highest.
-PUBLISHED: Mapping[OptimizerName, tuple[str, str]] = {
-    "tengrad": ("m²d + m³", "md² + md + m²"),
-    "kfac": ("md² + d³", "d³"),
-    "ekfac": ("md² + d³", "md²"),
-    "kbfgs": ("md² + d²", "d³"),
-}
-Times = dict[str, float]
+Times = dict[str, float]  # seconds of each of `COSTS`
 
 
 def perceptron(width: int, depth: int) -> nn.Module:
-    """Return `depth` hidden layers of equal width."""
+    """Return a perceptron with ``depth`` hidden layers of equal width."""
     hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(width, CLASSES))
 
 
-def measured(
+def measure_costs(
     names: Sequence[OptimizerName],
     values: Mapping[Quantity, Sequence[int]],
     device: torch.device,
-    said: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Return a case for every optimizer and quantity: seconds by value, and exponents."""
+    """Return a case for each optimizer and quantity: the seconds at each value, and the fitted exponents.
+
+    ``report`` gets a line before each value.
+    """
     cases = []
     for quantity, sizes in values.items():
         times: dict[OptimizerName, list[Times]] = {name: [] for name in names}
         for size in sizes:
-            said(f"table1: {quantity} {size}")
+            report(f"table1: {quantity} {size}")
             for name, costs in _interleaved(names, {**BASE, quantity: size}, device).items():
                 times[name].append(costs)
         for name, each in times.items():
@@ -69,13 +65,13 @@ def measured(
 def _interleaved(
     names: Sequence[OptimizerName], sizes: Mapping[Quantity, int], device: torch.device
 ) -> dict[OptimizerName, Times]:
-    """Return the median costs; in each round every optimizer takes its two steps, so that all meet the same noise."""
+    """Return the median costs. Every optimizer takes its two steps in each round, so that noise affects all alike."""
     timers = {name: _timer(name, sizes, device) for name in names}
     rounds: dict[OptimizerName, list[Times]] = {name: [] for name in names}
     for number in range(ROUNDS + 1):
         for name, timer in timers.items():
             times = timer()
-            if number > 0:  # the first warms up
+            if number > 0:  # the first round warms up
                 rounds[name].append(times)
     return {name: {cost: statistics.median(t[cost] for t in each) for cost in COSTS} for name, each in rounds.items()}
 
@@ -84,16 +80,16 @@ def _timer(name: OptimizerName, sizes: Mapping[Quantity, int], device: torch.dev
     torch.manual_seed(0)
     model = perceptron(sizes["width"], sizes["depth"]).to(device)
     x, y = torch.randn(sizes["batch"], sizes["width"]), torch.randint(CLASSES, (sizes["batch"],))
-    own = replace(Settings().of(name), lr=1e-6, refresh_every=2)  # type: ignore[type-var]  # nothing moves far
+    own = replace(Settings().of(name), lr=1e-6, refresh_every=2)  # type: ignore[type-var]  # a small rate, so that the weights hardly move
     if hasattr(own, "rescale_every"):
         own = replace(own, rescale_every=2)  # type: ignore[type-var]
-    return partial(_two_steps, model, own.build(model), x.to(device), y.to(device), own.closure)
+    return partial(_two_steps, model, own.build(model), x.to(device), y.to(device), own.needs_closure)
 
 
 def _two_steps(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, closure: bool) -> Times:
-    """Take a step that refreshes the curvature and one that does not; return what each part costs.
+    """Take a step that refreshes the curvature and one that does not; return the seconds of both costs.
 
-    The curvature is what the first takes longer than the second, captures and further evaluations included.
+    The cost of the curvature is the difference of the two, and includes capture and further evaluations.
     """
 
     def evaluate() -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the ranges that the optimizers mark, from torch's profiler."""
+"""The time of a step by phase: the ranges that the optimizers mark, from torch's profiler."""
 
 import statistics
 from dataclasses import replace
@@ -8,18 +8,20 @@ from torch.profiler import ProfilerActivity, profile
 
 from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
-from tengrad_triton.recipes.training.loop import Job, closing_hooks, one_step, warm_up
+from tengrad_triton.recipes.training.job import Job, closing_hooks
+from tengrad_triton.recipes.training.loop import one_step
+from tengrad_triton.recipes.training.warm_up import warm_up
 
 PHASES = ("capture", "curvature", "solve", "update")
 REST = "forward and backward"
-EVERY, ROUNDS = 4, 3  # one step of four refreshes the curvature
+EVERY, ROUNDS = 4, 3  # one step in four refreshes the curvature
 
 
-def measured(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]:
-    """Return seconds by phase of the steps that refresh the curvature and of those that reuse it, as medians.
+def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]:
+    """Return the median seconds of each phase, for steps that refresh the curvature and for steps that reuse it.
 
-    What is in none of the ranges is forward and backward, a refresh's further ones among it. An optimizer that marks
-    none has its whole step as the update.
+    Time outside of all ranges counts as forward and backward, such as the further ones of a refresh. The whole step of
+    an optimizer that marks no range counts as the update.
     """
     warm_up(job, name)
     own = job.settings.of(name)
@@ -34,7 +36,7 @@ def measured(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]:
         for _ in range(EVERY * ROUNDS):
             with profile(activities=_activities(job)) as profiler:
                 begun = now(job.device)
-                one_step(model, optimizer, images, labels, own.closure)
+                one_step(model, optimizer, images, labels, own.needs_closure)
                 whole = now(job.device) - begun
             steps.append(_by_phase(profiler, whole))
     kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
@@ -55,10 +57,10 @@ def _by_phase(profiler: Any, whole: float) -> dict[str, float]:
     marked = {phase: _seconds(events[phase]) for phase in PHASES if phase in events}
     if not marked:
         steps = (_seconds(event) for key, event in events.items() if key.startswith("Optimizer.step#"))
-        marked = {"update": max(steps)}  # the outermost, where an optimizer is made of others
+        marked = {"update": max(steps)}  # the outermost, if an optimizer consists of several
     return {REST: max(0.0, whole - sum(marked.values())), **{phase: marked.get(phase, 0.0) for phase in PHASES}}
 
 
 def _seconds(event: Any) -> float:
-    """Return an event's time: the device's where it has some, the host's elsewhere; the profiler counts in µs."""
+    """Return the seconds of an event on the device, or on the host if it has none; the profiler counts in µs."""
     return (getattr(event, "device_time_total", 0) or event.cpu_time_total) / 1e6

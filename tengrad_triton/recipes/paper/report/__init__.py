@@ -1,1 +1,1 @@
-"""The report of `tengrad-triton paper`: one JSON document, the figures, and the pages made from it."""
+"""The report of `tengrad-triton paper`: one JSON document of all numbers, and figures and pages made from it."""

@@ -1,13 +1,12 @@
-"""The parts of the paper's report: tables of ours beside the paper's."""
+"""The sections of the report: tables of our numbers beside the paper's."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tengrad_triton.recipes.paper.measurements.complexity import PUBLISHED
-from tengrad_triton.recipes.paper.published import ROWS
+from tengrad_triton.recipes.paper.published import EXPERIMENTS, TABLE1
 from tengrad_triton.recipes.paper.report.seeds import Finished, Spread, by_optimizer, levels, times_to
-from tengrad_triton.recipes.reports.run_page import table
+from tengrad_triton.recipes.reports.markdown import table
 
 OUTCOME = (
     "optimizer",
@@ -22,64 +21,64 @@ OUTCOME = (
 )
 NO_GPU = "On a GPU, at the paper's own scale: not measured."
 OUTCOME_NOTE = (
-    "Top is the best test accuracy after an epoch, as a mean over the runs. To SGD's top: the training time to SGD's "
-    "mean top accuracy, over the runs that reach it. Resolution is one epoch."
+    "Top is the best test accuracy after an epoch, as a mean over the runs. To SGD's top is the training time to SGD's "
+    "mean top accuracy, as a mean over the runs that reach it. Times have a resolution of one epoch."
 )
 DISTANCES = ("relative", "of curvature", "cosine")
 INVERSE_NOTE = (
-    "Relative: ‖X - X*‖ / ‖X*‖ in the Frobenius norm, X* being exact NGD's block of (F + αI)⁻¹ over all parameters. Of "
-    "curvature: ‖X - X*‖ / ‖X* - I/α‖, where 1 is as far as no curvature at all. Cosine: of the angle between X - I/α "
-    "and X* - I/α, which is their structure without its size. All but the last use a row for every class of every "
-    "sample; the last draws one label a sample, as training does."
+    "Relative is ‖X - X*‖ / ‖X*‖ in the Frobenius norm, where X* is the block of (F + αI)⁻¹ in exact NGD, over all "
+    "parameters. Of curvature is ‖X - X*‖ / ‖X* - I/α‖, which is 1 without any curvature. Cosine is that of the angle "
+    "between X - I/α and X* - I/α, which compares their structure without their size. All methods but the last have a "
+    "row of J for every class of every sample; the last samples one label for every sample, as training does."
 )
 Files = Mapping[str, str]
 
 
 def spread(found: Spread, digits: int) -> str:
-    """Return a mean, with its standard deviation if it is of several."""
+    """Return a mean, with its standard deviation if there are several seeds."""
     return f"{found.mean:.{digits}f}" + (f" ± {found.std:.{digits}f}" if found.count > 1 else "")
 
 
 def outcome(title: str, runs: Sequence[Finished]) -> list[str]:
-    """Return a row's tables: top accuracies and times, and the times to fixed accuracies."""
-    reported = {str(name): value for row in ROWS if row.title == title for name, value in row.reported.items()}
+    """Return the tables of an experiment: top accuracies and times, and the times to fixed accuracies."""
+    reported = {str(name): value for e in EXPERIMENTS if e.title == title for name, value in e.reported.items()}
     groups = by_optimizer(runs)
     sound = {name: [run for run in group if not run.diverged] for name, group in groups.items()}
-    rivals = [run.top()[0] for run in sound.get("sgd", [])]
-    target = statistics.mean(rivals) if rivals else None
-    rows = [_outcome_row(name, groups[name], sound[name], reported.get(name), target) for name in groups]
-    parts = [table(OUTCOME, rows), OUTCOME_NOTE, *_verdict(sound, target)]
+    sgd_tops = [run.top()[0] for run in sound.get("sgd", [])]
+    target = statistics.mean(sgd_tops) if sgd_tops else None
+    lines = [_outcome_line(name, groups[name], sound[name], reported.get(name), target) for name in groups]
+    parts = [table(OUTCOME, lines), OUTCOME_NOTE, *_verdict(sound, target)]
     fixed = levels(sound)
     if fixed:
         heading = ("optimizer", *(f"to {level} %" for level in fixed))
-        lines = [(name, *(_time_to(sound[name], level) for level in fixed)) for name in groups]
-        parts += ["Seconds of training to fixed test accuracies:", table(heading, lines)]
+        times = [(name, *(_time_to(sound[name], level) for level in fixed)) for name in groups]
+        parts += ["Seconds of training to fixed test accuracies:", table(heading, times)]
     return parts
 
 
-def _outcome_row(
+def _outcome_line(
     name: str,
     runs: Sequence[Finished],
     sound: Sequence[Finished],
     paper: tuple[int, float] | None,
     target: float | None,
 ) -> tuple[str, ...]:
-    theirs = (f"{paper[1]:.2f} %", f"{paper[0]} s") if paper else ("-", "-")
+    published = (f"{paper[1]:.2f} %", f"{paper[0]} s") if paper else ("-", "-")
     count = f"{len(runs)}" if len(sound) == len(runs) else f"{len(runs)}, {len(runs) - len(sound)} diverged"
     if not sound:
-        return (name, *theirs, "diverged", "-", "-", "-", "-", count)
+        return (name, *published, "diverged", "-", "-", "-", "-", count)
     tops = [run.top() for run in sound]
-    epoch, wall = (
-        Spread.of([statistics.median(row[clock] for row in run.rows) for run in sound])
-        for clock in (sound[0].clock_of, "train_seconds")
+    cpu, wall = (
+        Spread.of([statistics.median(epoch[clock] for epoch in run.epochs) for run in sound])
+        for clock in (sound[0].clock_column, "train_seconds")
     )
     return (
         name,
-        *theirs,
+        *published,
         f"{spread(Spread.of([top for top, _ in tops]), 2)} %",
         f"{spread(Spread.of([seconds for _, seconds in tops]), 1)} s",
         "-" if target is None else _time_to(sound, target),
-        f"{spread(epoch, 1)} s",
+        f"{spread(cpu, 1)} s",
         f"{spread(wall, 1)} s",
         count,
     )
@@ -93,17 +92,16 @@ def _time_to(runs: Sequence[Finished], accuracy: float) -> str:
 
 
 def _verdict(sound: Mapping[str, Sequence[Finished]], target: float | None) -> list[str]:
-    """Say in a sentence what the paper claims of a row, with our numbers."""
+    """Return a sentence with the time of each optimizer to SGD's top accuracy: the paper's claim, in our numbers."""
     if target is None or not sound.get("tengrad"):
         return []
-    times = {name: times_to(runs, target) for name, runs in sound.items() if runs}
-    said = [f"{name} {_time_to(sound[name], target)}" for name in times]
-    return [f"To SGD's own top accuracy, {target:.2f} %: {'; '.join(said)}."]
+    named = [f"{name} {_time_to(runs, target)}" for name, runs in sound.items() if runs]
+    return [f"To SGD's own top accuracy, {target:.2f} %: {'; '.join(named)}."]
 
 
 def inverse(name: str, what: str, found: Mapping[str, Any], file: str) -> list[str]:
-    """Return one of figures 6 to 8 with its distances."""
-    rows = [
+    """Return the section of one of figures 6 to 8, with the distances to exact NGD."""
+    lines = [
         (method, *("-" if distance[key] is None else f"{distance[key]:.4f}" for key in DISTANCES))
         for method, distance in found["distances"].items()
     ]
@@ -113,24 +111,24 @@ def inverse(name: str, what: str, found: Mapping[str, Any], file: str) -> list[s
         f"one epoch of SGD; scale: {found['scale']}."
     )
     heading = ("block of the inverse", *DISTANCES)
-    return [f"## Figure {number}: {what} of 3C1F", about, f"![The {what}]({file})", table(heading, rows), INVERSE_NOTE]
+    return [f"## Figure {number}: {what} of 3C1F", about, f"![The {what}]({file})", table(heading, lines), INVERSE_NOTE]
 
 
 def searches(grid: Mapping[str, Sequence[Finished]], files: Files) -> list[str]:
-    """Return figures 9 and 10, and the best of every optimizer's grid beside tables 3 to 5."""
+    """Return figures 9 and 10, and the best point of every optimizer's grid beside tables 3 to 5."""
     if not grid:
         return []
     parts = ["## Figures 9 and 10, tables 3 to 5: hyperparameters"]
     parts += [f"![{name} by hyperparameters]({files[name]})" for name in ("figure9", "figure10") if name in files]
-    rows = [_best(title, name, group) for title, runs in grid.items() for name, group in by_optimizer(runs).items()]
+    lines = [_best(title, name, group) for title, runs in grid.items() for name, group in by_optimizer(runs).items()]
     heading = ("row", "optimizer", "paper's choice", "best of ours", "its top accuracy", "points diverged")
     text = "Learning rate, weight decay and damping, chosen by top test accuracy as in the paper:"
-    return [*parts, text, table(heading, rows)]
+    return [*parts, text, table(heading, lines)]
 
 
 def _best(title: str, name: str, runs: Sequence[Finished]) -> tuple[str, ...]:
-    """Return the point of a grid whose top accuracy is best as a mean over its seeds, beside the paper's."""
-    tuned = {str(key): value for row in ROWS if row.title == title for key, value in row.tuned.items()}
+    """Return a line: the paper's choice, and the point of the grid with the best top accuracy as a mean over seeds."""
+    tuned = {str(key): value for e in EXPERIMENTS if e.title == title for key, value in e.tuned.items()}
     points: dict[tuple[float, ...], list[Finished]] = {}
     for run in runs:
         points.setdefault(tuple(run.tuned.values()), []).append(run)
@@ -149,59 +147,60 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def table1(found: Mapping[str, Any], files: Files) -> list[str]:
-    """Return the exponents of table 1."""
+    """Return the section of table 1, with the measured exponents."""
     exponents: dict[str, dict[str, Any]] = {}
     for case in found["cases"]:
         exponents.setdefault(case["optimizer"], {})[case["quantity"]] = case["exponents"]
-    rows = []
+    lines = []
     for name, by_quantity in exponents.items():
         for place, cost in enumerate(("curvature", "step")):
             fits = (f"{by_quantity[q][cost]:.2f}" if cost in by_quantity[q] else "-" for q in by_quantity)
-            formula = PUBLISHED.get(name, ("-", "-"))[place]  # type: ignore[call-overload]
-            rows.append((f"{name}, {cost}", formula, *fits))
+            formula = TABLE1.get(name, ("-", "-"))[place]  # type: ignore[call-overload]
+            lines.append((f"{name}, {cost}", formula, *fits))
     quantities = list(next(iter(exponents.values())))
     base = ", ".join(f"{key} {value}" for key, value in found["base"].items())
     text = (
-        f"Exponents of power laws through the measured costs of a perceptron with hidden layers of equal width; what "
-        f"does not vary is at {base}. The curvature is what a step that refreshes takes longer than one that does not; "
-        "the step is the optimizer's own part of the latter. Medians of interleaved rounds; fixed costs flatten small "
-        "sizes."
+        f"Exponents of power laws through the measured costs of a perceptron with hidden layers of equal width. One "
+        f"quantity varies at a time; the others are {base}. The cost of the curvature is the time of a step that "
+        "refreshes it, minus that of a step that does not; the cost of the step is the optimizer's own part of the "
+        "latter. Times are medians of interleaved rounds. At small sizes fixed costs make the exponents smaller."
     )
     heading = ("optimizer, cost", "paper: a layer, m samples, d wide", *(f"by {q}" for q in quantities))
-    return ["## Table 1: cost by batch, width and depth", text, table(heading, rows), f"![Costs]({files['table1']})"]
+    return ["## Table 1: cost by batch, width and depth", text, table(heading, lines), f"![Costs]({files['table1']})"]
 
 
 def phases(found: Mapping[str, Any], files: Files) -> list[str]:
-    """Return the time of a step by phase."""
+    """Return the section on the time of a step by phase."""
     steps = {
         f"{name}, {kind}" if len(by_kind) > 1 else name: parts
         for name, by_kind in found["seconds"].items()
         for kind, parts in by_kind.items()
     }
     heading = ("step", *next(iter(steps.values())), "all")
-    rows = [
+    lines = [
         (label, *(f"{1e3 * part:.2f}" for part in parts.values()), f"{1e3 * sum(parts.values()):.2f}")
         for label, parts in steps.items()
     ]
     text = (
         f"Milliseconds of one step by the wall clock, under torch's profiler, {found['title']}, batch "
-        f"{found['batch_size']}; one optimizer after the other, so that parts compare best within a row. An optimizer "
-        "that marks no phase has its step as the update; a further evaluation is in forward and backward."
+        f"{found['batch_size']}. The optimizers ran one after the other, so that the parts of a line compare best. The "
+        "whole step of an optimizer that marks no phase counts as the update. A second evaluation counts as forward "
+        "and backward."
     )
-    return ["## Time of a step by phase", text, table(heading, rows), f"![Phases]({files['phases']})"]
+    return ["## Time of a step by phase", text, table(heading, lines), f"![Phases]({files['phases']})"]
 
 
 def memory(found: Mapping[str, Any], files: Files) -> list[str]:
-    """Return peak memory."""
+    """Return the section on peak memory."""
     peaks = found["bytes"]
     base = peaks.get("sgd")
-    rows = [(name, f"{b / 2**20:.0f}", f"{b / base:.2f}" if base else "-") for name, b in peaks.items()]
+    lines = [(name, f"{b / 2**20:.0f}", f"{b / base:.2f}" if base else "-") for name, b in peaks.items()]
     text = (
-        f"MiB at the peak of a few steps beyond what the libraries take, with two refreshes among them, each optimizer "
-        f"in a process of its own: {found['model']}, width {found['width']}, {found['parameters']} parameters, batch "
-        f"{found['batch_size']}."
+        f"Peak in MiB of a few steps, two of which refresh the curvature, without the memory of the libraries. Each "
+        f"optimizer had a process of its own. {found['model']}, width {found['width']}, {found['parameters']} "
+        f"parameters, batch {found['batch_size']}."
     )
-    return ["## Peak memory", text, table(("optimizer", "MiB", "× SGD"), rows)]
+    return ["## Peak memory", text, table(("optimizer", "MiB", "× SGD"), lines)]
 
 
 MEASURED: Mapping[str, Callable[[Mapping[str, Any], Files], list[str]]] = {
