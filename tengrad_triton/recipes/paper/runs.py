@@ -138,9 +138,9 @@ def _searches(request: Request, targets: tuple[str, ...]) -> Iterator[PaperRun]:
 def _grid(
     experiment: Experiment, name: OptimizerName, request: Request, weight_decays: tuple[float, ...]
 ) -> Iterator[PaperRun]:
+    own = experiment.of(name)
     dampings: tuple[float | None, ...] = (None,) if name == "sgd" else request.grid.damping
     for seed, lr, weight_decay, damping in product(range(request.seeds), request.grid.lr, weight_decays, dampings):
         tuned = (lr, weight_decay) if damping is None else (lr, weight_decay, damping)
-        own = with_tuned(experiment.of(name), tuned)
-        settings = settings_of(experiment, name, seed, request, own)
+        settings = settings_of(experiment, name, seed, request, with_tuned(own, tuned))
         yield PaperRun(experiment, name, settings, "-".join([name, *map(str, tuned), f"seed{seed}"]), grid=True)
