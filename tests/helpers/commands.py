@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tengrad_triton.recipes.cli import train
+from tengrad_triton.recipes.cli import report, train
 from tengrad_triton.recipes.cli.main import main
 
 PROCESS = "import sys; from tengrad_triton.recipes.cli.main import main; sys.exit(main())"
@@ -27,7 +27,8 @@ def threads_restored():
 def a_quick_command():
     """Draw no figures, which take most of a small run's time, and give torch its threads back."""
     with threads_restored(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw", lambda *_: None)
+        for command in (train, report):
+            patch.setattr(command, "draw", lambda *_: None)
         yield
 
 
