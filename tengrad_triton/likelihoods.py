@@ -1,7 +1,8 @@
-"""Which rows J has: the likelihoods whose labels are drawn, and the names the optimizer takes.
+"""Likelihoods: from the model's output to the rows of J, for the Fisher matrix of the loss in use.
 
-F is the Gauss-Newton matrix of the loss that the likelihood names, with torch's ``reduction="mean"``: with damping and
-learning rate going to 0 and 1 a step is the Gauss-Newton step of that very loss (docs/math.md, M2 and M9).
+Each likelihood here belongs to one loss of torch with ``reduction="mean"``, and is scaled so that the Fisher matrix
+F = Jᵀ J / N is, on average over the drawn labels, the Gauss-Newton matrix of that loss (docs/math.md, M2 and M9). As
+the damping goes to 0, a step with learning rate 1 becomes the Gauss-Newton step.
 
 Dimensions: N samples, C classes, D outputs of a sample, T tokens, R rows of a sample.
 """
@@ -14,100 +15,147 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 Fisher = Literal["sampled", "empirical", "exact"]
+"""Which rows J has: at drawn labels, at the data's labels, or for every output of the model (docs/math.md, M2)."""
 FISHERS: tuple[Fisher, ...] = ("sampled", "empirical", "exact")
 
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """What the model's output says about its targets."""
+    """The distribution of the targets that the model's output stands for.
+
+    The rows of J of the sampled Fisher are the derivatives of `nll` at targets from `sample`.
+    """
 
     def sample(self, output: Any, generator: torch.Generator) -> Any:
-        """Draw a target for every sample from the model's own distribution."""
+        """Draw a target for every sample from the model's own distribution.
+
+        Args:
+            output: what the model returned, detached: for the likelihoods here a tensor [N, …].
+            generator: draws the targets. It is on the device of the model's parameters.
+
+        Returns:
+            Targets in the form that `nll` expects.
+
+        Raises:
+            TypeError: the output is not a tensor. (The likelihoods here raise this; your own need not.)
+            ValueError: the output has a shape that does not fit the likelihood. (Likewise.)
+        """
 
     def nll(self, output: Any, target: Any) -> Tensor:
-        """Return the negative log-likelihood, summed over the samples: a scalar whose gradients are J's rows."""
+        """Return the negative log-likelihood (natural logarithm) as a scalar: the sum over the samples, not their mean.
+
+        Row n of J is the derivative of sample n's term with respect to the parameters. That term must depend on the
+        output for sample n only.
+
+        Args:
+            output: what the model returned, with its graph.
+            target: what `sample` returned for this output.
+        """
 
 
 @runtime_checkable
 class HasHessianFactor(Protocol):
-    """A likelihood that the exact Fisher matrix can be made of."""
+    """A likelihood for ``fisher="exact"``: it has rows without drawing labels."""
 
-    def factor(self, output: Tensor) -> Tensor:
-        """Return s_RN…, shaped like ``output`` behind R: Σ_r s_r s_rᵀ is the Hessian of each sample's loss (M9)."""
+    def hessian_factor(self, output: Tensor) -> Tensor:
+        """Return a factor of the Hessian of each sample's own loss with respect to its output (docs/math.md, M9).
+
+        Args:
+            output: what the model returned: a tensor [N, …].
+
+        Returns:
+            s_RN… [R, N, …], shaped like R outputs, with H_n = Σ_r s_rn s_rnᵀ for every sample n.
+        """
 
 
 class Reparametrized:
-    """A likelihood that draws in two parts, so that a compiled step can take the random one from outside."""
+    """A likelihood that draws targets in two parts: random numbers first, then a function of them and the output.
+
+    A compiled step needs this, because it receives the random numbers as an input of its graph.
+    """
 
     def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Return random numbers shaped like ``output``."""
+        """Return random numbers, shaped like ``output``, whose distribution does not depend on its values."""
         raise NotImplementedError
 
     def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:
-        """Return the target that ``noise`` stands for."""
+        """Return the target that ``noise`` gives for ``output``."""
         raise NotImplementedError
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return what `Likelihood.nll` does."""
+        """Return the negative log-likelihood, summed over the samples: see `Likelihood.nll`."""
         raise NotImplementedError
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw a target for every sample."""
+        """Draw a target for every sample: see `Likelihood.sample`."""
         return self.from_noise(output, self.noise(output, generator))
 
 
 class Categorical(Reparametrized):
-    """Logits [N, C] of one label a sample, or of a label a token: the loss is `torch.nn.functional.cross_entropy`.
+    """One label for each sample, or one for each token; the loss is `torch.nn.functional.cross_entropy`.
 
-    With tokens that loss is a mean over the M of them that count. A sample's own loss is then N / M times the sum over
-    its tokens, whose draws are independent: derivatives scaled by (N / M)^½ have its Hessian on average (M9).
+    The output is logits: [N, C], or with tokens [N, C, T, …] or [N, T, C]. With tokens the loss is a mean over the M of
+    them that count. A sample's own loss is then N / M times the sum over its tokens. Their draws are independent, so
+    derivatives scaled by (N / M)^½ have its Hessian on average (docs/math.md, M9).
 
     Args:
-        dim: of the classes, needed where there are tokens: 1 as in `cross_entropy` ([N, C, T, …]), or -1 for a
-            language model's [N, T, C].
-        ignore_index: the label of tokens that do not count.
+        dim: the dimension of the classes where there are tokens: 1 as in `cross_entropy` ([N, C, T, …]), or -1 for the
+            output of a language model ([N, T, C]). None for one label a sample.
+        ignore_index: the label that marks tokens which do not count.
 
     Attributes:
-        target: the batch's labels; needed before the forward where some of them are to be ignored.
+        target: the labels of the batch, [N] or [N, T, …]. Set it before each forward if some of them are to be
+            ignored. While it is None, all tokens count.
+
+    Raises:
+        TypeError: on sampling, if the output is not a tensor.
+        ValueError: on sampling, if the output does not have the shape above.
     """
 
     def __init__(self, dim: int | None = None, ignore_index: int = -100) -> None:
-        self.dim, self.ignore_index, self.target = 1 if dim is None else dim, ignore_index, None
+        self.dim, self.ignore_index = 1 if dim is None else dim, ignore_index
+        self.target: Tensor | None = None
         self._dims = (2,) if dim is None else range(2, 64)
 
-    target: Tensor | None
-
-    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
+    @override
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
         expected = (
             "logits of shape [N, C] (with a label a token: Categorical(dim=-1) for [N, T, C], dim=1 for [N, C, T])"
         )
-        _expect(output, "categorical", expected, dims=self._dims)
+        _check_output(output, "categorical", expected, dims=self._dims)
         return torch.empty_like(output, dtype=torch.float32).exponential_(generator=generator)
 
+    @override
     def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:
-        """Return the winners of a race in which class c arrives after Exp(1) / p_c: c wins with probability p_c."""
+        """Return the class c with the smallest noise_c / p_c, which is class c with probability p_c."""
         return (output.float().softmax(self.dim) / noise).argmax(self.dim)
 
-    def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
-        # A drawn label may be the number that marks the data's ignored ones: which tokens count is in the roots.
+    @override
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:
+        # No ignore_index here: a drawn label may equal it, and the token weights already say which tokens count.
         losses = F.cross_entropy(output.movedim(self.dim, 1), target, reduction="none")
-        return (losses * self._roots(losses)).sum()
+        return (losses * self._root_weights(losses)).sum()
 
-    def factor(self, output: Tensor) -> Tensor:
-        """Return √p_c (e_c - p) for every token and class: diag(p) - p pᵀ is the sum of their outer products."""
+    def hessian_factor(self, output: Tensor) -> Tensor:
+        """Return √(ω_t p_tc) (e_c − p_t) for every class c and token t: [C·T, N, …] (docs/math.md, M9).
+
+        The sum of their outer products over c is ω_t (diag(p_t) − p_t p_tᵀ), with ω_t = N / M for tokens that count and
+        0 for the others. See `HasHessianFactor.hessian_factor`.
+        """
         p_NCT = output.detach().movedim(self.dim, 1).softmax(1)
         shape = p_NCT.shape
         p_NCT = p_NCT.flatten(2) if p_NCT.dim() > 2 else p_NCT[..., None]
         eye_CC, eye_TT = (torch.eye(size, dtype=p_NCT.dtype, device=p_NCT.device) for size in p_NCT.shape[1:])
-        root_NT = self._roots(p_NCT[:, 0]) * torch.ones_like(p_NCT[:, 0])
+        root_NT = self._root_weights(p_NCT[:, 0]) * torch.ones_like(p_NCT[:, 0])
         s_CNCT = (p_NCT.movedim(1, 0)[:, :, None].sqrt() * (eye_CC[:, None, :, None] - p_NCT)) * root_NT[:, None]
         s_RNCT = (s_CNCT * eye_TT[:, None, None, None]).flatten(0, 1)
         return s_RNCT.reshape(-1, *shape).movedim(2, self.dim + 1 if self.dim > 0 else self.dim)
 
-    def _roots(self, like: Tensor) -> Tensor | float:
-        """Return (N / M)^½ for the tokens that count and 0 for the others; a number where all do."""
+    def _root_weights(self, like: Tensor) -> Tensor | float:
+        """Return √ω: (N / M)^½ for the tokens that count and 0 for the others; one number where all count."""
         if self.target is None:
             return float(like.shape[0] / like.numel()) ** 0.5
         counts = (self.target != self.ignore_index).view_as(like).to(like)
@@ -115,51 +163,75 @@ class Categorical(Reparametrized):
 
 
 class Gaussian(Reparametrized):
-    """Means [N, …] of D outputs a sample: the loss is `torch.nn.functional.mse_loss`, so each variance is D / 2."""
+    """Real outputs [N, …], D of them for each sample; the loss is `torch.nn.functional.mse_loss`.
 
-    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        _expect(output, "gaussian", "means of shape [N, ...]")
+    The output is the mean. Each variance is D / 2, in squared units of the output, so that the negative log-likelihood
+    is the squared error divided by D, plus a constant that `nll` leaves out (docs/math.md, M2).
+
+    Raises:
+        TypeError: on sampling, if the output is not a tensor.
+        ValueError: on sampling, if the output is a scalar.
+    """
+
+    @override
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        _check_output(output, "gaussian", "means of shape [N, ...]")
         return torch.empty_like(output).normal_(generator=generator)
 
-    def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:
         return output + noise * (_outputs(output) / 2) ** 0.5
 
-    def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:
         return (output - target).square().sum() / _outputs(output)
 
-    def factor(self, output: Tensor) -> Tensor:
-        """Return √(2 / D) e_d for every output."""
-        return _one_by_one(output) * (2 / _outputs(output)) ** 0.5
+    def hessian_factor(self, output: Tensor) -> Tensor:
+        """Return √(2 / D) e_d for every output d: [D, N, …]. See `HasHessianFactor.hessian_factor` and M9."""
+        return _unit_vectors(output) * (2 / _outputs(output)) ** 0.5
 
 
 class Bernoulli(Reparametrized):
-    """Logits [N, …] of D yes-or-no outputs a sample: `torch.nn.functional.binary_cross_entropy_with_logits`.
+    """Yes-or-no outputs, D for each sample; the loss is `torch.nn.functional.binary_cross_entropy_with_logits`.
 
-    That loss averages over the D outputs, so the derivatives are scaled by D^-½: the mean of their outer products is
-    then the Gauss-Newton matrix of the loss.
+    The output is logits [N, …]. The loss is a mean over the D outputs, so the derivatives are scaled by D^-½. The mean
+    of their outer products is then the Gauss-Newton matrix of the loss (docs/math.md, M2).
+
+    Raises:
+        TypeError: on sampling, if the output is not a tensor.
+        ValueError: on sampling, if the output is a scalar.
     """
 
-    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:  # noqa: D102
-        _expect(output, "bernoulli", "logits of shape [N, ...]")
+    @override
+    def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
+        _check_output(output, "bernoulli", "logits of shape [N, ...]")
         return torch.empty_like(output, dtype=torch.float32).uniform_(generator=generator)
 
-    def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:
         return (noise < output.sigmoid()).to(output.dtype)
 
-    def nll(self, output: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def nll(self, output: Tensor, target: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, target, reduction="sum") * _outputs(output) ** -0.5
 
-    def factor(self, output: Tensor) -> Tensor:
-        """Return √(p (1 - p) / D) e_d for every output."""
+    def hessian_factor(self, output: Tensor) -> Tensor:
+        """Return √(p_d (1 − p_d) / D) e_d for every d: [D, N, …]. See `HasHessianFactor.hessian_factor` and M9."""
         p = output.detach().sigmoid()
-        return _one_by_one(output) * (p * (1 - p) / _outputs(output)).sqrt()
+        return _unit_vectors(output) * (p * (1 - p) / _outputs(output)).sqrt()
 
 
 LIKELIHOODS: dict[str, Likelihood] = {"categorical": Categorical(), "gaussian": Gaussian(), "bernoulli": Bernoulli()}
+"""The likelihoods that `TENGraD` takes by name."""
 
 
 def likelihood_of(choice: str | Likelihood) -> Likelihood:
-    """Return the likelihood of that name, or the object itself."""
+    """Return the likelihood with the name ``choice``, or ``choice`` itself.
+
+    Raises:
+        ValueError: there is no likelihood of that name.
+        TypeError: the object lacks ``sample`` or ``nll``.
+    """
     if isinstance(choice, str):
         if choice not in LIKELIHOODS:
             raise ValueError(
@@ -174,21 +246,20 @@ def likelihood_of(choice: str | Likelihood) -> Likelihood:
 
 
 def _outputs(output: Tensor) -> int:
+    """Return D, the number of outputs of a sample."""
     return max(1, output[0].numel())
 
 
-def _one_by_one(output: Tensor) -> Tensor:
-    """Return e_DN…: ones at one output of each sample at a time."""
+def _unit_vectors(output: Tensor) -> Tensor:
+    """Return e_DN… [D, N, …]: a 1 at output d of every sample, for each d, and zeros elsewhere."""
     outputs = _outputs(output)
     eye_DD = torch.eye(outputs, dtype=output.dtype, device=output.device)
     return eye_DD.view(outputs, 1, *output.shape[1:]).expand(-1, *output.shape)
 
 
-def _expect(output: Any, name: str, expected: str, dims: Container[int] = range(1, 64)) -> None:
-    way_out = "choose the likelihood of your loss, or pass an object with sample and nll"
+def _check_output(output: Any, name: str, expected: str, dims: Container[int] = range(1, 64)) -> None:
+    remedy = "choose the likelihood of your loss, or pass an object with sample and nll"
     if not isinstance(output, Tensor):
-        raise TypeError(
-            f"likelihood={name!r} expects {expected}; the model returned {type(output).__name__}: {way_out}"
-        )
+        raise TypeError(f"likelihood={name!r} expects {expected}; the model returned {type(output).__name__}: {remedy}")
     if output.dim() not in dims:
-        raise ValueError(f"likelihood={name!r} expects {expected}; the model returned {tuple(output.shape)}: {way_out}")
+        raise ValueError(f"likelihood={name!r} expects {expected}; the model returned {tuple(output.shape)}: {remedy}")

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by name, for whoever runs it under `torch.profiler`."""
+"""Names for the phases of a step in a `torch.profiler` trace."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch.profiler import record_function
 
 Phase = Literal["capture", "curvature", "solve", "update"]
-"""Rows and their derivatives; factoring them; the direction; what it does to the parameters."""
+"""Finding the rows of J; factoring the damped Gram matrices; solving for the direction; updating the parameters."""
 
 
 def phase(name: Phase) -> AbstractContextManager[Any]:
-    """Return a range of that name in a running profile; nothing where there is none, and in compiled code."""
+    """Return a context that a running profiler shows as ``name``; it does nothing without one or in compiled code."""
     if torch.compiler.is_compiling() or not torch._C._autograd._profiler_enabled():
         return nullcontext()
     return record_function(name)

@@ -1,18 +1,18 @@
-"""Rows of the table of layers that need a model of their own, and the models."""
+"""Models and calls for those entries of the table in test_exact.py that need more than a layer."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm  # noqa: F401  (rows name them)
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm  # noqa: F401  (the table names them)
 
 
 def first(layer, *inputs, **options):
-    """Return the first of what a layer returns."""
+    """Return the first tensor that a layer returns."""
     return layer(*inputs, **options)[0]
 
 
 def attend(layer, x, **options):
-    """Self-attention, whatever dimension the layer has the samples in."""
+    """Self-attention on [N, T, E], with the sequence first or not inside the layer."""
     if layer.batch_first:
         return first(layer, x, x, x, **options)
     x = x.transpose(0, 1)
@@ -20,7 +20,7 @@ def attend(layer, x, **options):
 
 
 def cross(layer, x, **options):
-    """Queries, keys and values from three parts of the sequence, of different lengths."""
+    """Attention whose queries, keys and values come from different parts of the sequence."""
     query, key = x[:, :3], x[:, 2:]
     value = key.flip(1) * 0.5
     key, value = key[..., : layer.kdim], value[..., : layer.vdim]
@@ -39,13 +39,13 @@ def padded(layer, x):
 
 
 def weights_too(layer, x):
-    """The loss depends on the attention weights as well."""
+    """Outputs and attention weights, so that the loss depends on both."""
     y, weights = layer(x, x, x)
     return torch.cat([y.flatten(1), weights.flatten(1)], 1)
 
 
 def recurrent(layer, x):
-    """Outputs and last states of a recurrent layer."""
+    """Outputs and final states of a recurrent layer."""
     sequence = x if layer.batch_first else x.transpose(0, 1)
     y, last = layer(sequence)
     states = last if isinstance(last, tuple) else (last,)
@@ -54,13 +54,13 @@ def recurrent(layer, x):
 
 
 def with_state(layer, x):
-    """A recurrent layer that starts where the input says."""
+    """A recurrent layer whose initial state depends on the input."""
     start = F.pad(x[:, 0], (0, layer.hidden_size - 3), value=0.3).expand(layer.num_layers, -1, -1).contiguous()
     return layer(x, start)[0]
 
 
 def bags(layer, x):
-    """Bags of one to three ids, one behind the other."""
+    """Bags of one to three ids, given as one vector and offsets."""
     sizes = 1 + x[:, 0] % 3
     ids = torch.cat([row[:size] for row, size in zip(x, sizes, strict=True)])
     return layer(ids, sizes.cumsum(0) - sizes)
@@ -71,7 +71,7 @@ def weighted_bags(layer, x):
 
 
 class Pair(nn.Module):
-    """A bilinear layer of two parts of the input."""
+    """A bilinear layer of two slices of the input."""
 
     def __init__(self, **options):
         super().__init__()
@@ -108,7 +108,7 @@ class Tied(nn.Module):
 
 
 class Outside(nn.Module):
-    """A layer that is called, and whose weight is used besides."""
+    """A layer that is called and whose weight is also used without a call."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class Outside(nn.Module):
 
 
 class NeverCalled(nn.Module):
-    """A layer that only lends its weight."""
+    """A layer that is never called, although its parameters are used."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class NeverCalled(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds a table of positions, called or as it lies there, to what the tokens are."""
+    """Adds a position table, called or indexed directly, to the token embeddings."""
 
     def __init__(self, tokens, called):
         super().__init__()
@@ -144,7 +144,7 @@ class Positions(nn.Module):
 
 
 class OwnTable(nn.Module):
-    """A table of one's own, which no rule describes."""
+    """A table in a module without a rule."""
 
     def __init__(self, tokens, entries):
         super().__init__()
@@ -155,7 +155,7 @@ class OwnTable(nn.Module):
 
 
 class OwnPositions(Positions):
-    """The table of positions is one of one's own."""
+    """The position table is in a module without a rule."""
 
     def __init__(self, tokens):
         super().__init__(tokens, called=True)
@@ -163,7 +163,7 @@ class OwnPositions(Positions):
 
 
 class Loose(nn.Module):
-    """Parameters of the model's own, one of them with four dimensions, between layers."""
+    """Parameters that the model itself owns, one of them with four dimensions, between layers."""
 
     def __init__(self):
         super().__init__()
@@ -176,14 +176,14 @@ class Loose(nn.Module):
 
 
 class OwnForward(nn.Linear):
-    """A subclass that computes something else."""
+    """A subclass that computes another function than its base class."""
 
     def forward(self, x):
         return super().forward(x).square()
 
 
 class Reshapes(nn.Module):
-    """Gives a layer rows that are no samples."""
+    """Calls a layer with a batch of other things than samples."""
 
     def __init__(self):
         super().__init__()
@@ -212,12 +212,12 @@ def encoder(**options):
 
 
 def normalized(norm):
-    """Layers before and behind a norm, whose rows depend on what the norm's derivative is."""
+    """Layers before and behind a norm: the rows of the first depend on the norm's derivative."""
     return nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 9, 3))
 
 
 def used_norm(layer):
-    """A norm in evaluation, with statistics that differ from any batch's."""
+    """A norm in evaluation mode, with running statistics unlike those of any batch."""
     generator = torch.Generator().manual_seed(3)
     layer.running_mean.copy_(torch.randn(layer.num_features, generator=generator))
     layer.running_var.copy_(torch.rand(layer.num_features, generator=generator) + 0.5)
@@ -225,5 +225,5 @@ def used_norm(layer):
 
 
 def normed(norm):
-    """A layer whose weight is a function of others, in evaluation, where that function stays as it is."""
+    """A parametrized layer in evaluation mode, in which the parametrization does not change."""
     return lambda: nn.Sequential(norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3)).eval()

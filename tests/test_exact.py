@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tengrad_triton import TENGraD
+from tengrad_triton import TENGraD, canonical
 from tengrad_triton.likelihoods import LIKELIHOODS
 
 TOLERANCE = 1e-9
@@ -271,7 +271,7 @@ LAYERS |= {
 def test_step_equals_the_dense_solve(layer, fisher, representation):
     ours, oracle, optimizer = train(LAYERS[layer], fisher, representation=representation)
     assert dense.relative_error(ours, oracle) < TOLERANCE
-    assert all(row.block != "-" for row in optimizer.summary().rows)
+    assert all(row.block != "-" for row in optimizer.summary().parameters)
 
 
 LOSSES = {
@@ -285,3 +285,9 @@ LOSSES = {
 def test_other_likelihoods(likelihood, fisher):
     ours, oracle, _ = train(LAYERS["3c1f"], fisher, likelihood, LOSSES[likelihood])
     assert dense.relative_error(ours, oracle) < TOLERANCE
+
+
+def test_every_rule_has_a_row_in_the_table():
+    types = {type(module) for case in LAYERS.values() for module in case.model().modules()}
+    rules = {rule for rule in canonical.registry if rule is not object and rule.__module__.startswith("torch.")}
+    assert rules <= types, rules - types

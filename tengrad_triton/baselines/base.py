@@ -106,7 +106,10 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
     def _captures(self, blocks: Sequence[LayerParams]) -> Capture:
         sources = find_captured_layers(self._module, blocks)
         rows, likelihood = self._rows, likelihood_of(self._rows.likelihood)
-        return Capture(self.model, sources, rows.fisher, likelihood, self._generator, None, rows.draws, MAX_BYTES)
+        return Capture(
+            self.model, sources, rows.fisher, likelihood, self._generator, draws=rows.draws,
+            max_factor_bytes=MAX_BYTES, max_parameter_bytes=MAX_BYTES,
+        )  # fmt: skip
 
     def _check_own(self, group: Mapping[str, Any], rule: Schedule | LevenbergMarquardt | None) -> None:
         name = type(self).__name__

@@ -1,50 +1,43 @@
-"""Batch statistics as constants: a backward pass for the Fisher matrix's rows that mixes no samples.
+"""Detached batch statistics: a backward pass through a batch norm that keeps the samples apart.
 
-The gradient of the loss goes through the statistics of a batch norm, as torch means it; the rows of J must not, or a
-row would be a sum over samples. A switch at the layer's output sends a backward pass the one way or the other.
+In training, the statistics of a batch norm depend on all samples of the batch. The gradient of the loss goes through
+them, as torch defines it. A row of J must be one sample's own, so the passes that make rows take the statistics for
+constants. A function at the output of the batch norm sends each backward pass the one way or the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Switch:
-    """Which way backward passes take at present."""
-
-    def __init__(self) -> None:
-        self.constant = False
-
-    @contextmanager
-    def constants(self) -> Iterator[None]:
-        """Have backward passes take the statistics for constants."""
-        self.constant = True
-        try:
-            yield
-        finally:
-            self.constant = False
+from tengrad_triton.capture.flag import ScopedFlag
 
 
-class _Frozen(torch.autograd.Function):
+class _DetachedStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, switch: Switch) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, detached: ScopedFlag) -> Tensor:
         ctx.save_for_backward(scale)
-        ctx.switch = switch
-        ctx.mark_dirty(y)  # nothing is written; a batch norm does not need its output, and a copy would take memory
+        ctx.detached = detached
+        ctx.mark_dirty(y)  # y is not written to; marking it lets autograd return y itself instead of a copy
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (scale,) = ctx.saved_tensors
-        return (grad * scale, None, None, None) if ctx.switch.constant else (None, grad, None, None)
+        return (grad * scale, None, None, None) if ctx.detached.is_set else (None, grad, None, None)
 
 
-def frozen(x: Tensor, y: Tensor, scale: Tensor, switch: Switch) -> Tensor:
-    """Return y = scale ∘ x + constant itself, whose derivative by x is ``scale`` while the switch says constants."""
-    out: Tensor = _Frozen.apply(x, y, scale, switch)
+def with_detached_statistics(x: Tensor, y: Tensor, scale: Tensor, detached: ScopedFlag) -> Tensor:
+    """Return ``y``, with a second derivative to choose from.
+
+    Args:
+        x: the input of a batch norm, [N, C, *].
+        y: its output.
+        scale: the derivative of ``y`` with respect to ``x`` for constant statistics, [1, C, 1, …].
+        detached: while it is set, backward passes go to ``x`` with the factor ``scale``; otherwise they go through the
+            batch norm, statistics included.
+    """
+    out: Tensor = _DetachedStatistics.apply(x, y, scale, detached)
     return out

@@ -1,7 +1,18 @@
-"""What a refresh needs from one forward and backward pass: every layer's inputs and output derivatives, by hooks.
+"""Hooks on a model that record, while a refresh is due, every layer's inputs and output gradients.
 
-The hooks stand on the model only while a refresh is due. A forward without gradients passes them unseen; a forward that
-no backward follows leaves nothing behind; copies and pickles of the model carry hooks that do nothing.
+What happens in a forward and a backward, in this order:
+
+1. `_before_model` opens a `Record`, unless gradients are disabled or the forward is one of our own.
+2. `_before_layer` stores the random number generator's state for layers whose rule repeats their dropout.
+3. `_after_batch_norm` adds the backward pass with detached statistics behind a batch norm in training.
+4. `_after_layer` adds a `LayerCall` to the record: the inputs, and where the outputs are in the graph.
+5. `_after_model` checks the attribution of the parameters and takes (`OutputGrads`) or prepares (`LossGrads`) the
+   derivatives. From here on only the graph of the output holds the record, so a forward without a backward leaves
+   nothing behind.
+6. `_backward_reached` runs when the caller's backward begins, and moves the record to `Capture.records`.
+
+A later `Capture.complete` finds the rows that need the whole backward. Copies and pickles of the model carry hooks that
+do nothing.
 """
 
 from __future__ import annotations
@@ -15,79 +26,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from tengrad_triton.capture.batch_statistics import frozen
+from tengrad_triton.capture.attribution import Attribution
+from tengrad_triton.capture.batch_statistics import with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
+from tengrad_triton.capture.explicit_rows import ExplicitRows
+from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.loss_grads import LossGrads
 from tengrad_triton.capture.output_grads import OutputGrads
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.layers import (
     Call,
-    draws,
-    frozen_scale,
-    input_of,
-    may_draw,
+    draws_random_numbers,
+    first_tensor,
+    locate_samples,
+    may_draw_random_numbers,
     may_mix_samples,
     mixes_samples,
     rng_state,
     samples_dim,
-    why_no_samples,
+    statistics_scale,
+    tensors_in,
 )
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.profiling import phase
 
 
 class Capture:
-    """Hooks on a model that record the forwards which a backward follows, for the layers named.
+    """Records the forwards of a model that a backward follows, by hooks on the model and its layers.
 
     Args:
         model: the module that the training loop calls, compiled or not.
-        sources: the layers to record, by name, and the parameters whose rows their calls describe.
-        fisher: ``"sampled"`` takes the derivatives of the likelihood at labels drawn from the model's own output, in
-            one extra backward pass that computes no parameter's gradient; ``"exact"`` takes those of every column of
-            the likelihood's Hessian factor; ``"empirical"`` takes those of the loss.
-        likelihood: where labels are drawn from.
-        generator: draws them.
-        opened: called when a forward begins that may be recorded; a method of an object that may go meanwhile.
-        draws: how many labels are drawn for each sample.
-        max_bytes: that the exact Hessian factor may take, and the rows of any one parameter without a rule.
-        unattributed_too: whether parameters that are used outside of their layers get rows, by a backward pass a sample.
+        layers: the layers to record, by name, and the parameters whose rows their calls give.
+        fisher: ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output, by one more
+            backward pass that computes no parameter's gradient; ``"exact"``: derivatives for every column of the
+            likelihood's Hessian factor; ``"empirical"``: derivatives of the caller's loss.
+        likelihood: the distribution from which labels are drawn.
+        generator: draws the labels.
+        on_forward: called when a forward begins that may be recorded: a bound method, whose object is not kept alive.
+        draws: labels drawn for each sample.
+        max_factor_bytes: the most bytes that the exact Hessian factor may take.
+        max_parameter_bytes: the most bytes that the rows of one parameter without a rule may take.
+        include_unattributed: whether to find the rows of parameters that are used outside of calls of their layers.
+
+    Attributes:
+        layers: as given.
+        records: the recorded forwards that a backward has reached, in order. A forward with several rows for each
+            sample leaves one record a row.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        sources: Mapping[str, CapturedLayer],
+        layers: Mapping[str, CapturedLayer],
         fisher: Fisher,
         likelihood: Likelihood,
         generator: torch.Generator,
-        opened: Callable[[], None] | None = None,
+        *,
+        on_forward: Callable[[], None] | None = None,
         draws: int = 1,
-        max_bytes: float = math.inf,
-        unattributed_too: bool = False,
+        max_factor_bytes: float = math.inf,
+        max_parameter_bytes: float = math.inf,
+        include_unattributed: bool = False,
     ) -> None:
-        self._model = model
-        self._sources = sources
-        self._sequence_first = any(samples_dim(source.layer) == 1 for source in sources.values())
+        self._model, self._module = model, getattr(model, "_orig_mod", model)
+        self.layers = layers
+        self.records: list[Record] = []
+        self._sequence_first = any(samples_dim(captured.layer) == 1 for captured in layers.values())
         self._fisher = fisher
-        module = getattr(model, "_orig_mod", model)
-        self._deriving = OutputGrads(module, sources, fisher, likelihood, generator, draws, max_bytes, unattributed_too)
-        self._opened = _Hook(opened) if opened is not None else lambda: None
-        self._open: Record | None = None
+        self._on_forward = _Hook(on_forward) if on_forward is not None else lambda: None
+        self._suspended, self._detached_statistics = ScopedFlag(), ScopedFlag()
+        self._attribution = Attribution(layers, self._detached_statistics, max_parameter_bytes)
+        rows = ExplicitRows(self._module, self._attribution, include_unattributed)
+        self._grads: LossGrads | OutputGrads
+        if fisher == "empirical":
+            self._grads = LossGrads(rows, self._detached_statistics, self._suspended)
+        else:
+            sampling = (likelihood, generator, draws, max_factor_bytes)
+            self._grads = OutputGrads(fisher, *sampling, rows, self._detached_statistics)
+        self._open: Record | None = None  # of the forward that is running
         self._handles: list[RemovableHandle] = []
         self._eager = contextlib.ExitStack()
-        self._rng: dict[str, Tensor] = {}
-        self.records: list[Record] = []
+        self._rng_states: dict[str, Tensor] = {}
 
     @property
     def armed(self) -> bool:
-        """Whether the hooks stand on the model."""
+        """Whether the hooks are on the model."""
         return bool(self._handles)
 
     def arm(self) -> None:
-        """Put the hooks on the model, in front of everyone else's."""
+        """Put the hooks on the model, those on layers before everyone else's."""
         if self.armed:
             return
         pre, post = _Hook(self._before_model), _Hook(self._after_model)
@@ -95,14 +125,14 @@ class Capture:
             self._model.register_forward_pre_hook(pre, with_kwargs=True),
             self._model.register_forward_hook(post, with_kwargs=True, always_call=True),
         ]
-        for name, source in self._sources.items():
+        for name, captured in self.layers.items():
             hook = _Hook(self._after_layer, name)
-            self._handles.append(source.layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
-            if may_draw(source.layer):
+            self._handles.append(captured.layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            if may_draw_random_numbers(captured.layer):
                 before = _Hook(self._before_layer, name)
-                self._handles.append(source.layer.register_forward_pre_hook(before))
-        for layer in filter(may_mix_samples, getattr(self._model, "_orig_mod", self._model).modules()):
-            hook = _Hook(self._after_mixing)
+                self._handles.append(captured.layer.register_forward_pre_hook(before))
+        for layer in filter(may_mix_samples, self._module.modules()):
+            hook = _Hook(self._after_batch_norm)
             self._handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def disarm(self) -> None:
@@ -113,105 +143,82 @@ class Capture:
         self.forget()
 
     def forget(self) -> None:
-        """Forget what was recorded. The graph of an output that is still around holds the records: empty them."""
+        """Forget what was recorded; the records are emptied, because a graph may still hold them."""
         for record in self.records:
             record.clear()
         self.records.clear()
+
+    def complete(self) -> None:
+        """Find the rows that need the whole backward; call this once after the backward and before reading records."""
+        with self._suspended.set():
+            for record in self.records:
+                self._grads.after_backward(record)
+
+    @property
+    def scale(self) -> int:
+        """Return the factor that makes the output gradients those of each sample's own loss.
+
+        The caller's loss is a mean, so for the empirical Fisher it is the number of samples of all forwards together.
+        """
+        return sum(record.samples for record in self.records) if self._fisher == "empirical" else 1
 
     # The hooks, in the order in which they are called
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._open = None
         if isinstance(model, OptimizedModule):
-            # Compiled code does not see hooks that came after it; this one forward runs without compilation.
+            # Compiled code ignores hooks that were added later, so this one forward runs without compilation.
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.is_grad_enabled() and not self._deriving.busy:
-            self._opened()
-            first = next(
-                (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()), None
-            )
+        if torch.is_grad_enabled() and not self._suspended.is_set:
+            self._on_forward()
+            batch = next((x for x in tensors_in((args, kwargs)) if x.dim()), None)
             call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
-            self._open = Record(-1 if first is None else len(first), call)
+            self._open = Record.of_forward(-1 if batch is None else len(batch), call)
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
-        if self._open is not None and draws(layer):
-            self._rng[name] = rng_state(next(layer.parameters()).device)
+        if self._open is not None and draws_random_numbers(layer):
+            self._rng_states[name] = rng_state(next(layer.parameters()).device)
 
-    def _after_mixing(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
+    def _after_batch_norm(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         if self._open is None or not y.requires_grad or not mixes_samples(layer):
             return None
-        x = input_of(args, kwargs)
+        x = first_tensor(args, kwargs)
         self._open.mixes_samples = True
-        return frozen(x, y, frozen_scale(layer, x), self._deriving.switch)
+        return with_detached_statistics(x, y, statistics_scale(layer, x), self._detached_statistics)
 
     def _after_layer(self, name: str, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        record = self._open
-        outputs = [leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)]
-        if record is None or not any(leaf.requires_grad for leaf in outputs):
+        record, outputs = self._open, tensors_in(y)
+        if record is None or not any(output.requires_grad for output in outputs):
             return None
-        # An in-place operation on a view would rewrite the graph behind the edge; a copy keeps it whole.
-        views = any(leaf._is_view() for leaf in outputs)
-        replaced = tree_map_only(Tensor, Tensor.clone, y) if views else y
-        edges = [
-            get_gradient_edge(leaf) if leaf.requires_grad else None
-            for leaf in tree_leaves(replaced)
-            if isinstance(leaf, Tensor)
-        ]
+        # An in-place operation on a view would rewrite the graph behind the recorded edge; on a clone it cannot.
+        has_views = any(output._is_view() for output in outputs)
+        returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        call, swapped = Call(args, kwargs, self._rng.pop(name, None)), False
-        if not self._sources[name].rerun:
-            why, swapped = why_no_samples(layer, outputs[0], record.samples, self._sequence_first)
-            if why:
-                record.unbatched[name] = why
-        record.calls.setdefault(name, []).append(
-            LayerCall(call, edges, isinstance(y, Tensor), swapped, tuple(outputs[0].shape))
-        )
-        return replaced if views else None
+        call, samples_second = Call(args, kwargs, self._rng_states.pop(name, None)), False
+        if not self.layers[name].rerun:
+            why_not, samples_second = locate_samples(layer, outputs[0], record.samples, self._sequence_first)
+            if why_not:
+                record.unbatched[name] = why_not
+        record.calls.setdefault(name, []).append(LayerCall.of_forward(call, returned, samples_second))
+        return returned if has_views else None
 
     def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._eager.close()
         record, self._open = self._open, None
-        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        results = [result for result in tensors_in(output) if result.requires_grad]
         if record is None or not results:
             return
         _check_batch(record, results[0])
-        with self._deriving.suspended(), phase("capture"):
-            self._deriving.find_mixing(record, results)
-            self._deriving.find_unattributed(record, results)
-            if self._fisher == "empirical":
-                self._deriving.listen(record, results)
-            else:
-                self._deriving.derive(record, output, results)
-        # The graph alone holds the record until a backward reaches it.
-        results[0].register_hook(lambda grad: self._follow(record))
+        with self._suspended.set(), phase("capture"):
+            self._attribution.check(record, results)
+            self._grads.after_forward(record, output, results)
+        # From here on the graph alone holds the record, until a backward reaches it.
+        results[0].register_hook(lambda grad: self._backward_reached(record))
 
-    def _follow(self, record: Record) -> None:
+    def _backward_reached(self, record: Record) -> None:
         if self.armed and not record.backward_seen:
             record.backward_seen = True
             self.records += [record, *record.extra_draws]
-
-    # What was found
-
-    @property
-    def layers(self) -> Mapping[str, CapturedLayer]:
-        """Return the layers that are recorded."""
-        return self._sources
-
-    @property
-    def scale(self) -> int:
-        """Return by what the derivatives have to be multiplied to be those of each sample's own loss.
-
-        Where they come from a mean loss that is the number of samples of all forwards, because the gradient of the step
-        is the mean over all of them.
-        """
-        return sum(record.samples for record in self.records) if self._fisher == "empirical" else 1
-
-    def complete(self) -> None:
-        """Find the rows of layers without a rule where the loss's own backward has left the derivatives."""
-        if self._fisher == "empirical":
-            with self._deriving.suspended():
-                for record in self.records:
-                    self._deriving.rerun(record)
 
 
 def _check_batch(record: Record, output: Tensor) -> None:
@@ -220,13 +227,13 @@ def _check_batch(record: Record, output: Tensor) -> None:
         record.samples = samples
     if samples != record.samples:
         raise ValueError(
-            f"the model's output has {samples} rows where its input has {record.samples}: TENGraD needs one output row "
-            "a sample, along the first dimension"
+            f"the model returned {samples} samples for an input of {record.samples}: return one output for each "
+            "sample, along the first dimension"
         )
 
 
 class _Hook:
-    """A hook for this model only: copies and pickles of the model get one that does nothing."""
+    """A hook that does nothing on copies and pickles of the model, and does not keep its object alive."""
 
     def __init__(self, method: Callable[..., Any], *bound: Any) -> None:
         self._method = weakref.WeakMethod(method)

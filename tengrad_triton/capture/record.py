@@ -1,157 +1,165 @@
-"""What was seen of one forward: every call of every layer, and the derivatives that came back to it."""
+"""What was seen of one forward: every call of every layer, and the derivatives with respect to its outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from tengrad_triton.layers import Call
+from tengrad_triton.layers import Call, tensors_in
 
 
 @dataclass
 class LayerCall:
-    """One call of a layer: its arguments, where its outputs stand in the graph, and what came back to each.
+    """One call of a layer.
 
     Attributes:
-        call: the arguments, detached.
-        edges: one for each tensor that the layer returned; None where there is no gradient, or after it came.
-        returns_tensor: whether the layer returned one tensor, and nothing around it.
-        output_shape: of the first tensor that the layer returned.
-        samples_second: whether the samples are the second dimension where the layer's rule expects the first.
+        call: its arguments, detached.
+        edges: where each tensor that it returned is in the graph; None where there is no gradient or no use for one.
+        returns_tensor: whether it returned a tensor, rather than a tuple or another structure.
+        samples_second: whether the samples are in the second dimension where the layer's rule expects the first.
+        output_shape: the shape of the first tensor that it returned; empty where that is not known.
+        output_grads: the derivative of each sample's loss with respect to each tensor that it returned; None where
+            there is none, or none yet.
+        versions: the version counters of its input tensors at the time of the call. Compiled code has none.
     """
 
     call: Call
     edges: list[GradientEdge | None]
     returns_tensor: bool
-    samples_second: bool = False
-    output_shape: tuple[int, ...] = ()
-    output_grads: list[Tensor | None] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    samples_second: bool
+    output_shape: tuple[int, ...]
+    output_grads: list[Tensor | None]
+    versions: list[int]
 
-    def __post_init__(self) -> None:
-        self.output_grads = self.output_grads or [None] * len(self.edges)
-        self.versions = self.versions or self._versions()
+    @classmethod
+    def of_forward(cls, call: Call, returned: Any, samples_second: bool) -> LayerCall:
+        """Return a call whose output gradients are still to come."""
+        outputs = tensors_in(returned)
+        edges = [get_gradient_edge(y) if y.requires_grad else None for y in outputs]
+        no_grads: list[Tensor | None] = [None] * len(outputs)
+        is_tensor, shape = isinstance(returned, Tensor), tuple(outputs[0].shape)
+        return cls(call, edges, is_tensor, samples_second, shape, no_grads, _versions(call))
 
-    def _versions(self) -> list[int]:
-        # A graph is made of functions: nothing in it is written into.
-        return [] if torch.compiler.is_compiling() else [tensor._version for tensor in self.tensors]
+    @classmethod
+    def with_grads(
+        cls, call: Call, output_grads: list[Tensor | None], returns_tensor: bool, samples_second: bool
+    ) -> LayerCall:
+        """Return a call whose output gradients are known, so that it needs no place in a graph."""
+        no_edges: list[GradientEdge | None] = [None] * len(output_grads)
+        return cls(call, no_edges, returns_tensor, samples_second, (), output_grads, _versions(call))
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors among the arguments."""
-        return [leaf for leaf in tree_leaves((self.call.args, self.call.kwargs)) if isinstance(leaf, Tensor)]
+    def without_grads(self) -> LayerCall:
+        """Return the same call without its output gradients."""
+        return replace(self, edges=list(self.edges), output_grads=[None] * len(self.output_grads))
 
     @property
     def has_grads(self) -> bool:
-        """Whether any derivative came back."""
+        """Whether any output gradient is known."""
         return any(grad is not None for grad in self.output_grads)
 
-    def again(self) -> LayerCall:
-        """Return the same call for derivatives of further rows."""
-        return LayerCall(
-            self.call, [None] * len(self.edges), self.returns_tensor, self.samples_second, versions=self.versions
-        )
-
     def inputs(self, name: str) -> Tensor | Call:
-        """Return the input, or the whole call of several tensors, unless something wrote into it since the forward."""
-        if self._versions() != self.versions:
+        """Return the input of the layer's rule: the one tensor, or the whole call where the layer takes several.
+
+        Raises:
+            RuntimeError: a tensor was modified in place since the call. The error names the layer as ``name``.
+        """
+        if _versions(self.call) != self.versions:
             raise RuntimeError(
-                f"the input of layer {name!r} was modified in place between its forward and optimizer.step(); "
-                "step first, or give the model a copy"
+                f"the input of layer {name!r} was modified in place between its forward and optimizer.step(): "
+                "call optimizer.step() first, or give the model a copy of the input"
             )
-        if len(self.tensors) > 1 or self.call.rng is not None:
+        tensors = tensors_in((self.call.args, self.call.kwargs))
+        if len(tensors) > 1 or self.call.rng is not None:
             return self.call
-        return self.tensors[0].transpose(0, 1) if self.samples_second else self.tensors[0]
+        return tensors[0].transpose(0, 1) if self.samples_second else tensors[0]
 
     def scaled_grads(self, scale: int = 1) -> Tensor | list[Tensor | None]:
-        """Return the derivative by the output, or by each of several outputs, times ``scale``."""
-        grads = (
-            self.output_grads if scale == 1 else [None if grad is None else scale * grad for grad in self.output_grads]
-        )
+        """Return the output gradients times ``scale`` as the layer's rule expects them: one tensor, or a list."""
+        grads = self.output_grads
+        if scale != 1:
+            grads = [None if grad is None else scale * grad for grad in grads]
         if not self.returns_tensor or grads[0] is None:
             return grads
         return grads[0].transpose(0, 1) if self.samples_second else grads[0]
 
 
+def _versions(call: Call) -> list[int]:
+    if torch.compiler.is_compiling():  # a compiled graph writes to no tensor in place, and knows no versions
+        return []
+    return [tensor._version for tensor in tensors_in((call.args, call.kwargs))]
+
+
 @dataclass
 class Record:
-    """One forward of the model: the number of samples, and every use of every layer in it.
+    """One forward of the model: every call of every layer in it, and the derivatives for one row of each sample.
 
     Attributes:
-        samples: how many there are; −1 until known.
+        samples: N, the number of samples; −1 until it is known.
         call: the arguments of the model, detached.
-        calls: by the layer's name.
-        layers_with_grads: the layers whose uses have become rows.
-        unbatched: why a layer's calls describe no rows, by the layer's name.
-        unattributed: why a parameter's uses are not all in calls of its layers, by the parameter's id.
-        per_sample_grads: a parameter's rows [N, …] that were found without any rule, by its id.
-        gradient_sums: a parameter's gradient for the sum of all rows, to compare with, by its id.
-        backward_seen: whether a backward has reached it.
-        paused: whether derivatives that pass by at present are none of the loss's.
-        used_backward_per_sample: whether some rows took a backward pass a sample.
-        mixes_samples: whether a layer's output for one sample depended on the others.
-        extra_draws: the same forward with the derivatives of further rows of each sample.
+        calls: the calls of each layer, by the layer's name.
+        layers_with_grads: the names of the layers of which some call had output gradients.
+        unbatched: for each layer whose calls do not have the samples as their batch: why, by the layer's name.
+        unattributed: for each parameter that is used in other ways than by calls of its layers: why, by its id.
+        per_sample_grads: the rows [N, …] of parameters that no rule describes, by the parameter's id.
+        gradient_sums: the sum over the samples of such a parameter's rows, as autograd computes it, by its id.
+        backward_seen: whether a backward pass of the caller's loss has reached the model's output.
+        paused: whether the hooks on output gradients ignore the present backward pass, which is one of our own.
+        used_backward_per_sample: whether some rows took one backward pass for each sample.
+        mixes_samples: whether some layer's output for one sample depends on other samples.
+        extra_draws: the same forward with the derivatives of each further row of a sample.
     """
 
     samples: int
-    call: Call = field(default_factory=lambda: Call(()))
-    calls: dict[str, list[LayerCall]] = field(default_factory=dict)
-    layers_with_grads: set[str] = field(default_factory=set)
-    unbatched: dict[str, str] = field(default_factory=dict)
-    unattributed: dict[int, str] = field(default_factory=dict)
-    per_sample_grads: dict[int, Tensor] = field(default_factory=dict)
-    gradient_sums: dict[int, Tensor] = field(default_factory=dict)
-    backward_seen: bool = False
-    paused: bool = False
-    mixes_samples: bool = False
-    used_backward_per_sample: bool = False
-    extra_draws: list[Record] = field(default_factory=list)
+    call: Call
+    calls: dict[str, list[LayerCall]]
+    layers_with_grads: set[str]
+    unbatched: dict[str, str]
+    unattributed: dict[int, str]
+    per_sample_grads: dict[int, Tensor]
+    gradient_sums: dict[int, Tensor]
+    backward_seen: bool
+    paused: bool
+    used_backward_per_sample: bool
+    mixes_samples: bool
+    extra_draws: list[Record]
+
+    @classmethod
+    def of_forward(cls, samples: int, call: Call) -> Record:
+        """Return the record of a forward that begins now."""
+        return cls(
+            samples, call, calls={}, layers_with_grads=set(), unbatched={}, unattributed={}, per_sample_grads={},
+            gradient_sums={}, backward_seen=False, paused=False, used_backward_per_sample=False, mixes_samples=False,
+            extra_draws=[],
+        )  # fmt: skip
+
+    def extra_draw(self) -> Record:
+        """Return the same forward without derivatives, to be filled with those of a further row of each sample."""
+        calls = {name: [call.without_grads() for call in calls] for name, calls in self.calls.items()}
+        return replace(
+            self, calls=calls, layers_with_grads=set(), per_sample_grads={}, gradient_sums={}, backward_seen=False,
+            paused=False, used_backward_per_sample=False, extra_draws=[],
+        )  # fmt: skip
 
     def all_calls(self) -> list[LayerCall]:
-        """Return the calls of all layers, in one order."""
-        return [use for uses in self.calls.values() for use in uses]
+        """Return the calls of all layers, always in the same order."""
+        return [call for calls in self.calls.values() for call in calls]
 
-    def again(self) -> Record:
-        """Return the same forward, to be filled with the derivatives of further rows."""
-        uses = {name: [use.again() for use in calls] for name, calls in self.calls.items()}
-        return Record(
-            self.samples,
-            self.call,
-            uses,
-            unbatched=self.unbatched,
-            unattributed=self.unattributed,
-            mixes_samples=self.mixes_samples,
-        )
+    def outputs_in_graph(self) -> list[tuple[LayerCall, int, GradientEdge]]:
+        """Return every layer output that is in the graph: its call, its index among the outputs, and its edge."""
+        outputs = [(call, index, edge) for call in self.all_calls() for index, edge in enumerate(call.edges)]
+        return [(call, index, edge) for call, index, edge in outputs if edge is not None]
+
+    def release_edges(self) -> None:
+        """Drop the references to the graph, so that its memory can be freed."""
+        for call in self.all_calls():
+            call.edges = [None] * len(call.edges)
 
     def clear(self) -> None:
-        """Forget everything: the graph of an output that is still around holds the record itself."""
+        """Drop all tensors. Needed where the graph of an output that still exists holds the record itself."""
         self.call = Call(())
         for held in (self.calls, self.extra_draws, self.per_sample_grads, self.gradient_sums):
             held.clear()
-
-
-def listen(record: Record) -> None:
-    """Have the backward of the loss leave the derivatives by the layers' outputs in the record."""
-
-    def keep(use: LayerCall, place: int, index: int) -> Callable[[Any], None]:
-        def hook(grads: Any) -> None:
-            grad = grads[index]
-            if grad is not None and not record.paused:
-                # The very tensor, not a detached one: autograd lends a gradient on only while nobody else holds it.
-                own = grad.detach() if grad.requires_grad else grad
-                before = use.output_grads[place]
-                use.output_grads[place] = own if before is None else before + own
-
-        return hook
-
-    for use in record.all_calls():
-        for place, edge in enumerate(use.edges):
-            if edge is not None:
-                edge.node.register_prehook(keep(use, place, edge.output_nr))
-        use.edges = [None] * len(use.edges)

@@ -1,10 +1,9 @@
-"""Rows of parameters that no rule describes: by running their module again, or by a backward pass a sample.
+"""Rows by running a module again under `torch.func`, and rows by one backward pass for each sample.
 
-Running one module again under `torch.func` costs a forward and a backward pass of that module. It is the same
-function only if nothing in it is random or depends on other samples, so its rows are compared with the gradient that
-autograd found: Σ_n J_n has to be it. Where it is not, the graph itself is asked, one sample after the other.
+Running a module again costs a forward and a backward of that module. It gives the right rows only if the module
+computes the same function again, so the caller compares their sum with the gradient that autograd computed (`sums_to`).
 
-Dimensions: N samples.
+Dimensions: N samples, R cotangents; "j_N…" is [N, *parameter.shape].
 """
 
 from __future__ import annotations
@@ -17,58 +16,68 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tengrad_triton.capture.record import LayerCall
+from tengrad_triton.layers import tensors_in
 
-_CHUNK_BYTES = 256 * 2**20  # rows formed at a time
-_TOGETHER = 16  # samples whose backward passes are one batched pass
+_CHUNK_BYTES = 256 * 2**20  # of rows that one `vmap` computes
+_SAMPLES_PER_PASS = 16  # whose backward passes are batched into one
 
 
 def rerun_rows(
-    layer: nn.Module, parameters: Mapping[str, Tensor], uses: Sequence[LayerCall], samples: int, scale: int = 1
+    layer: nn.Module, parameters: Mapping[str, Tensor], calls: Sequence[LayerCall], samples: int, scale: int = 1
 ) -> dict[str, Tensor]:
-    """Return j_N… of parameters, by their names within ``layer``: vector-Jacobian products of its calls, under `vmap`.
+    """Return the rows j_N… of parameters, summed over the calls of their layer, by vector-Jacobian products.
+
+    Args:
+        layer: the layer to run again.
+        parameters: those to find the rows of, by their names within ``layer``.
+        calls: recorded calls of the layer; calls without output gradients are left out.
+        samples: N.
+        scale: multiplies the output gradients.
 
     Raises:
-        RuntimeError: torch cannot do that with what the layer does.
+        RuntimeError: `torch.func` cannot transform what the layer does.
     """
-    with quiet(), torch.no_grad():  # but for what the transforms differentiate
-        rows = [_rows_of_call(layer, parameters, use, samples, scale) for use in uses if use.has_grads]
+    with ignore_vmap_warning(), torch.no_grad():
+        rows = [_rows_of_call(layer, parameters, call, samples, scale) for call in calls if call.has_grads]
     return {name: torch.stack([part[name] for part in rows]).sum(0) for name in parameters}
 
 
 def _rows_of_call(
-    layer: nn.Module, parameters: Mapping[str, Tensor], use: LayerCall, samples: int, scale: int
+    layer: nn.Module, parameters: Mapping[str, Tensor], call: LayerCall, samples: int, scale: int
 ) -> dict[str, Tensor]:
-    leaves, spec = tree_flatten((use.call.args, dict(use.call.kwargs)))
-    split = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in leaves]
-    wanted = [index for index, grad in enumerate(use.output_grads) if grad is not None]
+    leaves, spec = tree_flatten((call.call.args, dict(call.call.kwargs)))
+    is_batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in leaves]
+    with_grads = [index for index, grad in enumerate(call.output_grads) if grad is not None]
     detached = {name: p.detach() for name, p in parameters.items()}
 
-    def one(batched: list[Tensor], cotangents: list[Tensor]) -> Any:
+    def one_sample(batched: list[Tensor], cotangents: list[Tensor]) -> Any:
+        """Return the rows of one sample; ``batched`` holds its slices of the arguments."""
         rest = iter(batched)
-        args, kwargs = tree_unflatten([next(rest)[None] if s else x for s, x in zip(split, leaves, strict=True)], spec)
+        slices = [next(rest)[None] if b else leaf for b, leaf in zip(is_batched, leaves, strict=True)]
+        args, kwargs = tree_unflatten(slices, spec)
 
         def forward(parameters: Mapping[str, Tensor]) -> list[Tensor]:
             buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-            outputs = functional_call(layer, {**buffers, **parameters}, args, kwargs)
-            tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-            return [tensors[index] for index in wanted]
+            outputs = tensors_in(functional_call(layer, {**buffers, **parameters}, args, kwargs))
+            return [outputs[index] for index in with_grads]
 
         transformed: Any = vjp(forward, detached)
         return transformed[1]([cotangent[None] for cotangent in cotangents])[0]
 
-    entries = sum(p.numel() * p.element_size() for p in parameters.values())
-    batched = [leaf for s, leaf in zip(split, leaves, strict=True) if s]
-    cotangents = [scale * grad for grad in use.output_grads if grad is not None]
-    return vmap(one, randomness="error", chunk_size=max(1, _CHUNK_BYTES // entries))(batched, cotangents)
+    row_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
+    batched = [leaf for b, leaf in zip(is_batched, leaves, strict=True) if b]
+    cotangents = [scale * grad for grad in call.output_grads if grad is not None]
+    chunk = max(1, _CHUNK_BYTES // row_bytes)
+    return vmap(one_sample, randomness="error", chunk_size=chunk)(batched, cotangents)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch from warning that `vmap` loops over an operation: it is right, and there is no other way."""
-    if torch.compiler.is_compiling():  # who compiles has to be quiet
+def ignore_vmap_warning() -> Iterator[None]:
+    """Ignore torch's warning that `vmap` loops over an operation for which it has no batching rule."""
+    if torch.compiler.is_compiling():  # a trace cannot change warning filters; its caller does
         yield
         return
     with warnings.catch_warnings():
@@ -76,8 +85,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def adds_up(rows_N: Tensor, total: Tensor) -> bool:
-    """Whether rows sum up to a gradient, to half the digits: rounding is far below that, another function is not."""
+def sums_to(rows_N: Tensor, total: Tensor) -> bool:
+    """Whether rows sum to a gradient to half the digits: rounding is far below that, another function far above."""
     size = rows_N.flatten(1).norm(dim=1).sum()
     off = (rows_N.sum(0) - total).norm()
     return bool(off <= torch.finfo(rows_N.dtype).eps ** 0.5 * size)
@@ -86,18 +95,26 @@ def adds_up(rows_N: Tensor, total: Tensor) -> bool:
 def backward_rows(
     outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[Tensor], samples: int
 ) -> list[Tensor]:
-    """Return j_N… of parameters from the graph behind ``outputs``: a backward pass for each sample's part of it."""
+    """Return the rows j_N… of parameters by backward passes through the graph behind ``outputs``, one for each sample.
+
+    Args:
+        outputs: the tensors [N, …] at which the passes start.
+        cotangents: the derivative of the samples' losses with respect to each output, shaped like it.
+        parameters: those to find the rows of.
+        samples: N.
+    """
     rows: list[list[Tensor]] = [[] for _ in parameters]
-    for first in range(0, samples, _TOGETHER):
-        together = range(first, min(samples, first + _TOGETHER))
-        masked = [torch.stack([_only(cotangent, n) for n in together]) for cotangent in cotangents]
+    for first in range(0, samples, _SAMPLES_PER_PASS):
+        chosen = range(first, min(samples, first + _SAMPLES_PER_PASS))
+        masked = [torch.stack([_only_sample(cotangent, n) for n in chosen]) for cotangent in cotangents]
         for grads in batched_grads(outputs, parameters, masked):
             for row, parameter, grad in zip(rows, parameters, grads, strict=True):
                 row.append(torch.zeros_like(parameter) if grad is None else grad.detach())
     return [torch.stack(row) for row in rows]
 
 
-def _only(cotangent: Tensor, sample: int) -> Tensor:
+def _only_sample(cotangent: Tensor, sample: int) -> Tensor:
+    """Return the cotangent with zeros for every other sample."""
     masked = torch.zeros_like(cotangent)
     masked[sample] = cotangent[sample]
     return masked
@@ -106,12 +123,18 @@ def _only(cotangent: Tensor, sample: int) -> Tensor:
 def batched_grads(
     outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence[Tensor]
 ) -> Iterator[Sequence[Tensor | None]]:
-    """Yield the derivatives of Σ ⟨cotangent, output⟩ for each row of cotangents: one backward pass where torch can."""
+    """Yield, for r = 1 … R, the derivatives of Σ ⟨cotangent_r, output⟩ with respect to ``inputs``.
+
+    Args:
+        outputs: the tensors at which the backward passes start.
+        inputs: tensors or edges of the graph.
+        cotangents: for each output, R cotangents [R, *output.shape].
+    """
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
-        with quiet():
+        with ignore_vmap_warning():
             batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
-    except RuntimeError:  # an operation that has no rule for a batch of backward passes, or too little memory
+    except RuntimeError:  # an operation cannot be batched, or there is too little memory: one pass after the other
         for row in zip(*cotangents, strict=True):
             yield torch.autograd.grad(outputs, inputs, row, **options)
         return

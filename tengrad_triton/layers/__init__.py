@@ -1,10 +1,18 @@
-"""Layer types, and the canonical form into which a rule for each brings its calls. Nothing outside knows layer types.
+"""Layer types and their rules. A rule brings the calls of one layer type to the canonical form.
 
-A file a family of layers; `form` is what they all return, `support` what is known before a layer is called.
+Nothing outside of this package knows layer types. A file holds the rules of one family of layers. `contribution`
+defines what every rule returns; `traits` says what is known about a layer before it is called.
 """
 
-from tengrad_triton.layers import attention, conv, dense, embedding, norm, recurrent  # they register their rules
-from tengrad_triton.layers.batch_norm import frozen_scale, mixes_samples
+from tengrad_triton.layers import (  # importing them registers their rules
+    attention,
+    conv,
+    dense,
+    embedding,
+    norm,
+    recurrent,
+)
+from tengrad_triton.layers.batch_norm import mixes_samples, statistics_scale
 from tengrad_triton.layers.contribution import (
     Call,
     Canonical,
@@ -17,27 +25,28 @@ from tengrad_triton.layers.contribution import (
     arguments,
     canonical,
     canonical_rows,
-    input_of,
+    first_tensor,
     matrix_view,
+    tensors_in,
 )
 from tengrad_triton.layers.traits import (
-    accounted_for,
-    counts_uses,
-    draws,
+    call_parameters,
+    draws_random_numbers,
     drops_out,
+    graph_counts_calls,
     has_uncalled,
     is_uncalled,
     is_unrolled,
-    looks_at_values,
-    may_draw,
+    locate_samples,
+    may_draw_random_numbers,
     may_mix_samples,
-    note_on,
-    refuse_inexact,
+    require_exact_gradient,
+    rule_reads_values,
     samples_dim,
+    summary_note,
     why_no_rule,
-    why_no_samples,
 )
-from tengrad_triton.layers.uncalled import Tap, forward_with_taps, replayed, rng_state
+from tengrad_triton.layers.uncalled import Tap, forward_with_taps, replay_rng, rng_state
 
 __all__ = [
     "Call",
@@ -49,35 +58,36 @@ __all__ = [
     "OuterProducts",
     "PerSampleGrads",
     "Tap",
-    "accounted_for",
     "arguments",
     "attention",
+    "call_parameters",
     "canonical",
     "canonical_rows",
     "conv",
-    "counts_uses",
     "dense",
-    "draws",
+    "draws_random_numbers",
     "drops_out",
     "embedding",
+    "first_tensor",
     "forward_with_taps",
-    "frozen_scale",
+    "graph_counts_calls",
     "has_uncalled",
-    "input_of",
     "is_uncalled",
     "is_unrolled",
-    "looks_at_values",
+    "locate_samples",
     "matrix_view",
-    "may_draw",
+    "may_draw_random_numbers",
     "may_mix_samples",
     "mixes_samples",
     "norm",
-    "note_on",
     "recurrent",
-    "refuse_inexact",
-    "replayed",
+    "replay_rng",
+    "require_exact_gradient",
     "rng_state",
+    "rule_reads_values",
     "samples_dim",
+    "statistics_scale",
+    "summary_note",
+    "tensors_in",
     "why_no_rule",
-    "why_no_samples",
 ]

@@ -1,6 +1,6 @@
-"""Batch norm's statistics: which ones it uses, and whether they make samples depend on each other.
+"""Batch norm: which statistics it uses, and whether they make samples depend on each other.
 
-Dimensions: N samples, C channels; a * stands for any further ones.
+Dimensions: N samples, C channels; a * stands for any further dimensions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def statistics(layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the inverse standard deviation [C] by which a batch norm scales ``x`` [N, C, *]."""
+    """Return the mean [C] and the inverse standard deviation [C] with which a batch norm normalizes ``x`` [N, C, *]."""
     if mixes_samples(layer):
         var_C, mean_C = torch.var_mean(x.detach(), [0, *range(2, x.dim())], correction=0)
     else:
@@ -20,12 +20,15 @@ def statistics(layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mixes_samples(layer: nn.Module) -> bool:
-    """Whether a layer's output for one sample depends on the others: batch norm with the batch's own statistics."""
+    """Whether the output for one sample depends on other samples: so it is for a batch norm with batch statistics."""
     return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
-def frozen_scale(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the scale, shaped to be multiplied with ``x``, by which a batch norm takes x to y, statistics constant."""
+def statistics_scale(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return the derivative of a batch norm's output with respect to ``x`` [N, C, *], its statistics held constant.
+
+    That derivative is weight / standard deviation: one number a channel, returned as [1, C, 1, …].
+    """
     assert isinstance(layer, _BatchNorm)
     _, inverse_C = statistics(layer, x)
     scale_C = inverse_C if layer.weight is None else inverse_C * layer.weight.detach()
@@ -33,5 +36,5 @@ def frozen_scale(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def broadcast(v_C: Tensor, x: Tensor) -> Tensor:
-    """Return [C] as [1, C, 1, …]."""
+    """Return ``v_C`` as [1, C, 1, …], with as many dimensions as ``x``."""
     return v_C.view(1, -1, *(1 for _ in x.shape[2:]))

@@ -1,4 +1,4 @@
-"""Convolutions, and transposed ones, which are convolutions with input and output exchanged.
+"""Convolutions, and transposed convolutions, which exchange the roles of input and output derivative.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, C channels; a * stands for the pixels.
 """
@@ -11,26 +11,32 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.kernels.sliding import Sliding as ConvGeometry
+from tengrad_triton.kernels.conv_geometry import ConvGeometry
 from tengrad_triton.layers.contribution import Canonical, ConvInput, OuterProducts, PerSampleGrads, canonical
 
-# torch's names for them, of one to three dimensions
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | ConvInput:
-    """Return what each position of a convolution sees of its input [N, C, *], with zeros around it: a_NGPI, unformed in
-    a plane.
+    """Return the inputs a_NGPI of a convolution's weight: the windows of ``x`` [N, C, *] after padding with zeros.
+
+    Windows in one or two dimensions stay a `ConvInput`, which a kernel reads without unfolding it.
     """
     kernel_size, stride, dilation = (tuple(size) for size in (layer.kernel_size, layer.stride, layer.dilation))
     if x.dim() == 5:
         padded = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
         return _unfolded(padded, kernel_size, stride, dilation, layer.groups)
-    if x.dim() == 3:  # a line is a plane one pixel high
+    if x.dim() == 3:  # a signal is an image one pixel high
         x, padding = x.unsqueeze(2), (0, *padding)
         kernel_size, stride, dilation = (1, *kernel_size), (1, *stride), (1, *dilation)
-    return ConvInput(x, list(kernel_size), ConvGeometry(stride, tuple(padding), dilation, layer.groups))
+    geometry = ConvGeometry(_pair(stride), _pair(padding), _pair(dilation), layer.groups)
+    return ConvInput(x, list(kernel_size), geometry)
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
 
 
 def _unfolded(
@@ -47,41 +53,41 @@ def _unfolded(
 
 
 def _grouped(g: Tensor, groups: int) -> Tensor:
-    """Return g_NGPO of derivatives [N, O, *]."""
+    """Return ``g`` [N, G·O, *] as g_NGPO."""
     return g.reshape(len(g), groups, g.shape[1] // groups, -1).mT
 
 
 def _numbers(padding: tuple[object, ...] | str) -> list[int]:
-    assert not isinstance(padding, str)  # torch takes no words for a transposed convolution
+    assert not isinstance(padding, str)  # torch accepts no "same" or "valid" for a transposed convolution
     return [p for p in padding if isinstance(p, int)]
 
 
-def _bias(grad_y: Tensor) -> PerSampleGrads:
+def _bias_grads(grad_y: Tensor) -> PerSampleGrads:
     return PerSampleGrads(grad_y.flatten(2).sum(2))
 
 
 @canonical.register
 def _(layer: Convolution, x: Tensor, grad_y: Tensor) -> Canonical:
-    # torch keeps the padding of every spelling here (numbers, 'same', 'valid'), last dimension first, as F.pad wants it
+    # torch stores here what "same", "valid" and numbers mean, in the order of F.pad: last dimension first
     around = list(layer._reversed_padding_repeated_twice)
     if layer.padding_mode == "zeros" and around[::2] == around[1::2]:
-        seen = windows(layer, x, around[::-2])
+        a = windows(layer, x, around[::-2])
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        seen = windows(layer, F.pad(x, around, mode=mode), [0] * len(layer.kernel_size))
-    return {"weight": OuterProducts(seen, _grouped(grad_y, layer.groups)), "bias": _bias(grad_y)}
+        a = windows(layer, F.pad(x, around, mode=mode), [0] * len(layer.kernel_size))
+    return {"weight": OuterProducts(a, _grouped(grad_y, layer.groups)), "bias": _bias_grads(grad_y)}
 
 
 @canonical.register
 def _(layer: Transposed, x: Tensor, grad_y: Tensor) -> Canonical:
-    # x is what a convolution of y with this weight would return: it gives the outputs, and y's derivative the windows.
+    # The layer is the transpose of a convolution that maps y to x: grad_y gives its windows, and x its derivatives.
     padding = [p for p in reversed(_numbers(layer.padding)) for _ in range(2)]
     padded = F.pad(grad_y, padding)
     axes = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    seen = [(pixels - 1) * step + gap * (size - 1) + 1 for pixels, size, step, gap in axes]
-    for axis, pixels in enumerate(seen):  # what output_padding adds, no window sees
+    covered = [(pixels - 1) * step + gap * (size - 1) + 1 for pixels, size, step, gap in axes]
+    for axis, pixels in enumerate(covered):  # no window covers the pixels that output_padding adds
         padded = padded.narrow(2 + axis, 0, pixels)
     return {
-        "weight": OuterProducts(windows(layer, padded, [0] * len(seen)), _grouped(x, layer.groups)),
-        "bias": _bias(grad_y),
+        "weight": OuterProducts(windows(layer, padded, [0] * len(covered)), _grouped(x, layer.groups)),
+        "bias": _bias_grads(grad_y),
     }

@@ -1,6 +1,6 @@
-"""RNN, LSTM and GRU, unrolled: linear layers at every step.
+"""RNN, LSTM and GRU: unrolled over time, each step is two or three uncalled linear layers and a cell.
 
-Dimensions: N samples, T steps, I inputs, H units, O numbers before the gates' nonlinearities.
+Dimensions: N samples, T time steps, I inputs, H units, O gate inputs (the numbers before the gates' nonlinearities).
 """
 
 from __future__ import annotations
@@ -14,13 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tengrad_triton.layers.contribution import Canonical, Contribution, canonical
-from tengrad_triton.layers.dense import dense, summed
-from tengrad_triton.layers.uncalled import Stacked, Tap, Weights, forward_with_taps, of_call, rows_within
+from tengrad_triton.layers.dense import bias_grads, weight_grads
+from tengrad_triton.layers.uncalled import (
+    Tap,
+    UncalledTensors,
+    Weights,
+    canonical_from_uncalled,
+    canonical_of_call,
+    forward_with_taps,
+)
 
 
 @dataclass
 class Direction:
-    """One layer in one direction: the suffix of its weights' names, the weights, and what stands behind each."""
+    """One layer of the stack in one direction.
+
+    Attributes:
+        suffix: ends the names of its parameters, such as ``l0`` or ``l0_reverse``.
+        reverse: whether it goes through the sequence from the end.
+        weights: the parameters of the whole stack.
+        tap: called for each uncalled linear layer at each step.
+    """
 
     suffix: str
     reverse: bool
@@ -28,7 +42,7 @@ class Direction:
     tap: Tap
 
     def linear(self, kind: str, x: Tensor) -> Tensor:
-        """Return ``weight_<kind> x + bias_<kind>``, forward_with_taps."""
+        """Return ``weight_<kind> x + bias_<kind>``, passed through the tap; ``kind`` is ``ih``, ``hh`` or ``hr``."""
         name = f"{kind}_{self.suffix}"
         return self.tap(name, x, F.linear(x, self.weights[f"weight_{name}"], self.weights.get(f"bias_{name}")))
 
@@ -36,21 +50,21 @@ class Direction:
 def _rnn_cell(nonlinearity: str) -> Callable[..., tuple[Tensor, ...]]:
     activation = torch.tanh if nonlinearity == "tanh" else torch.relu
 
-    def cell(by_input: Tensor, by_state: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (activation(by_input + by_state),)
+    def cell(from_input: Tensor, from_state: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (activation(from_input + from_state),)
 
     return cell
 
 
-def _gru_cell(by_input: Tensor, by_state: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    (reset_i, update_i, new_i), (reset_h, update_h, new_h) = by_input.chunk(3, -1), by_state.chunk(3, -1)
+def _gru_cell(from_input: Tensor, from_state: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    (reset_i, update_i, new_i), (reset_h, update_h, new_h) = from_input.chunk(3, -1), from_state.chunk(3, -1)
     reset, update = (reset_i + reset_h).sigmoid(), (update_i + update_h).sigmoid()
     new = (new_i + reset * new_h).tanh()
     return (new + update * (state[0] - new),)
 
 
-def _lstm_cell(by_input: Tensor, by_state: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    entry, forget, cell, out = (by_input + by_state).chunk(4, -1)
+def _lstm_cell(from_input: Tensor, from_state: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    entry, forget, cell, out = (from_input + from_state).chunk(4, -1)
     c = forget.sigmoid() * state[1] + entry.sigmoid() * cell.tanh()
     return out.sigmoid() * c.tanh(), c
 
@@ -62,9 +76,9 @@ def _cell_of(layer: Any) -> Callable[..., tuple[Tensor, ...]]:
 
 
 @forward_with_taps.register
-def _(layer: nn.RNN | nn.LSTM | nn.GRU, weights: Weights, named: dict[str, Any], tap: Tap) -> tuple[Tensor, Any]:
-    x_TNI = named["input"].transpose(0, 1) if layer.batch_first else named["input"]
-    starts = _starts(layer, x_TNI, named["hx"])
+def _(layer: nn.RNN | nn.LSTM | nn.GRU, weights: Weights, named_args: dict[str, Any], tap: Tap) -> tuple[Tensor, Any]:
+    x_TNI = named_args["input"].transpose(0, 1) if layer.batch_first else named_args["input"]
+    starts = _starts(layer, x_TNI, named_args["hx"])
     xs, ends = list(x_TNI.unbind()), []
     directions = ("", "_reverse") if layer.bidirectional else ("",)
     for depth in range(layer.num_layers):
@@ -83,7 +97,7 @@ def _(layer: nn.RNN | nn.LSTM | nn.GRU, weights: Weights, named: dict[str, Any],
 
 
 def _starts(layer: nn.RNNBase, x_TNI: Tensor, hx: Any) -> list[tuple[Tensor, ...]]:
-    """Return the first state of every layer and direction."""
+    """Return the initial state of every layer and direction, from the call or zero."""
     sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if isinstance(layer, nn.LSTM) else 1]
     number = layer.num_layers * (2 if layer.bidirectional else 1)
     given = [hx] if isinstance(hx, Tensor) else hx
@@ -94,11 +108,11 @@ def _starts(layer: nn.RNNBase, x_TNI: Tensor, hx: Any) -> list[tuple[Tensor, ...
 def _run(
     layer: nn.RNNBase, direction: Direction, xs: list[Tensor], state: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Return the outputs of one layer in one direction at every step, and its last state."""
+    """Return the outputs of one layer in one direction at every step, and its final state."""
     cell, outputs = _cell_of(layer), []
     for x in reversed(xs) if direction.reverse else xs:
-        by_input, by_state = direction.linear("ih", x), direction.linear("hh", state[0])
-        state = cell(by_input, by_state, state)
+        from_input, from_state = direction.linear("ih", x), direction.linear("hh", state[0])
+        state = cell(from_input, from_state, state)
         if layer.proj_size:
             state = (direction.linear("hr", state[0]), *state[1:])
         outputs.append(state[0])
@@ -107,13 +121,14 @@ def _run(
 
 @canonical.register
 def _(layer: nn.RNN | nn.LSTM | nn.GRU, x: Any, grad_y: Any) -> Canonical:
-    return of_call(layer, x, grad_y)
+    return canonical_of_call(layer, x, grad_y)
 
 
-@rows_within.register
-def _(layer: nn.RNN | nn.LSTM | nn.GRU, seen: Stacked, by: Stacked) -> Canonical:
-    form: dict[str, Contribution] = {}
-    for name, x_TNI in seen.items():
-        g_NTO = by[name].transpose(0, 1)
-        form |= {f"weight_{name}": dense(x_TNI.transpose(0, 1), g_NTO), f"bias_{name}": summed(g_NTO)}
-    return form
+@canonical_from_uncalled.register
+def _(layer: nn.RNN | nn.LSTM | nn.GRU, inputs: UncalledTensors, grads: UncalledTensors) -> Canonical:
+    contributions: dict[str, Contribution] = {}
+    for name, x_TNI in inputs.items():
+        g_NTO = grads[name].transpose(0, 1)
+        contributions[f"weight_{name}"] = weight_grads(x_TNI.transpose(0, 1), g_NTO)
+        contributions[f"bias_{name}"] = bias_grads(g_NTO)
+    return contributions

@@ -1,4 +1,4 @@
-"""What is known of a layer's type before it is called: whether a rule describes it, and what its calls account for."""
+"""What is known about a layer from its type and options: whether a rule covers it, and what its calls account for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tengrad_triton.layers.batch_norm import mixes_samples
-from tengrad_triton.layers.contribution import Call, canonical, input_of
+from tengrad_triton.layers.contribution import Call, canonical, first_tensor
 from tengrad_triton.layers.embedding import why_not_exact
 
 _SEQUENTIAL = (nn.MultiheadAttention, nn.RNNBase)
@@ -19,10 +19,10 @@ _HARMLESS_OVERRIDES = frozenset({"extra_repr", "reset_parameters", "__init__", "
 
 
 def why_no_rule(layer: nn.Module) -> str | None:
-    """Return why no rule describes what ``layer`` computes, or None where one does.
+    """Return why no rule covers ``layer``, or None if one does.
 
-    A rule describes the type it is registered for and the subclasses that compute the same thing. A subclass with a
-    forward of its own, or a parametrized weight, is another layer.
+    A rule covers the type it is registered for and the subclasses that compute the same function. It does not cover a
+    subclass with its own forward, or a layer with a parametrized weight.
     """
     known = next((c for c in type(layer).__mro__ if c in canonical.registry and c is not object), None)
     if known is None:
@@ -30,101 +30,115 @@ def why_no_rule(layer: nn.Module) -> str | None:
     if is_parametrized(layer):
         return "parametrized"
     inherited = {name for name in dir(known) if callable(getattr(known, name))} - _HARMLESS_OVERRIDES
-    younger = type(layer).__mro__[: type(layer).__mro__.index(known)]
-    own = [name for cls in younger for name in vars(cls) if name in inherited] + [
-        n for n in vars(layer) if n == "forward"
-    ]
-    return f"{type(layer).__name__} has its own {own[0]}" if own else None
+    subclasses = type(layer).__mro__[: type(layer).__mro__.index(known)]
+    overridden = [name for cls in subclasses for name in vars(cls) if name in inherited]
+    overridden += [name for name in vars(layer) if name == "forward"]
+    return f"{type(layer).__name__} has its own {overridden[0]}" if overridden else None
 
 
-def refuse_inexact(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if an option of a layer makes the gradient that torch computes no derivative."""
+def require_exact_gradient(name: str, layer: nn.Module) -> None:
+    """Check that the gradient torch computes for a layer's parameters is the derivative of the loss.
+
+    Raises:
+        ValueError: an option of the layer makes it something else; the message names the option and its remedy.
+    """
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and (why := why_not_exact(layer)):
         raise ValueError(f"{name or type(layer).__name__} has {why}")
 
 
-def accounted_for(layer: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return the parameters, by their names within the layer, whose every use is in a call of the layer.
+def call_parameters(layer: nn.Module) -> Mapping[str, nn.Parameter]:
+    """Return the parameters that a call of the layer uses directly, by their names within the layer.
 
-    Beside its own these are the ones of submodules that it uses without calling them.
+    These are the layer's own and those of submodules that it uses without calling them.
     """
     own = dict(layer.named_parameters(recurse=False, remove_duplicate=False))
-    silent = [("parametrizations", module) for name, module in layer.named_children() if name == "parametrizations"]
+    uncalled = [("parametrizations", module) for name, module in layer.named_children() if name == "parametrizations"]
     if isinstance(layer, nn.MultiheadAttention):
-        silent.append(("out_proj", layer.out_proj))
-    return own | {f"{prefix}.{name}": p for prefix, module in silent for name, p in module.named_parameters()}
-
-
-def may_mix_samples(layer: nn.Module) -> bool:
-    """Whether a layer is a batch norm that a rule describes."""
-    return isinstance(layer, _BatchNorm) and why_no_rule(layer) is None
+        uncalled.append(("out_proj", layer.out_proj))
+    return own | {f"{prefix}.{name}": p for prefix, module in uncalled for name, p in module.named_parameters()}
 
 
 def is_uncalled(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module is used by its parent without being called."""
+    """Whether a module's parent uses its parameters without calling it; ``modules`` are all of the model, by name."""
     parent, _, own = name.rpartition(".")
     attention = own == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention)
     return attention or isinstance(modules[name], ParametrizationList)
 
 
 def has_uncalled(layer: nn.Module) -> bool:
-    """Whether a rule describes a layer by linear layers within it that it does not call."""
+    """Whether the layer's rule needs the inputs and output derivatives of uncalled linear layers."""
     return isinstance(layer, _SEQUENTIAL) and why_no_rule(layer) is None
 
 
 def is_unrolled(layer: nn.Module) -> bool:
-    """Whether a graph has to have a layer step by step: torch's own cannot be traced under `torch.func`."""
+    """Whether a compiled step unrolls the layer over time: `torch.func` cannot transform torch's own forward of it."""
     return isinstance(layer, nn.RNNBase) and has_uncalled(layer)
 
 
 def samples_dim(layer: nn.Module) -> int:
-    """Return which dimension of a layer's inputs and outputs the samples are."""
+    """Return which dimension of a layer's inputs and outputs counts the samples: 0, or 1 with the sequence first."""
     return 1 if isinstance(layer, _SEQUENTIAL) and not layer.batch_first else 0
 
 
-def why_no_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bool) -> tuple[str | None, bool]:
-    """Return why a call's output ``y`` does not have the samples where a rule needs them, and whether they are second.
+def locate_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bool) -> tuple[str | None, bool]:
+    """Find which dimension of a call's output counts the samples.
 
-    Between layers that have the sequence first (``sequence_first``), others get their samples second.
+    Args:
+        layer: the layer that was called.
+        y: the first tensor that it returned.
+        samples: N, the number of samples of the model's input.
+        sequence_first: whether some layer of the model has the sequence first; layers between such have it too.
+
+    Returns:
+        Why the samples are not where the layer's rule needs them, or None; and whether they are in the second
+        dimension where the rule expects the first.
     """
     if isinstance(layer, _SEQUENTIAL):
         dim = samples_dim(layer)
         fits = y.dim() == 3 and y.shape[dim] == samples
         return None if fits else f"its output {tuple(y.shape)} has no batch of {samples} in dimension {dim}", False
-    sizes = (*y.shape[:2], -1, -1)
-    if sequence_first and y.dim() > 2 and isinstance(layer, _POINTWISE) and sizes[1] == samples:
-        return ("its first two dimensions are both as many as samples", False) if sizes[0] == samples else (None, True)
-    return None if sizes[0] == samples else f"its output has {sizes[0]} rows where the batch has {samples}", False
+    first, second = (*y.shape[:2], -1, -1)[:2]
+    if sequence_first and y.dim() > 2 and isinstance(layer, _POINTWISE) and second == samples:
+        ambiguous = first == samples
+        return ("its first two dimensions are both as large as the batch", False) if ambiguous else (None, True)
+    if first == samples:
+        return None, False
+    return f"its output has {first} entries in dimension 0 where the batch has {samples} samples", False
 
 
-def may_draw(layer: nn.Module) -> bool:
-    """Whether some call of the layer may draw random numbers that its rule has to draw again."""
+def may_mix_samples(layer: nn.Module) -> bool:
+    """Whether the layer is a batch norm that a rule covers: it mixes samples when it uses the batch's statistics."""
+    return isinstance(layer, _BatchNorm) and why_no_rule(layer) is None
+
+
+def may_draw_random_numbers(layer: nn.Module) -> bool:
+    """Whether a call of the layer in training mode draws random numbers, which its rule has to draw again."""
     return isinstance(layer, _SEQUENTIAL) and layer.dropout > 0
 
 
-def draws(layer: nn.Module) -> bool:
-    """Whether a call of the layer now draws random numbers that its rule has to draw again."""
-    return may_draw(layer) and layer.training
+def draws_random_numbers(layer: nn.Module) -> bool:
+    """Whether a call of the layer in its present mode draws random numbers, which its rule has to draw again."""
+    return may_draw_random_numbers(layer) and layer.training
 
 
 def drops_out(layer: nn.Module) -> bool:
-    """Whether a layer drops out units at present."""
-    return draws(layer) or (isinstance(layer, _DropoutNd) and layer.training and layer.p > 0)
+    """Whether the layer drops out units in its present mode."""
+    return draws_random_numbers(layer) or (isinstance(layer, _DropoutNd) and layer.training and layer.p > 0)
 
 
-def looks_at_values(layer: nn.Module, call: Call) -> bool:
-    """Whether the rule for a layer has to read numbers out of the tensors of a call."""
-    return isinstance(layer, nn.EmbeddingBag) and input_of(call.args, call.kwargs).dim() == 1
+def rule_reads_values(layer: nn.Module, call: Call) -> bool:
+    """Whether the layer's rule reads numbers out of the tensors of ``call``, which a compiled graph cannot do."""
+    return isinstance(layer, nn.EmbeddingBag) and first_tensor(call.args, call.kwargs).dim() == 1
 
 
-def counts_uses(layer: nn.Module) -> bool:
-    """Whether autograd's graph reaches the layer's parameters once a call, so that uses outside of it show."""
+def graph_counts_calls(layer: nn.Module) -> bool:
+    """Whether autograd's graph has one edge to each parameter a call, so that more edges mean uses outside of calls."""
     return not isinstance(layer, _SEQUENTIAL)
 
 
-def note_on(layer: nn.Module) -> str:
-    """Return what the summary has to say of a layer's rows, if anything."""
+def summary_note(layer: nn.Module) -> str:
+    """Return what `TENGraD.summary` notes about the layer's rows of J, or an empty string."""
     why = why_no_rule(layer)
     if why is not None:
         return f"explicit ({why})"
-    return "batch statistics as constants" if mixes_samples(layer) else ""
+    return "detached batch statistics" if mixes_samples(layer) else ""

@@ -1,9 +1,14 @@
-"""Layers that use linear layers without calling them: attention and recurrent ones, redone with a tap at each.
+"""Attention and recurrent layers contain linear layers that they apply without calling a module.
 
-A tap stands behind a linear layer within. It notes what that layer saw; the derivative by what it returned is found by
-doing the whole layer once more with the same random numbers, or, in a compiled graph, in the forward itself.
+No hook sees such an uncalled linear layer. `forward_with_taps` therefore computes the whole layer again from its parts
+and passes the input and the output of each uncalled linear layer to a tap. Two callers need that:
 
-Dimensions: C calls of a linear layer within.
+- after a forward, `rerun_with_taps` repeats the call with the same random numbers, and autograd gives the derivatives
+  with respect to the tapped outputs;
+- in a compiled step the tapped forward replaces the layer's own, and the tap adds perturbations, with respect to which
+  the derivatives are taken.
+
+Dimensions: C calls of an uncalled linear layer in one call of its parent, for example one a time step.
 """
 
 from __future__ import annotations
@@ -15,90 +20,117 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
-from tengrad_triton.layers.contribution import Call, Canonical, Inputs, arguments, input_of
+from tengrad_triton.layers.contribution import Call, Canonical, Inputs, arguments, first_tensor, tensors_in
 
 Weights = Mapping[str, Tensor]
-Stacked = Mapping[str, Tensor]
-"""What linear layers within saw, or the derivatives by what they returned, [C, …], by their names."""
+"""A layer's parameters, by their names within it."""
+UncalledTensors = Mapping[str, Tensor]
+"""For each uncalled linear layer, by its name: its inputs, or the derivatives with respect to its outputs, [C, …]."""
 
 
 class Tap:
-    """Notes what linear layers saw and returned, call by call, by their names; adds zeros [C, …] where it has any."""
+    """Stores the inputs and outputs of uncalled linear layers, by name and in the order of their calls.
 
-    def __init__(self, zeros: Stacked | None = None) -> None:
-        self._zeros = {name: z.unbind() for name, z in (zeros or {}).items()}
-        self._seen: dict[str, list[Tensor]] = {}
-        self.returned: dict[str, list[Tensor]] = {}
+    Args:
+        perturbations: tensors [C, …] that are added to the outputs, by name; none by default.
+    """
+
+    def __init__(self, perturbations: UncalledTensors | None = None) -> None:
+        self._perturbations = {name: p.unbind() for name, p in (perturbations or {}).items()}
+        self._inputs: dict[str, list[Tensor]] = {}
+        self.outputs: dict[str, list[Tensor]] = {}
 
     def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y``, with its zero."""
-        calls = self._seen.setdefault(name, [])
-        if name in self._zeros:
-            y = y + self._zeros[name][len(calls)]
-        calls.append(x)
-        self.returned.setdefault(name, []).append(y)
+        """Store one call, ``x`` to ``y``, and return ``y`` plus the perturbation of that call."""
+        inputs = self._inputs.setdefault(name, [])
+        if name in self._perturbations:
+            y = y + self._perturbations[name][len(inputs)]
+        inputs.append(x)
+        self.outputs.setdefault(name, []).append(y)
         return y
 
     @property
-    def seen(self) -> Stacked:
-        """Return all inputs."""
-        return stacked(self._seen)
+    def inputs(self) -> UncalledTensors:
+        """Return the inputs of all calls."""
+        return _stack_calls(self._inputs)
 
 
-class _Leaves(Tap):
-    """Begins the graph at what linear layers return."""
+class _DifferentiableTap(Tap):
+    """A tap whose outputs require gradients and whose inputs are detached."""
 
+    @override
     def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return super().__call__(name, x.detach(), y if y.requires_grad else y.requires_grad_())
 
 
 @singledispatch
-def forward_with_taps(layer: nn.Module, weights: Weights, named: dict[str, Any], tap: Tap) -> Any:
-    """Return what ``layer`` returns, with these weights and arguments, from linear layers that each end in the tap."""
-    raise TypeError(f"{type(layer).__name__} is no layer with others within that it does not call")
+def forward_with_taps(layer: nn.Module, weights: Weights, named_args: dict[str, Any], tap: Tap) -> Any:
+    """Return what ``layer`` returns, with the output of every uncalled linear layer passed through ``tap``.
+
+    Args:
+        layer: an attention or recurrent layer.
+        weights: used in place of the layer's own parameters.
+        named_args: the arguments of the call, by their names in the layer's ``forward``.
+        tap: called with the name, the input and the output of every uncalled linear layer.
+    """
+    raise TypeError(f"forward_with_taps expects a layer with uncalled linear layers, got {type(layer).__name__}")
 
 
 @singledispatch
-def rows_within(layer: nn.Module, seen: Stacked, by: Stacked) -> Canonical:
-    """Return the canonical form from what the linear layers within saw and the derivatives by what they returned."""
-    raise TypeError(f"{type(layer).__name__} is no layer with others within that it does not call")
+def canonical_from_uncalled(layer: nn.Module, inputs: UncalledTensors, grads: UncalledTensors) -> Canonical:
+    """Return what one call of ``layer`` contributes to its parameters.
+
+    Args:
+        layer: an attention or recurrent layer.
+        inputs: the inputs of its uncalled linear layers.
+        grads: the derivatives with respect to the outputs of its uncalled linear layers.
+    """
+    raise TypeError(f"canonical_from_uncalled expects a layer with uncalled linear layers, got {type(layer).__name__}")
 
 
-def of_call(layer: nn.Module, x: Any, grad_y: Any) -> Canonical:
-    """Return the canonical form of a call, or of what a tap has already found: inputs and derivatives, `Stacked`."""
-    seen, by = redone(layer, x, grad_y) if isinstance(x, (Tensor, Call)) else (x, grad_y)
-    return rows_within(layer, seen, by)
+def canonical_of_call(layer: nn.Module, x: Any, grad_y: Any) -> Canonical:
+    """Return what one call of a layer with uncalled linear layers contributes to its parameters.
+
+    ``x`` and ``grad_y`` are the arguments of `canonical`, or, from a compiled step, those of `canonical_from_uncalled`.
+    """
+    tapped = not isinstance(x, (Tensor, Call))
+    inputs, grads = (x, grad_y) if tapped else rerun_with_taps(layer, x, grad_y)
+    return canonical_from_uncalled(layer, inputs, grads)
 
 
-def redone(layer: nn.Module, x: Inputs, grads: list[Tensor | None]) -> tuple[Stacked, Stacked]:
-    """Do a call once more; return what its linear layers saw, and the derivatives by what they returned."""
-    call, tap = x if isinstance(x, Call) else Call((x,)), _Leaves()
-    like = input_of(call.args, call.kwargs)
+def rerun_with_taps(
+    layer: nn.Module, x: Inputs, output_grads: list[Tensor | None]
+) -> tuple[UncalledTensors, UncalledTensors]:
+    """Repeat a call; return the inputs of the uncalled linear layers and the derivatives with respect to their outputs.
+
+    ``output_grads`` are the derivatives with respect to the tensors that the call returned, None for those without.
+    """
+    call, tap = x if isinstance(x, Call) else Call((x,)), _DifferentiableTap()
+    like = first_tensor(call.args, call.kwargs)
     weights = {name: p.detach().to(like) for name, p in layer.named_parameters()}
-    with replayed(call.rng, like.device), torch.enable_grad():
+    with replay_rng(call.rng, like.device), torch.enable_grad():
         outputs = forward_with_taps(layer, weights, arguments(layer, call), tap)
-    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    ys, cotangents = zip(*((y, g) for y, g in zip(leaves, grads, strict=True) if g is not None), strict=True)
-    returned = [y for calls in tap.returned.values() for y in calls]
-    by = iter(torch.autograd.grad(ys, returned, cotangents, allow_unused=True, materialize_grads=True))
-    return tap.seen, stacked({name: [next(by) for _ in calls] for name, calls in tap.returned.items()})
+    pairs = zip(tensors_in(outputs), output_grads, strict=True)
+    ys, cotangents = zip(*((y, g) for y, g in pairs if g is not None), strict=True)
+    tapped = [y for calls in tap.outputs.values() for y in calls]
+    grads = iter(torch.autograd.grad(ys, tapped, cotangents, allow_unused=True, materialize_grads=True))
+    return tap.inputs, _stack_calls({name: [next(grads) for _ in calls] for name, calls in tap.outputs.items()})
 
 
-def stacked(calls: Mapping[str, list[Tensor]]) -> Stacked:
-    """Return the calls of each linear layer as one tensor."""
+def _stack_calls(calls: Mapping[str, list[Tensor]]) -> UncalledTensors:
     return {name: xs[0][None] if len(xs) == 1 else torch.stack(xs) for name, xs in calls.items()}
 
 
 def rng_state(device: torch.device) -> Tensor:
-    """Return the state of the generator that layers on a device draw from."""
+    """Return the state of the random number generator that layers on ``device`` draw from."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 @contextmanager
-def replayed(state: Tensor | None, device: torch.device) -> Iterator[None]:
-    """Have the generator draw from ``state`` on, and go on afterwards as if nothing had happened."""
+def replay_rng(state: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Set the generator of ``device`` to ``state``, and restore it when the context ends; None changes nothing."""
     if state is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The likelihoods: drawn rows average to the Gauss-Newton matrix of the loss that they are named after."""
+"""The likelihoods: the outer products of drawn rows average to the Gauss-Newton matrix of the likelihood's loss."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ DRAWS = 40_000
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_rows_average_to_the_gauss_newton_matrix_of_the_loss(name):
-    """These losses' Hessians by the output do not depend on the target, so any target gives the matrix.
+    """The Hessian of these losses with respect to the output does not depend on the target, so any target will do.
 
-    An average of DRAWS products is within 5 standard errors of its mean with probability 1 - 6e-7 an entry.
+    An average of DRAWS products is within 5 standard errors of its mean with probability 1 - 6e-7 for each entry.
     """
     likelihood = LIKELIHOODS[name]
     output = torch.tensor([[0.3, -1.2, 0.8]], dtype=torch.float64)

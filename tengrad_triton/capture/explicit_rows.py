@@ -1,0 +1,113 @@
+"""Explicit rows: the rows of parameters that no rule describes.
+
+Three ways, each slower and more general than the one before:
+
+1. run the layer again for each of its recorded calls (`rerun`);
+2. run the whole model again, for parameters that are used outside of calls of their layers;
+3. take one backward pass for each sample through the graph of the forward, which is always right.
+
+The first two are right only if the module computes the same function again, without randomness, state or mixed samples.
+So the sum of the rows is compared with the gradient that autograd computes, and where they differ the next way follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton.capture.attribution import Attribution
+from tengrad_triton.capture.record import LayerCall, Record
+from tengrad_triton.capture.rerun import backward_rows, rerun_rows, sums_to
+
+_RERUN_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+)  # raised where torch.func cannot transform
+
+
+class ExplicitRows:
+    """Fills in ``Record.per_sample_grads``.
+
+    Args:
+        model: the model itself, not compiled.
+        attribution: says which parameters need which way.
+        include_unattributed: whether to find rows of unattributed parameters; otherwise they take the SGD step.
+    """
+
+    def __init__(self, model: nn.Module, attribution: Attribution, include_unattributed: bool) -> None:
+        self._model = model
+        self._attribution = attribution
+        self._include_unattributed = include_unattributed
+        self._only_by_graph: set[int] = set()  # ids of parameters for which running the model again was wrong
+
+    def rerun_parameters(self, record: Record) -> list[Tensor]:
+        """Return the parameters whose rows come from running their layer again, one entry for each layer using them."""
+        return [p for named in self._attribution.rerun_parameters(record).values() for p in named.values()]
+
+    def unattributed(self, record: Record) -> list[Tensor]:
+        """Return the parameters whose rows `fill_unattributed` has to find."""
+        return self._attribution.unattributed(record) if self._include_unattributed else []
+
+    def fill_by_layer(self, record: Record) -> list[Tensor]:
+        """Fill in rows by running layers again; return the parameters for which that gave something else.
+
+        The record has output gradients and gradient sums by now.
+        """
+        rows: dict[Tensor, list[Tensor]] = {}
+        for name, parameters in self._attribution.rerun_parameters(record).items():
+            layer = self._attribution.layers[name].layer
+            try:
+                found = rerun_rows(layer, parameters, record.calls[name], record.samples)
+            except _RERUN_ERRORS:
+                found = {}
+            for label, parameter in parameters.items():
+                rows.setdefault(parameter, []).extend([found[label]] if label in found else [])
+        irreproducible = []
+        for parameter, parts in rows.items():
+            expected = record.gradient_sums.get(id(parameter))
+            total = torch.stack(parts).sum(0) if parts else None
+            if expected is None or total is None or not sums_to(total, expected):
+                self._attribution.mark_irreproducible(record, parameter)
+                irreproducible.append(parameter)
+            else:
+                record.per_sample_grads[id(parameter)] = total
+        return irreproducible
+
+    def fill_unattributed(
+        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> None:
+        """Fill in rows of ``parameters`` by running the model again or, where that is wrong, from the graph.
+
+        ``cotangents`` are the derivatives of the samples' losses with respect to ``results``, what the model returned.
+        """
+        if not parameters:
+            return
+        rerun = [] if record.mixes_samples else [p for p in parameters if id(p) not in self._only_by_graph]
+        if rerun:
+            record.per_sample_grads |= self._by_model(record, rerun, results, cotangents)
+        rest = [p for p in parameters if id(p) not in record.per_sample_grads]
+        self._only_by_graph |= set(map(id, rest))
+        if rest:
+            rows = backward_rows(results, cotangents, rest, record.samples)
+            record.per_sample_grads |= {id(p): j for p, j in zip(rest, rows, strict=True)}
+            record.used_backward_per_sample = True
+
+    def _by_model(
+        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> dict[int, Tensor]:
+        """Return the rows for which running the model again gave the right sum, by the parameter's id."""
+        named = {name: p for name, p in self._model.named_parameters() if any(p is other for other in parameters)}
+        sums = torch.autograd.grad(
+            results, list(named.values()), cotangents, retain_graph=True, materialize_grads=True, allow_unused=True
+        )
+        call = LayerCall.with_grads(record.call, list(cotangents), returns_tensor=False, samples_second=False)
+        try:
+            rows = rerun_rows(self._model, named, [call], record.samples)
+        except _RERUN_ERRORS:
+            return {}
+        pairs = zip(named.items(), sums, strict=True)
+        return {id(p): rows[name] for (name, p), expected in pairs if sums_to(rows[name], expected)}
