@@ -11,8 +11,8 @@ from collections import deque
 import pytest
 import torch
 
+from perf.alternatives import alternatives
 from perf.launches import Repeated
-from perf.rivals import rivals
 from perf.sizes import sized
 from perf.timing import spread
 from tengrad_triton.curvature.choices import ops_for
@@ -42,7 +42,7 @@ def test_kernel(benchmark, request, case, device, limits):
     ours = getattr(ops_for("auto" if device.type == "cuda" else "torch"), spec.name)
     op = Repeated(ours, arguments, device)
     others, failed = {}, {}
-    for name, work in rivals(spec, option("compiled")).items():
+    for name, work in alternatives(spec, option("compiled")).items():
         try:
             rival = Repeated(work, arguments, device)
             others[name if rival.captured == op.captured else f"{name}, launched"] = rival

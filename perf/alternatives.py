@@ -1,6 +1,6 @@
-"""What torch has to offer for each kernel's job: the definition, and other expressions where one may be faster.
+"""torch's expressions for what each kernel computes: the tuned CPU code, and others where one may be faster.
 
-A rival returns what the kernel does, up to rounding. Of all of them, eager and compiled, the best one counts.
+An alternative returns the same as the kernel, up to rounding. The fastest of all, eager or compiled, counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Work = Callable[..., Any]
 
 
 def _gram_by_einsum(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
-    """The equation as it stands."""
+    """One einsum for each factor of the equation."""
     n = len(a[0])
     k_LNN = a[0].new_zeros(count, n, n)
     for row, a_NGPI, g_NGPO in zip(rows, a, g, strict=True):
@@ -29,7 +29,7 @@ def _gram_by_einsum(a: list[Tensor], g: list[Tensor], rows: list[int], count: in
 
 
 def _gram_of_stacked(j: list[Tensor], rows: list[int], count: int) -> Tensor:
-    """One batched product, all weights padded to the widest."""
+    """One batched product, with all weights padded to the widest."""
     widest = max(x.shape[1] for x in j)
     j_TNK = torch.stack([F.pad(x, (0, widest - x.shape[1])) for x in j])
     k_LNN = j_TNK.new_zeros(count, *j_TNK.shape[1:2], *j_TNK.shape[1:2])
@@ -39,7 +39,7 @@ def _gram_of_stacked(j: list[Tensor], rows: list[int], count: int) -> Tensor:
 def _grouped_convolution(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """Samples as groups of one convolution, whose weight's gradient is what is wanted (cuDNN on a GPU)."""
+    """One convolution with samples as groups: its weight gradient has the per-sample gradients (cuDNN on a GPU)."""
     n, channels = x_NCHW.shape[:2]
     x, g = x_NCHW.reshape(1, -1, *x_NCHW.shape[2:]), g_NOHW.reshape(1, -1, *g_NOHW.shape[2:])
     shape = (n * g_NOHW.shape[1], channels // groups, *kernel_size)
@@ -51,7 +51,7 @@ def _grouped_convolution(
 def _batched_product(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """One batched matrix product on the unfolded input of all samples at once."""
+    """One batched matrix product on the unfolded inputs of all samples."""
     a_NGPI = unpadded(stride, dilation, groups).unfold(x_NCHW, kernel_size)
     g_NGOP = g_NOHW.reshape(len(x_NCHW), groups, -1, g_NOHW[0, 0].numel())
     return (g_NGOP @ a_NGPI).flatten(1)
@@ -62,7 +62,7 @@ def _project_by_product(
 ) -> Tensor:  # fmt: skip
     y_LN = a[0].new_zeros(shape)
     for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
-        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1)
+        v_GOI = v_OKI.to(a_NGPI.dtype).reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1)
         y_LN[row, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
     return y_LN
 
@@ -75,8 +75,8 @@ OTHERS: Mapping[str, Mapping[str, Work]] = {
 }
 
 
-def rivals(spec: KernelSpec, compiled: bool) -> dict[str, Work]:
-    """Return torch's expressions for a kernel, by name; with ``compiled`` each of them compiled as well."""
+def alternatives(spec: KernelSpec, compiled: bool) -> dict[str, Work]:
+    """Return the alternatives of a kernel, by name; with ``compiled``, each of them compiled as well."""
     eager: dict[str, Work] = {"definition": spec.torch_impl, **OTHERS.get(spec.name, {})}
     if not compiled:
         return eager
