@@ -1,4 +1,4 @@
-"""The figures of the study: loss and quality by step and by time, and the loss at the end by learning rate."""
+"""The figures of the study: loss and quality by step and by time, and the last loss by learning rate."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from studies.optimizers import BUILDERS, FACTORS
 from studies.problems import PROBLEMS
 from studies.results import Curve, Results
 from studies.runs import SEEDS
+from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.reports.run_figures import STYLES
-from tengrad_triton.recipes.training.run_folder import replacing
 
 RATES = sorted({factor for factors in FACTORS.values() for factor in factors})
 COLOR = dict(zip(BUILDERS, STYLES, strict=False))
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Write ``defaults-PROBLEM.png`` for each problem, and ``defaults-lr.png``."""
+    """Write ``defaults-PROBLEM.png`` for each problem, and ``defaults-lr.png``, into a folder."""
     for name in results.problems:
         _save(_of_problem(results, name), folder / f"defaults-{name}.png")
     _save(_by_rate(results), folder / "defaults-lr.png")
@@ -40,8 +40,8 @@ def _of_problem(results: Results, name: str) -> Figure:
     for curve in results.curves(name):
         color, marker = COLOR[curve.optimizer]
         style = {"color": color, "marker": marker, "markersize": 4, "linestyle": "--" if curve.tuned else "-"}
-        for row, quantity in zip(grid, ("loss", "quality"), strict=True):
-            _draw_curve(row, curve, quantity, style)
+        for panels, quantity in zip(grid, ("loss", "quality"), strict=True):
+            _draw_curve(panels, curve, quantity, style)
     quality = results.quality(name)
     grid[0][0].set(ylabel="test loss")
     _log(grid[0][0])
@@ -50,7 +50,7 @@ def _of_problem(results: Results, name: str) -> Figure:
         _log(grid[1][0])
     grid[1][0].set(xlabel="step")
     grid[1][1].set(xlabel="time of training (s)")
-    for panel in (panel for row in grid for panel in row):
+    for panel in (panel for panels in grid for panel in panels):
         panel.grid(alpha=0.3)
     grid[0][1].legend(fontsize="small")
     figure.suptitle(f"{PROBLEMS[name].title}: mean of {len(SEEDS)} seeds, and their range")
@@ -58,18 +58,18 @@ def _of_problem(results: Results, name: str) -> Figure:
 
 
 def _log(panel: Axes) -> None:
-    """Make the vertical scale logarithmic; within a decade, the numbers between the powers of ten are written too."""
+    """Make the vertical axis logarithmic. If it spans less than a decade, label the minor ticks too."""
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     panel.yaxis.set_major_formatter("{x:g}")
     panel.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
 
 
-def _draw_curve(row: Sequence[Axes], curve: Curve, quantity: str, style: dict[str, object]) -> None:
+def _draw_curve(panels: Sequence[Axes], curve: Curve, quantity: str, style: dict[str, object]) -> None:
     seeds = [getattr(run, quantity) for run in curve.runs]
     points = list(zip(*seeds, strict=False))
     means, low, high = ([f(values) for values in points] for f in (statistics.mean, min, max))
-    for panel, x in zip(row, (curve.runs[0].steps, curve.times), strict=True):
+    for panel, x in zip(panels, (curve.runs[0].steps, curve.times), strict=True):
         panel.plot(x[: len(points)], means, label=curve.label, **style)
         panel.fill_between(x[: len(points)], low, high, color=style["color"], alpha=0.1, linewidth=0)
 
