@@ -21,14 +21,7 @@ from tengrad_triton.recipes.training.settings import Settings, installed
 from tengrad_triton.recipes.training.warm_up import warm_up
 
 NAMES = installed()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
