@@ -163,8 +163,8 @@ Theorem 1 of the paper says: in full batch, with exact rows of J and damping α 
 
 gives ‖u_k − y‖² ≤ (1 − η)ᵏ ‖u₀ − y‖². L is the number of layers, n that of samples, and λ₀ the least eigenvalue of
 the layers' Gram matrices at the start. C bounds the change of J: ‖J(W) − J(W₀)‖ ≤ C √λ₀ / 3
-within ‖W − W₀‖ ≤ 3 ‖y − u₀‖ / √λ₀ (assumption 2). Here λ₀ comes from the Gram matrices that the optimizer factors. C is assumed to be 1/2, the
-largest value that the theorem allows. Both conditions are checked at every step of the run."""
+within ‖W − W₀‖ ≤ 3 ‖y − u₀‖ / √λ₀ (assumption 2). Here λ₀ comes from the Gram matrices that the optimizer factors.
+C is assumed to be 1/2, the largest value that the theorem allows. Both conditions are checked at every step."""
 CHECK = """Slowest is the largest ‖u_k − y‖² / ((1 − η)ᵏ ‖u₀ − y‖²) over all steps k > 0, which is at most 1 by the
 theorem. Assumption 2 is about a whole ball around W₀; it is measured at the points of the run, which the proof uses.
 The Hessian of the mean squared error is twice the theorem's over n, so that `damping` is 2α."""

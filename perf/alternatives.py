@@ -62,7 +62,7 @@ def _project_by_product(
 ) -> Tensor:  # fmt: skip
     y_LN = a[0].new_zeros(shape)
     for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
-        v_GOI = v_OKI.to(a_NGPI.dtype).reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1)
+        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
         y_LN[row, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
     return y_LN
 

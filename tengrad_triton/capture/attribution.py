@@ -63,8 +63,8 @@ class Attribution:
             and self._why_too_large(record, parameter) is None
         ]
 
-    def rerun_parameters(self, record: Record) -> dict[str, dict[str, Tensor]]:
-        """Return the parameters whose rows come from running their layer again, by layer and by name within it."""
+    def rerun_layers(self, record: Record) -> dict[str, dict[str, Tensor]]:
+        """Return the layers to run again, by name, and for each the parameters whose rows that gives."""
         parameters = {
             name: {
                 label: p

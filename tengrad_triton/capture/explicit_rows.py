@@ -46,7 +46,7 @@ class ExplicitRows:
 
     def rerun_parameters(self, record: Record) -> list[Tensor]:
         """Return the parameters whose rows come from running their layer again, one entry for each layer using them."""
-        return [p for named in self._attribution.rerun_parameters(record).values() for p in named.values()]
+        return [p for named in self._attribution.rerun_layers(record).values() for p in named.values()]
 
     def unattributed(self, record: Record) -> list[Tensor]:
         """Return the parameters whose rows `fill_unattributed` has to find."""
@@ -58,7 +58,7 @@ class ExplicitRows:
         The record has output gradients and gradient sums by now.
         """
         rows: dict[Tensor, list[Tensor]] = {}
-        for name, parameters in self._attribution.rerun_parameters(record).items():
+        for name, parameters in self._attribution.rerun_layers(record).items():
             layer = self._attribution.layers[name].layer
             try:
                 found = rerun_rows(layer, parameters, record.calls[name], record.samples)

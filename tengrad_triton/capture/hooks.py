@@ -6,9 +6,9 @@ What happens in a forward and a backward, in this order:
 2. `_before_layer` stores the random number generator's state for layers whose rule repeats their dropout.
 3. `_after_batch_norm` adds the backward pass with detached statistics behind a batch norm in training.
 4. `_after_layer` adds a `LayerCall` to the record: the inputs, and where the outputs are in the graph.
-5. `_after_model` checks the attribution of the parameters and takes (`OutputGrads`) or prepares (`LossGrads`) the
-   derivatives. From here on only the graph of the output holds the record, so a forward without a backward leaves
-   nothing behind.
+5. `_after_model` checks the attribution of the parameters. Then `OutputGrads` takes the output gradients, or
+   `LossGrads` attaches the hooks that keep those of the caller's loss. From here on only the graph of the output
+   holds the record, so a forward without a backward leaves nothing behind.
 6. `_backward_reached` runs when the caller's backward begins, and moves the record to `Capture.records`.
 
 A later `Capture.complete` finds the rows that need the whole backward. Copies and pickles of the model carry hooks that
