@@ -12,8 +12,8 @@ import pytest
 import torch
 from tengrad_triton.backend import kernels_of
 
+from perf.alternatives import alternatives
 from perf.launches import Repeated
-from perf.rivals import rivals
 from perf.sizes import sized
 from perf.timing import spread
 from tengrad_triton.kernels import SPECS
@@ -42,7 +42,7 @@ def test_kernel(benchmark, request, case, device, limits):
     ours = getattr(kernels_of("auto" if device.type == "cuda" else "torch"), spec.name)
     op = Repeated(ours, arguments, device)
     others, failed = {}, {}
-    for name, work in rivals(spec, option("compiled")).items():
+    for name, work in alternatives(spec, option("compiled")).items():
         try:
             rival = Repeated(work, arguments, device)
             others[name if rival.captured == op.captured else f"{name}, launched"] = rival

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from perf.timing import now
+from tengrad_triton.recipes.measuring.machine import now
 
 SHORT = 1e-2  # seconds that one measurement takes at least
 MOST_REPEATS = 200

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from perf.timing import now
+from tengrad_triton.recipes.measuring.machine import now
 
 ROUNDS = 7
 

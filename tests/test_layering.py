@@ -146,3 +146,26 @@ def test_the_library_needs_no_triton_no_gpu_and_no_package_of_the_command_line()
     command = [sys.executable, "-W", "error", "-c", BARE]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+# Each line of recipes/ imports what stands before it, and itself.
+RECIPES_ORDER = [
+    *("errors", "files", "measuring", "data", "models", "optimizers", "training", "reports"),
+    *("paper.published", "paper.request", "paper.runs", "paper.estimates", "paper.report", "paper.measurements"),
+    *("paper.execute", "cli"),
+]
+RECIPES = PACKAGE / "recipes"
+
+
+def recipes_part(parts):
+    """Return the line of `RECIPES_ORDER` that a dotted name within recipes belongs to."""
+    return ".".join(parts[:2] if parts[0] == "paper" else parts[:1])
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES.rglob("*.py") if p.parent.name != "paper" or p.stem != "__init__"])
+def test_recipes_import_only_what_stands_before_them(path):
+    if path == RECIPES / "__init__.py":
+        return
+    own = RECIPES_ORDER.index(recipes_part(path.relative_to(RECIPES).with_suffix("").parts))
+    names = [name.split(".")[2:] for name in imported(path) if name.startswith("tengrad_triton.recipes.")]
+    assert {recipes_part(parts) for parts in names} <= set(RECIPES_ORDER[: own + 1])
