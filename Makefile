@@ -1,32 +1,50 @@
-PYTHON ?= python3
-VENV   := .venv
-READY  := $(VENV)/.ready
-RUN    := $(VENV)/bin/python -m
+PYTHON      ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV        ?= .venv
+READY       := $(VENV)/.ready
+RUN         := $(VENV)/bin/python -m
 
-.PHONY: train test test-slow bench lint clean
+.DEFAULT_GOAL := help
+.PHONY: help install train quick test tests test-slow bench lint format clean
+
+help:                      ## list what make can do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY)          ## make .venv and install the package, its tools and the pinned torch
 
 train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and AdamW
 	$(VENV)/bin/tengrad-triton train
 
-test: $(READY) lint        ## everything but the tests marked slow
+quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
+	$(RUN) pytest -x -q -k "not compiled" tests/test_exact.py tests/test_optimizer.py tests/test_cpu.py
+	TRITON_INTERPRET=1 $(RUN) pytest -x -q -k "takes_any_strides and not (project or cholesky)" tests/test_kernels.py
+
+test: lint tests           ## lint, then run every test that is not marked slow
+
+tests: $(READY)            ## run them without linting
 	$(RUN) pytest -m "not slow"
 
-test-slow: $(READY)        ## the tests marked slow
+test-slow: $(READY)        ## run the tests marked slow
 	$(RUN) pytest -m slow
 
-bench: $(READY)           ## the benchmarks that fit this machine, into perf/results and docs/performance.md
+bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf
 
-lint: $(READY)
+lint: $(READY)             ## check style (ruff) and types (mypy); change nothing
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
 
-clean:
+format: $(READY)           ## fix what ruff can fix, and lay out the code
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+clean:                     ## remove .venv, builds, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # One resolver run for everything: torch's pinned build must be chosen before anything that depends on torch.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@echo "Installing tengrad-triton with PyTorch, Triton and its tools into $(VENV): a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,dev]'
 	touch $@

@@ -54,9 +54,9 @@ def summary(model: nn.Module) -> Summary:
 def verdict(runners: Sequence[Runner], covered: Summary) -> str:
     """Return the outcome in two sentences."""
     ours, adamw = best_of(runners)
-    blocks = sum(row.block != "-" for row in covered.rows)
+    blocks = sum(row.block != "-" for row in covered.parameters)
     return (
-        f"**{blocks} of {len(covered.rows)} parameters have an exact block.** The pre-trained model's loss on code is "
+        f"**{blocks} of {len(covered.parameters)} parameters have an exact block.** The pre-trained model's loss on code is "
         f"{ours.curve[0].value:.3f} nats a character; TENGraD brings it to {ours.best:.3f}, and AdamW at its best "
         f"learning rate to {adamw.best:.3f}, in the same wall-clock time."
     )

@@ -1,44 +1,58 @@
-"""The tensor operations behind a TENGraD step: Triton kernels with their definitions in PyTorch beside them.
+"""The tensor operations of a TENGraD step, as ops of `torch.library`.
 
-Every public name here is an op of ``torch.library``. On CPU tensors (and in float64) it runs its definition, the
-``*_reference`` function of the same signature; on CUDA tensors it launches the Triton kernel. Sums over half-precision
-entries are taken and returned in float32; per-sample gradients are stored in the dtype of the inputs.
+Each op has three implementations with the same arguments, which its `KernelSpec` lists:
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
+1. `triton_impl` launches Triton kernels. The op calls it for CUDA tensors in single or half precision.
+2. `torch_impl` is tuned PyTorch code (`cpu`, `cpu_conv`, `cpu_update`). The op calls it for all other tensors.
+3. `reference` is the definition (`reference`), naive on purpose. Only tests call it, to check the other two.
+
+To find the code of an op: its file has the op's name or that of its group (`project_rows`; `gram` and `gram_rows` in
+`gram`; `cholesky_inverse` and `cholesky_solve` in `triangular`) and holds the op, its kernel, its launch configurations
+and its `KernelSpec`. `dispatch` registers ops and chooses the implementation, `spec` says what a `KernelSpec` is, and
+`pointer_table` explains how one launch serves a list of tensors.
+
+Sums over half-precision entries are computed and returned in float32; per-sample gradients keep the inputs' dtype.
+Docstrings cite the paper's equations by number, and the sections M1, M2, … of docs/math.md.
+
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L Fisher
+blocks.
 """
 
 from .cholesky import SPECS as CHOLESKY_SPECS
 from .cholesky import cholesky
+from .conv import SPECS as CONV_SPECS
+from .conv import expand_conv_update_, project_conv
+from .conv_sample_grads import SPECS as CONV_SAMPLE_GRADS_SPECS
+from .conv_sample_grads import conv_sample_grads
+from .expand_factored import SPECS as EXPAND_SPECS
+from .expand_factored import expand_update_
+from .expand_rows import SPECS as EXPAND_ROWS_SPECS
+from .expand_rows import expand_rows_update_
 from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
-from .reuse import SPECS as REUSE_SPECS
-from .reuse import project
-from .reuse_rows import SPECS as ROWS_SPECS
-from .reuse_rows import project_rows
-from .reuse_rows_update import SPECS as ROWS_UPDATE_SPECS
-from .reuse_rows_update import expand_rows_update_
-from .reuse_update import SPECS as REUSE_UPDATE_SPECS
-from .reuse_update import expand_update_
+from .project_factored import SPECS as PROJECT_SPECS
+from .project_factored import project
+from .project_rows import SPECS as PROJECT_ROWS_SPECS
+from .project_rows import project_rows
 from .sample_grads import SPECS as SAMPLE_GRADS_SPECS
-from .sample_grads import conv_sample_grads, sample_grads
+from .sample_grads import sample_grads
 from .spec import KernelSpec
 from .triangular import SPECS as TRIANGULAR_SPECS
 from .triangular import cholesky_inverse, cholesky_solve
 from .update import update_
-from .windows import SPECS as WINDOWS_SPECS
-from .windows import expand_windows_update_, project_windows
 
-# One row a kernel: the tests, the benchmarks and the ahead-of-time compile iterate over these.
+# One row for each op: the tests, the benchmarks and the ahead-of-time compilation iterate over these.
 SPECS: tuple[KernelSpec, ...] = (
     *GRAM_SPECS,
     *SAMPLE_GRADS_SPECS,
+    *CONV_SAMPLE_GRADS_SPECS,
     *CHOLESKY_SPECS,
     *TRIANGULAR_SPECS,
-    *REUSE_SPECS,
-    *REUSE_UPDATE_SPECS,
-    *ROWS_SPECS,
-    *ROWS_UPDATE_SPECS,
-    *WINDOWS_SPECS,
+    *PROJECT_SPECS,
+    *EXPAND_SPECS,
+    *PROJECT_ROWS_SPECS,
+    *EXPAND_ROWS_SPECS,
+    *CONV_SPECS,
 )
 
 __all__ = [
@@ -48,14 +62,14 @@ __all__ = [
     "cholesky_inverse",
     "cholesky_solve",
     "conv_sample_grads",
+    "expand_conv_update_",
     "expand_rows_update_",
     "expand_update_",
-    "expand_windows_update_",
     "gram",
     "gram_rows",
     "project",
+    "project_conv",
     "project_rows",
-    "project_windows",
     "sample_grads",
     "update_",
 ]

@@ -2,10 +2,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Batched Cholesky factorization of small damped Gram matrices.
 
-One program factors one matrix, so a matrix that is not positive definite cannot disturb its neighbours, and a batch
-takes as long as one. Above 512 rows, or with one or two matrices of more than 256, torch's own routines are faster.
+One program factors one matrix: a matrix that is not positive definite does not disturb its neighbours, and a batch
+takes as long as one matrix. Above 512 rows, or with one or two matrices of more than 256, torch is faster.
 
-Dimensions: L matrices, N rows.
+Dimensions: L matrices, N rows of a matrix.
 """
 
 from __future__ import annotations
@@ -16,51 +16,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op
 
-from .spec import (
-    Config,
-    Example,
-    KernelSpec,
-    contiguous,
-    expect,
-    nbytes,
-    normal,
-    rows_contiguous,
-    runs_kernel,
-    tl,
-    triton,
-)
-from .tiles import load_tile
+from . import cpu, reference
+from .dispatch import contiguous, define_op, expect, last_contiguous, runs_kernel
+from .primitives import load_tile
+from .spec import Config, Example, KernelSpec, nbytes, normal, tl, triton
 
-TILE = 32  # rows of a diagonal tile: the chain of dependent columns grows with it, the number of panels shrinks
+TILE = 32  # rows of a diagonal tile: larger ones have longer chains of dependent columns, and fewer panels
 
 
-@triton_op("tengrad_triton::cholesky", mutates_args=())
+@define_op()
 def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor K + shift I = C Cᵀ for every matrix; return the lower factors c_LNN and the smallest pivots pivot_L.
+    """Factor K + shift I = C Cᵀ for every matrix (M5).
 
-    Never synchronizes with the device and never raises for a matrix that is not positive definite: its smallest pivot
-    (the square of the smallest diagonal entry of C) is then zero, negative or NaN, and its factor must not be used.
+    Never synchronizes with the device, and never raises for a matrix that is not positive definite: its smallest pivot
+    is then zero, negative or NaN, and its factor must not be used.
+
+    Args:
+        k_LNN: symmetric matrices, of which the lower triangle is read.
+        shift_L: what to add to each diagonal.
+
+    Returns:
+        The lower factors c_LNN, and pivot_L, the square of the smallest diagonal entry of each.
+
+    Raises:
+        ValueError: the matrices are not square, or there is not one shift a matrix.
     """
     expect("k_LNN", k_LNN, shift_L.shape[0], k_LNN.shape[1], k_LNN.shape[1])
-    return (_cholesky if is_small(k_LNN, shift_L) else cholesky_reference)(k_LNN, shift_L)
+    return (_cholesky if is_small(k_LNN, shift_L) else cpu.cholesky)(k_LNN, shift_L)
 
 
-def cholesky_reference(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
-    """C = chol(K + shift I)."""
-    damped_LNN = k_LNN.clone()
-    damped_LNN.diagonal(dim1=-2, dim2=-1).add_(shift_L.unsqueeze(1))
-    c_LNN, info_L = torch.linalg.cholesky_ex(damped_LNN, check_errors=False)
-    pivot_L = c_LNN.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return c_LNN, torch.where(info_L == 0, pivot_L, -torch.ones_like(pivot_L))
-
-
-def is_small(x_LNN: Tensor, vector: Tensor) -> bool:
-    """Whether a kernel does better than torch on these matrices and what comes with them: many of them, or small."""
+def is_small(x_LNN: Tensor, vectors: Tensor) -> bool:
+    """Return whether a kernel is faster than torch on these float32 matrices: many of them, or small ones."""
     matrices, n = x_LNN.shape[:2]
-    exact = x_LNN.dtype == vector.dtype == torch.float32
-    return exact and runs_kernel(x_LNN, vector) and n <= (512 if matrices > 2 else 256)
+    exact = x_LNN.dtype == vectors.dtype == torch.float32
+    return exact and runs_kernel(x_LNN, vectors) and n <= (512 if matrices > 2 else 256)
 
 
 @triton.jit
@@ -72,10 +62,10 @@ def _add_pair(a, b, c, d):
 def _eliminate(tile, BLOCK: tl.constexpr):
     """Return the lower factor of a symmetric tile, its inverse, and its pivots.
 
-    LDLᵀ, so that no square root stands in the chain of columns. What is eliminated is summed up first and subtracted
-    at once, and quotients and roots are correctly rounded: the error would be twice that of torch otherwise. Rows below
-    the diagonal of `packed` hold the inverse of the unit lower factor in the columns that are done with, rows above it
-    the upper factor times D.
+    The factorization is LDLᵀ, which has no square root in the chain of dependent columns. Eliminated terms are summed
+    first and subtracted at once, and quotients and roots are correctly rounded; otherwise the error is twice torch's.
+    Below the diagonal, the finished columns of `packed` hold the inverse of the unit lower factor; above it, `packed`
+    holds the upper factor times D.
     """
     row = tl.arange(0, BLOCK)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -87,7 +77,7 @@ def _eliminate(tile, BLOCK: tl.constexpr):
         # One reduction carries both the pivot's row and the pivot to every column.
         across, pivot = tl.reduce((tl.where(row == j, packed, 0.0), tl.where(row == j, everywhere, 0.0)), 0, _add_pair)
         scaled = tl.div_rn(tl.where(col == j, 1.0, across[None, :]), pivot[None, :])
-        # Where the column falls to zero, the inverse begins.
+        # The eliminated column becomes a column of the inverse.
         begins = (row > j) & (col == j)
         tile = tl.where(begins, 0.0, tile)
         eliminated = tl.where(begins, 0.0, eliminated) + tl.where(row > j, below, 0.0) * scaled
@@ -100,13 +90,13 @@ def _eliminate(tile, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _earlier_columns(c_ptr, m, rows, columns, N, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
-    """C[m, :columns] C[rows, :columns]ᵀ."""
+def _earlier_columns(c_ptr, m, n, columns, N, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
+    """Return C[m, :columns] C[n, :columns]ᵀ."""
     total = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     for start in range(0, columns, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        x = load_tile(c_ptr, m, cols, N, N, N)
-        y = load_tile(c_ptr, rows, cols, N, N, N)
+        col = start + tl.arange(0, BLOCK)
+        x = load_tile(c_ptr, m, col, N, N, N)
+        y = load_tile(c_ptr, n, col, N, N, N)
         total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
     return total
 
@@ -115,34 +105,32 @@ def _earlier_columns(c_ptr, m, rows, columns, N, BLOCK_M: tl.constexpr, BLOCK: t
 def _cholesky_kernel(
     k_ptr, shift_ptr, c_ptr, pivot_ptr, N, stride_kl, stride_kn, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Factor one matrix panel by panel, each from the panels to its left, which are read back from the output."""
+    """Factor one matrix panel by panel, reading the panels to the left back from the output."""
     matrix = tl.program_id(0).to(tl.int64)
     k_ptr += matrix * stride_kl
     c_ptr += matrix * N * N
     shift = tl.load(shift_ptr + matrix)
     smallest = float("inf")
     for first in range(0, N, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        # Both triangles of the tile come from the lower one, as in torch.
-        high = tl.maximum(rows[:, None], rows[None, :])
-        low = tl.minimum(rows[:, None], rows[None, :])
+        n = first + tl.arange(0, BLOCK)
+        # The tile comes from the lower triangle alone, as in torch.
+        high = tl.maximum(n[:, None], n[None, :])
+        low = tl.minimum(n[:, None], n[None, :])
         tile = tl.load(k_ptr + high * stride_kn + low, mask=high < N, other=0.0)
         tile += tl.where(high == low, tl.where(high < N, shift, 1.0), 0.0)
-        tile -= _earlier_columns(c_ptr, rows, rows, first, N, BLOCK, BLOCK)
+        tile -= _earlier_columns(c_ptr, n, n, first, N, BLOCK, BLOCK)
         lower, inverse, pivots = _eliminate(tile, BLOCK)
-        # A minimum would ignore NaN; whatever is not positive counts as −1.
-        pivots = tl.where(rows < N, tl.where(pivots > 0.0, pivots, -1.0), float("inf"))
+        # A minimum would ignore NaN, so every pivot that is not positive counts as −1.
+        pivots = tl.where(n < N, tl.where(pivots > 0.0, pivots, -1.0), float("inf"))
         smallest = tl.minimum(smallest, tl.min(pivots, 0))
-        tl.store(c_ptr + rows[:, None] * N + rows[None, :], lower, mask=high < N)
+        tl.store(c_ptr + n[:, None] * N + n[None, :], lower, mask=high < N)
         for below in range(first + BLOCK, N, BLOCK_M):
             m = below + tl.arange(0, BLOCK_M)
-            panel = load_tile(k_ptr, m, rows, stride_kn, N, N)
-            panel -= _earlier_columns(c_ptr, m, rows, first, N, BLOCK_M, BLOCK)
+            panel = load_tile(k_ptr, m, n, stride_kn, N, N)
+            panel -= _earlier_columns(c_ptr, m, n, first, N, BLOCK_M, BLOCK)
             panel = tl.dot(panel, tl.trans(inverse), input_precision="ieee")
-            tl.store(c_ptr + m[:, None] * N + rows[None, :], panel, mask=(m < N)[:, None])
-            tl.store(
-                c_ptr + rows[:, None] * N + m[None, :], tl.zeros((BLOCK, BLOCK_M), tl.float32), mask=(m < N)[None, :]
-            )
+            tl.store(c_ptr + m[:, None] * N + n[None, :], panel, mask=(m < N)[:, None])
+            tl.store(c_ptr + n[:, None] * N + m[None, :], tl.zeros((BLOCK, BLOCK_M), tl.float32), mask=(m < N)[None, :])
         tl.debug_barrier()  # the next panel reads what other threads have just stored
     tl.store(pivot_ptr + matrix, smallest)
 
@@ -156,7 +144,7 @@ _CHOLESKY = Config(
 
 
 def _cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
-    k_LNN = rows_contiguous(k_LNN)
+    k_LNN = last_contiguous(k_LNN)
     matrices, n = k_LNN.shape[:2]
     c_LNN = torch.empty(matrices, n, n, dtype=torch.float32, device=k_LNN.device)
     pivot_L = torch.empty(matrices, dtype=torch.float32, device=k_LNN.device)
@@ -165,14 +153,14 @@ def _cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gram_example(device: torch.device, matrices: int, n: int) -> tuple[Tensor, Tensor]:
-    """Gram matrices of condition about 10⁴ and what makes each of them better conditioned by another factor."""
+    """Return Gram matrices of condition about 10⁴, and shifts of several sizes."""
     j_LNK = normal(matrices, n, 2 * n, dtype=torch.float64, device=device)
     j_LNK *= torch.logspace(0, -2, n, dtype=torch.float64, device=device)[:, None]
     return (j_LNK @ j_LNK.mT).float(), torch.logspace(-2, 0, matrices, device=device)
 
 
 def batch_examples(make: Callable[[torch.device, int, int], tuple[Any, ...]]) -> dict[str, Example]:
-    """Return the cases that every op on a batch of matrices is tried with: one and several diagonal tiles."""
+    """Return the examples of every op on a batch of matrices: with two and with several diagonal tiles."""
 
     def example(matrices: int, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         return make(device, matrices, n)
@@ -183,8 +171,9 @@ def batch_examples(make: Callable[[torch.device, int, int], tuple[Any, ...]]) ->
 SPECS = (
     KernelSpec(
         name="cholesky",
-        fast=_cholesky,
-        reference=cholesky_reference,
+        triton_impl=_cholesky,
+        torch_impl=cpu.cholesky,
+        reference=reference.cholesky,
         examples=batch_examples(gram_example),
         flops=lambda k_LNN, shift_L: k_LNN.numel() * k_LNN.shape[1] // 3,
         bytes=lambda k_LNN, shift_L: 2 * nbytes(k_LNN),

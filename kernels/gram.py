@@ -1,9 +1,9 @@
-"""Gram matrices K[n, m] = ⟨J_n, J_m⟩ of per-sample gradients, without forming them where that is cheaper.
+"""Gram matrices K[n, m] = ⟨J_n, J_m⟩ of per-sample gradients, from the factors of J or from its rows.
 
-The factors of all layers are ranges of columns of some matrices, whose products `products` takes in one launch.
+The factors of all layers are ranges of columns of some matrices; `gram_ranges` computes their products in one launch.
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L
-systems.
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L Fisher
+blocks.
 """
 
 from __future__ import annotations
@@ -14,156 +14,114 @@ from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 from torch.nn.functional import pad
 
-from .groups import MOST, aligned, batches
-from .products import PRODUCT_CONFIGS, WIDTH, Product, add_products
-from .reuse import expect_factors, factors
-from .spec import KernelSpec, contiguous, expect, nbytes, normal, runs_kernel, widen
+from . import cpu, reference
+from .dispatch import contiguous, define_op, dispatch, expect, zeros
+from .factors import example_factors, expect_factors
+from .gram_ranges import PRODUCT_CONFIGS, WIDTH, Product, Range, add_products
+from .pointer_table import MAX_GROUP, batches, is_aligned
+from .spec import KernelSpec, nbytes, normal
 
-_SLAB_ELEMENTS = 1 << 26  # how many entries of the covariance factors the definition holds at a time
-_SLABS, _LEAST_ROWS, _LEAST_COLUMNS = 4, 64, 4096  # of X in X Xᵀ on a CPU; thinner ones take longer (measured)
 
+@define_op(fake=lambda a, g, blocks, count, *_: zeros(a[0], count, len(a[0]), len(a[0])))
+def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
+    """Return the Gram matrices k_LNN, K[n, m] = Σ_γpq ⟨a_nγp, a_mγq⟩ ⟨g_nγp, g_mγq⟩ (equations 5 and 11; M3).
 
-@custom_op("tengrad_triton::gram", mutates_args=())
-def gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
-    """Return k_LNN: K[rows[t]] is the sum over its layers' Gram matrices, from inputs and output derivatives.
+    The work grows with the square of P: from some dozens of positions on, `sample_grads` and `gram_rows` are cheaper.
 
-    The work grows with the square of P: from some dozens of positions on, `gram_rows` of explicit gradients is cheaper.
+    Args:
+        a: inputs [N, G, P, I] of each layer, with one N for all.
+        g: output derivatives [N, G, P, O] of each layer.
+        blocks: the Fisher block of each layer; the Gram matrices of a block's layers add up.
+        count: L, the number of blocks.
+        config: the launch configuration of the kernels.
+
+    Returns:
+        k_LNN, in the dtype of ``a``, but in float32 for half precision.
+
+    Raises:
+        ValueError: there is no layer, or the shapes do not belong together.
     """
     if not a:
         raise ValueError("gram needs the factors of at least one layer, got none")
     for a_NGPI, g_NGPO in zip(a, g, strict=True):
         expect("a_NGPI", a_NGPI, a[0].shape[0], *a_NGPI.shape[1:])
         expect_factors(a_NGPI, g_NGPO)
-    return (partial(_gram, tile=tile) if runs_kernel(*a, *g) else gram_reference)(a, g, rows, count)
+    return dispatch(_gram, cpu.gram, config, a, g, blocks, count)
 
 
-def gram_reference(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
-    """K[n, m] = Σ_γpq ⟨a_nγp, a_mγq⟩ ⟨g_nγp, g_mγq⟩ (paper, equations 5 and 11), a slab of rows n at a time."""
-    k_LNN = _zeros(a, count)
-    k = k_LNN.unbind()
-    for row, a_NGPI, g_NGPO in zip(rows, a, g, strict=True):
-        k[row].add_(_layer_gram(widen(a_NGPI), widen(g_NGPO)))
-    return k_LNN
-
-
-def _zeros(x: Sequence[Tensor], count: int) -> Tensor:
-    n = x[0].shape[0]
-    return x[0].new_zeros(count, n, n, dtype=torch.promote_types(x[0].dtype, torch.float32))
-
-
-@gram.register_fake
-def _(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
-    return _zeros(a, count)
-
-
-def _layer_gram(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
-    n, groups, positions, _ = a_NGPI.shape
-    if groups == positions == 1:
-        a_NI, g_NO = a_NGPI.flatten(0, 2), g_NGPO.flatten(0, 2)
-        return _squared(a_NI).mul_(_squared(g_NO))
-    a_GRI, g_GRO = (x.transpose(0, 1).flatten(1, 2) for x in (a_NGPI, g_NGPO))  # R samples and their positions
-    slab = positions * max(1, _SLAB_ELEMENTS // (groups * positions * n * positions))
-    rows = []
-    for a_GSI, g_GSO in zip(a_GRI.split(slab, 1), g_GRO.split(slab, 1), strict=True):
-        pairs_GSR = (a_GSI @ a_GRI.mT) * (g_GSO @ g_GRO.mT)
-        rows.append(pairs_GSR.view(groups, -1, positions, n, positions).sum((0, 2, 4)))
-    return torch.cat(rows)
-
-
-def _gram(a: list[Tensor], g: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
-    k_LNN = torch.zeros(count, a[0].shape[0], a[0].shape[0], dtype=torch.float32, device=a[0].device)
-    for _, alike in batches([x.dtype for x in a], order=rows, most=MOST // 2):
+def _gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
+    k_LNN = zeros(a[0], count, len(a[0]), len(a[0]))
+    for _, members in batches([x.dtype for x in a], order=blocks, most=MAX_GROUP // 2):
         matrices: list[Tensor] = []
         products: list[Product] = []
-        for t in alike:
+        for t in members:
             a_NGPI, g_NGPO = _padded(a[t]), _padded(g[t].to(a[t].dtype))
             _, groups, positions, inputs = a_NGPI.shape
             at, outputs = len(matrices), g_NGPO.shape[3]
             for i, j in _pairs(groups, positions):
-                aa, gg = (at, i * inputs, j * inputs, inputs), (at + 1, i * outputs, j * outputs, outputs)
-                products.append((rows[t], aa, gg))
+                of_inputs = Range(at, i * inputs, j * inputs, inputs)
+                products.append(Product(blocks[t], of_inputs, Range(at + 1, i * outputs, j * outputs, outputs)))
             matrices += [a_NGPI.flatten(1), g_NGPO.flatten(1)]
-        add_products(matrices, products, k_LNN, tile)
+        add_products(matrices, products, k_LNN, config)
     return k_LNN
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Return the tensor with entries that can be copied 16 bytes at a time; itself, where they can."""
+    """Return the tensor with a last dimension of a multiple of WIDTH entries, aligned; copy it only if it is not."""
     x = contiguous(x) if x.shape[-1] % WIDTH == 0 else pad(x, (0, -x.shape[-1] % WIDTH))
     return x if x.storage_offset() % WIDTH == 0 else x.clone()
 
 
 def _pairs(groups: int, positions: int) -> Iterator[tuple[int, int]]:
-    """Yield every pair of positions that share a group, once, counting positions through all groups."""
+    """Yield each unordered pair of positions of a group once, counting positions through all groups."""
     for first in range(0, groups * positions, positions):
         yield from combinations_with_replacement(range(first, first + positions), 2)
 
 
-@custom_op("tengrad_triton::gram_rows", mutates_args=())
-def gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
-    """Return k_LNN with K[rows[t]] = Σ_t J_t J_tᵀ over a system's explicit per-sample gradients."""
+@define_op(fake=lambda j, blocks, count, *_: zeros(j[0], count, len(j[0]), len(j[0])))
+def gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
+    """Return the Gram matrices k_LNN, K = J Jᵀ, summed over the weights of a block (equation 5; M3).
+
+    With one position, or a few, prefer `gram` of the factors: it needs no rows.
+
+    Args:
+        j: rows [N, K] of each weight, with one N for all.
+        blocks: the Fisher block of each weight.
+        count: L, the number of blocks.
+        config: the launch configuration of the kernels.
+
+    Returns:
+        k_LNN, in the dtype of ``j``, but in float32 for half precision.
+
+    Raises:
+        ValueError: the weights have different numbers of rows.
+    """
     for j_NK in j:
         expect("j_NK", j_NK, j[0].shape[0], j_NK.shape[1])
-    return (partial(_gram_rows, tile=tile) if runs_kernel(*j) else gram_rows_reference)(j, rows, count)
+    return dispatch(_gram_rows, cpu.gram_rows, config, j, blocks, count)
 
 
-@gram_rows.register_fake
-def _(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
-    return _zeros(j, count)
-
-
-def gram_rows_reference(j: list[Tensor], rows: list[int], count: int) -> Tensor:
-    """K = J Jᵀ, added up over the weights of a system."""
-    k_LNN = _zeros(j, count)
-    k = k_LNN.unbind()
-    for row, j_NK in zip(rows, j, strict=True):
-        _add_squared_(k[row], widen(j_NK))
+def _gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
+    k_LNN = zeros(j[0], count, len(j[0]), len(j[0]))
+    for _, members in batches([j_NK.dtype for j_NK in j], order=blocks):
+        matrices = [j[t] if is_aligned(j[t], WIDTH) else _padded(j[t]) for t in members]
+        ranges = [Range(index, 0, 0, x.shape[1]) for index, x in enumerate(matrices)]
+        products = [Product(blocks[t], columns, None) for t, columns in zip(members, ranges, strict=True)]
+        add_products(matrices, products, k_LNN, config)
     return k_LNN
 
 
-def _squared(x_NK: Tensor) -> Tensor:
-    """X Xᵀ."""
-    return _add_squared_(x_NK.new_zeros(len(x_NK), len(x_NK)), x_NK)
-
-
-def _add_squared_(k_NN: Tensor, x_NK: Tensor) -> Tensor:
-    """K += X Xᵀ, on a CPU in slabs of rows up to the diagonal: BLAS would compute what lies above as well."""
-    n, k = x_NK.shape
-    slabs = min(_SLABS, n // _LEAST_ROWS)
-    if slabs < 2 or k < _LEAST_COLUMNS or not x_NK.is_cpu or torch.compiler.is_compiling():
-        return k_NN.addmm_(x_NK, x_NK.mT)
-    step = -(-n // slabs)
-    for start in range(0, n, step):
-        end = min(n, start + step)
-        k_NN[start:end, :end].addmm_(x_NK[start:end], x_NK[:end].mT)
-        k_NN[:start, start:end] = k_NN[start:end, :start].mT
-    return k_NN
-
-
-def _gram_rows(j: list[Tensor], rows: list[int], count: int, tile: str = "default") -> Tensor:
-    k_LNN = torch.zeros(count, j[0].shape[0], j[0].shape[0], dtype=torch.float32, device=j[0].device)
-    for _, alike in batches([j_NK.dtype for j_NK in j], order=rows):
-        matrices = [j[t] if aligned(j[t], WIDTH) else _padded(j[t]) for t in alike]
-        widths = (int(x.shape[1]) for x in matrices)
-        ranges = [(index, 0, 0, width) for index, width in enumerate(widths)]
-        products = [(rows[t], part, None) for t, part in zip(alike, ranges, strict=True)]
-        add_products(matrices, products, k_LNN, tile)
-    return k_LNN
-
-
-def _layers(
-    dtype: torch.dtype, device: torch.device, *shapes: Sequence[int]
+def _gram_example(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], list[int], int]:
-    layers = [factors(dtype, device, shape) for shape in shapes]
-    return [a_NGPI for a_NGPI, _ in layers], [g_NGPO for _, g_NGPO in layers], [1, *range(1, len(layers))], len(layers)
+    a, g = zip(*(example_factors(dtype, device, shape) for shape in shapes), strict=True)
+    return list(a), list(g), [1, *range(1, len(shapes))], len(shapes)
 
 
-def _rows(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[int], int]:
-    j = [normal(70, k, dtype=dtype, device=device, seed=k) for k in (1000, 2001, 8)]
-    return j, [1, 0, 1], 3
+def _rows_example(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[int], int]:
+    return [normal(70, k, dtype=dtype, device=device, seed=k) for k in (1000, 2001, 8)], [1, 0, 1], 3
 
 
 def _gram_flops(a: list[Tensor], g: list[Tensor], *_: object) -> int:
@@ -171,28 +129,29 @@ def _gram_flops(a: list[Tensor], g: list[Tensor], *_: object) -> int:
     return sum(2 * n * x.shape[2] * (x.numel() + y.numel()) for x, y in zip(a, g, strict=True))
 
 
+_SHAPES = {
+    "one position": ((150, 1, 1, 700, 11), (150, 1, 1, 9, 70), (150, 1, 1, 8, 16)),
+    "groups and positions": ((17, 2, 3, 20, 9), (17, 1, 4, 5, 13)),
+}
 SPECS = (
     KernelSpec(
         name="gram",
-        fast=_gram,
-        reference=gram_reference,
-        examples={
-            "one position": lambda dtype, device: _layers(
-                dtype, device, (150, 1, 1, 700, 11), (150, 1, 1, 9, 70), (150, 1, 1, 8, 16)
-            ),
-            "groups and positions": lambda dtype, device: _layers(dtype, device, (17, 2, 3, 20, 9), (17, 1, 4, 5, 13)),
-        },
+        triton_impl=_gram,
+        torch_impl=cpu.gram,
+        reference=reference.gram,
+        examples={name: partial(_gram_example, shapes) for name, shapes in _SHAPES.items()},
         flops=_gram_flops,
-        bytes=lambda a, g, rows, count: nbytes(*a, *g) + 4 * count * a[0].shape[0] ** 2,
+        bytes=lambda a, g, blocks, count: nbytes(*a, *g) + 4 * count * a[0].shape[0] ** 2,
         configs=PRODUCT_CONFIGS,
     ),
     KernelSpec(
         name="gram_rows",
-        fast=_gram_rows,
-        reference=gram_rows_reference,
-        examples={"aligned and unaligned": _rows},
+        triton_impl=_gram_rows,
+        torch_impl=cpu.gram_rows,
+        reference=reference.gram_rows,
+        examples={"aligned and unaligned": _rows_example},
         flops=lambda j, *_: sum(2 * x.shape[0] * x.numel() for x in j),
-        bytes=lambda j, rows, count: nbytes(*j) + 4 * count * j[0].shape[0] ** 2,
+        bytes=lambda j, blocks, count: nbytes(*j) + 4 * count * j[0].shape[0] ** 2,
         configs=PRODUCT_CONFIGS,
     ),
 )

@@ -1,149 +1,75 @@
-"""The parameter update, which the kernels of expand carry in their epilogue: a step reads and writes a parameter once.
+"""The parameter update, and what the ops share whose kernels apply it: a step reads and writes each parameter once.
 
 Dimensions: N samples; in a parameter's view O outputs of all groups, K kernel pixels and I inputs of a pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .spec import expect, normal, widen
-
-_HELD = 1 << 16  # entries of directions that wait for each other, as many as a cache holds
-_FUSED = (torch.float32, torch.float64)  # what torch's fused SGD takes on a CPU
+from .cpu_update import update_all_
+from .dispatch import expect
+from .spec import Example, normal
 
 
 def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
-    """The update rule, in place: coupled weight decay, then momentum, then the step; θ shrinks first if decoupled.
+    """Update a parameter and its momentum in place along a direction (docs/math.md, M6).
 
-    d = direction + weight_decay θ;  m ← momentum m + d;  θ ← (1 − lr shrink) θ − lr (m, or d + momentum m if Nesterov)
-    with ``settings = [lr, momentum, weight_decay, shrink]`` as one tensor, so that a schedule recompiles nothing.
+    d = direction + weight_decay θ;  m ← momentum m + d;  θ ← (1 − lr shrink) θ − lr s,
+    where the step s is d + momentum m with ``nesterov``, and m without.
+
+    Args:
+        param: θ, of any shape.
+        momentum_buffer: m, of the parameter's shape.
+        direction: of the parameter's shape.
+        settings: [lr, momentum, weight_decay, shrink] as one tensor, so that a learning-rate schedule recompiles
+            nothing. ``shrink`` is the decoupled weight decay, ``weight_decay`` the coupled one.
+        nesterov: whether the step looks ahead by the momentum.
     """
     update_all_([(param, momentum_buffer, direction, settings)], nesterov)
 
 
-State = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What `update_` takes: a parameter, its momentum, a direction, and settings."""
-
-
-def update_all_(states: Iterable[State], nesterov: bool) -> None:
-    """`update_` of several, the small ones together.
-
-    ``states`` may be made as they are read: a large direction is used up before the next one is there.
-    """
-    waiting: dict[tuple[int, torch.dtype], list[State]] = {}
-    held = 0
-    for state in states:
-        param, momentum_buffer, direction, settings = state
-        if not _is_flat(param, momentum_buffer, direction):
-            _update_(*state, nesterov)
-            continue
-        waiting.setdefault((id(settings), param.dtype), []).append(state)
-        held += param.numel()
-        if held >= _HELD:
-            _fused_updates_(waiting.values(), nesterov)
-            held, waiting = 0, {}
-    _fused_updates_(waiting.values(), nesterov)
-
-
-def _fused_updates_(groups: Iterable[Sequence[State]], nesterov: bool) -> None:
-    """`update_` by torch's fused SGD, in one call for all that have the same settings, where it can say these."""
-    for alike in groups:
-        params, momenta, directions, (settings, *_) = map(list, zip(*alike, strict=True))
-        lr, momentum, weight_decay, shrink = settings.tolist()
-        if not momentum or (weight_decay and shrink):
-            for state in alike:
-                _update_(*state, nesterov)
-            continue
-        for param in params if shrink else ():
-            param.mul_(1 - lr * shrink)
-        torch._fused_sgd_(
-            params, directions, momenta, lr=lr, momentum=momentum, weight_decay=weight_decay,
-            dampening=0.0, nesterov=nesterov, maximize=False, is_first_step=False,
-        )  # fmt: skip
-
-
-def _update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
-    lr, momentum, weight_decay, shrink = settings.unbind()
-    # All in place: on a CPU a temporary of the parameter's size costs more than the arithmetic, five times measured.
-    momentum_buffer.mul_(momentum).add_(direction).addcmul_(param, weight_decay)
-    if nesterov:
-        param.mul_(1 - lr * (shrink + weight_decay)).addcmul_(direction, -lr).addcmul_(momentum_buffer, -lr * momentum)
-    else:
-        param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)
-
-
-def _is_flat(param: Tensor, momentum_buffer: Tensor, direction: Tensor) -> bool:
-    """Whether torch's fused SGD on a CPU serves these, which reads memory in its order: dense ones, all alike."""
-    if not param.is_cpu or param.dtype not in _FUSED or torch.compiler.is_compiling():
-        return False
-    if not (param.dtype == momentum_buffer.dtype == direction.dtype):
-        return False
-    if param.is_contiguous() and momentum_buffer.is_contiguous() and direction.is_contiguous():
-        return True
-    reach = sum((size - 1) * step for size, step in zip(param.shape, param.stride(), strict=True))
-    return reach == param.numel() - 1 and _lie_alike(param, momentum_buffer) and _lie_alike(param, direction)
-
-
-def _lie_alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors of one shape have their entries in the same order in memory."""
-    return x.stride() == y.stride() or all(
-        size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), y.stride(), strict=True)
-    )
-
-
-def negated_ratios(w: Sequence[Tensor], divisors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return −w / divisor of each, in float32 at least."""
-    return torch._foreach_div([widen(w_N) for w_N in w], torch._foreach_neg(list(divisors)))
-
-
-def update_along_(
-    params: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    expanded: Iterable[tuple[int, Tensor]],
-    divisors: Sequence[Tensor],
-    settings: Sequence[Tensor],
-    nesterov: bool,
-) -> None:
-    """`update_` along (grad − Jᵀ w) / divisor = grad / divisor + Jᵀ (−w / divisor): so no pass over the larger side.
-
-    ``expanded`` yields (index, Jᵀ (−w / divisor)), each a tensor of its own with its entries in the order of (O, K, I).
-    """
-    update_all_(
-        (
-            (params[t], momenta[t], _direction(grads[t], added.reshape(grads[t].shape), divisors[t]), settings[t])
-            for t, added in expanded
-        ),
-        nesterov,
-    )
-
-
-def _direction(grad: Tensor, added: Tensor, divisor: Tensor) -> Tensor:
-    if _lie_alike(added, grad):
-        return added.addcdiv_(grad, divisor)
-    # It has to lie in memory as the gradient does, or arithmetic on the two would crawl.
-    return (grad / divisor).add_(added)
-
-
-def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor) -> None:
-    """Raise ValueError unless what an update takes belongs together."""
+def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, damping: Tensor, settings: Tensor) -> None:
+    """Raise ValueError unless momentum and gradient have the parameter's shape, and the numbers theirs."""
     expect("momentum_OKI", momentum_buffer, *param.shape)
     expect("grad_OKI", grad, *param.shape)
-    expect("divisor", divisor)
+    expect("damping", damping)
     expect("settings", settings, 4)
 
 
-def example_parameters(o: int, k: int, i: int, device: torch.device) -> list[Tensor]:
-    """Return a parameter, its momentum and its gradient."""
-    tensors = [normal(o, i, k, dtype=torch.float32, device=device, seed=seed) for seed in (3, 4, 5)]
-    return [x_OIK.mT for x_OIK in tensors]  # as a convolution's weight comes
+def example_parameters(
+    o: int, k: int, i: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Return a parameter, its momentum and its gradient, with the strides of a convolution's weight."""
+    tensors = [normal(o, i, k, dtype=dtype, device=device, seed=seed) for seed in (3, 4, 5)]
+    return [x_OIK.mT for x_OIK in tensors]
 
 
 def example_numbers(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return w_N, a divisor and settings."""
+    """Return w_N, a damping and settings."""
     w_N = normal(n, dtype=torch.float32, device=device, seed=6)
     return w_N, torch.tensor(0.3, device=device), torch.tensor([0.1, 0.9, 0.01, 0.02], device=device)
+
+
+def example_param_dtype(dtype: torch.dtype, half: bool) -> torch.dtype:
+    """Return the dtype of the parameters in an example whose J has another: float32, or half precision."""
+    if not half:
+        return torch.float32
+    return torch.float16 if dtype == torch.float32 else dtype
+
+
+def update_examples(make: Callable[..., tuple[Any, ...]]) -> dict[str, Example]:
+    """Return the examples that every op with an update is tried with.
+
+    ``make`` takes a dtype, a device, ``nesterov``, and ``half``: whether the parameters are in half precision.
+    """
+    return {
+        "heavy ball": partial(make, nesterov=False, half=False),
+        "nesterov": partial(make, nesterov=True, half=False),
+        "half-precision parameters": partial(make, nesterov=False, half=True),
+    }

@@ -10,12 +10,12 @@ from collections import deque
 
 import pytest
 import torch
-from tengrad_triton.backend import ops_for
 
 from perf.launches import Repeated
 from perf.rivals import rivals
 from perf.sizes import sized
 from perf.timing import spread
+from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.kernels import SPECS
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tengrad_triton.kernels.sliding import unpadded
+from tengrad_triton.kernels.conv_geometry import unpadded
 from tengrad_triton.kernels.spec import KernelSpec
 
 Work = Callable[..., Any]
@@ -77,7 +77,7 @@ OTHERS: Mapping[str, Mapping[str, Work]] = {
 
 def rivals(spec: KernelSpec, compiled: bool) -> dict[str, Work]:
     """Return torch's expressions for a kernel, by name; with ``compiled`` each of them compiled as well."""
-    eager: dict[str, Work] = {"definition": spec.reference, **OTHERS.get(spec.name, {})}
+    eager: dict[str, Work] = {"definition": spec.torch_impl, **OTHERS.get(spec.name, {})}
     if not compiled:
         return eager
     return eager | {f"{name}, compiled": torch.compile(work, dynamic=False) for name, work in eager.items()}

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tengrad_triton.kernels.sliding import Sliding
+from tengrad_triton.kernels.conv_geometry import ConvGeometry
 from tengrad_triton.kernels.spec import KernelSpec
 
 Scale = Literal["small", "cpu", "gpu"]
@@ -112,7 +112,7 @@ def _convolution(n: int, channels: int, side: int, device: torch.device) -> tupl
     return [_tensor(device, *shape)], [_tensor(device, *shape)]
 
 
-def _project_windows(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
+def _project_conv(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
     factors, weight = _convolution(n, channels, side, device), _tensor(device, channels, channels, 3, 3)
     return *factors, [weight], _AROUND, [0], [1, n]
 
@@ -124,7 +124,7 @@ def _windows_update(n: int, channels: int, side: int, device: torch.device) -> t
     return *state, *_convolution(n, channels, side, device), _AROUND, *tail
 
 
-_AROUND = Sliding(padding=(1, 1)).numbers
+_AROUND = ConvGeometry(padding=(1, 1)).numbers
 
 # What 3C1F has at N = 128, and what fills a GPU.
 _FC, _CONV = (128, 1, 1, 10368, 500), (128, 128 * 9 * 128)
@@ -154,8 +154,8 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
     "cholesky_inverse": {f"{blocks} of {n}": partial(_factors, blocks, n) for blocks, n in _BATCHES},
     "cholesky_solve": {f"{blocks} of {n}": partial(_solve, blocks, n) for blocks, n in _BATCHES},
     "project": {"linear 10368 to 500": partial(_project, *_FC), "512 samples, large": partial(_project, *_LARGE)},
-    "project_windows": {"512 to 512 on 4 x 4": partial(_project_windows, 128, 512, 4)},
-    "expand_windows_update_": {"512 to 512 on 4 x 4": partial(_windows_update, 128, 512, 4)},
+    "project_conv": {"512 to 512 on 4 x 4": partial(_project_conv, 128, 512, 4)},
+    "expand_conv_update_": {"512 to 512 on 4 x 4": partial(_windows_update, 128, 512, 4)},
     "project_rows": {
         "3C1F convolution": partial(_rows_and_entries, *_CONV),
         "30 biases of 512": partial(_rows_and_entries, 128, 512, weights=30),

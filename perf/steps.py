@@ -15,7 +15,7 @@ from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step, now
 from tengrad_triton import TENGraD
-from tengrad_triton.curvature.contributions import geometry_of
+from tengrad_triton.curvature.geometry import geometry_of
 from tengrad_triton.curvature.jacobian import Factored, Jacobian
 from tengrad_triton.tuning.plan import MAX_BYTES
 
@@ -58,7 +58,7 @@ def measured(
         for timer in timers.values():
             timer()
     times = interleaved(timers, rounds)
-    kept = sum(row.bytes for row in optimizer.summary().rows)
+    kept = sum(row.bytes for row in optimizer.summary().parameters)
     least = least_seconds(optimizer, limits.measure(device))
     return {"block": block, "seconds": times, **ratios(times), "kept_bytes": kept, "least_seconds": least}
 
@@ -66,18 +66,18 @@ def measured(
 def least_seconds(optimizer: TENGraD, rates: Limits) -> float:
     """Return what the two products with J that every step takes would take at the machine's rates.
 
-    PerSampleGrads rows are read twice. A weight that keeps its factors takes 2 G N P I O operations twice, or what its rows
+    Explicit rows are read twice. A weight that keeps its factors takes 2 G N P I O operations twice, or what its rows
     would take where that is less: no exact step is faster, whichever way a weight's J is kept.
     """
     assert optimizer._curvature is not None
-    blocks = optimizer._curvature.blocks.values()
+    blocks = optimizer._curvature.jacobians.values()
     return sum(2 * _pass_seconds(rows, rates) for block in blocks for rows in block.values())
 
 
 def _pass_seconds(rows: Jacobian, rates: Limits) -> float:
     if not isinstance(rows, Factored):
         return rates.seconds(0, rows.nbytes)
-    sizes = geometry_of(rows.outer)
+    sizes = geometry_of(rows.factors)
     product = 2 * sizes.groups * sizes.samples * sizes.positions * sizes.inputs * sizes.outputs
     return min(rates.seconds(0, sizes.per_sample_bytes), rates.seconds(product, rows.nbytes))
 

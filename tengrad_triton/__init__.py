@@ -1,4 +1,20 @@
-"""Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels."""
+"""Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels.
+
+A step goes through the sub-packages in this order; each imports only those before it:
+
+- `kernels`: the tensor operations, as Triton kernels and in PyTorch.
+- `likelihoods`, `profiling`: which rows J has; names for the phases of a step.
+- `layers`: layer types and their rules, which say what a call contributes to the rows of J.
+- `capture`: hooks that record the calls and the output gradients of one forward and backward.
+- `curvature`: from contributions to J, the factored Fisher blocks, and the step along the natural gradient.
+- `tuning`: which representation and kernels are fastest for each weight.
+- `optim`: `TENGraD`, a `torch.optim.Optimizer`.
+- `compiled`: the whole step as compiled graphs.
+- `baselines`: K-FAC and its relatives on the same capture.
+- `recipes`: models, data, training runs, reports and the command line.
+"""
+
+import logging
 
 from tengrad_triton.compiled.train_step import compile_train_step
 from tengrad_triton.layers import Call, Canonical, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical
@@ -8,6 +24,8 @@ from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.tuning.autotune import autotune
 from tengrad_triton.tuning.plan import Plan
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = "0.1.0"
 __all__ = [

@@ -58,11 +58,17 @@ def batch_statistics(model, x):
 
 
 class DenseNGD:
-    """The update of the paper on every block of parameters, with (F + α I) solved densely."""
+    """The update of the paper on every block of parameters, with (F + α I) solved densely.
 
-    def __init__(self, model, blocks, *, lr, damping, momentum, weight_decay):
+    ``lr`` is one number, or one for each parameter by name. With ``trust_region`` κ all natural gradients d are scaled
+    by min(1, (κ / Σ lr² ⟨d, V⟩)^½), where the sum runs over all parameters.
+    """
+
+    def __init__(self, model, blocks, *, lr, damping, momentum, weight_decay, trust_region=None):
         self.model, self.blocks = model, blocks
-        self.lr, self.damping, self.momentum, self.weight_decay = lr, damping, momentum, weight_decay
+        self.damping, self.momentum, self.weight_decay = damping, momentum, weight_decay
+        self.lr = lr if isinstance(lr, dict) else {name: lr for name, _ in model.named_parameters()}
+        self.trust_region = trust_region
         self.buffers = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         self.fisher = {}
 
@@ -77,14 +83,21 @@ class DenseNGD:
         solved = torch.linalg.solve(fisher + self.damping * torch.eye(len(v_K), dtype=v_K.dtype), v_K)
         return dict(zip(block, solved.split([grads[name].numel() for name in block]), strict=True))
 
+    def scale(self, naturals, grads):
+        if self.trust_region is None:
+            return 1.0
+        norm = sum(self.lr[name] ** 2 * (d * grads[name].flatten()).sum() for name, d in naturals.items())
+        return min(1.0, (self.trust_region / norm).sqrt().item())
+
     @torch.no_grad()
     def step(self, grads):
         params = dict(self.model.named_parameters())
-        for block in self.blocks:
-            for name, natural in self.natural(block, grads).items():
-                direction = natural.view_as(params[name]) + self.weight_decay * params[name]
-                self.buffers[name].mul_(self.momentum).add_(direction)
-                params[name].sub_(self.lr * self.buffers[name])
+        naturals = {name: d for block in self.blocks for name, d in self.natural(block, grads).items()}
+        scale = self.scale(naturals, grads)
+        for name, natural in naturals.items():
+            direction = scale * natural.view_as(params[name]) + self.weight_decay * params[name]
+            self.buffers[name].mul_(self.momentum).add_(direction)
+            params[name].sub_(self.lr[name] * self.buffers[name])
 
 
 def blocks_of(model):

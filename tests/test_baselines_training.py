@@ -168,7 +168,7 @@ def test_what_has_no_factors_takes_the_sgd_step_and_is_named(rival):
     with pytest.warns(UserWarning, match=r"2.weight \(no Kronecker factors\); 2.bias \(no Kronecker factors\)"):
         optimizer.step(closure_of(model, optimizer, x, y))
     assert torch.allclose(model[2].weight, before - 0.1 * gradient)
-    rows = {row.parameter: row for row in optimizer.summary().rows}
+    rows = {row.parameter: row for row in optimizer.summary().parameters}
     assert list(rows) == [name for name, _ in model.named_parameters()]
     assert {name for name, row in rows.items() if row.representation.startswith("sgd")} == {"2.weight", "2.bias"}
     assert rows["1.weight"].bytes > 0
@@ -199,7 +199,7 @@ def test_a_rule_without_factors_is_not_enough(rival):
     with pytest.warns(UserWarning, match=r"1.weight \(no Kronecker factors\)"):
         take_steps(model, optimizer, 0, 1)
     take_steps(model, optimizer, 1, 2)  # which says nothing again
-    rows = {row.parameter: row.representation for row in optimizer.summary().rows}
+    rows = {row.parameter: row.representation for row in optimizer.summary().parameters}
     assert rows["1.weight"] == "sgd (no Kronecker factors)"
 
 
@@ -260,6 +260,7 @@ def test_tengrads_compiled_step_is_not_for_rivals():
         compile_train_step(model, F.cross_entropy, KFAC(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11's own, of every profile
 @pytest.mark.parametrize("make", [TENGraD, KFAC, EKFAC, KBFGS, KBFGSL])
 def test_a_profile_shows_the_phases(make):
     model = small_model()

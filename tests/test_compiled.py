@@ -54,13 +54,13 @@ def _cases(targets):
 
 
 def _others_stand_for(name, config):
-    return name == "sm_80" or "*fp16" in config.types or (config.tile != "default" and name != "sm_90")
+    return name == "sm_80" or "*fp16" in config.types or (config.name != "default" and name != "sm_90")
 
 
 def _label(row, config):
     entries = next((kind for kind in ("fp16", "bf16") if f"*{kind}" in config.types), "fp32")
     constants = "-".join(str(value) for value in config.constants.values())
-    return f"{row.name}-{config.tile}-{config.kernel.__name__}-{entries}-{constants}"
+    return f"{row.name}-{config.name}-{config.kernel.__name__}-{entries}-{constants}"
 
 
 def compile_config(config, target):
@@ -200,7 +200,7 @@ def _trace(row, arguments, **tile):
     if launches:
         return launches
     with _recorded() as started:
-        row.fast(*arguments, **tile)
+        row.triton_impl(*arguments, **tile)
     return started
 
 
@@ -215,7 +215,7 @@ def trace_ops():
     triton.runtime.driver.set_active(_Driver())
     for row in SPECS:
         examples = [example(dtype, torch.device("cpu")) for example in row.examples.values() for dtype in row.dtypes]
-        tiles = ({}, *({"tile": tile} for tile in row.tiles))
+        tiles = ({}, *({"config": tile} for tile in row.config_names))
         traces = [_trace(row, arguments, **tile) for arguments in examples for tile in tiles]
         launches = [launch for launched in traces for launch in launched]
         for launch in launches:
@@ -225,7 +225,11 @@ def trace_ops():
 
 
 def test_ops_trace_to_shipped_launches_without_a_gpu():
-    child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False)
+    root = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    child = subprocess.run(
+        [sys.executable, __file__], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
     assert child.returncode == 0, child.stderr
 
 

@@ -69,7 +69,7 @@ def test_rows_are_residual_gradients_and_a_step_is_gauss_newton(pinn):
     step = torch.linalg.solve(fisher + damping * torch.eye(len(fisher)).double(), 2 * j_NK.mT @ r_N / n)
     pieces = step.split([p.numel() for p in params.values()])
     taken = {name: params[name] - p.detach() for name, p in model.named_parameters()}
-    assert all(row.block != "-" for row in optimizer.summary().rows)
+    assert all(row.block != "-" for row in optimizer.summary().parameters)
     expected = {name: piece.view_as(params[name]) for name, piece in zip(params, pieces, strict=True)}
     assert dense.relative_error(taken, expected) < 1e-9
 
@@ -165,7 +165,7 @@ def test_a_tiny_gpt_writes_the_page(tiny, tmp_path):
 
 def test_fine_tuning_covers_every_parameter(tiny, tmp_path):
     model = gpt.untrained(0)
-    rows = finetune.summary(model).rows
+    rows = finetune.summary(model).parameters
     assert len(rows) == len(list(model.parameters()))  # the tied one once
     assert all(row.block != "-" for row in rows)
     finetune.main(out=tmp_path, seconds=0.3, threads=torch.get_num_threads())

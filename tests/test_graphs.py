@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from tengrad_triton import Categorical, LevenbergMarquardt, TENGraD, canonical, compile_train_step
+from tengrad_triton.compiled.functional_capture import FunctionalCapture
 
 STEPS, REFRESH = 20, 6
 VALUES = "depends on numbers in what it is called with"
@@ -57,6 +58,12 @@ QUICK = {
 }
 
 
+def _marks(layer):
+    if layer == "embedding bag, bags of several sizes" and torch.__version__ < (2, 12):
+        return [pytest.mark.skip(reason="torch 2.11 cannot trace slices whose lengths are data")]
+    return [] if layer in QUICK else [pytest.mark.slow]
+
+
 def twins(case, backend="aot_eager", **options):
     """Return parameters after a plain and a compiled training under schedules, the compiled step, and its graphs."""
     torch.compiler.reset()
@@ -84,7 +91,7 @@ def twins(case, backend="aot_eager", **options):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own, of its own forward
-@pytest.mark.parametrize("layer", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in CASES])
+@pytest.mark.parametrize("layer", [pytest.param(layer, marks=_marks(layer)) for layer in CASES])
 def test_a_refresh_is_compiled_or_says_why_not(layer):
     """Two graphs, reuse and refresh, over schedules of the learning rate and the damping; one where it says why."""
     ours, expected, step, graphs = twins(CASES[layer])
@@ -111,6 +118,15 @@ def test_a_compiled_refresh_under_inductor(layer):
     assert step.why_plain is None
     assert graphs == 2
     assert dense.relative_error(ours, expected) < TOLERANCE
+
+
+def test_a_layer_carries_one_hook_while_its_calls_are_captured():
+    """Dynamo of torch 2.11 mistakes two hooks on one layer: no refresh of a model with batch norm could be traced."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False))
+    capture = FunctionalCapture(model, {"0": model[0], "1": model[1]}, {})
+    with capture.standing(noting=True):
+        assert [len(layer._forward_hooks) for layer in model] == [1, 1, 1]
+    assert not any(layer._forward_hooks for layer in model)
 
 
 # Settings, and why a refresh with them takes the plain step.

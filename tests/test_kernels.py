@@ -1,7 +1,9 @@
-"""Every row of SPECS against its definition: on a GPU where there is one, under Triton's interpreter elsewhere."""
+"""Every op of SPECS against its definition: on a GPU where there is one, under Triton's interpreter elsewhere.
+
+A kernel's error is at most twice that of torch in the same dtype; in double precision an op differs by rounding only.
+"""
 
 import importlib
-import math
 import os
 import subprocess
 import sys
@@ -9,13 +11,15 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_checks import assert_is_definition, error, in_double, map_floats, run
 from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
 
 SPECS = kernels.SPECS
-products = importlib.import_module("tengrad_triton.kernels.products")
-gram_module = importlib.import_module("tengrad_triton.kernels.gram")  # the attribute of that name is the op
+gram_ranges = importlib.import_module("tengrad_triton.kernels.gram_ranges")
+reference = importlib.import_module("tengrad_triton.kernels.reference")
+cpu = importlib.import_module("tengrad_triton.kernels.cpu")
 
 HARDWARE = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,14 +36,14 @@ CASES = [
     for dtype in row.dtypes
     if dtype in (torch.float32, HALF)
 ]
-IN_TILES = [
+IN_CONFIGS = [
     pytest.param(
-        *(row, tile, example, dtype),
-        id=f"{row.name}-{tile}-{name}-{str(dtype).removeprefix('torch.')}",
+        *(row, config, example, dtype),
+        id=f"{row.name}-{config}-{name}-{str(dtype).removeprefix('torch.')}",
         marks=[] if at == 0 and dtype == HALF else [pytest.mark.slow],
     )
     for row in SPECS
-    for tile in row.tiles
+    for config in row.config_names
     for at, (name, example) in enumerate(row.examples.items())
     for dtype in (torch.float32, HALF)
 ]
@@ -99,13 +103,6 @@ def _poison(x):
     return x.fill_(torch.nan) if x.is_floating_point() else x
 
 
-def _map(function, arguments):
-    """Apply a function to the floating-point tensors among some arguments, and within lists of them."""
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(_map(function, x) for x in arguments)
-    return function(arguments) if torch.is_tensor(arguments) and arguments.is_floating_point() else arguments
-
-
 def _strided(x):
     """The same entries with others, all NaN, between them."""
     return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
@@ -113,31 +110,17 @@ def _strided(x):
 
 def _kernel(row):
     """The op itself where its tensors can be on a GPU, else the part of it that launches."""
-    return getattr(kernels, row.name) if HARDWARE else row.fast
-
-
-def _run(row, function, arguments):
-    """What a function returns or, where the row says so, what it changes, as a list."""
-    changed = _map(torch.clone, arguments[: row.mutates])
-    result = function(*changed, *arguments[row.mutates :])
-    return tree_leaves(changed if row.mutates else result)
+    return getattr(kernels, row.name) if HARDWARE else row.triton_impl
 
 
 def _assert_as_exact_as_torch(row, arguments, results, dtype):
-    """The error is at most twice that of torch in the same dtype, or of merely rounding the exact result to it.
-
-    Errors are norms over everything that the op returns, since one number's own error is a matter of luck.
-    """
-    exact = _run(row, row.reference, _map(torch.Tensor.double, arguments))
-    torchs = _run(row, row.reference, arguments)
+    """The error is at most twice that of torch in the same dtype, or of merely rounding the exact result to it."""
+    exact = run(row, row.reference, in_double(arguments))
+    torchs = run(row, row.torch_impl, arguments)
     assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in torchs]
-    of_torch = _error([x.to(dtype) for x in torchs], exact)
-    of_rounding = _error([truth.to(x.dtype) for truth, x in zip(exact, torchs, strict=True)], exact)
-    assert _error(results, exact) <= 2 * max(of_torch, of_rounding)
-
-
-def _error(results, exact):
-    return math.hypot(*((x.double() - truth).norm().item() for x, truth in zip(results, exact, strict=True)))
+    of_torch = error([x.to(dtype) for x in torchs], exact)
+    of_rounding = error([truth.to(x.dtype) for truth, x in zip(exact, torchs, strict=True)], exact)
+    assert error(results, exact) <= 2 * max(of_torch, of_rounding)
 
 
 @on_kernels
@@ -145,22 +128,22 @@ def _error(results, exact):
 @pytest.mark.parametrize(("row", "example", "dtype"), CASES)
 def test_kernel_is_as_exact_as_torch(row, example, dtype):
     arguments = example(dtype, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), dtype)
+    _assert_as_exact_as_torch(row, arguments, run(row, _kernel(row), arguments), dtype)
 
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("row", "tile", "example", "dtype"), IN_TILES)
-def test_kernel_is_as_exact_in_every_tile(row, tile, example, dtype):
+@pytest.mark.parametrize(("row", "config", "example", "dtype"), IN_CONFIGS)
+def test_kernel_is_as_exact_in_every_configuration(row, config, example, dtype):
     arguments = example(dtype, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, _run(row, partial(_kernel(row), tile=tile), arguments), dtype)
+    _assert_as_exact_as_torch(row, arguments, run(row, partial(_kernel(row), config=config), arguments), dtype)
 
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("row", ROWS)
 def test_kernel_takes_any_strides(row):
-    arguments = _map(_strided, next(iter(row.examples.values()))(torch.float32, DEVICE))
+    arguments = map_floats(_strided, next(iter(row.examples.values()))(torch.float32, DEVICE))
     # The parameters must stay views of the poisoned memory, so that the launcher meets their strides.
     result = _kernel(row)(*arguments)
     outputs = tree_leaves(arguments[: row.mutates] or result)
@@ -170,25 +153,22 @@ def test_kernel_takes_any_strides(row):
 
 @elsewhere
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("tiled", [False, True])
-def test_op_traces_to_its_definition_on_a_cpu(row, tiled):
+@pytest.mark.parametrize("configured", [False, True])
+def test_op_traces_to_its_torch_code_on_a_cpu(row, configured):
     torch._dynamo.reset()
     op = getattr(kernels, row.name)
-    op = partial(op, tile=row.tiles[0]) if tiled and row.tiles else op
+    op = partial(op, config=row.config_names[0]) if configured and row.config_names else op
     arguments = next(iter(row.examples.values()))(torch.float32, torch.device("cpu"))
-    traced = _run(row, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
-    for result, of_definition in zip(traced, _run(row, row.reference, arguments), strict=True):
-        torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
+    traced = run(row, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
+    for result, of_torch in zip(traced, run(row, row.torch_impl, arguments), strict=True):
+        torch.testing.assert_close(result, of_torch, rtol=0, atol=0)
 
 
 @elsewhere
 @pytest.mark.parametrize("row", ROWS)
 def test_op_is_its_definition_in_double_precision(row):
     for example in row.examples.values():
-        arguments = _map(torch.Tensor.double, example(torch.float32, DEVICE))
-        results = _run(row, getattr(kernels, row.name), arguments)
-        for result, of_definition in zip(results, _run(row, row.reference, arguments), strict=True):
-            torch.testing.assert_close(result, of_definition, rtol=0, atol=0)
+        assert_is_definition(row, getattr(kernels, row.name), example(torch.float32, DEVICE))
 
 
 @elsewhere
@@ -223,10 +203,10 @@ def test_gram_is_the_gram_of_the_sample_grads():
     a, g = (kernels.spec.normal(20, 2, 3, size, dtype=torch.float32, device=DEVICE, seed=size) for size in (12, 7))
     j_NK = _fast("sample_grads")(a, g)
     factored, explicit = _fast("gram")([a], [g], [0], 1)[0], _fast("gram_rows")([j_NK], [0], 1)[0]
-    truth = gram_module.gram_reference([a.double()], [g.double()], [0], 1)[0]
-    of_torch = _error([gram_module.gram_rows_reference([j_NK], [0], 1)[0]], [truth])
-    assert _error([factored], [truth]) <= 2 * of_torch
-    assert _error([explicit], [truth]) <= 2 * of_torch
+    truth = reference.gram([a.double()], [g.double()], [0], 1)[0]
+    of_torch = error([cpu.gram_rows([j_NK], [0], 1)[0]], [truth])
+    assert error([factored], [truth]) <= 2 * of_torch
+    assert error([explicit], [truth]) <= 2 * of_torch
 
 
 @on_kernels
@@ -234,8 +214,8 @@ def test_gram_is_the_gram_of_the_sample_grads():
 def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
     row = next(row for row in SPECS if row.name == "gram")
     arguments = row.examples["groups and positions"](torch.float32, DEVICE)
-    monkeypatch.setattr(products, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
-    _assert_as_exact_as_torch(row, arguments, _run(row, _kernel(row), arguments), torch.float32)
+    monkeypatch.setattr(gram_ranges, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
+    _assert_as_exact_as_torch(row, arguments, run(row, _kernel(row), arguments), torch.float32)
 
 
 @on_kernels

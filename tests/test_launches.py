@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from tengrad_triton.backend import ops_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tengrad_triton import TENGraD, compile_train_step, optimizer, teams, woodbury
+from tengrad_triton import TENGraD, compile_train_step
+from tengrad_triton.curvature import grouped, refresh, woodbury
+from tengrad_triton.curvature.choices import ops_for
 
 
 class Counting(TorchDispatchMode):
@@ -60,10 +61,10 @@ def counts(make, depth, options, monkeypatch):
 
     def counted(*args, **kwargs):
         with refreshing:
-            return woodbury.curvature(*args, **kwargs)
+            return woodbury.factor(*args, **kwargs)
 
-    monkeypatch.setattr(optimizer, "curvature", counted)
-    monkeypatch.setattr(teams, "worth_a_batch", lambda alike: False)  # which is for a CPU's definitions
+    monkeypatch.setattr(refresh, "factor", counted)
+    monkeypatch.setattr(grouped, "worth_a_batch", lambda alike: False)  # which is for a CPU's definitions
     for _ in range(2):
         F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long)).backward()
         with Counting() as stepping:

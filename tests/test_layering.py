@@ -1,4 +1,4 @@
-"""The tree is the architecture: arrows between modules point one way, and the package imports on a bare machine."""
+"""The tree is the architecture: arrows between packages point one way, and the package imports on a bare machine."""
 
 import ast
 import subprocess
@@ -9,173 +9,129 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tengrad_triton"
-KERNELS = ROOT / "kernels"
 
-# Each module of the package and what it may import of the rest; a new module is a new line.
-MAY_IMPORT = {
-    "autotune": {
-        *("blocks", "capture", "fisher", "jacobian", "layers", "plan", "plan_file", "refresh"),
-        *("representation", "update", "uses", "woodbury", "kernels"),
-    },
-    "backend": {"kernels"},
-    "blocks": {"layers"},
-    "capture": {"blocks", "deriving", "fisher", "frozen", "layers", "phases", "record"},
-    "damping": set(),
-    "deriving": {"blocks", "explicit", "fisher", "frozen", "layers", "provenance", "record"},
-    "explicit": {"record"},
-    "fisher": set(),
-    "frozen": set(),
-    "interval": set(),
-    "jacobian": {"layers", "plan", "products", "update", "uses"},
-    "layers": {"kernels"},
-    "optimizer": {
-        *(
-            "backend",
-            "blocks",
-            "capture",
-            "damping",
-            "fisher",
-            "interval",
-            "options",
-            "phases",
-            "plan",
-            "refresh",
-            "shell",
-        ),
-        *("state", "summary", "update", "validation", "woodbury"),
-    },
-    "options": {"backend", "blocks", "fisher", "plan", "plan_file"},
-    "phases": set(),
-    "plan": set(),
-    "plan_file": {"kernels", "plan"},
-    "provenance": {"blocks", "layers", "record"},
-    "record": {"layers"},
-    "refresh": {
-        *("backend", "blocks", "capture", "jacobian", "layers", "plan", "record", "representation", "uses", "woodbury"),
-    },
-    "representation": {"backend", "jacobian", "layers", "plan", "table", "uses"},
-    "shell": {"blocks", "capture", "damping", "options", "summary", "update", "validation"},
-    "resident": set(),
-    "state": {"backend", "blocks", "representation", "teams", "woodbury"},
-    "summary": {"blocks", "jacobian", "layers", "plan", "products", "woodbury"},
-    "update": set(),
-    "validation": {"options"},
-    "table": {"jacobian", "layers", "plan", "update", "uses"},
-    "lesson": {"blocks", "fisher", "layers", "optimizer", "record", "tape"},
-    "tape": {"layers", "record"},
-    "uses": {"layers", "plan"},
-    "graphs": {
-        *("blocks", "explicit", "fisher", "layers", "lesson", "plan", "record", "refresh", "state", "tape", "update"),
-        "woodbury",
-    },
-    "train_step": {
-        *("explicit", "fisher", "graphs", "lesson", "optimizer", "resident", "state", "tape", "woodbury"),
-    },
-    "products": {"plan", "update"},
-    "teams": {"jacobian", "kernels", "products", "update"},
-    "woodbury": {"jacobian", "phases", "teams", "update", "kernels"},
-}
+# Each imports what stands before it, and itself.
+ORDER = ["kernels", "likelihoods", "profiling", "layers", "capture", "curvature", "tuning", "optim", "compiled", "baselines", "recipes"]  # fmt: skip
+NEVER = {"baselines": {"tuning", "compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
+# Python's ** enters links or not, by version; kernels is a link.
+FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})
+LAYER_TYPES = {"Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "BatchNorm2d", "LayerNorm", "LSTM"}
 
-# What the rivals may import of the rest: what TENGraD stands on, and nothing of TENGraD.
-RIVALS_MAY_IMPORT = {
-    *(
-        "baselines",
-        "blocks",
-        "capture",
-        "damping",
-        "fisher",
-        "kernels",
-        "layers",
-        "options",
-        "phases",
-        "plan",
-        "refresh",
-    ),
-    *("shell", "summary", "update", "validation"),
-}
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE).with_suffix(""))
+
+
+def part_of(path):
+    """Return the package of a file, or the file itself where it stands alone."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path):
-    """Yield the dotted names that a file imports, relative ones resolved within the package."""
+    """Yield the dotted names that a file imports, relative ones resolved."""
+    package = ("tengrad_triton", *path.relative_to(PACKAGE).parts[:-1]) if PACKAGE in path.parents else ()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield f"tengrad_triton.{path.parent.name}.{node.module or ''}"
+            base = package[: len(package) + 1 - node.level] if node.level else ()
+            module = [*base, *(node.module or "").split(".")] if node.module else base
+            yield from (".".join((*module, alias.name)) for alias in node.names)
 
 
-def of_package(path):
-    """Return the modules of the package that a file imports, without the package's own name."""
+def parts_imported(path):
     names = (name.split(".") for name in imported(path))
-    return {name[1] for name in names if name[0] == "tengrad_triton" and len(name) > 1} - {path.stem}
+    return {name[1] for name in names if name[0] == "tengrad_triton" and len(name) > 1}
 
 
-@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("[!_]*.py")))
-def test_modules_import_only_what_is_below_them(module):
-    assert module in MAY_IMPORT, f"{module}.py is new: say in MAY_IMPORT what it may import"
-    assert of_package(PACKAGE / f"{module}.py") <= MAY_IMPORT[module]
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_import_only_what_stands_before_them(path):
+    part = part_of(path)
+    assert parts_imported(path) <= set(ORDER[: ORDER.index(part) + 1]) - NEVER.get(part, set())
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("baselines/*.py")), ids=lambda path: path.stem)
-def test_rivals_know_nothing_of_their_rival(path):
-    assert of_package(path) <= RIVALS_MAY_IMPORT
+def test_a_package_is_a_line_in_the_order():
+    assert {part_of(path) for path in FILES} == set(ORDER)
 
 
-def test_the_arrows_have_no_cycle():
-    order = []
-    while len(order) < len(MAY_IMPORT):
-        ready = [m for m, below in MAY_IMPORT.items() if m not in order and below <= {*order, "kernels"}]
-        assert ready, f"a cycle among {set(MAY_IMPORT) - set(order)}"
-        order += ready
+def modules_imported(path):
+    """Return the modules of the same package that a file imports."""
+    package = path.parent
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")[1:]
+        for end in range(len(parts), 0, -1):
+            module = PACKAGE.joinpath(*parts[:end]).with_suffix(".py")
+            if module.exists():
+                found |= {module} if module.parent == package else set()
+                break
+    return found - {path}
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
-def test_kernels_know_only_torch_and_triton(path):
-    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", "triton", "tengrad_triton"}
-    assert of_package(path) <= {"kernels"}
+@pytest.mark.parametrize("package", sorted({path.parent for path in FILES} - {PACKAGE}), ids=name_of)
+def test_modules_of_a_package_have_no_circle(package):
+    waiting = {path: modules_imported(path) for path in package.glob("*.py") if path.name != "__init__.py"}
+    while waiting:
+        ready = [path for path, below in waiting.items() if not below & waiting.keys()]
+        assert ready, f"a circle among {sorted(path.name for path in waiting)}"
+        for path in ready:
+            del waiting[path]
+
+
+@pytest.mark.parametrize("package", sorted({path.parent for path in FILES} - {PACKAGE}), ids=name_of)
+def test_a_folder_is_taken_in_at_a_glance(package):
+    modules = [path for path in package.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= (24 if package.name == "kernels" else 12)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_kernels_know_only_torch_and_triton():
+    for path in PACKAGE.glob("kernels/*.py"):
+        outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "triton", "tengrad_triton"}, path
+
+
+def layer_types_in(path):
+    """Return the layer types that a file names, as attributes (``nn.Linear``) or imported names."""
+    tree = ast.parse(path.read_text())
+    return LAYER_TYPES & {node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}  # fmt: skip
 
 
 def test_only_layers_knows_layer_types():
-    types = {"Linear", "Conv2d", "Conv1d", "Conv3d", "Embedding", "BatchNorm2d", "LayerNorm"}
-    for path in PACKAGE.glob("*.py"):
-        named = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        assert path.stem == "layers" or not named & types, path
+    elsewhere = [path for path in FILES if part_of(path) not in ("layers", "recipes")]
+    assert {name_of(path) for path in elsewhere if layer_types_in(path)} == set()
+    assert layer_types_in(PACKAGE / "layers" / "dense.py") == {"Linear", "Bilinear"}  # the check finds them
 
 
 def test_tests_and_perf_never_import_each_other():
-    for path in (ROOT / "tests").glob("*.py"):
-        assert not any(name.split(".")[0] == "perf" for name in imported(path))
-    for path in (ROOT / "perf").rglob("*.py"):
-        assert not any(name.split(".")[0] == "tests" for name in imported(path))
+    for folder, other in (("tests", "perf"), ("perf", "tests")):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not any(name.split(".")[0] == other for name in imported(path)), path
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+def test_tests_never_import_each_other():
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not any(part.startswith("test_") for name in imported(path) for part in name.split(".")[:1]), path
 
 
-def test_import_needs_no_triton_and_no_gpu():
-    code = """
+BARE = """
 import sys
-sys.modules["triton"] = None
+sys.modules["triton"] = None  # what importing finds where it is not installed
 import torch, tengrad_triton
 from torch import nn
 model = nn.Linear(4, 3)
 optimizer = tengrad_triton.TENGraD(model)
 nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.zeros(5, dtype=torch.long)).backward()
 optimizer.step()
-"""
-    done = run(code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_library_alone_needs_none_of_the_command_lines_packages():
-    code = """
-import sys, tengrad_triton
 heavy = {"rich", "cyclopts", "matplotlib", "datasets", "sklearn", "pyarrow", "tensorboard"} & set(sys.modules)
 assert not heavy, heavy
 """
-    done = run(code)
+
+
+def test_the_library_needs_no_triton_no_gpu_and_no_package_of_the_command_line():
+    done = subprocess.run([sys.executable, "-W", "error", "-c", BARE], capture_output=True, text=True, check=False, cwd=ROOT)  # fmt: skip
     assert done.returncode == 0, done.stderr

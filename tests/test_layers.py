@@ -80,7 +80,7 @@ def test_rows_are_those_of_the_forward_that_was_made(case, fisher):
             rows = [torch.autograd.grad(loss, list(named.values()), retain_graph=True) for loss in losses]
         F.cross_entropy(output, y).backward()
         optimizer.step()
-    blocks = optimizer._curvature.blocks.items()
+    blocks = optimizer._curvature.jacobians.items()
     taken = {f"{name}.{label}": rows.j_NK for name, block in blocks for label, rows in block.items()}
     assert taken.keys() == named.keys()
     for index, (name, parameter) in enumerate(named.items()):
@@ -167,7 +167,7 @@ def test_summary_names_what_is_no_rule_and_no_sample_of_its_own():
     optimizer = TENGraD(model)
     F.cross_entropy(model(torch.randn(N, 4)), torch.zeros(N, dtype=torch.long)).backward()
     optimizer.step()
-    shown = {row.parameter: row.representation for row in optimizer.summary().rows}
+    shown = {row.parameter: row.representation for row in optimizer.summary().parameters}
     assert shown["1.weight"] == "per_sample, detached batch statistics"
     assert shown["2.weight"] == "per_sample, explicit (OwnForward has its own forward)"
     assert shown["0.weight"] == "factored"

@@ -1,6 +1,5 @@
 """Choice by measurement: the arithmetic of a plan, its file, and the tuner."""
 
-import importlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import Plan, TENGraD, autotune, kernels
-from tengrad_triton.tuning import plan_file
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.curvature.geometry import Geometry
+from tengrad_triton.tuning import measure, plan_file
 from tengrad_triton.tuning.plan import Measured
 
 CPU = torch.device("cpu")
@@ -173,7 +172,7 @@ def test_an_incumbent_stays_unless_a_rival_is_noticeably_faster():
 
 
 def test_every_configuration_that_a_plan_can_name_is_an_op():
-    named = [f"{spec.name}:{tile}" for spec in kernels.SPECS for tile in spec.tiles]
+    named = [f"{spec.name}:{tile}" for spec in kernels.SPECS for tile in spec.config_names]
     ops = ops_for("auto", named)
     assert named
     assert all(isinstance(getattr(ops, name.partition(":")[0]), partial) for name in named)
@@ -186,15 +185,15 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.times, self.spent = {}, {}
-        module = importlib.import_module("tengrad_triton.tuning.autotune")  # the attribute of that name is the function
+        module = measure
         monkeypatch.setattr(module, "_device_of", lambda args: torch.device("cuda"))
-        monkeypatch.setattr(module, "_median_seconds", self.median_seconds)
+        monkeypatch.setattr(module, "median_seconds", self.median_seconds)
 
     def median_seconds(self, call, seconds, on_gpu):
         assert on_gpu
         kernel = getattr(call.func, "_name", None)  # of an op; the definition is a plain function
-        who = call.keywords.get("tile", "triton") if kernel else "torch"
-        kernel = kernel or call.func.__name__.replace("_reference", "")
+        who = call.keywords.get("config", "triton") if kernel else "torch"
+        kernel = kernel or call.func.__name__.replace("_torch", "")
         self.spent.setdefault(kernel, []).append(seconds)
         return self.times.get((kernel, who), 2e-3)
 
@@ -211,7 +210,7 @@ def tuned(tmp_path, **options):
 def test_every_configuration_is_tried_and_the_fastest_is_used(tmp_path, gpu):
     gpu.times = {("conv_sample_grads", "narrow"): 1e-3, ("gram_rows", "deep"): 1e-3, ("project_rows", "torch"): 1e-3}
     plan = tuned(tmp_path, representations=("per_sample",))
-    offered = {spec.name: {"torch", "triton", *spec.tiles} for spec in kernels.SPECS}
+    offered = {spec.name: {"torch", "triton", *spec.config_names} for spec in kernels.SPECS}
     for entry in plan.entries.values():
         assert {name: set(times) for name, times in entry["per_sample"].seconds.items()}.items() <= offered.items()
     for name, spent in gpu.spent.items():  # however many share it
@@ -225,7 +224,7 @@ def test_every_configuration_is_tried_and_the_fastest_is_used(tmp_path, gpu):
         "gram_rows:deep",
         "project_rows",
     )
-    row = next(row for row in optimizer.summary().rows if row.parameter == "2.weight")
+    row = next(row for row in optimizer.summary().parameters if row.parameter == "2.weight")
     assert row.kernels == "gram_rows:deep, project_rows:torch, expand_rows_update_, conv_sample_grads:narrow"
     assert set(plan_file.load(tmp_path / "plan.json", CPU).entries) == set(plan.entries)
 
@@ -237,13 +236,13 @@ class OutOfResourcesError(Exception):
 def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch):
     gram_rows, project_rows = kernels.gram_rows, kernels.project_rows
 
-    def inexact_and_large(*args, tile="default"):
-        if tile == "deep":
+    def inexact_and_large(*args, config="default"):
+        if config == "deep":
             raise OutOfResourcesError("out of resource: shared memory\nand more")
-        return gram_rows(*args) * (1.1 if tile == "small" else 1)
+        return gram_rows(*args) * (1.1 if config == "small" else 1)
 
-    def large(*args, tile="default"):
-        if tile == "default":
+    def large(*args, config="default"):
+        if config == "default":
             raise OutOfResourcesError("out of resource: registers")
         return project_rows(*args)
 
@@ -265,16 +264,18 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
 def test_a_launch_is_split_only_where_its_own_kernels_differ():
     from tengrad_triton.curvature.jacobian import PerSample
 
-    plain, tuned = (PerSample(torch.ones(2, 3), ops_for("auto", names)) for names in ((), ("gram_rows:deep",)))
-    assert plain.team("gram") != tuned.team("gram")
-    assert all(plain.team(product) == tuned.team(product) for product in ("project", "expand"))
+    plain, tuned = (
+        PerSample(torch.ones(2, 3), ops_for("auto", names), "samples") for names in ((), ("gram_rows:deep",))
+    )
+    assert plain.group_key("gram") != tuned.group_key("gram")
+    assert all(plain.group_key(product) == tuned.group_key(product) for product in ("project", "expand"))
 
 
 def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
     def broken(*args):
         raise RuntimeError("no such luck\nand a long trace")
 
-    specs = [replace(spec, reference=broken) if spec.name == "project_rows" else spec for spec in kernels.SPECS]
+    specs = [replace(spec, torch_impl=broken) if spec.name == "project_rows" else spec for spec in kernels.SPECS]
     monkeypatch.setattr(kernels, "SPECS", specs)
     with pytest.warns(UserWarning, match="weight: per_sample is left out: no such luck$"):
         plan = autotune(model(), torch.randn(16, 1, 6, 6), seconds=1e-3, path=tmp_path / "plan.json")
@@ -282,5 +283,5 @@ def test_a_candidate_that_fails_is_left_out_and_named(tmp_path, monkeypatch):
 
 
 def test_nothing_to_tune(tmp_path):
-    with pytest.raises(ValueError, match="no weight of BatchNorm1d multiplies what its layer sees"):
+    with pytest.raises(ValueError, match="no weight of BatchNorm1d multiplies its layer's input"):
         autotune(nn.BatchNorm1d(4), torch.randn(16, 4), path=tmp_path / "plan.json")

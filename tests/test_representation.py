@@ -43,7 +43,7 @@ def block_norm(tensors, block):
 def test_compression_keeps_its_bound(tol):
     exact, grads, _ = one_step("per_sample")
     ours, _, optimizer = one_step("compressed", tol=tol)
-    for block in optimizer._curvature.blocks:
+    for block in optimizer._curvature.jacobians:
         difference = block_norm({name: ours[name] - exact[name] for name in exact}, block)
         assert difference <= tol * block_norm(grads, block) / DAMPING
 
@@ -52,7 +52,7 @@ def test_compression_saves_rows_and_converges_to_the_exact_step():
     ranks = []
     for tol in (0.5, 0.1, 0.01, 1e-12):
         naturals, _, optimizer = one_step("compressed", tol=tol)
-        ranks.append(sum(len(rows["weight"].j_NK) for rows in optimizer._curvature.blocks.values()))
+        ranks.append(sum(len(rows["weight"].j_NK) for rows in optimizer._curvature.jacobians.values()))
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1]
     exact, _, _ = one_step("per_sample")
@@ -62,7 +62,7 @@ def test_compression_saves_rows_and_converges_to_the_exact_step():
 
 def test_compression_to_nothing_is_the_gradient_step():
     naturals, grads, optimizer = one_step({"5.weight": "compressed", "7.weight": "compressed"}, tol=1 - 1e-9)
-    assert all(len(optimizer._curvature.blocks[name]["weight"].j_NK) == 0 for name in ("5", "7"))
+    assert all(len(optimizer._curvature.jacobians[name]["weight"].j_NK) == 0 for name in ("5", "7"))
     for name in ("5.weight", "5.bias", "7.weight", "7.bias"):
         assert torch.allclose(naturals[name], grads[name] / DAMPING, rtol=1e-9)
 
@@ -92,7 +92,7 @@ def test_compressed_state_is_reused_and_resumed():
 def test_rounded_rows_are_the_same_in_every_product():
     """The step with J in bfloat16 is the exact one for the rounded J, up to float32's own error."""
     ours, grads, optimizer = one_step("per_sample_bf16", dtype=torch.float32)
-    for block, rows in optimizer._curvature.blocks.items():
+    for block, rows in optimizer._curvature.jacobians.items():
         assert rows["weight"].representation == "per_sample_bf16"
         stored = torch.cat([part.j_NK.double() for part in rows.values()], 1)
         v = torch.cat([natural_order(grads[f"{block}.{label}"]) for label in rows])
@@ -123,11 +123,11 @@ def test_half_of_the_memory():
     _, _, narrow = one_step("per_sample_bf16", dtype=torch.float32)
 
     def weights(optimizer):
-        blocks = optimizer._curvature.blocks
+        blocks = optimizer._curvature.jacobians
         return sum(blocks[name]["weight"].nbytes for name in by_sample)
 
     # In full precision a weight with fewer entries than samples is kept in as many rows as it has entries.
-    by_sample = [name for name, rows in wide._curvature.blocks.items() if rows["weight"].form == "samples"]
+    by_sample = [name for name, rows in wide._curvature.jacobians.items() if rows["weight"].row_kind == "samples"]
 
     assert weights(narrow) * 2 == weights(wide)
-    assert all(isinstance(rows["bias"], PerSample) for rows in narrow._curvature.blocks.values())
+    assert all(isinstance(rows["bias"], PerSample) for rows in narrow._curvature.jacobians.values())

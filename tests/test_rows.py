@@ -176,7 +176,7 @@ def test_some_rows_are_the_same_of_every_block(fisher):
     _, _, _, part, _ = one_step(fisher=fisher, blocks="network", seed=3, representation="per_sample", fisher_rows=4)
     assert part._curvature.rows == 4
     together, few = (
-        torch.cat([rows.j_NK for block in o._curvature.blocks.values() for rows in block.values()], 1)
+        torch.cat([rows.j_NK for block in o._curvature.jacobians.values() for rows in block.values()], 1)
         for o in (whole, part)
     )
     distances = torch.cdist(few, together)
@@ -193,7 +193,7 @@ def test_every_row_is_as_likely():
         optimizer.zero_grad()
         F.cross_entropy(model(x), torch.zeros(4, dtype=torch.long)).backward()
         optimizer.step()
-        j_NK = optimizer._curvature.blocks[""]["weight"].j_NK
+        j_NK = optimizer._curvature.jacobians[""]["weight"].j_NK
         drawn.update(j_NK.view(-1, 3, 4).abs().sum(1).argmax(1).tolist())
     assert set(drawn) == set(range(4))
     assert max(abs(count - 150) for count in drawn.values()) < 5 * (300 * 0.25) ** 0.5
@@ -267,7 +267,7 @@ def test_fewer_parameters_than_rows_are_solved_in_their_own_space():
     expected = natural(rows, grads, [["0.weight", "0.bias"], ["2.weight", "2.bias"]])
     taken = {name: old - new for (name, new), old in zip(model.named_parameters(), twin.parameters(), strict=True)}
     assert dense.relative_error(taken, expected) < TOLERANCE
-    assert {stack.inverse_LNN.shape[-1] for stack in optimizer._curvature.stacks} == {8, 9}
+    assert {stack.inverse_LNN.shape[-1] for stack in optimizer._curvature.inverses} == {8, 9}
     assert "as many rows as parameters" in str(optimizer.summary())
 
 
@@ -289,7 +289,7 @@ def test_a_label_a_token(fisher, ignored):
     )
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     optimizer.step()
-    j_NK = optimizer._curvature.blocks[""]["weight"].j_NK
+    j_NK = optimizer._curvature.jacobians[""]["weight"].j_NK
     fisher_KK = j_NK.mT @ j_NK / optimizer._curvature.rows
     flat, counts = x.flatten(0, 1), (y.flatten() >= 0).double()
     p = model(flat).softmax(1).detach()
@@ -310,7 +310,7 @@ def test_a_drawn_label_counts_even_where_its_number_is_ignored():
     optimizer = TENGraD(model, lr=0.0, likelihood=likelihood, representation="per_sample", seed=0)
     F.cross_entropy(model(x), y, ignore_index=0).backward()
     optimizer.step()
-    assert (optimizer._curvature.blocks[""]["bias"].j_NK.abs().sum(1) > 0).tolist() == (y != 0).tolist()
+    assert (optimizer._curvature.jacobians[""]["bias"].j_NK.abs().sum(1) > 0).tolist() == (y != 0).tolist()
 
 
 # Controls

@@ -1,12 +1,13 @@
-"""Capture without autograd's tape: each layer's input is noted, and a zero tensor is added to its output.
+"""Capture under `torch.func`: every layer's input is recorded, and a perturbation of zero is added to its output.
 
-The derivative by that zero is the derivative by the output. This works under `torch.func` transforms and in one
-compiled graph, where hooks on gradients do not. Layers that use others without calling them have it done at each.
+The derivative with respect to the perturbation is the derivative with respect to the output. This works under
+`torch.func` transforms and in one compiled graph, where hooks on gradients do not. Layers with uncalled linear layers
+get perturbations at each of those.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,153 +20,168 @@ from tengrad_triton.layers import (
     Call,
     Tap,
     arguments,
-    forward_with_taps,
-    statistics_scale,
-    has_uncalled,
     first_tensor,
+    forward_with_taps,
+    has_uncalled,
     is_unrolled,
     mixes_samples,
+    statistics_scale,
 )
 
-Calls = Mapping[str, Sequence[Mapping[str, Tensor]]]
-"""By layer, for each of its calls: zeros by the place where they are added, derivatives by them, or what was seen."""
+CallTensors = Mapping[str, Sequence[Mapping[str, Tensor]]]
+"""For every call of every layer, tensors by place: perturbations of the outputs, derivatives with respect to them, or
+the tensors among the arguments."""
 
 
 class FunctionalCapture:
-    """Notes the calls of layers and adds zeros to their outputs, while it runs.
+    """Records the calls of layers and perturbs their outputs, during a forward between `start` and `stop`.
 
     Args:
         model: the module that will be called.
-        layers: those that zeros will be added to, by name.
-        swapped: for each call of theirs, whether the samples are the second dimension.
+        layers: the layers to record, by name.
+        samples_second: for each call of these layers, whether the samples are the second dimension.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], swapped: Mapping[str, Sequence[bool]]
+        self, model: nn.Module, layers: Mapping[str, nn.Module], samples_second: Mapping[str, Sequence[bool]]
     ) -> None:
-        self._swapped = swapped
-        self._noted = {name: layer for name, layer in layers.items() if not has_uncalled(layer)}
+        self._samples_second = samples_second
+        self._hooked = {name: layer for name, layer in layers.items() if not has_uncalled(layer)}
         self._mixing = [module for module in model.modules() if mixes_samples(module)]
-        within = {name: _Within(self, name, layer) for name, layer in layers.items() if has_uncalled(layer)}
-        others = {name: module for name, module in model.named_modules() if is_unrolled(module) and name not in within}
-        self.within = frozenset(within)
-        """The names of the layers whose zeros and notes are those of others within."""
-        self._stand_ins = [*within.values(), *(_Within(self, name, module) for name, module in others.items())]
-        self._zeros: Calls = {}
-        self._seen: dict[str, list[Mapping[str, Tensor]]] = {}
-        self._arguments: dict[str, list[Any]] = {}  # of every noted call, without its tensors
-        self.constants = False
-        """Whether statistics of batches are constants in this forward."""
+        tapped = {name: _TappedForward(self, name, layer) for name, layer in layers.items() if has_uncalled(layer)}
+        others = {name: module for name, module in model.named_modules() if is_unrolled(module) and name not in tapped}
+        self.tapped = frozenset(tapped)
+        """The names of the layers whose perturbations belong to uncalled linear layers."""
+        self._forwards = [*tapped.values(), *(_TappedForward(self, name, module) for name, module in others.items())]
+        self._perturbations: CallTensors = {}
+        self._tensors: dict[str, list[Mapping[str, Tensor]]] = {}
+        self._other_arguments: dict[str, list[Any]] = {}  # of every recorded call
+        self.detach_statistics = False
+        """Whether batch statistics are constants in the present forward."""
 
-    def start(self, zeros: Calls, constants: bool = False) -> None:
-        """Begin a forward with these zeros.
-
-        ``constants`` has the statistics of layers that mix samples pass for constants.
-        """
-        self._zeros, self.constants = zeros, constants
-        self._seen, self._arguments = {name: [] for name in zeros}, {name: [] for name in zeros}
+    def start(self, perturbations: CallTensors, detach_statistics: bool) -> None:
+        """Begin a forward with these perturbations."""
+        self._perturbations, self.detach_statistics = perturbations, detach_statistics
+        self._tensors = {name: [] for name in perturbations}
+        self._other_arguments = {name: [] for name in perturbations}
 
     def stop(self) -> dict[str, list[Mapping[str, Tensor]]]:
-        """End it and return the tensors that every call got."""
-        seen, self._seen, self._zeros, self.constants = self._seen, {}, {}, False
-        return seen
+        """End the forward and return the tensors among the arguments of every call."""
+        tensors, self._tensors, self._perturbations, self.detach_statistics = self._tensors, {}, {}, False
+        return tensors
 
     @contextmanager
-    def standing(self, noting: bool) -> Iterator[None]:
-        """Have the model be as a graph needs it, while that may be traced; with ``noting``, listen to every layer."""
-        within = [one for one in self._stand_ins if noting or is_unrolled(one.layer)]
+    def attached(self, records: bool) -> Iterator[None]:
+        """Prepare the model for tracing; with ``records``, attach a hook to every layer to be recorded."""
+        forwards = [one for one in self._forwards if records or is_unrolled(one.layer)]
         fast = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
-            # torch's shortcut for evaluation has no derivative, and a trace does not tell that one is wanted.
+            # torch's fast path for evaluation has no derivative, and tracing does not see that one is needed.
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            if any(is_unrolled(one.layer) for one in within):
+            if any(is_unrolled(one.layer) for one in forwards):
                 stack.enter_context(torch._dynamo.config.patch(allow_rnn=True))
-            for one in within:
+            for one in forwards:
                 one.layer.forward = one
                 stack.callback(delattr, one.layer, "forward")
-            hooks: list[tuple[nn.Module, Any]] = [(layer, _Noted(self, name)) for name, layer in self._noted.items()]
-            hooks += [(layer, _Constant(self)) for layer in self._mixing]
-            for layer, hook in hooks if noting else []:  # in front of everyone else's
+            for layer, hook in self._hooks().items() if records else []:  # before the hooks of others
                 stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
-    # What a traced forward calls
+    def _hooks(self) -> dict[nn.Module, _HookChain]:
+        """Return one hook for each layer: its statistics are detached first, then its call is recorded."""
+        parts: dict[nn.Module, list[Callable[..., Any]]] = {layer: [_DetachStatistics(self)] for layer in self._mixing}
+        for name, layer in self._hooked.items():
+            parts.setdefault(layer, []).append(_RecordCall(self, name))
+        return {layer: _HookChain(hooks) for layer, hooks in parts.items()}
 
-    def zeros_of(self, name: str) -> Mapping[str, Tensor] | None:
-        """Return the zeros of the call of a layer that is going on; None where it is not to be noted."""
-        if name not in self._zeros or not torch.is_grad_enabled():
+    # Called by a traced forward
+
+    def perturbations_of(self, name: str) -> Mapping[str, Tensor] | None:
+        """Return the perturbations of a layer's present call; None where it is not recorded."""
+        if name not in self._perturbations or not torch.is_grad_enabled():
             return None
-        return self._zeros[name][len(self._seen[name])]
+        return self._perturbations[name][len(self._tensors[name])]
 
-    def note(self, name: str, seen: Mapping[str, Tensor], rest: Any = None) -> None:
-        """Note a call: its tensors, and whatever else it got."""
-        self._seen[name].append(seen)
-        self._arguments[name].append(rest)
+    def record(self, name: str, tensors: Mapping[str, Tensor], other_arguments: Any) -> None:
+        """Record a layer's call: its tensors, and its other arguments."""
+        self._tensors[name].append(tensors)
+        self._other_arguments[name].append(other_arguments)
 
-    # What was found
+    # Called after it
 
-    def uses(self, name: str, seen: Calls, grads: Calls) -> list[LayerCall]:
-        """Return the calls of a layer with the derivatives by its outputs."""
-        uses = []
-        for rest, tensors, by, swapped in zip(
-            self._arguments[name], seen[name], grads[name], self._swapped[name], strict=True
-        ):
-            leaves, structure, outputs = rest
-            args, kwargs = tree_unflatten([tensors.get(str(k), leaf) for k, leaf in enumerate(leaves)], structure)
-            of_outputs = [by.get(str(k)) for k in range(outputs or 1)]
-            uses.append(LayerCall.with_grads(Call(args, kwargs), of_outputs, not outputs, swapped))
-        return uses
+    def layer_calls(self, name: str, tensors: CallTensors, grads: CallTensors) -> list[LayerCall]:
+        """Return the calls of a layer with the derivatives with respect to its outputs."""
+        calls = []
+        of_calls = (self._other_arguments[name], tensors[name], grads[name], self._samples_second[name])
+        for (leaves, structure, outputs), own, by_place, second in zip(*of_calls, strict=True):
+            args, kwargs = tree_unflatten([own.get(str(k), leaf) for k, leaf in enumerate(leaves)], structure)
+            output_grads = [by_place.get(str(k)) for k in range(outputs or 1)]
+            calls.append(LayerCall.with_grads(Call(args, kwargs), output_grads, not outputs, second))
+        return calls
 
 
-class _Noted:
-    """A hook that notes a call of a layer and adds its zeros."""
+class _HookChain:
+    """One forward hook that calls several in order: Dynamo of torch 2.11 confuses two hooks on one layer."""
 
-    def __init__(self, tape: FunctionalCapture, name: str) -> None:
-        self._tape, self._name = tape, name
+    def __init__(self, hooks: Sequence[Callable[..., Any]]) -> None:
+        self._hooks = tuple(hooks)
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        zeros = self._tape.zeros_of(self._name)
-        if zeros is None:
+        for hook in self._hooks:
+            replaced = hook(layer, args, kwargs, y)
+            y = y if replaced is None else replaced
+        return y
+
+
+class _RecordCall:
+    """A hook that records a call of a layer and adds its perturbations."""
+
+    def __init__(self, capture: FunctionalCapture, name: str) -> None:
+        self._capture, self._name = capture, name
+
+    def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
+        perturbations = self._capture.perturbations_of(self._name)
+        if perturbations is None:
             return None
         leaves, structure = tree_flatten((args, kwargs))
         tensors = {str(k): leaf for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ys, form = tree_flatten(y)
-        places = [k for k, leaf in enumerate(ys) if isinstance(leaf, Tensor)]
-        self._tape.note(self._name, tensors, (others, structure, 0 if isinstance(y, Tensor) else len(places)))
+        outputs, output_structure = tree_flatten(y)
+        places = [k for k, leaf in enumerate(outputs) if isinstance(leaf, Tensor)]
+        self._capture.record(self._name, tensors, (others, structure, 0 if isinstance(y, Tensor) else len(places)))
         for index, place in enumerate(places):
-            if str(index) in zeros:
-                ys[place] = ys[place] + zeros[str(index)]
-        return tree_unflatten(ys, form)
+            if str(index) in perturbations:
+                outputs[place] = outputs[place] + perturbations[str(index)]
+        return tree_unflatten(outputs, output_structure)
 
 
-class _Within:
-    """Stands for the forward of a layer that uses others without calling them."""
+class _TappedForward:
+    """Replaces the forward of a layer with uncalled linear layers by one that taps each of them."""
 
-    def __init__(self, tape: FunctionalCapture, name: str, layer: Any) -> None:
-        self._tape, self._name, self.layer = tape, name, layer
+    def __init__(self, capture: FunctionalCapture, name: str, layer: Any) -> None:
+        self._capture, self._name, self.layer = capture, name, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if first_tensor(args, kwargs).dim() != 3:  # no batch
             return type(self.layer).forward(self.layer, *args, **kwargs)
-        zeros, weights = self._tape.zeros_of(self._name), dict(self.layer.named_parameters(remove_duplicate=False))
-        tap = Tap(zeros)
+        perturbations = self._capture.perturbations_of(self._name)
+        tap, weights = Tap(perturbations), dict(self.layer.named_parameters(remove_duplicate=False))
         outputs = forward_with_taps(self.layer, weights, arguments(self.layer, Call(args, kwargs)), tap)
-        if zeros is not None:
-            self._tape.note(self._name, tap.inputs)
+        if perturbations is not None:
+            self._capture.record(self._name, tap.inputs, None)
         return outputs
 
 
-class _Constant:
-    """A hook that has a layer's statistics pass for constants, while the tape says so."""
+class _DetachStatistics:
+    """A hook that makes a layer's batch statistics constants, in forwards that detach them."""
 
-    def __init__(self, tape: FunctionalCapture) -> None:
-        self._tape = tape
+    def __init__(self, capture: FunctionalCapture) -> None:
+        self._capture = capture
 
     def __call__(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
-        if not self._tape.constants or not mixes_samples(layer):
+        if not self._capture.detach_statistics or not mixes_samples(layer):
             return None
         x = first_tensor(args, kwargs)
         scaled = x * statistics_scale(layer, x)
-        return scaled + (y - scaled).detach()  # y itself, with the scale for its derivative
+        return scaled + (y - scaled).detach()  # the value is y, the derivative is the scale

@@ -1,4 +1,4 @@
-"""The two graphs of a compiled step, as pure functions of tensors but for the parameters that they update in place."""
+"""The two graphs of a compiled step: pure functions of tensors, except for the parameters that they update in place."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
 
-from tengrad_triton.capture.blocks import LayerParams, CapturedLayer
+from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rerun import rerun_rows
-from tengrad_triton.compiled.functional_capture import Calls, FunctionalCapture
+from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
 from tengrad_triton.compiled.trace_spec import TraceSpec
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
-from tengrad_triton.curvature.choices import Choices
-from tengrad_triton.curvature.refresh import BlockUses, forms_of, jacobians_of
-from tengrad_triton.curvature.target import Target
-from tengrad_triton.curvature.woodbury import FisherBlocks, curvature
-from tengrad_triton.layers import Call, Contribution, PerSampleGrads, mixes_samples
+from tengrad_triton.curvature.choices import Choices, Ops
+from tengrad_triton.curvature.contributions import Contributions, Pairs, contributions_of
+from tengrad_triton.curvature.refresh import jacobians_of
+from tengrad_triton.curvature.target import Target, targets_of
+from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
+from tengrad_triton.layers import Call, mixes_samples
 from tengrad_triton.likelihoods import Reparametrized
 
 Named = Mapping[str, Tensor]
-GROUP_WORDS = ("nesterov", "spring", "maximize")
+STATIC_SETTINGS = ("nesterov", "spring", "maximize")
+"""The settings of a parameter group that a graph takes as constants."""
 LossFn = Callable[[Any, Any], Tensor]
-Pass = tuple[Tensor, Callable[..., Any], Calls]
-"""A forward's output, its pullback to (gradients, derivatives by the zeros), and what every call of a layer got."""
+ForwardPass = tuple[Tensor, Callable[..., Any], CallTensors]
+"""A forward's output, its pullback to derivatives with respect to (parameters, perturbations), and recorded tensors."""
 
 
-class State(NamedTuple):
+class StepState(NamedTuple):
     """What a step reads and writes in place, by the parameters' names in the model; ``settings`` by group."""
 
     parameters: Named
@@ -40,154 +42,164 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class Graphs:
-    """Everything about a step that is no tensor of it.
+    """Everything that a step takes for granted.
 
     Attributes:
         model: the module, called with its parameters replaced.
-        loss_fn: a scalar mean over the samples, of the model's output and the target.
-        blocks: of the optimizer, and under which name the model knows each of their parameters.
-        sources: the layers whose calls make rows.
-        names: maps (block, label) to that name.
-        trained: the names of those that get a gradient.
-        likelihood: draws the Fisher's labels; None for the empirical Fisher.
-        chosen: every weight's representation and kernels.
-        groups: the settings of each group that are no numbers of the update.
-        systems: which blocks are solved together.
-        trust_region: bound of a step's Fisher norm, if there is one.
-        relative: whether the dampings are in units of the blocks' traces.
-        kernels: by what PyTorch does better.
-        tape: captures the covered layers.
-        lesson: what there is to capture.
+        loss_fn: returns a scalar mean over the samples, from the model's output and the target.
+        layers: of the optimizer.
+        captured: the layers whose calls contribute rows.
+        names: each parameter's name in the model, by its layer's name and its name within that.
+        trained: the names of the parameters that get a gradient.
+        likelihood: draws the labels of the Fisher matrix; None for the empirical one.
+        choices: every weight's representation and kernels.
+        groups: the `STATIC_SETTINGS` of each parameter group.
+        blocks: which layers are solved together.
+        trust_region: the bound on a step's squared Fisher norm, if there is one.
+        relative_damping: whether dampings are in units of the blocks' mean squared row norms.
+        ops: the ops for every combination of kernel overrides in ``choices``, and for none.
+        capture: records and perturbs the captured layers.
+        spec: what to record.
     """
 
     model: nn.Module
     loss_fn: LossFn
-    blocks: Sequence[LayerParams]
-    sources: Mapping[str, CapturedLayer]
+    layers: Sequence[LayerParams]
+    captured: Mapping[str, CapturedLayer]
     names: Mapping[tuple[str, str], str]
     trained: frozenset[str]
     likelihood: Reparametrized | None
-    chosen: Choices
+    choices: Choices
     groups: Sequence[Mapping[str, Any]]
-    systems: FisherBlocks
+    blocks: FisherBlocks
     trust_region: float | None
-    relative: bool
-    kernels: Mapping[tuple[str, ...], Any]
-    tape: FunctionalCapture
-    lesson: TraceSpec
+    relative_damping: bool
+    ops: Mapping[tuple[str, ...], Ops]
+    capture: FunctionalCapture
+    spec: TraceSpec
 
-    def reuse(self, state: State, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
-        """Take a step with the curvature at hand; return the loss."""
-        output, pull, _ = self._forward(state, {}, x)
+    def reuse(self, state: StepState, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
+        """Take a step with the present curvature; return the loss."""
+        output, pull, _ = self._forward(state, {}, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, _ = pull(grad_output)
-        reused = unpack_curvature(packed, self.blocks, self.kernels.__getitem__)
-        reused.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
+        curvature = unpack_curvature(packed, self.layers, self.ops.__getitem__)
+        self._step(curvature, state, grads)
         return loss
 
     def refresh(
         self,
-        state: State,
-        zeros: Calls,
+        state: StepState,
+        perturbations: CallTensors,
         damping_L: Tensor,
         failures_L: Tensor,
         noise: Tensor | None,
         x: Tensor,
         y: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Take a step with the curvature of this batch; return the loss and the curvature."""
+        """Take a step with the curvature of this batch; return the loss and the packed curvature."""
         x = x.clone()  # the curvature may keep it, and the training loop may write its next batch there
-        output, pull, seen = self._forward(state, zeros, x)
-        grad_output, loss = grad_and_value(self.loss_fn)(output, y)
-        grads, by_zeros = pull(grad_output)
-        # Where samples mix, the rows come from a forward of their own, with the batch's statistics as constants.
+        forward = self._forward(state, perturbations, x, detach_statistics=False)
+        grad_output, loss = grad_and_value(self.loss_fn)(forward[0], y)
+        grads, by_perturbation = forward[1](grad_output)
+        # Where samples mix, rows come from a second forward, in which batch statistics are constants.
         mixes = any(mixes_samples(module) for module in self.model.modules())
-        passed = self._forward(state, zeros, x, constants=True) if mixes else (output, pull, seen)
-        scale = len(x)  # the loss is a mean, the rows are each sample's own
+        of_rows = self._forward(state, perturbations, x, detach_statistics=True) if mixes else forward
+        scale = len(x)  # the loss is a mean, but a row is the gradient of one sample's own loss
         if self.likelihood is not None and noise is not None:
-            grad_output = grad(self.likelihood.nll)(passed[0], self.likelihood.from_noise(passed[0], noise))
-            scale = 1
+            target = self.likelihood.from_noise(of_rows[0], noise)
+            grad_output, scale = grad(self.likelihood.nll)(of_rows[0], target), 1
         if mixes or scale == 1:
-            _, by_zeros = passed[1](grad_output)
-        forms = self._forms(passed[2], by_zeros, scale, len(x))
-        for name, rows in self._rows_of_model(x, grad_output, scale).items():
-            forms[id(self.lesson.by_model[name])] = [PerSampleGrads(rows)]
-        jacobians = jacobians_of(self._uses(forms), self.chosen, self.kernels.__getitem__)
-        fresh = curvature(
-            jacobians, self.systems, (len(x),), damping_L, failures_L, self.kernels[()], relative=self.relative
+            _, by_perturbation = of_rows[1](grad_output)
+        contributions = self._contributions(of_rows[2], by_perturbation, grad_output, scale, x)
+        jacobians = jacobians_of(contributions, self.choices, self.ops.__getitem__)
+        curvature = factor(
+            jacobians, self.blocks, (len(x),), damping_L, failures_L, self.ops[()], {}, self.relative_damping
         )
-        fresh.step_(self._targets(state, grads), self.kernels[()], self.trust_region)
-        return loss, pack_curvature(fresh)
+        self._step(curvature, state, grads)
+        return loss, pack_curvature(curvature)
 
-    def _forms(self, seen: Calls, by_zeros: Calls, scale: int, samples: int) -> dict[int, list[Contribution]]:
-        """Return what the calls contribute to each parameter, by the parameter's id."""
-        forms: dict[int, list[Contribution]] = {}
-        for name in seen:
-            source = self.sources[name]
-            own = {
-                k: p for k, p in source.parameters.items() if p.requires_grad and id(p) not in self.lesson.unattributed
+    def _contributions(
+        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Tensor
+    ) -> Contributions:
+        """Return what the recorded calls contribute to the rows of every layer in a block."""
+
+        def pairs_of(name: str) -> Pairs:
+            if name in self.capture.tapped:
+                scaled = [{linear: scale * g for linear, g in by.items()} for by in by_perturbation[name]]
+                return [pair for pair in zip(tensors[name], scaled, strict=True) if pair[1]]
+            calls = self._calls(name, tensors, by_perturbation)
+            return [(call.inputs(name), call.scaled_grads(scale)) for call in calls]
+
+        with_rule = {name: self.captured[name] for name in tensors if not self.captured[name].rerun}
+        explicit = self._rows_of_reruns(tensors, by_perturbation, scale, len(x))
+        explicit |= self._rows_of_model(x, grad_output, scale)
+        by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, len(x))
+        in_blocks = {name for names in self.blocks.values() for name in names}
+        return Contributions(
+            {
+                layer.name: {label: [by_id[id(layer.parameters[label])]] for label in layer.trained()}
+                for layer in self.layers
+                if layer.name in in_blocks
             }
-            if name in self.tape.within:
-                scaled = [{linear: scale * g for linear, g in by.items()} for by in by_zeros[name]]
-                pairs: list[Any] = [pair for pair in zip(seen[name], scaled, strict=True) if pair[1]]
-            else:
-                uses = [use for use in self.tape.uses(name, seen, by_zeros) if use.has_grads]
-                if source.rerun:
-                    rows = rerun_rows(source.layer, own, uses, samples, scale)
-                    for label, p in own.items():
-                        forms.setdefault(id(p), []).append(PerSampleGrads(rows[label]))
-                    continue
-                pairs = [(use.inputs(name), use.scaled_grads(scale)) for use in uses]
-            wanted = {id(p) for p in own.values()}
-            for key, found in forms_of(name, source, pairs, samples).items():
-                if key in wanted:
-                    forms.setdefault(key, []).extend(found)
-        return forms
+        )
 
-    def _rows_of_model(self, x: Tensor, grad_output: Tensor, scale: int) -> Named:
-        """Return the rows of parameters that are used in other ways than by calls of their layers."""
-        if not self.lesson.by_model:
+    def _calls(self, name: str, tensors: CallTensors, by_perturbation: CallTensors) -> list[LayerCall]:
+        return [call for call in self.capture.layer_calls(name, tensors, by_perturbation) if call.has_grads]
+
+    def _rows_of_reruns(
+        self, tensors: CallTensors, by_perturbation: CallTensors, scale: int, samples: int
+    ) -> dict[int, Tensor]:
+        """Return the rows of layers without a rule, by the parameter's id: each is run again under `torch.func`."""
+        rows: dict[int, Tensor] = {}
+        for name in tensors:
+            layer = self.captured[name]
+            if layer.rerun:
+                wanted = {
+                    label: p
+                    for label, p in layer.parameters.items()
+                    if p.requires_grad and id(p) not in self.spec.unattributed
+                }
+                calls = self._calls(name, tensors, by_perturbation)
+                for label, own in rerun_rows(layer.layer, wanted, calls, samples, scale).items():
+                    key = id(wanted[label])
+                    rows[key] = rows[key] + own if key in rows else own
+        return rows
+
+    def _rows_of_model(self, x: Tensor, grad_output: Tensor, scale: int) -> dict[int, Tensor]:
+        """Return the rows of parameters that are also used outside of their layers' calls, by the parameter's id."""
+        parameters = self.spec.from_model
+        if not parameters:
             return {}
-        use = LayerCall.with_grads(Call((x,)), [grad_output], returns_tensor=True, samples_second=False)
-        return rerun_rows(self.model, self.lesson.by_model, [use], len(x), scale)
+        call = LayerCall.with_grads(Call((x,)), [grad_output], returns_tensor=True, samples_second=False)
+        rows = rerun_rows(self.model, parameters, [call], len(x), scale)
+        return {id(parameters[name]): own for name, own in rows.items()}
 
-    def _uses(self, forms: Mapping[int, list[Contribution]]) -> dict[str, BlockUses]:
-        """Return them by block and label, for the blocks with rows."""
-        rowed = [name for names in self.systems.values() for name in names]
-        blocks = {block.name: block for block in self.blocks}
-        return {
-            name: {label: [forms[id(blocks[name].parameters[label])]] for label in blocks[name].trained()}
-            for name in rowed
-        }
-
-    def _forward(self, state: State, zeros: Calls, x: Tensor, constants: bool = False) -> Pass:
-        """Call the model; with ``constants`` a second time, which leaves no trace in its buffers."""
+    def _forward(self, state: StepState, perturbations: CallTensors, x: Tensor, detach_statistics: bool) -> ForwardPass:
+        """Call the model. A forward with detached statistics is a second one and changes no buffer."""
         trained = {name: state.parameters[name].detach() for name in self.trained}
         frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}
 
-        def forward(trained: Named, zeros: Calls) -> tuple[Tensor, Any]:
-            # A transform cannot write into a tensor from outside (BatchNorm's averages): it gets copies.
+        def forward(trained: Named, perturbations: CallTensors) -> tuple[Tensor, Any]:
+            # A transform cannot write into a tensor from outside, such as BatchNorm's averages: it gets copies.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-            self.tape.start(zeros, constants)
+            self.capture.start(perturbations, detach_statistics)
             output = functional_call(self.model, {**frozen, **trained, **buffers}, (x,))
-            return output, (self.tape.stop(), buffers)
+            return output, (self.capture.stop(), buffers)
 
-        transformed: Any = vjp(forward, trained, zeros, has_aux=True)
-        output, pull, (seen, buffers) = transformed
-        if not constants:
+        transformed: Any = vjp(forward, trained, perturbations, has_aux=True)
+        output, pull, (tensors, buffers) = transformed
+        if not detach_statistics:
             for name, buffer in state.buffers.items():
                 buffer.copy_(buffers[name])
-        return output, pull, seen
+        return output, pull, tensors
 
-    def _targets(self, state: State, grads: Named) -> list[Target]:
-        targets = []
-        for block in self.blocks:
-            settings, words = state.settings[block.group], self.groups[block.group]
-            for label in block.parameters:
-                name = self.names[block.name, label]
-                if name in self.trained:
-                    grad = -grads[name] if words["maximize"] else grads[name]
-                    tensors = (state.parameters[name], state.momenta[name], grad)
-                    words_of = (words["nesterov"], words["spring"], block.group)
-                    targets.append(Target(block.name, label, *tensors, settings, *words_of))
-        return targets
+    def _step(self, curvature: Curvature, state: StepState, grads: Named) -> None:
+        curvature.step_(self._targets(state, grads), self.ops[()], self.trust_region)
+
+    def _targets(self, state: StepState, grads: Named) -> list[Target]:
+        def tensors_of(layer: LayerParams, label: str) -> tuple[Tensor, Tensor, Tensor] | None:
+            name = self.names[layer.name, label]
+            return (state.parameters[name], state.momenta[name], grads[name]) if name in self.trained else None
+
+        return targets_of(self.layers, self.groups, state.settings, tensors_of)

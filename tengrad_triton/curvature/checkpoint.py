@@ -6,45 +6,69 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tengrad_triton.capture.blocks import LayerParams
-from tengrad_triton.curvature.build import unpack
 from tengrad_triton.curvature.choices import OpsFor
-from tengrad_triton.curvature.grouped import side_by_side
-from tengrad_triton.curvature.woodbury import Curvature, Stack
+from tengrad_triton.curvature.embedding import EmbeddingJacobian
+from tengrad_triton.curvature.grouped import store_contiguously
+from tengrad_triton.curvature.jacobian import Factored, Jacobian, PerSample
+from tengrad_triton.curvature.woodbury import Curvature, InverseFactors
+from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 
 
 def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     """Return a curvature as nested dictionaries of tensors and numbers."""
-    blocks = {name: {label: rows.pack() for label, rows in block.items()} for name, block in curvature.blocks.items()}
     return {
-        "blocks": blocks,
-        "systems": {system: list(names) for system, names in curvature.systems.items()},
-        "stacks": [{"systems": list(s.systems), "inverse_LNN": s.inverse_LNN} for s in curvature.stacks],
-        "window": list(curvature.window),
+        "jacobians": {
+            name: {label: one.pack() for label, one in layer.items()} for name, layer in curvature.jacobians.items()
+        },
+        "blocks": {block: list(names) for block, names in curvature.blocks.items()},
+        "inverses": [{"blocks": list(one.blocks), "inverse_LNN": one.inverse_LNN} for one in curvature.inverses],
+        "history": list(curvature.history),
         "damping_L": curvature.damping_L,
         "failures_L": curvature.failures_L,
     }
 
 
-def unpack_curvature(packed: Mapping[str, Any], blocks: Sequence[LayerParams], ops_for: OpsFor) -> Curvature:
-    """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``blocks``.
+def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], ops_for: OpsFor) -> Curvature:
+    """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``layers``.
 
     Raises:
-        ValueError: it belongs to other blocks than these.
+        ValueError: it belongs to other layers than these.
     """
-    known = {block.name: block for block in blocks}
-    strangers = [name for name in packed["blocks"] if name not in known]
-    if strangers:
+    known = {layer.name: layer.parameters for layer in layers}
+    unknown = [name for name in packed["jacobians"] if name not in known]
+    if unknown:
         raise ValueError(
-            f"the state holds curvature of {', '.join(strangers)}, and this optimizer's blocks are "
+            f"the state holds curvature of {', '.join(unknown)}, but this optimizer's layers are "
             f"{', '.join(known) or 'none'}: it was saved for another model"
         )
-    restored, device = {}, torch.device("cpu")
-    for name, rows in packed["blocks"].items():
-        parameters = known[name].parameters
-        restored[name] = {label: unpack(packed_rows, parameters[label], ops_for) for label, packed_rows in rows.items()}
-        device = next(iter(parameters.values())).device
-    stacks = [Stack(tuple(stack["systems"]), stack["inverse_LNN"].to(device)) for stack in packed["stacks"]]
+    jacobians, device = {}, torch.device("cpu")
+    for name, layer in packed["jacobians"].items():
+        jacobians[name] = {label: _unpack(one, known[name][label].device, ops_for) for label, one in layer.items()}
+        device = next(iter(known[name].values())).device
+    inverses = [InverseFactors(tuple(one["blocks"]), one["inverse_LNN"].to(device)) for one in packed["inverses"]]
     numbers = (packed[name].to(device) for name in ("damping_L", "failures_L"))
-    return Curvature(side_by_side(restored), packed["systems"], stacks, tuple(packed["window"]), *numbers)
+    return Curvature(store_contiguously(jacobians), packed["blocks"], inverses, tuple(packed["history"]), *numbers)
+
+
+def _unpack(packed: Mapping[str, Any], device: torch.device, ops_for: OpsFor) -> Jacobian:
+    """Return what `Jacobian.pack` described, on a device."""
+    ops = ops_for(tuple(packed["kernel_overrides"]))
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if "j_NK" in packed:
+        return PerSample(move(packed["j_NK"]), ops, packed["row_kind"])
+    factors: OuterProducts | None = None
+    if "a" in packed:
+        a = packed["a"]
+        a = ConvInput.unpack(**{name: move(x) for name, x in a.items()}) if isinstance(a, Mapping) else move(a)
+        factors = OuterProducts(a, move(packed["g_NGPO"]))
+    if "embedding" in packed:
+        embedding = EmbeddingGrads(**{name: move(value) for name, value in packed["embedding"].items()})
+        return EmbeddingJacobian(embedding, factors, ops)
+    assert factors is not None
+    return Factored(factors, ops)

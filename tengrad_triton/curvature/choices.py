@@ -29,8 +29,8 @@ FACTORED_KERNELS: ProductKernels = {
 }
 CONV_KERNELS: ProductKernels = {
     **FACTORED_KERNELS,
-    "project": ("project_windows",),
-    "expand": ("expand_windows_update_",),
+    "project": ("project_conv",),
+    "expand": ("expand_conv_update_",),
 }
 STEP_KERNELS = frozenset(
     name
@@ -84,7 +84,7 @@ def ops_for(backend: Backend, kernel_overrides: Collection[str] = ()) -> Ops:
         ValueError: an override names no kernel or no configuration of it.
     """
     specs = {spec.name: spec for spec in kernels.SPECS}
-    configs = {f"{spec.name}:{name}": (spec.name, name) for spec in kernels.SPECS for name in spec.tiles}
+    configs = {f"{spec.name}:{name}": (spec.name, name) for spec in kernels.SPECS for name in spec.config_names}
     if unknown := set(kernel_overrides) - specs.keys() - configs.keys():
         raise ValueError(
             f"no kernels named {', '.join(sorted(unknown))}; there are {', '.join(sorted({*specs, *configs}))}"
@@ -92,7 +92,7 @@ def ops_for(backend: Backend, kernel_overrides: Collection[str] = ()) -> Ops:
     ops: dict[str, Any] = {name: getattr(kernels, name) for name in specs}
     for override in set(kernel_overrides) & configs.keys():
         name, config = configs[override]
-        ops[name] = partial(ops[name], tile=config)
+        ops[name] = partial(ops[name], config=config)
     in_torch = specs if backend == "torch" else specs.keys() & set(kernel_overrides)
-    ops |= {name: specs[name].reference for name in in_torch}
+    ops |= {name: specs[name].torch_impl for name in in_torch}
     return SimpleNamespace(kernel_overrides=tuple(sorted(kernel_overrides)), **ops)

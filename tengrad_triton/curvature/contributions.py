@@ -1,99 +1,224 @@
-"""What the calls of a layer contribute to one parameter: their sizes, a part of their rows, and all of them as one.
+"""From captured calls of layers to what they contribute to the rows of every parameter.
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; V rows of a table, D entries of one.
+The plain step and the compiled step capture calls in different ways; from here on both run the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tengrad_triton.curvature.geometry import Geometry
-from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads
-
-Contributions = Sequence[Sequence[Contribution]]
-"""What each micro-batch of a step contributes to one parameter: a list a micro-batch, an entry a use within it."""
-
-
-def geometry_of(outer: OuterProducts) -> Geometry:
-    """Return the sizes that the choice of a representation looks at."""
-    n, groups, positions, outputs = outer.g_NGPO.shape
-    a, itemsize = outer.a, outer.g_NGPO.itemsize
-    if isinstance(a, ConvInput):
-        slides = a.geometry
-        sizes = f"{a.kernel_size} stride {slides.stride} padding {slides.padding} dilation {slides.dilation}"
-        layout = f"conv {sizes} of {list(a.x_NCHW.shape[2:])}"
-        inputs, stored = a.inputs, a.x_NCHW.nbytes
-    else:
-        layout, inputs, stored = "dense", a.shape[-1], a.nbytes
-    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes, layout)
+from tengrad_triton.capture.blocks import CapturedLayer, LayerParams, full_name
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.record import Record
+from tengrad_triton.curvature.concat import MicroBatches, row_count, take_rows
+from tengrad_triton.curvature.geometry import Geometry, geometry_of_calls
+from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads, canonical
 
 
-def geometry_of_uses(batch: Sequence[Contribution]) -> Geometry | None:
-    """Return the sizes of one micro-batch's uses; None where they are explicit rows, which leave no choice."""
-    if any(isinstance(use, PerSampleGrads) for use in batch):
-        return None
-    outers = [geometry_of(use) for use in batch if isinstance(use, OuterProducts)]
-    tables = [use for use in batch if isinstance(use, EmbeddingGrads)]
-    if not tables:
-        return outers[0]
-    n, _, entries = tables[0].g_NPD.shape
-    positions = sum(use.ids_NP.shape[1] for use in tables)
-    stored = sum(use.ids_NP.nbytes + use.g_NPD.nbytes for use in tables) + sum(outer.factored_bytes for outer in outers)
-    return Geometry(n, 1, positions, entries, tables[0].num_embeddings, tables[0].g_NPD.itemsize, stored, "table")
+@dataclass(frozen=True)
+class Contributions:
+    """What the batches of one step contribute to the rows of J.
+
+    Attributes:
+        by_layer: for every layer that has rows, by name: its parameters' `MicroBatches`, by their names within it.
+    """
+
+    by_layer: dict[str, Mapping[str, MicroBatches]]
+
+    @property
+    def layers(self) -> list[str]:
+        """Return the names of the layers that have rows."""
+        return list(self.by_layer)
+
+    @property
+    def batch_rows(self) -> list[int]:
+        """Return how many rows each micro-batch has."""
+        batches = next((batches for layer in self.by_layer.values() for batches in layer.values()), [])
+        return [row_count(calls[0]) for calls in batches]
+
+    @property
+    def rows(self) -> int:
+        """Return N, the number of rows that J will have."""
+        return sum(self.batch_rows)
+
+    def take(self, rows: Sequence[Tensor]) -> Contributions:
+        """Return the contributions to some rows, given by their indices within each micro-batch."""
+
+        def some(batches: MicroBatches) -> MicroBatches:
+            pairs = zip(batches, rows, strict=True)
+            return [[take_rows(call, index) for call in calls] for calls, index in pairs if len(index)]
+
+        return Contributions(
+            {name: {label: some(b) for label, b in layer.items()} for name, layer in self.by_layer.items()}
+        )
+
+    def sample(self, most: int, generator: torch.Generator) -> Contributions:
+        """Return at most ``most`` rows, the same of every layer; each is equally likely, so F is unbiased (M10)."""
+        sizes = self.batch_rows
+        if sum(sizes) <= most:
+            return self
+        drawn, _ = torch.randperm(sum(sizes), generator=generator)[:most].sort()
+        ends = torch.tensor(sizes).cumsum(0)
+        return self.take(
+            [drawn[(drawn >= end - n) & (drawn < end)] - (end - n) for n, end in zip(sizes, ends, strict=True)]
+        )
+
+    def geometries(self) -> dict[str, Geometry]:
+        """Return the sizes of every weight whose representation can be chosen, by its full name."""
+        rows, geometries = self.rows, {}
+        for name, layer in self.by_layer.items():
+            for label, batches in layer.items():
+                first = geometry_of_calls(batches[0])
+                if first is not None:
+                    stored = first.factored_bytes * rows // first.samples
+                    geometries[full_name(name, label)] = replace(first, samples=rows, factored_bytes=stored)
+        return geometries
 
 
-def rows_in(use: Contribution) -> int:
-    """Return how many samples a use is of."""
-    if isinstance(use, PerSampleGrads):
-        return len(use.j_NK)
-    return len(use.ids_NP if isinstance(use, EmbeddingGrads) else use.g_NGPO)
+ById = dict[int, list[Contribution]]
+"""What the calls of one micro-batch contribute to each parameter, by the parameter's id."""
+Pairs = Sequence[tuple[Any, Any]]
+"""The input and the output gradients of each call of a layer."""
 
 
-def take_rows(use: Contribution, rows: Tensor) -> Contribution:
-    """Return some of a use's rows."""
-    if isinstance(use, PerSampleGrads):
-        return PerSampleGrads(use.j_NK[rows])
-    if isinstance(use, EmbeddingGrads):
-        return EmbeddingGrads(use.ids_NP[rows], use.g_NPD[rows], use.num_embeddings)
-    a = replace(use.a, x_NCHW=use.a.x_NCHW[rows]) if isinstance(use.a, ConvInput) else use.a[rows]
-    return OuterProducts(a, use.g_NGPO[rows])
+def contributions_of(
+    layers: Mapping[str, CapturedLayer],
+    pairs_of: Callable[[str], Pairs],
+    per_sample_grads: Mapping[int, Tensor],
+    unattributed: Collection[int],
+    samples: int,
+) -> ById:
+    """Return what one micro-batch contributes to every parameter.
+
+    Args:
+        layers: the captured layers that have a rule, by name.
+        pairs_of: the captured calls of a layer, by its name.
+        per_sample_grads: rows [N, …] that were found without a rule, by the parameter's id.
+        unattributed: the ids of parameters whose rows are not those of their layers' calls.
+        samples: N of the micro-batch.
+
+    Raises:
+        ValueError: a rule returned rows of another size than its parameter, or of other samples.
+    """
+    found: ById = {key: [PerSampleGrads(rows)] for key, rows in per_sample_grads.items()}
+    for name, layer in layers.items():
+        wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
+        for x, output_grads in pairs_of(name) if wanted else ():
+            rule = canonical(layer.layer, _widen(x), _widen(output_grads))
+            for label, parameter in layer.parameters.items():
+                if label in rule:
+                    one = _checked(rule[label], parameter, samples, layer.layer, full_name(name, label))
+                    if id(parameter) in wanted:
+                        found.setdefault(id(parameter), []).append(one)
+    return found
 
 
-def concat(uses: Sequence[Sequence[OuterProducts]]) -> OuterProducts:
-    """Return one outer product for all uses: along P within a micro-batch, along N between them (P padded by zeros)."""
-    if len(uses) == 1 and len(uses[0]) == 1:
-        return uses[0][0]
-    if all(len(batch) == 1 for batch in uses) and (windows := _same_windows([batch[0].a for batch in uses])):
-        return OuterProducts(windows, torch.cat([batch[0].g_NGPO for batch in uses]))
-    unfolded = [[use.a.unfold() if isinstance(use.a, ConvInput) else use.a for use in batch] for batch in uses]
-    a = [torch.cat(batch, dim=2) for batch in unfolded]
-    g = [torch.cat([use.g_NGPO for use in batch], dim=2) for batch in uses]
-    positions = max(part.shape[2] for part in a)
-    return OuterProducts(*(torch.cat([F.pad(t, (0, 0, 0, positions - t.shape[2])) for t in parts]) for parts in (a, g)))
+def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
+    """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if the sizes do not fit."""
+    rule = f"the rule for {type(layer).__name__}"
+    if one.entries != parameter.numel():
+        raise ValueError(
+            f"{rule} returned rows of {one.entries} entries for {name!r}, which has {parameter.numel()} entries"
+        )
+    if row_count(one) != samples:
+        raise ValueError(f"{rule} returned {row_count(one)} rows for {name!r}, but the batch has {samples} samples")
+    return PerSampleGrads(one.j_NK.reshape(-1, *parameter.shape)) if isinstance(one, PerSampleGrads) else one
 
 
-def _same_windows(views: Sequence[Tensor | ConvInput]) -> ConvInput | None:
-    """Return one view of all samples, where all are the same windows of images of one size."""
-    first = views[0]
-    if not isinstance(first, ConvInput) or not all(isinstance(view, ConvInput) for view in views):
-        return None
-    alike = {view.x_NCHW.shape[1:] for view in views}  # type: ignore[union-attr]
-    return replace(first, x_NCHW=torch.cat([view.x_NCHW for view in views])) if len(alike) == 1 else None  # type: ignore[union-attr]
+def _widen(value: Any) -> Any:
+    """Return half-precision tensors in float32, in whatever they stand: a Gram matrix needs the digits."""
+    if isinstance(value, Call):
+        return replace(value, args=_widen(value.args), kwargs=_widen(dict(value.kwargs)))
+    return tree_map_only(Tensor, _widen_tensor, value)
 
 
-def concat_embedding(uses: Sequence[Sequence[EmbeddingGrads]]) -> EmbeddingGrads:
-    """Return one lookup for all uses, as `concat` does."""
-    ids = [torch.cat([use.ids_NP for use in batch], 1) for batch in uses]
-    g = [torch.cat([use.g_NPD for use in batch], 1) for batch in uses]
-    positions = max(part.shape[1] for part in ids)
-    padded = [F.pad(part, (0, positions - part.shape[1])) for part in ids]
-    return EmbeddingGrads(
-        torch.cat(padded),
-        torch.cat([F.pad(part, (0, 0, 0, positions - part.shape[1])) for part in g]),
-        uses[0][0].num_embeddings,
-    )
+def _widen_tensor(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def gather(
+    layers: Sequence[LayerParams], capture: Capture, release_calls: bool
+) -> tuple[Contributions, dict[str, str]]:
+    """Return the contributions of what was captured since the last step, and why some layers have none, by name.
+
+    Args:
+        layers: of the optimizer.
+        capture: what their calls left behind.
+        release_calls: drop each layer's captured calls once its contributions are there, and everything at the end.
+            This bounds memory; on a CPU it makes later steps slower, because glibc hands the freed pages back.
+
+    Raises:
+        RuntimeError: nothing was captured.
+        ValueError: a rule returned rows of another size than its parameter.
+    """
+    covered = {layer.name: layer for layer in layers if layer.why_sgd is None and layer.trained()}
+    if covered and not capture.records:
+        raise RuntimeError(
+            "the curvature is due for a refresh, but there was no forward and backward of the model since the last "
+            "step: call model(inputs) itself, with gradients enabled, before loss.backward() and optimizer.step()"
+        )
+    capture.complete()
+    batches = [_of_record(capture, record, release_calls) for record in capture.records]
+    found: dict[str, Mapping[str, MicroBatches]] = {}
+    missing: dict[str, str] = {}
+    for name, layer in covered.items():
+        trained = {label: layer.parameters[label] for label in layer.trained()}
+        absent = [p for p in trained.values() if not all(id(p) in by_id for by_id in batches)]
+        if absent:
+            missing[name] = _why_missing(absent[0], capture)
+        else:
+            found[name] = {label: [by_id.pop(id(p)) for by_id in batches] for label, p in trained.items()}
+    if release_calls:
+        capture.forget()
+    return Contributions(found), missing
+
+
+def _of_record(capture: Capture, record: Record, release_calls: bool) -> ById:
+    """Return what one captured forward contributes."""
+    batch = tree_leaves((record.call.args, record.call.kwargs))
+    batch_storages = {x.untyped_storage().data_ptr() for x in batch if isinstance(x, Tensor)}
+    scale, calls_of, with_rule = capture.scale, record.calls if release_calls else dict(record.calls), {}
+    for name, layer in capture.layers.items():
+        if any(call.has_grads for call in calls_of.get(name, [])):
+            record.layers_with_grads.add(name)
+        if layer.rerun or name in record.unbatched:
+            calls_of.pop(name, None)
+        else:
+            with_rule[name] = layer
+
+    def pairs_of(name: str) -> Pairs:
+        calls = [call for call in calls_of.pop(name, []) if call.has_grads]
+        return [(_unshared(call.inputs(name), batch_storages), call.scaled_grads(scale)) for call in calls]
+
+    explicit = {key: scale * rows if scale != 1 else rows for key, rows in record.per_sample_grads.items()}
+    return contributions_of(with_rule, pairs_of, explicit, record.unattributed, record.samples)
+
+
+def _unshared(x: Inputs, batch_storages: Collection[int]) -> Inputs:
+    """Return a layer's input, cloned where it shares storage with the caller's batch.
+
+    A training loop may write its next batch into the same tensor.
+    """
+    if isinstance(x, Call):
+        args, kwargs = tree_map_only(Tensor, partial(_unshared, batch_storages=batch_storages), (x.args, x.kwargs))
+        return replace(x, args=args, kwargs=kwargs)
+    return x.clone() if x.untyped_storage().data_ptr() in batch_storages else x
+
+
+def _why_missing(parameter: Tensor, capture: Capture) -> str:
+    """Return why a parameter has no rows."""
+    for record in capture.records:
+        if id(parameter) in record.unattributed:
+            return record.unattributed[id(parameter)]
+        for name, layer in capture.layers.items():
+            labels = [label for label, p in layer.parameters.items() if p is parameter]
+            if labels and name in record.layers_with_grads:
+                return f"the rule for {type(layer.layer).__name__} says nothing of {labels[0]}"
+    return "not called by the model's forward"

@@ -1,6 +1,6 @@
-"""The per-sample gradients of a table that is looked up, stored as what was looked up and what came back.
+"""The per-sample gradients of an embedding, stored as the ids looked up and the gradients of the embedded vectors.
 
-Dimensions: N samples, P positions, V rows of the table, D entries of a row, K entries of a flat gradient.
+Dimensions: N samples, P positions, V rows of the embedding's weight, D entries of a row, K entries of a flat gradient.
 """
 
 from __future__ import annotations
@@ -11,95 +11,124 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tengrad_triton.curvature.choices import Representation
-from tengrad_triton.curvature.contributions import concat, concat_embedding, take_rows
+from tengrad_triton.curvature.choices import FACTORED_KERNELS, Ops, ProductKernels, Representation
+from tengrad_triton.curvature.concat import concat_embedding, concat_outer, take_embedding_rows, take_outer_rows
 from tengrad_triton.curvature.jacobian import CHUNK_BYTES, Factored, Jacobian, PerSample
-from tengrad_triton.curvature.target import Target, table_update_
+from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table V × D that is looked up, and that may be a linear layer's weight besides (tied embedding and head).
+class EmbeddingJacobian:
+    """The J of an embedding's weight V × D, which a linear layer may share (a tied embedding and head).
 
-    Neither one-hot vectors nor rows for every sample are kept, only ids, derivatives and the weight's factors.
+    Neither one-hot vectors nor N rows of V × D entries are kept.
+
+    Attributes:
+        embedding: what the calls of the embedding contribute.
+        linear: what the calls of the linear layer contribute, if one shares the weight.
+        ops: the kernels.
     """
 
-    lookup: EmbeddingGrads
-    outer: OuterProducts | None
-    ops: Any
+    embedding: EmbeddingGrads
+    linear: OuterProducts | None
+    ops: Ops
 
     @property
-    def rows(self) -> int:  # noqa: D102
-        return len(self.lookup.g_NPD)
+    def rows(self) -> int:
+        """Return N."""
+        return len(self.embedding.g_NPD)
+
+    @property
+    def product_kernels(self) -> ProductKernels:
+        """Return the kernels of the linear layer's part."""
+        return FACTORED_KERNELS
 
     def gram(self) -> Tensor:
-        """Return k_NN, from explicit rows for some of the table's rows at a time: those that were looked up."""
-        lookup, outer = self.lookup, self.outer
-        if outer is None and not torch.compiler.is_compiling():
-            known, ids_NP = torch.unique(lookup.ids_NP, return_inverse=True)
-            lookup = EmbeddingGrads(ids_NP, lookup.g_NPD, len(known))
-        n, entries = len(lookup.g_NPD), lookup.g_NPD.shape[2]
-        step = max(1, CHUNK_BYTES // (n * entries * lookup.g_NPD.itemsize))
-        k_NN = lookup.g_NPD.new_zeros(n, n)
-        for first in range(0, lookup.num_embeddings, step):
-            end = min(lookup.num_embeddings, first + step)
-            rows = _rows_between(lookup, outer, first, end, self.ops)
-            k_NN = k_NN + self.ops.gram_rows([rows], [0], 1)[0]
+        """Return k_NN from explicit rows, for some of the ids that were looked up at a time."""
+        embedding = self.embedding
+        if self.linear is None and not torch.compiler.is_compiling():
+            known, ids_NP = torch.unique(embedding.ids_NP, return_inverse=True)
+            embedding = EmbeddingGrads(ids_NP, embedding.g_NPD, len(known))
+        n, _, entries = embedding.g_NPD.shape
+        step = max(1, CHUNK_BYTES // (n * entries * embedding.g_NPD.itemsize))
+        k_NN = embedding.g_NPD.new_zeros(n, n)
+        for first in range(0, embedding.num_embeddings, step):
+            end = min(embedding.num_embeddings, first + step)
+            j_NK = _explicit_rows(embedding, self.linear, first, end, self.ops)
+            k_NN = k_NN + self.ops.gram_rows([j_NK], [0], 1)[0]
         return k_NN
 
-    def project(self, v: Tensor) -> Tensor:  # noqa: D102
-        lookup = self.lookup
-        y_N = (v[lookup.ids_NP].to(lookup.g_NPD.dtype) * lookup.g_NPD).sum((1, 2))
-        return y_N if self.outer is None else y_N + Factored(self.outer, self.ops).project(v)
+    def project(self, v: Tensor) -> Tensor:
+        """Return y_N with y_n = ⟨J_n, v⟩ = Σ_p ⟨v[id_np], g_np⟩, and the linear layer's part."""
+        embedding = self.embedding
+        y_N = (v[embedding.ids_NP].to(embedding.g_NPD.dtype) * embedding.g_NPD).sum((1, 2))
+        return y_N if self.linear is None else y_N + Factored(self.linear, self.ops).project(v)
 
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:
-        """Take the step without what was looked up, and add that: the update is linear in the direction."""
-        if self.outer is None:
-            # A direction of the table's size would be one more table.
-            table_update_(target.parameter, target.momentum, target.grad, divisor, target.settings, target.nesterov)
+    def expand_update_(self, target: Target, w_N: Tensor, damping: Tensor) -> None:
+        """Step without the embedding's part of Jᵀ w first, then add what that changes: the update is linear in it."""
+        if self.linear is None:
+            _update_along_gradient_(target, damping)
         else:
-            Factored(self.outer, self.ops).expand_update_(target, w_N, divisor)
+            Factored(self.linear, self.ops).expand_update_(target, w_N, damping)
         lr, momentum = target.settings[:2].unbind()
-        change_NPD = self.lookup.g_NPD * (w_N[: len(self.lookup.g_NPD)] / -divisor)[:, None, None]
-        change, ids = change_NPD.flatten(0, 1).to(target.parameter.dtype), self.lookup.ids_NP.flatten()
+        change_NPD = self.embedding.g_NPD * (w_N[: len(self.embedding.g_NPD)] / -damping)[:, None, None]
+        change, ids = change_NPD.flatten(0, 1).to(target.parameter.dtype), self.embedding.ids_NP.flatten()
         target.momentum.index_add_(0, ids, change)
         share = lr * (1 + momentum) if target.nesterov else lr
         target.parameter.index_add_(0, ids, change * -share)
 
-    def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
-        rows = _rows_between(self.lookup, self.outer, 0, self.lookup.num_embeddings, self.ops)
-        return PerSample(directions_RN @ rows, self.ops, "directions")
+    def combine(self, directions_RN: Tensor) -> PerSample:
+        """Return R linear combinations of the rows, as explicit rows."""
+        j_NK = _explicit_rows(self.embedding, self.linear, 0, self.embedding.num_embeddings, self.ops)
+        return PerSample(directions_RN @ j_NK, self.ops, "directions")
 
-    def append_history(self, older: Jacobian, rows: int) -> Table | None:  # noqa: D102
-        if not isinstance(older, Table) or older.lookup.num_embeddings != self.lookup.num_embeddings:
+    def append_history(self, older: Jacobian, rows: int) -> EmbeddingJacobian | None:
+        """Return these rows, followed by the first ``rows`` rows of ``older``, if that is alike."""
+        if not isinstance(older, EmbeddingJacobian) or (older.linear is None) != (self.linear is None):
             return None
-        first = torch.arange(rows, device=self.lookup.g_NPD.device)
-        lookup = concat_embedding([[self.lookup], [take_rows(older.lookup, first)]])  # type: ignore[list-item]
-        if self.outer is None or older.outer is None:
-            return Table(lookup, None, self.ops) if self.outer is older.outer else None
-        return Table(lookup, concat([[self.outer], [take_rows(older.outer, first)]]), self.ops)  # type: ignore[list-item]
+        if older.embedding.num_embeddings != self.embedding.num_embeddings:
+            return None
+        first = torch.arange(rows, device=self.embedding.g_NPD.device)
+        embedding = concat_embedding([[self.embedding], [take_embedding_rows(older.embedding, first)]])
+        if self.linear is None or older.linear is None:
+            return EmbeddingJacobian(embedding, None, self.ops)
+        linear = concat_outer([[self.linear], [take_outer_rows(older.linear, first)]])
+        return EmbeddingJacobian(embedding, linear, self.ops)
 
     @property
-    def representation(self) -> Representation:  # noqa: D102
+    def representation(self) -> Representation:
+        """Return the name of this representation."""
         return "factored"
 
-    def pack(self) -> dict[str, Any]:  # noqa: D102
-        lookup = {
-            "ids_NP": self.lookup.ids_NP,
-            "g_NPD": self.lookup.g_NPD,
-            "num_embeddings": self.lookup.num_embeddings,
-        }
-        outer = {} if self.outer is None else Factored(self.outer, self.ops).pack()
-        return {**outer, "lookup": lookup, "kernel_overrides": list(self.ops.kernel_overrides)}
+    def pack(self) -> dict[str, Any]:
+        """Return tensors and plain numbers."""
+        own = self.embedding
+        embedding = {"ids_NP": own.ids_NP, "g_NPD": own.g_NPD, "num_embeddings": own.num_embeddings}
+        linear = {} if self.linear is None else Factored(self.linear, self.ops).pack()
+        return {**linear, "embedding": embedding, "kernel_overrides": list(self.ops.kernel_overrides)}
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        own = self.lookup.ids_NP.nbytes + self.lookup.g_NPD.nbytes
-        return own if self.outer is None else own + Factored(self.outer, self.ops).nbytes
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
+        own = self.embedding.ids_NP.nbytes + self.embedding.g_NPD.nbytes
+        return own if self.linear is None else own + Factored(self.linear, self.ops).nbytes
 
 
-def _rows_between(lookup: EmbeddingGrads, outer: OuterProducts | None, first: int, end: int, ops: Any) -> Tensor:
-    """Return j_NK of a table's rows from ``first`` to before ``end``."""
-    rows = lookup.sample_grads_between(first, end).flatten(1)
-    return rows if outer is None else rows + OuterProducts(outer.a, outer.g_NGPO[..., first:end]).sample_grads(ops)
+def _explicit_rows(embedding: EmbeddingGrads, linear: OuterProducts | None, first: int, end: int, ops: Ops) -> Tensor:
+    """Return j_NK over the weight's rows from ``first`` to before ``end``."""
+    j_NK = embedding.sample_grads_between(first, end).flatten(1)
+    return j_NK if linear is None else j_NK + OuterProducts(linear.a, linear.g_NGPO[..., first:end]).sample_grads(ops)
+
+
+def _update_along_gradient_(target: Target, damping: Tensor) -> None:
+    """Apply `kernels.update_` along grad / damping; the direction would take another tensor of the weight's size."""
+    param, momentum_buffer, grad = target.parameter, target.momentum, target.grad
+    lr, momentum, weight_decay, shrink = target.settings.unbind()
+    damping = damping.to(grad.dtype)
+    momentum_buffer.mul_(momentum).addcdiv_(grad, damping).addcmul_(param, weight_decay)
+    if target.nesterov:
+        param.mul_(1 - lr * (shrink + weight_decay)).addcdiv_(grad, -damping / lr)
+        param.addcmul_(momentum_buffer, -lr * momentum)
+    else:
+        param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)

@@ -5,17 +5,30 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FLOPS_PER_BYTE = 8  # arithmetic in the time of moving a byte: 5.5 on two cores (where rows cost memory), 20 on a GPU
+from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads
+
+EMBEDDING = "embedding"
+"""The layout of an embedding, which no kernel of a plan computes with."""
+_FLOPS_PER_BYTE = 8  # flops in the time of moving a byte: 5.5 measured on two cores, 20 on a GPU; 8 saves memory
 
 
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of one weight's outer products Σ_p g_np a_npᵀ, and what its two representations cost.
 
-    ``layout`` names what else a kernel's time depends on: a convolution's kernel, stride and dilation, or that it is a
-    table of O rows that are looked up.
+    Attributes:
+        samples: N, the rows of J.
+        groups: G.
+        positions: P.
+        inputs: I of a group.
+        outputs: O of a group; for an embedding the number of its rows in memory, V.
+        itemsize: bytes of an entry.
+        factored_bytes: what storing the factors a and g takes.
+        layout: what else a kernel's time depends on: ``"dense"``, `EMBEDDING`, or a convolution's kernel, stride,
+            padding, dilation and image.
     """
 
     samples: int
@@ -25,7 +38,7 @@ class Geometry:
     outputs: int
     itemsize: int
     factored_bytes: int
-    layout: str = "dense"
+    layout: str
 
     @property
     def key(self) -> str:
@@ -49,19 +62,50 @@ class Geometry:
         return self.samples * self.groups * self.inputs * self.outputs * self.itemsize
 
     @property
-    def prefers_rows(self) -> bool:
-        """Whether explicit per-sample gradients are the cheaper way to K: nearly every convolution, no plain linear."""
+    def prefers_explicit_rows(self) -> bool:
+        """Whether K is cheaper from explicit rows: for most convolutions it is, for linear layers with P = 1 never."""
         return self.row_flops < self.pair_flops
 
-    def rows_save(self, refresh_every: int) -> float:
-        """Return how much less a step costs with explicit rows than with factors, in flops; a refresh is shared out.
+    def flops_saved_by_rows(self, refresh_every: int) -> float:
+        """Return the flops that a step saves with explicit rows instead of factors.
 
-        Either way takes two products a step: 2 G N P I O flops each from factors, a pass over all J from rows.
+        A step takes two products with J: 2 G N P I O flops each from factors, or one pass each over all of J. The cost
+        of a refresh is divided among ``refresh_every`` steps.
         """
-        if self.layout == "table":  # looked up either way: what is smaller is cheaper
+        if self.layout == EMBEDDING:  # both representations look ids up; the smaller one is cheaper
             return float(self.factored_bytes - self.per_sample_bytes)
         products = 4 * self.groups * self.samples * self.positions * self.inputs * self.outputs
         factored = products + 2 * _FLOPS_PER_BYTE * self.factored_bytes
         rows = 2 * _FLOPS_PER_BYTE * self.per_sample_bytes
-        way_to_gram = min(self.pair_flops, self.row_flops) - self.row_flops - rows  # J is written and read once more
-        return factored - rows + way_to_gram / refresh_every
+        gram = min(self.pair_flops, self.row_flops) - self.row_flops - rows  # J is written and read once more
+        return factored - rows + gram / refresh_every
+
+
+def geometry_of(outer: OuterProducts) -> Geometry:
+    """Return the sizes of one call's outer products."""
+    n, groups, positions, outputs = outer.g_NGPO.shape
+    a, itemsize = outer.a, outer.g_NGPO.itemsize
+    if isinstance(a, ConvInput):
+        conv = a.geometry
+        sizes = f"{a.kernel_size} stride {conv.stride} padding {conv.padding} dilation {conv.dilation}"
+        layout = f"conv {sizes} of {list(a.x_NCHW.shape[2:])}"
+        inputs, stored = a.inputs, a.x_NCHW.nbytes
+    else:
+        layout, inputs, stored = "dense", a.shape[-1], a.nbytes
+    return Geometry(n, groups, positions, inputs, outputs, itemsize, stored + outer.g_NGPO.nbytes, layout)
+
+
+def geometry_of_calls(calls: Sequence[Contribution]) -> Geometry | None:
+    """Return the sizes of one micro-batch's calls; None where rows are explicit, which leaves no choice."""
+    if any(isinstance(call, PerSampleGrads) for call in calls):
+        return None
+    outers = [geometry_of(call) for call in calls if isinstance(call, OuterProducts)]
+    embeddings = [call for call in calls if isinstance(call, EmbeddingGrads)]
+    if not embeddings:
+        return outers[0]
+    n, _, entries = embeddings[0].g_NPD.shape
+    positions = sum(call.ids_NP.shape[1] for call in embeddings)
+    stored = sum(call.ids_NP.nbytes + call.g_NPD.nbytes for call in embeddings)
+    stored += sum(outer.factored_bytes for outer in outers)
+    itemsize = embeddings[0].g_NPD.itemsize
+    return Geometry(n, 1, positions, entries, embeddings[0].num_embeddings, itemsize, stored, EMBEDDING)

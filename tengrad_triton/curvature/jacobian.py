@@ -1,6 +1,7 @@
-"""The per-sample gradients J of one parameter, stored so that gram, project and expand are cheap.
+"""The per-sample gradients J of one parameter, stored so that the products with J are cheap.
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient.
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, R
+directions.
 """
 
 from __future__ import annotations
@@ -11,30 +12,32 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tengrad_triton.curvature.choices import (
     CONV_KERNELS,
     FACTORED_KERNELS,
     PER_SAMPLE_KERNELS,
-    Product,
+    Ops,
     ProductKernels,
     Representation,
 )
-from tengrad_triton.curvature.contributions import concat, geometry_of, take_rows
-from tengrad_triton.curvature.products import Grouped, implementations
+from tengrad_triton.curvature.concat import concat_outer, take_outer_rows
+from tengrad_triton.curvature.geometry import geometry_of
+from tengrad_triton.curvature.products import Grouped
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
 
 CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
 
 RowKind = Literal["samples", "directions", "parameters"]
-"""What a row of explicit J belongs to."""
+"""What a row of explicit J is: one sample's gradient, a direction (M7), or a row of R in J = Q R (M12)."""
 
 
 class Jacobian(Protocol):
     """Rows J_n of one parameter, N of them.
 
-    A class whose products are take_rows for many parameters in one launch is a `Grouped` as well.
+    A class whose products are computed for many parameters in one launch is `Grouped` as well.
     """
 
     @property
@@ -42,222 +45,251 @@ class Jacobian(Protocol):
         """Return N."""
 
     @property
-    def ops(self) -> Any:
-        """Return the kernels that do the work (see `backend.ops_for`)."""
+    def ops(self) -> Ops:
+        """Return the kernels that compute the products (see `choices.ops_for`)."""
+
+    @property
+    def product_kernels(self) -> ProductKernels:
+        """Return the names of these kernels, by product."""
 
     def gram(self) -> Tensor:
         """Return k_NN with K[n, m] = ⟨J_n, J_m⟩."""
 
     def project(self, v: Tensor) -> Tensor:
-        """Return y_N with y_n = ⟨J_n, v⟩ for a parameter-shaped ``v``."""
+        """Return y_N with y_n = ⟨J_n, v⟩ for a tensor ``v`` of the parameter's shape."""
 
-    def expand_update_(self, target: Target, w_N: Tensor, divisor: Tensor) -> None:
-        """Step the target's parameter in place along (grad − Σ_n w_n J_n) / divisor, by the update rule."""
+    def expand_update_(self, target: Target, w_N: Tensor, damping: Tensor) -> None:
+        """Step the target's parameter in place along (grad − Σ_n w_n J_n) / damping, by the rule of `kernels.update_`.
 
-    def combined(self, directions_RN: Tensor) -> PerSample:
-        """Return R combinations of the rows, as rows."""
+        Entries of ``w_N`` beyond N are not read.
+        """
+
+    def combine(self, directions_RN: Tensor) -> PerSample:
+        """Return R linear combinations of the rows, as explicit rows."""
 
     def append_history(self, older: Jacobian, rows: int) -> Jacobian | None:
-        """Return these rows, and behind them the first ones of ``older``; None where the two cannot be concat."""
+        """Return these rows, followed by the first ``rows`` rows of ``older``; None where the two do not fit."""
 
     @property
     def representation(self) -> Representation:
         """Return the name of this representation."""
 
     def pack(self) -> dict[str, Any]:
-        """Return tensors and plain numbers from which `unpack` makes the same object."""
+        """Return tensors and plain numbers from which `checkpoint.unpack` makes the same object."""
 
     @property
     def nbytes(self) -> int:
         """Return the bytes stored."""
 
 
-BlockJacobian = Mapping[str, Jacobian]
-"""A block's J, side by side: the parameters' names within their layer, and the rows of each."""
-Jacobians = Mapping[str, BlockJacobian]
-"""The J of every block, by the block's name."""
+LayerJacobian = Mapping[str, Jacobian]
+"""The J of every parameter of a layer, by the parameter's name within it."""
+Jacobians = Mapping[str, LayerJacobian]
+"""The J of every layer, by the layer's name."""
 
 
 @dataclass(frozen=True)
 class PerSample(Grouped):
-    """J itself, a row of K numbers a sample: every product is one pass over memory.
+    """J itself: K numbers a row, so that every product is one pass over memory.
 
-    In bfloat16 the rounded rows are J in every product, so that the step is exact for a slightly different Fisher.
-    Instead of a sample a row can be one of a block's leading directions, or of as many rows as there are parameters,
-    with the same Jᵀ J (see `woodbury.compress` and `woodbury.curvature`).
+    In bfloat16 the rounded rows are J in every product: the step is exact for a slightly different Fisher matrix.
+    Compression and reduction replace the samples' rows by fewer ones with the same Jᵀ J, or nearly the same (see
+    `RowKind`).
     """
 
     j_NK: Tensor
-    ops: Any
-    form: RowKind = "samples"
+    ops: Ops
+    row_kind: RowKind
 
     @property
-    def rows(self) -> int:  # noqa: D102
+    @override
+    def rows(self) -> int:
         return len(self.j_NK)
 
-    def team(self, product: Product) -> Hashable:  # noqa: D102
-        return PerSample, self.j_NK.dtype, implementations(self.ops, self.kernels[product])
-
     @property
-    def kernels(self) -> ProductKernels:  # noqa: D102
+    @override
+    def product_kernels(self) -> ProductKernels:
         return PER_SAMPLE_KERNELS
 
-    @staticmethod
-    def gram_grouped(members: Sequence[PerSample], systems: list[int], count: int) -> Tensor:  # noqa: D102
-        return members[0].ops.gram_rows([one.j_NK for one in members], systems, count)
+    @override
+    def _layout(self) -> Hashable:
+        return PerSample, self.j_NK.dtype
 
     @staticmethod
-    def project_grouped(  # noqa: D102
-        members: Sequence[PerSample], v: Sequence[Tensor], systems: list[int], shape: list[int]
+    @override
+    def gram_grouped(jacobians: Sequence[PerSample], blocks: list[int], count: int) -> Tensor:
+        return jacobians[0].ops.gram_rows([one.j_NK for one in jacobians], blocks, count)
+
+    @staticmethod
+    @override
+    def project_grouped(
+        jacobians: Sequence[PerSample], v: Sequence[Tensor], blocks: list[int], shape: list[int]
     ) -> Tensor:
-        rows = [one.j_NK for one in members]
-        return members[0].ops.project_rows(rows, [matrix_view(x) for x in v], systems, shape)
+        j = [one.j_NK for one in jacobians]
+        return jacobians[0].ops.project_rows(j, [matrix_view(x) for x in v], blocks, shape)
 
     @staticmethod
-    def expand_update_grouped_(  # noqa: D102
-        members: Sequence[PerSample], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
+    @override
+    def expand_update_grouped_(
+        jacobians: Sequence[PerSample], targets: Sequence[Target], w: Sequence[Tensor], dampings: Sequence[Tensor]
     ) -> None:
-        rows = [one.j_NK for one in members]
-        short = [w_N if len(w_N) == len(j_NK) else w_N[: len(j_NK)] for w_N, j_NK in zip(w, rows, strict=True)]
-        state, settings = _views(targets), [target.settings for target in targets]
-        members[0].ops.expand_rows_update_(*state, rows, short, list(divisors), settings, targets[0].nesterov)
+        j = [one.j_NK for one in jacobians]
+        of_rows = [w_N if len(w_N) == len(j_NK) else w_N[: len(j_NK)] for w_N, j_NK in zip(w, j, strict=True)]
+        state, settings = _matrix_views(targets), [target.settings for target in targets]
+        jacobians[0].ops.expand_rows_update_(*state, j, of_rows, list(dampings), settings, targets[0].nesterov)
 
-    def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
+    def combine(self, directions_RN: Tensor) -> PerSample:
+        """Return R linear combinations of the rows."""
         return PerSample(directions_RN @ self.j_NK, self.ops, "directions")
 
-    def append_history(self, older: Jacobian, rows: int) -> PerSample | None:  # noqa: D102
+    def append_history(self, older: Jacobian, rows: int) -> PerSample | None:
+        """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same dtype."""
         if not isinstance(older, PerSample) or older.j_NK.dtype != self.j_NK.dtype:
             return None
-        return PerSample(torch.cat([self.j_NK, older.j_NK[:rows]]), self.ops)
+        return PerSample(torch.cat([self.j_NK, older.j_NK[:rows]]), self.ops, self.row_kind)
 
     @property
-    def representation(self) -> Representation:  # noqa: D102
-        if self.form == "directions":
+    def representation(self) -> Representation:
+        """Return the name of this representation."""
+        if self.row_kind == "directions":
             return "compressed"
         return "per_sample_bf16" if self.j_NK.dtype == torch.bfloat16 else "per_sample"
 
-    def pack(self) -> dict[str, Any]:  # noqa: D102
-        return {"j_NK": self.j_NK, "kernel_overrides": list(self.ops.kernel_overrides), "form": self.form}
+    def pack(self) -> dict[str, Any]:
+        """Return tensors and plain numbers."""
+        return {"j_NK": self.j_NK, "kernel_overrides": list(self.ops.kernel_overrides), "row_kind": self.row_kind}
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
         return self.j_NK.nbytes
 
 
 @dataclass(frozen=True)
 class Factored(Grouped):
-    """What the layer saw, a, and the derivatives of its output, g: J_n = Σ_p g_np a_npᵀ is never kept."""
+    """The layer's input a and its output gradients g, of which J_n = Σ_p g_np a_npᵀ: J itself is not kept."""
 
-    outer: OuterProducts
-    ops: Any
-
-    def _a_NGPI(self) -> Tensor:
-        a = self.outer.a
-        return a.unfold() if isinstance(a, ConvInput) else a
+    factors: OuterProducts
+    ops: Ops
 
     @property
-    def rows(self) -> int:  # noqa: D102
-        return len(self.outer.g_NGPO)
-
-    def team(self, product: Product) -> Hashable:  # noqa: D102
-        return type(self.outer.a), self.outer.g_NGPO.dtype, implementations(self.ops, self.kernels[product])
+    @override
+    def rows(self) -> int:
+        return len(self.factors.g_NGPO)
 
     @property
-    def kernels(self) -> ProductKernels:  # noqa: D102
-        return CONV_KERNELS if isinstance(self.outer.a, ConvInput) else FACTORED_KERNELS
+    @override
+    def product_kernels(self) -> ProductKernels:
+        return CONV_KERNELS if isinstance(self.factors.a, ConvInput) else FACTORED_KERNELS
+
+    @override
+    def _layout(self) -> Hashable:
+        return type(self.factors.a), self.factors.g_NGPO.dtype
 
     @staticmethod
-    def gram_grouped(members: Sequence[Factored], systems: list[int], count: int) -> Tensor:
-        """Return k_LNN by each member's cheaper way: pairs of positions, or J_n of some outputs at a time."""
-        ops, k_LNN = members[0].ops, []
-        by_rows = [geometry_of(one.outer).prefers_rows for one in members]
-        pairs = [t for t, rows in enumerate(by_rows) if not rows]
-        if pairs:
-            a, g = [members[t]._a_NGPI() for t in pairs], [members[t].outer.g_NGPO for t in pairs]
-            k_LNN.append(ops.gram(a, g, [systems[t] for t in pairs], count))
-        for one, system in (
-            pair for pair, rows in zip(zip(members, systems, strict=True), by_rows, strict=True) if rows
-        ):
-            k_LNN += [ops.gram_rows([part.sample_grads(ops)], [system], count) for part in one._parts()]
+    @override
+    def gram_grouped(jacobians: Sequence[Factored], blocks: list[int], count: int) -> Tensor:
+        """Return k_LNN; each Gram matrix comes from pairs of positions or from explicit rows, whichever is cheaper."""
+        ops, k_LNN = jacobians[0].ops, []
+        entries = list(zip(jacobians, blocks, strict=True))
+        by_rows = [geometry_of(one.factors).prefers_explicit_rows for one in jacobians]
+        from_pairs = [entry for entry, explicit in zip(entries, by_rows, strict=True) if not explicit]
+        if from_pairs:
+            a, g = [one._a_NGPI() for one, _ in from_pairs], [one.factors.g_NGPO for one, _ in from_pairs]
+            k_LNN.append(ops.gram(a, g, [block for _, block in from_pairs], count))
+        for one, block in (entry for entry, explicit in zip(entries, by_rows, strict=True) if explicit):
+            k_LNN += [ops.gram_rows([part.sample_grads(ops)], [block], count) for part in one._output_parts()]
         return sum(k_LNN[1:], start=k_LNN[0])
 
     @staticmethod
-    def project_grouped(  # noqa: D102
-        members: Sequence[Factored], v: Sequence[Tensor], systems: list[int], shape: list[int]
+    @override
+    def project_grouped(
+        jacobians: Sequence[Factored], v: Sequence[Tensor], blocks: list[int], shape: list[int]
     ) -> Tensor:
-        if isinstance(members[0].outer.a, ConvInput):
-            x, g, sizes = _convolutions(members)
-            return members[0].ops.project_windows(x, g, _weights(members, v), sizes, systems, shape)
-        a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
-        return members[0].ops.project(a, g, [matrix_view(x) for x in v], systems, shape)
+        ops = jacobians[0].ops
+        if isinstance(jacobians[0].factors.a, ConvInput):
+            x, g, geometries = _conv_factors(jacobians)
+            return ops.project_conv(x, g, _conv_weights(jacobians, v), geometries, blocks, shape)
+        a, g = [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
+        return ops.project(a, g, [matrix_view(x) for x in v], blocks, shape)
 
     @staticmethod
-    def expand_update_grouped_(  # noqa: D102
-        members: Sequence[Factored], targets: Sequence[Target], w: Sequence[Tensor], divisors: Sequence[Tensor]
+    @override
+    def expand_update_grouped_(
+        jacobians: Sequence[Factored], targets: Sequence[Target], w: Sequence[Tensor], dampings: Sequence[Tensor]
     ) -> None:
-        numbers = list(w), list(divisors), [target.settings for target in targets], targets[0].nesterov
-        if isinstance(members[0].outer.a, ConvInput):
-            x, g, sizes = _convolutions(members)
-            state = [_weights(members, tensors) for tensors in _state(targets)]
-            members[0].ops.expand_windows_update_(*state, x, g, sizes, *numbers)
+        ops = jacobians[0].ops
+        numbers = list(w), list(dampings), [target.settings for target in targets], targets[0].nesterov
+        if isinstance(jacobians[0].factors.a, ConvInput):
+            x, g, geometries = _conv_factors(jacobians)
+            state = [_conv_weights(jacobians, tensors) for tensors in _state(targets)]
+            ops.expand_conv_update_(*state, x, g, geometries, *numbers)
             return
-        a, g = [one.outer.a for one in members], [one.outer.g_NGPO for one in members]
-        members[0].ops.expand_update_(*_views(targets), a, g, *numbers)
+        a, g = [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
+        ops.expand_update_(*_matrix_views(targets), a, g, *numbers)
 
-    def combined(self, directions_RN: Tensor) -> PerSample:  # noqa: D102
-        groups, inputs, rows = self.outer.g_NGPO.shape[1], geometry_of(self.outer).inputs, len(directions_RN)
+    def combine(self, directions_RN: Tensor) -> PerSample:
+        """Return R linear combinations of the rows; explicit rows are formed for some outputs at a time."""
+        groups, inputs, count = self.factors.g_NGPO.shape[1], geometry_of(self.factors).inputs, len(directions_RN)
         parts = [
-            (directions_RN @ part.sample_grads(self.ops)).view(rows, groups, part.outputs, inputs)
-            for part in self._parts()
+            (directions_RN @ part.sample_grads(self.ops)).view(count, groups, part.outputs, inputs)
+            for part in self._output_parts()
         ]
         return PerSample(torch.cat(parts, 2).flatten(1), self.ops, "directions")
 
-    def _parts(self) -> list[OuterProducts]:
-        """Return the layer in parts of its outputs, whose explicit rows take little memory."""
-        chunks = -(-geometry_of(self.outer).per_sample_bytes // CHUNK_BYTES)
-        return [OuterProducts(self.outer.a, g) for g in self.outer.g_NGPO.chunk(chunks, dim=3)]
+    def _a_NGPI(self) -> Tensor:
+        a = self.factors.a
+        return a.unfold() if isinstance(a, ConvInput) else a
 
-    def append_history(self, older: Jacobian, rows: int) -> Factored | None:  # noqa: D102
-        mine = self.outer
-        if not isinstance(older, Factored) or older.outer.g_NGPO.shape[1:] != mine.g_NGPO.shape[1:]:
+    def _output_parts(self) -> list[OuterProducts]:
+        """Return the layer in parts of its outputs, each with explicit rows of at most `CHUNK_BYTES`."""
+        chunks = -(-geometry_of(self.factors).per_sample_bytes // CHUNK_BYTES)
+        return [OuterProducts(self.factors.a, g) for g in self.factors.g_NGPO.chunk(chunks, dim=3)]
+
+    def append_history(self, older: Jacobian, rows: int) -> Factored | None:
+        """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same sizes."""
+        own = self.factors
+        if not isinstance(older, Factored) or older.factors.g_NGPO.shape[1:] != own.g_NGPO.shape[1:]:
             return None
-        kept = take_rows(older.outer, torch.arange(rows, device=mine.g_NGPO.device))
-        return Factored(concat([[mine], [kept]]), self.ops)  # type: ignore[list-item]
+        first = torch.arange(rows, device=own.g_NGPO.device)
+        return Factored(concat_outer([[own], [take_outer_rows(older.factors, first)]]), self.ops)
 
     @property
-    def representation(self) -> Representation:  # noqa: D102
+    def representation(self) -> Representation:
+        """Return the name of this representation."""
         return "factored"
 
-    def pack(self) -> dict[str, Any]:  # noqa: D102
-        a = self.outer.a
-        return {
-            "a": a.pack() if isinstance(a, ConvInput) else a,
-            "g_NGPO": self.outer.g_NGPO,
-            "kernel_overrides": list(self.ops.kernel_overrides),
-        }
+    def pack(self) -> dict[str, Any]:
+        """Return tensors and plain numbers."""
+        a = self.factors.a
+        packed_a = a.pack() if isinstance(a, ConvInput) else a
+        overrides = list(self.ops.kernel_overrides)
+        return {"a": packed_a, "g_NGPO": self.factors.g_NGPO, "kernel_overrides": overrides}
 
     @property
-    def nbytes(self) -> int:  # noqa: D102
-        a = self.outer.a
-        return (a.x_NCHW if isinstance(a, ConvInput) else a).nbytes + self.outer.g_NGPO.nbytes
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
+        a = self.factors.a
+        return (a.x_NCHW if isinstance(a, ConvInput) else a).nbytes + self.factors.g_NGPO.nbytes
 
 
 def _state(targets: Sequence[Target]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield all parameters, all momenta, and all gradients."""
     return zip(*((target.parameter, target.momentum, target.grad) for target in targets), strict=True)
 
 
-def _views(targets: Sequence[Target]) -> list[list[Tensor]]:
-    return [[matrix_view(x) for x in kind] for kind in _state(targets)]
+def _matrix_views(targets: Sequence[Target]) -> list[list[Tensor]]:
+    return [[matrix_view(x) for x in tensors] for tensors in _state(targets)]
 
 
-def _convolutions(members: Sequence[Factored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Return inputs, derivatives [N, O, H, W], and all `ConvGeometry.numbers`."""
-    views = [cast("ConvInput", one.outer.a) for one in members]
-    g = [one.outer.g_NOHW(view) for one, view in zip(members, views, strict=True)]
-    return [view.x_NCHW for view in views], g, [number for view in views for number in view.geometry.numbers]
+def _conv_factors(jacobians: Sequence[Factored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Return inputs, output gradients [N, O, H, W], and all `ConvGeometry.numbers`."""
+    inputs = [cast("ConvInput", one.factors.a) for one in jacobians]
+    g = [one.factors.g_NOHW(a) for one, a in zip(jacobians, inputs, strict=True)]
+    return [a.x_NCHW for a in inputs], g, [number for a in inputs for number in a.geometry.numbers]
 
 
-def _weights(members: Sequence[Factored], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return parameter-shaped tensors as weights of convolutions in a plane."""
-    sizes = [cast("ConvInput", one.outer.a).kernel_size for one in members]
+def _conv_weights(jacobians: Sequence[Factored], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return parameter-shaped tensors as weights of two-dimensional convolutions."""
+    sizes = [cast("ConvInput", one.factors.a).kernel_size for one in jacobians]
     return [x.view(*x.shape[:2], *size) for x, size in zip(tensors, sizes, strict=True)]

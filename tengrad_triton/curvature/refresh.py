@@ -1,227 +1,170 @@
-"""From recorded batches to every block's J: the canonical form of each use, and a representation for each parameter."""
+"""A refresh of the curvature: from captured batches to every parameter's J and the factored Fisher blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import Tensor
 
-from tengrad_triton.capture.blocks import LayerParams, CapturedLayer, full_name
+from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
-from tengrad_triton.capture.record import Record
-from tengrad_triton.curvature.build import jacobian_of
-from tengrad_triton.curvature.choices import Choice, Choices, OpsFor
-from tengrad_triton.curvature.contributions import Contributions, geometry_of_uses, rows_in, take_rows
-from tengrad_triton.curvature.geometry import Geometry
-from tengrad_triton.curvature.jacobian import BlockJacobian, Jacobian
-from tengrad_triton.curvature.woodbury import Curvature
-from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads, canonical
-
-BlockUses = Mapping[str, Contributions]
-"""What the recorded batches contribute to each parameter of a block."""
+from tengrad_triton.curvature.choices import Choice, Choices, Ops, OpsFor, Representation
+from tengrad_triton.curvature.concat import MicroBatches, concat_embedding, concat_outer
+from tengrad_triton.curvature.contributions import Contributions, gather
+from tengrad_triton.curvature.embedding import EmbeddingJacobian
+from tengrad_triton.curvature.geometry import Geometry, geometry_of
+from tengrad_triton.curvature.jacobian import Factored, Jacobian, Jacobians, LayerJacobian, PerSample
+from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
+from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical_rows
+from tengrad_triton.profiling import phase
 
 
-def gather(
-    blocks: Sequence[LayerParams], capture: Capture, frugal: bool = False
-) -> tuple[dict[str, BlockUses], dict[str, str]]:
-    """Return the uses of every covered block, and why the others have none.
+@dataclass(frozen=True)
+class RefreshOptions:
+    """What a refresh reads of the optimizer's settings.
 
-    ``frugal`` uses up what was captured, so that its memory goes layer by layer as J comes in its place. The price on a
-    CPU is that glibc hands the pages back, and later steps fault them in again: a fifth of a step of WRN-28-4.
+    Attributes:
+        fisher_rows: the most rows to keep; None for all.
+        history: the number of refreshes whose rows are kept.
+        tol: the error bound of ``"compressed"`` (M7).
+        relative_damping: whether dampings are in units of each block's mean squared row norm (M5).
+        release_calls: whether captured calls are dropped as J takes their place (see `gather`).
+        choose: returns every weight's choice from the sizes of all weights.
+        blocks_of: returns the Fisher blocks that the named layers form (M11).
+        damping_of: returns each block's damping as a tensor.
+        ops_for: returns the ops for kernel overrides.
+        report: called with why layers have no rows, by name; raises where that is an error.
+    """
+
+    fisher_rows: int | None
+    history: int
+    tol: float
+    relative_damping: bool
+    release_calls: bool
+    choose: Callable[[Mapping[str, Geometry]], dict[str, Choice]]
+    blocks_of: Callable[[Sequence[str]], FisherBlocks]
+    damping_of: Callable[[FisherBlocks], Tensor]
+    ops_for: OpsFor
+    report: Callable[[Mapping[str, str]], None]
+
+
+def refresh(
+    capture: Capture,
+    layers: Sequence[LayerParams],
+    options: RefreshOptions,
+    before: Curvature | None,
+    generator: torch.Generator,
+) -> Curvature:
+    """Return the curvature of what was captured since the last step.
+
+    Args:
+        capture: what the layers' calls left behind.
+        layers: of the optimizer.
+        options: of the refresh.
+        before: the present curvature, for its history and its count of failures.
+        generator: draws which rows are kept where ``fisher_rows`` bounds them.
 
     Raises:
-        RuntimeError: nothing was recorded.
+        RuntimeError: nothing was captured since the last step.
         ValueError: a rule returned rows of another size than its parameter.
     """
-    covered = {block.name: block for block in blocks if block.why_sgd is None and block.trained()}
-    if covered and not capture.records:
-        raise RuntimeError(
-            "the curvature is due for a refresh, and no forward and backward of the model was seen since the last "
-            "step: call model(inputs) itself, with gradients, before loss.backward() and optimizer.step()"
-        )
-    capture.complete()
-    found = [_forms_of_record(capture.layers, record, capture.scale, frugal) for record in capture.records]
-    gathered: dict[str, BlockUses] = {}
-    missing: dict[str, str] = {}
-    for name, block in covered.items():
-        trained = {label: block.parameters[label] for label in block.trained()}
-        absent = [p for p in trained.values() if not all(id(p) in forms for forms in found)]
-        if absent:
-            missing[name] = _why_missing(absent[0], capture)
-        else:
-            gathered[name] = {label: [forms.pop(id(p)) for forms in found] for label, p in trained.items()}
-    if frugal:
-        capture.forget()
-    return gathered, missing
+    with phase("capture"):
+        contributions, missing = gather(layers, capture, options.release_calls)
+    options.report(missing)
+    if options.fisher_rows is not None:
+        contributions = contributions.sample(options.fisher_rows, generator)
+    choices = options.choose(contributions.geometries())
+    blocks, rows = options.blocks_of(contributions.layers), contributions.rows
+    compressed = compressed_layers(contributions, choices)
+    tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
+    with phase("curvature"):
+        own = jacobians_of(contributions, choices, options.ops_for)
+        jacobians, history = append_history(own, rows, before, options.history)
+        failures_L = failures_of(list(blocks), before)
+        return factor(
+            jacobians, blocks, history, options.damping_of(blocks), failures_L, options.ops_for(()),
+            tol, options.relative_damping,
+        )  # fmt: skip
 
 
-def _forms_of_record(
-    sources: Mapping[str, CapturedLayer], record: Record, scale: int, frugal: bool
-) -> dict[int, list[Contribution]]:
-    """Return what a forward contributes to each parameter, by the parameter's id."""
-    forms: dict[int, list[Contribution]] = {
-        key: [PerSampleGrads(scale * rows if scale != 1 else rows)] for key, rows in record.per_sample_grads.items()
-    }
-    given = tree_leaves((record.call.args, record.call.kwargs))
-    lent = {x.untyped_storage().data_ptr() for x in given if isinstance(x, Tensor)}
-    for name, source in sources.items():
-        uses = record.calls.pop(name, []) if frugal else record.calls.get(name, [])
-        calls = [use for use in uses if use.has_grads]
-        if calls:
-            record.layers_with_grads.add(name)
-        wanted = {id(p) for p in source.parameters.values() if p.requires_grad} - record.unattributed.keys()
-        if source.rerun or not wanted or name in record.unbatched:
-            continue
-        pairs = [(_own(use.inputs(name), lent), use.scaled_grads(scale)) for use in calls]
-        of_source = forms_of(name, source, pairs, record.samples)
-        for key in wanted & of_source.keys():
-            forms.setdefault(key, []).extend(of_source[key])
-    return forms
+def jacobians_of(contributions: Contributions, choices: Choices, ops_for: OpsFor) -> dict[str, LayerJacobian]:
+    """Return every layer's J, each parameter in the representation and with the kernels chosen for it.
 
-
-def _own(x: Inputs, lent: Collection[int]) -> Inputs:
-    """Return a layer's input, with a copy of what the training loop lent the model: its next batch may go there."""
-    if isinstance(x, Call):
-        args, kwargs = tree_map_only(Tensor, partial(_own, lent=lent), (x.args, x.kwargs))
-        return replace(x, args=args, kwargs=kwargs)
-    return x.clone() if x.untyped_storage().data_ptr() in lent else x
-
-
-def forms_of(
-    name: str, source: CapturedLayer, calls: Sequence[tuple[Any, Any]], samples: int
-) -> dict[int, list[Contribution]]:
-    """Return what the calls of a layer, (input, derivatives), contribute to its parameters, by the parameter's id.
-
-    Raises:
-        ValueError: the layer's rule returned rows of another size than the parameter, or of other samples.
-    """
-    forms: dict[int, list[Contribution]] = {}
-    for x, grad_y in calls:
-        form = canonical(source.layer, _widened(x), _widened(grad_y))
-        for label, parameter in source.parameters.items():
-            if label in form:
-                use = _checked(form[label], parameter, samples, source.layer, full_name(name, label))
-                forms.setdefault(id(parameter), []).append(use)
-    return forms
-
-
-def _checked(use: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
-    if use.entries != parameter.numel():
-        raise ValueError(
-            f"the rule for {type(layer).__name__} returned rows of {use.entries} entries for {name!r}, which has "
-            f"{parameter.numel()}"
-        )
-    if rows_in(use) != samples:
-        raise ValueError(
-            f"the rule for {type(layer).__name__} returned {rows_in(use)} rows for {name!r}, where the batch has "
-            f"{samples} samples"
-        )
-    return PerSampleGrads(use.j_NK.reshape(-1, *parameter.shape)) if isinstance(use, PerSampleGrads) else use
-
-
-def _why_missing(parameter: Tensor, capture: Capture) -> str:
-    """Return why a parameter has no rows."""
-    for record in capture.records:
-        if id(parameter) in record.unattributed:
-            return record.unattributed[id(parameter)]
-        for name, source in capture.layers.items():
-            labels = [label for label, p in source.parameters.items() if p is parameter]
-            if labels and name in record.layers_with_grads:
-                return f"the rule for {type(source.layer).__name__} says nothing of {labels[0]}"
-    return "not called by the model's forward"
-
-
-def _widened(value: Any) -> Any:
-    """Return half precision as float32, in whatever it stands: a Gram matrix needs its digits."""
-    if isinstance(value, Call):
-        return replace(value, args=_widened(value.args), kwargs=_widened(dict(value.kwargs)))
-    return tree_map_only(Tensor, _wide, value)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-
-
-def sampled_rows(gathered: Mapping[str, BlockUses], most: int, generator: torch.Generator) -> dict[str, BlockUses]:
-    """Return ``most`` of the rows, the same of every block: each as likely as any other, so F is unbiased (M10)."""
-    uses = next((use for block in gathered.values() for use in block.values()), [])
-    sizes = [rows_in(batch[0]) for batch in uses]
-    if sum(sizes) <= most:
-        return dict(gathered)
-    drawn, _ = torch.randperm(sum(sizes), generator=generator)[:most].sort()
-    ends = torch.tensor(sizes).cumsum(0)
-    parts = [drawn[(drawn >= end - size) & (drawn < end)] - (end - size) for size, end in zip(sizes, ends, strict=True)]
-
-    def some(uses: Contributions) -> Contributions:
-        return [[take_rows(use, part) for use in batch] for batch, part in zip(uses, parts, strict=True) if len(part)]
-
-    return {name: {label: some(uses) for label, uses in block.items()} for name, block in gathered.items()}
-
-
-def geometries_of(gathered: Mapping[str, BlockUses]) -> dict[str, Geometry]:
-    """Return the sizes of every weight that multiplies what its layer sees, by its full name."""
-    geometries = {}
-    for name, block in gathered.items():
-        for label, uses in block.items():
-            geometry = geometry_of_uses(uses[0])
-            if geometry is not None:
-                rows = sum(rows_in(batch[0]) for batch in uses)
-                stored = geometry.factored_bytes * rows // geometry.samples
-                geometries[full_name(name, label)] = replace(geometry, samples=rows, factored_bytes=stored)
-    return geometries
-
-
-def jacobians_of(gathered: dict[str, BlockUses], chosen: Choices, ops_for: OpsFor) -> dict[str, BlockJacobian]:
-    """Return every block's J, each parameter in the representation and with the kernels chosen for it.
-
-    ``gathered`` is used up: a block's canonical form (padded inputs) goes when its J is there.
+    ``contributions`` is used up: the inputs of a layer are released as soon as its J is there.
     """
 
-    def one(name: str, use: Contributions) -> Jacobian:
-        choice = chosen.get(name, Choice("per_sample"))
-        return jacobian_of(use, choice.representation, ops_for(choice.kernel_overrides))
+    def one(name: str, batches: MicroBatches) -> Jacobian:
+        choice = choices.get(name, Choice("per_sample"))
+        return jacobian_of(batches, choice.representation, ops_for(choice.kernel_overrides))
 
-    def of_block(name: str, block: BlockUses) -> BlockJacobian:
-        return {label: one(full_name(name, label), use) for label, use in block.items()}
+    def of_layer(name: str) -> LayerJacobian:
+        layer = contributions.by_layer.pop(name)
+        return {label: one(full_name(name, label), batches) for label, batches in layer.items()}
 
-    return {name: of_block(name, gathered.pop(name)) for name in list(gathered)}
+    return {name: of_layer(name) for name in contributions.layers}
 
 
-def rows_of(gathered: Mapping[str, BlockUses]) -> int:
-    """Return how many rows J will have."""
-    uses = next((use for block in gathered.values() for use in block.values()), [])
-    return sum(rows_in(batch[0]) for batch in uses)
+def jacobian_of(batches: MicroBatches, representation: Representation, ops: Ops) -> Jacobian:
+    """Return the J of one parameter: calls within a micro-batch add up, micro-batches follow each other."""
+    kinds = {type(call) for calls in batches for call in calls}
+    outers = [[call for call in calls if isinstance(call, OuterProducts)] for calls in batches]
+    if EmbeddingGrads in kinds and PerSampleGrads not in kinds and representation == "factored":
+        embeddings = [[call for call in calls if isinstance(call, EmbeddingGrads)] for calls in batches]
+        linear = concat_outer(outers) if OuterProducts in kinds else None
+        return EmbeddingJacobian(concat_embedding(embeddings), linear, ops)
+    if kinds == {OuterProducts}:
+        # Directions are made from factors where that is cheaper than from explicit rows.
+        compressible = representation == "compressed" and not geometry_of(outers[0][0]).prefers_explicit_rows
+        if representation == "factored" or compressible:
+            return Factored(concat_outer(outers), ops)
+    rows = [_sum([_explicit_rows(call, ops) for call in calls]) for calls in batches]
+    j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch would copy a single one
+    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops, "samples")
+
+
+def _explicit_rows(call: Contribution, ops: Ops) -> Tensor:
+    return canonical_rows(call.j_NK) if isinstance(call, PerSampleGrads) else call.sample_grads(ops)
+
+
+def _sum(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.stack(tuple(rows)).sum(0)
 
 
 def append_history(
-    blocks: Mapping[str, BlockJacobian], rows: int, before: Curvature | None, history: int
-) -> tuple[Mapping[str, BlockJacobian], tuple[int, ...]]:
-    """Return J with the rows of the refreshes before this one behind its own (M10), and how many rows are of which.
+    jacobians: Jacobians, rows: int, before: Curvature | None, history: int
+) -> tuple[Jacobians, tuple[int, ...]]:
+    """Return J with the rows of earlier refreshes behind its own (M10), and how many rows each refresh gave.
 
-    Where something has changed (a layer, a size, a representation) the history begins anew.
+    Where a layer, a size or a representation has changed, the history begins anew.
     """
-    older = () if before is None else before.window[: history - 1]
-    if (
-        before is None
-        or not older
-        or {n: set(b) for n, b in blocks.items()} != {n: set(b) for n, b in before.blocks.items()}
-    ):
-        return blocks, (rows,)
-    concat = {
-        name: {label: own.append_history(before.blocks[name][label], sum(older)) for label, own in block.items()}
-        for name, block in blocks.items()
+    older = () if before is None else before.history[: history - 1]
+    if before is None or not older or _labels(jacobians) != _labels(before.jacobians):
+        return jacobians, (rows,)
+    joined = {
+        name: {label: own.append_history(before.jacobians[name][label], sum(older)) for label, own in layer.items()}
+        for name, layer in jacobians.items()
     }
-    if any(rows is None for block in concat.values() for rows in block.values()):
-        return blocks, (rows,)
-    return cast("Mapping[str, BlockJacobian]", concat), (rows, *older)
+    if any(one is None for layer in joined.values() for one in layer.values()):
+        return jacobians, (rows,)
+    return cast("Jacobians", joined), (rows, *older)
 
 
-def compressed_blocks(gathered: Mapping[str, BlockUses], chosen: Choices) -> list[str]:
-    """Return the blocks with a weight that is to be compressed; all of a block has the same directions."""
-    compressed = {name for name, choice in chosen.items() if choice.representation == "compressed"}
-    return [name for name, block in gathered.items() if any(full_name(name, label) in compressed for label in block)]
+def _labels(jacobians: Jacobians) -> dict[str, set[str]]:
+    return {name: set(layer) for name, layer in jacobians.items()}
+
+
+def compressed_layers(contributions: Contributions, choices: Choices) -> set[str]:
+    """Return the layers with a weight that is to be compressed; all parameters of a block keep the same directions."""
+    compressed = {name for name, choice in choices.items() if choice.representation == "compressed"}
+    by_layer = contributions.by_layer.items()
+    return {name for name, layer in by_layer if any(full_name(name, label) in compressed for label in layer)}
+
+
+def failures_of(blocks: Sequence[str], before: Curvature | None) -> Tensor:
+    """Return how many factorizations of the named blocks have failed before, on the device that counted them."""
+    counts = {} if before is None else dict(zip(before.blocks, before.failures_L.unbind(), strict=True))
+    zero = next((count.new_zeros(()) for count in counts.values()), torch.zeros(()))
+    return torch.stack([counts.get(block, zero) for block in blocks]) if blocks else torch.empty(0)

@@ -1,45 +1,96 @@
-"""What an update takes: a parameter with its momentum and gradient, and its group's settings as one tensor."""
+"""What an update reads of a parameter: its momentum, its gradient, and the settings of its group."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tengrad_triton.capture.blocks import LayerParams
+
 
 class Target(NamedTuple):
-    """A parameter to be updated in place, with all that the rule of `kernels.update_` reads but the direction.
+    """A parameter to be updated in place, with everything that the rule of `kernels.update_` reads but the direction.
 
-    ``settings`` is [lr, momentum, weight_decay, shrink] of its group; ``block`` and ``label`` are where it belongs.
+    Attributes:
+        layer: the name of the module that owns the parameter.
+        label: the parameter's name within that module.
+        parameter: updated in place.
+        momentum: of the parameter's shape, updated in place.
+        grad: the gradient of what is minimized.
+        settings: [lr, momentum, weight_decay, shrink] of the parameter's group (see `GroupSettings`).
+        nesterov: whether the step looks ahead along the momentum.
+        spring: μ of SPRING (docs/math.md, M13); 0 without it.
+        group: the index of the parameter's group.
     """
 
-    block: str
+    layer: str
     label: str
     parameter: Tensor
     momentum: Tensor
     grad: Tensor
     settings: Tensor
     nesterov: bool
-    spring: float = 0.0
-    group: int = 0
+    spring: float
+    group: int
 
     def add_spring(self, damping: Tensor | float) -> Target:
         """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).
 
-        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) is (F + α I)⁻¹ (V + α μ φ): the residual's formulation, without F φ (M13).
+        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) equals (F + α I)⁻¹ (V + α μ φ), which needs no product with F (M13).
         """
         if not self.spring:
             return self
         return self._replace(grad=self.grad + (damping * self.spring) * self.momentum)
 
 
-class Settings:
-    """A parameter group's [lr, momentum, weight_decay, shrink], as one tensor that stays where it is.
+TensorsOf = Callable[[LayerParams, str], tuple[Tensor, Tensor, Tensor] | None]
+"""From a layer and a parameter's name within it to (parameter, momentum, gradient); None where there is no gradient."""
 
-    A schedule changes its numbers and not code, and a captured graph finds them where they were. They are written by
-    kernels that carry the number along: copying them from the host would wait for the device.
+
+def targets_of(
+    layers: Sequence[LayerParams],
+    groups: Sequence[Mapping[str, Any]],
+    settings: Sequence[Tensor],
+    tensors_of: TensorsOf,
+) -> list[Target]:
+    """Return a target for every parameter that has a gradient, in the order of the layers.
+
+    Args:
+        layers: with the parameters to be updated.
+        groups: for each parameter group its ``nesterov``, ``spring`` (where the optimizer has it) and ``maximize``.
+        settings: for each parameter group its `GroupSettings.of`.
+        tensors_of: where a parameter, its momentum and its gradient are.
+    """
+    targets = []
+    for layer in layers:
+        group = groups[layer.group]
+        for label in layer.parameters:
+            tensors = tensors_of(layer, label)
+            if tensors is not None:
+                parameter, momentum, grad = tensors
+                grad = -grad if group["maximize"] else grad
+                state = (parameter, momentum, grad, settings[layer.group])
+                spring = group.get("spring", 0.0)
+                targets.append(Target(layer.name, label, *state, group["nesterov"], spring, layer.group))
+    return targets
+
+
+def bounded_scale(total: Tensor, bound: float) -> Tensor:
+    """Return min(1, (bound / total)^½), the factor that keeps a step's squared norm ``total`` within ``bound``.
+
+    The result stays on the device; nothing waits for it.
+    """
+    return (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
+
+
+class GroupSettings:
+    """A parameter group's [lr, momentum, weight_decay, shrink] as one tensor that keeps its address.
+
+    A schedule changes the numbers in place, so a captured graph reads the new ones. Each number is written by a fill
+    kernel: a copy from the host would wait for the device.
     """
 
     def __init__(self) -> None:
@@ -47,10 +98,10 @@ class Settings:
         self._tensor = torch.empty(0)
 
     def of(self, group: Mapping[str, Any]) -> Tensor:
-        """Return the group's numbers as they are now, on its device, in float32 at least."""
+        """Return the group's present numbers on its device, in float64 for float64 parameters and else in float32."""
         decay, lr, first = group["weight_decay"], group["lr"], group["params"][0]
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-        momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's is part of the gradient
+        momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's momentum is part of the gradient
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
         if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, first.device):
@@ -64,21 +115,7 @@ class Settings:
         return self._tensor
 
 
-def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Return numbers as a tensor in float64 without waiting for the device, as copying them from the host would."""
+def fill_on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Return numbers as a float64 tensor, written by fill kernels: a copy from the host would wait for the device."""
     filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
     return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)
-
-
-def table_update_(
-    param: Tensor, momentum_buffer: Tensor, grad: Tensor, divisor: Tensor, settings: Tensor, nesterov: bool
-) -> None:
-    """`kernels.update_` along grad / divisor, without a tensor of the parameter's size for that direction."""
-    lr, momentum, weight_decay, shrink = settings.unbind()
-    divisor = divisor.to(grad.dtype)
-    momentum_buffer.mul_(momentum).addcdiv_(grad, divisor).addcmul_(param, weight_decay)
-    if nesterov:
-        param.mul_(1 - lr * (shrink + weight_decay)).addcdiv_(grad, -divisor / lr)
-        param.addcmul_(momentum_buffer, -lr * momentum)
-    else:
-        param.mul_(1 - lr * shrink).addcmul_(momentum_buffer, -lr)

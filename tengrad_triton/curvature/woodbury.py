@@ -1,251 +1,249 @@
-"""The natural gradient by the Woodbury identity: factor once a refresh, solve every step.
+"""The natural gradient by the Woodbury identity: factor every Fisher block at a refresh, solve at every step.
 
-Dimensions: L systems, N rows of J, K entries of a system's gradient.
+Dimensions: L Fisher blocks, B blocks of one size, N rows of J, K entries of a block's gradient, R directions, T
+targets, P pairs of a block and a parameter group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tengrad_triton.curvature.grouped import Work, expand_updates_, grams, projections, side_by_side
+from tengrad_triton.curvature.choices import Ops
+from tengrad_triton.curvature.grouped import BlockEntry, expand_updates_, grams, projections, store_contiguously
 from tengrad_triton.curvature.jacobian import Jacobian, Jacobians, PerSample
-from tengrad_triton.curvature.target import Target
+from tengrad_triton.curvature.target import Target, bounded_scale
 from tengrad_triton.kernels import update_
 from tengrad_triton.profiling import phase
 
 FisherBlocks = Mapping[str, Sequence[str]]
-"""The blocks that are solved together, by the name of their system: each by itself, or all of the network."""
+"""The names of the layers that are solved together, by the name of their Fisher block (M11)."""
 
 
 @dataclass(frozen=True)
-class Stack:
-    """FisherBlocks of one size: W = C⁻¹ with C Cᵀ = K + N α I, so that (K + N α I)⁻¹ = Wᵀ W."""
+class InverseFactors:
+    """Blocks of one size: W = C⁻¹ with C Cᵀ = K + N α I, so that (K + N α I)⁻¹ = Wᵀ W."""
 
-    systems: tuple[str, ...]
+    blocks: tuple[str, ...]
     inverse_LNN: Tensor
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What one refresh leaves behind for the steps until the next: every block's J, and the factored systems.
+    """What a refresh leaves behind for the steps until the next one: every parameter's J and the factored blocks.
 
     Attributes:
-        blocks: J of every block, by the block's name.
-        systems: which blocks are solved together.
-        stacks: the systems' factors, by size.
-        window: rows of J that each of the refreshes within the history gave, the newest first.
-        damping_L: the damping α that was factored with K, by system; only this one makes the identity hold.
-        failures_L: how many factorizations of each system have failed so far.
+        jacobians: J of every layer, by the layer's name.
+        blocks: which layers are solved together.
+        inverses: the blocks' factors, those of one size together.
+        history: rows of J from each of the refreshes whose rows are kept, the newest first.
+        damping_L: α of every block, the one that was factored with K; the identity holds for no other.
+        failures_L: how many factorizations of each block have failed so far.
     """
 
-    blocks: Jacobians
-    systems: FisherBlocks
-    stacks: Sequence[Stack]
-    window: tuple[int, ...]
+    jacobians: Jacobians
+    blocks: FisherBlocks
+    inverses: Sequence[InverseFactors]
+    history: tuple[int, ...]
     damping_L: Tensor
     failures_L: Tensor
 
     @property
     def rows(self) -> int:
         """Return N."""
-        return sum(self.window)
+        return sum(self.history)
 
     @property
     def is_released(self) -> bool:
-        """Whether J is gone: only what the next refresh reads, the failures, is left."""
-        return any(not rows for rows in self.blocks.values())
+        """Whether J is gone, and only the counts of failures are left for the next refresh."""
+        return any(not layer for layer in self.jacobians.values())
 
-    def spent(self) -> Curvature:
-        """Return what is left when no step will use J any more, so that its memory serves the refresh to come."""
-        return replace(self, blocks={name: {} for name in self.blocks}, stacks=(), window=())
+    def released(self) -> Curvature:
+        """Return a copy without J and factors, which frees their memory before a refresh."""
+        return replace(self, jacobians={name: {} for name in self.jacobians}, inverses=(), history=())
 
-    def step_(self, targets: Sequence[Target], ops: Any, trust_region: float | None = None) -> None:
-        """Update every target along its block's natural gradient, or along its gradient where the block has no J.
+    def step_(self, targets: Sequence[Target], ops: Ops, trust_region: float | None) -> None:
+        """Update every target along its natural gradient, or along its gradient where its layer has no J.
 
-        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). All that
+        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). Whatever
         can fail comes before the first update.
         """
-        divisors, others = self.damping_L, [target for target in targets if self._rows_of(target) is None]
-        work = self._work(targets)
+        dampings, without_j = self.damping_L, [target for target in targets if self._jacobian_of(target) is None]
+        entries = self._entries(targets)
         w: list[Tensor] = []
         with phase("solve"):
-            if work:
-                y_LN = projections(work, len(self.systems), self._length())
+            if entries:
+                y_LN = projections(entries, len(self.blocks), self._largest())
                 w = self._solve(y_LN, ops)
                 if trust_region is not None:
-                    divisors = divisors / self._scale(work, y_LN, w, trust_region)
+                    dampings = dampings / self._trust_region_scale(entries, y_LN, w, trust_region)
         with phase("update"):
-            if work:
-                expand_updates_(work, w, divisors.unbind())
-            for target in (other.add_spring(1.0) for other in others):
+            if entries:
+                expand_updates_(entries, w, dampings.unbind())
+            for target in (one.add_spring(1.0) for one in without_j):
                 update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
-        """Return δᵀ F δ = ‖J δ‖² / N (M8) for the directions that the targets have as their gradients."""
-        work = self._work([target._replace(spring=0.0) for target in targets])
-        if not work:
+        """Return δᵀ F δ = ‖J δ‖² / N (M8), where δ is given as the targets' gradients."""
+        entries = self._entries([target._replace(spring=0.0) for target in targets])
+        if not entries:
             return torch.zeros(())
-        return projections(work, len(self.systems), self._length()).square().sum() / self.rows
+        return projections(entries, len(self.blocks), self._largest()).square().sum() / self.rows
 
-    def _work(self, targets: Sequence[Target]) -> list[Work]:
-        """Return what there is to do: every target that has a J, add_spring along its last direction (SPRING)."""
-        divisors = self.damping_L.unbind()
-        system_of = {block: index for index, blocks in enumerate(self.systems.values()) for block in blocks}
-        work = []
+    def _entries(self, targets: Sequence[Target]) -> list[BlockEntry]:
+        """Return every target that has a J, with SPRING's term added to its gradient."""
+        dampings = self.damping_L.unbind()
+        block_of = {layer: index for index, layers in enumerate(self.blocks.values()) for layer in layers}
+        entries = []
         for target in targets:
-            rows = self._rows_of(target)
-            if rows is not None:
-                system = system_of[target.block]
-                work.append(Work(rows, system, target.add_spring(divisors[system])))
-        return work
+            jacobian = self._jacobian_of(target)
+            if jacobian is not None:
+                block = block_of[target.layer]
+                entries.append(BlockEntry(jacobian, block, target.add_spring(dampings[block])))
+        return entries
 
-    def _rows_of(self, target: Target) -> Jacobian | None:
-        return self.blocks.get(target.block, {}).get(target.label)
+    def _jacobian_of(self, target: Target) -> Jacobian | None:
+        return self.jacobians.get(target.layer, {}).get(target.label)
 
-    def _length(self) -> int:
-        return max(stack.inverse_LNN.shape[-1] for stack in self.stacks)
+    def _largest(self) -> int:
+        """Return the rows of the largest block."""
+        return max(one.inverse_LNN.shape[-1] for one in self.inverses)
 
-    def _solve(self, y_LN: Tensor, ops: Any) -> list[Tensor]:
-        """Return w_N = (K + N α I)⁻¹ y of every system."""
+    def _solve(self, y_LN: Tensor, ops: Ops) -> list[Tensor]:
+        """Return w_N = (K + N α I)⁻¹ y of every block."""
         w: dict[str, Tensor] = {}
-        rows = dict(zip(self.systems, y_LN.unbind(), strict=True))
-        for stack in self.stacks:
-            size = stack.inverse_LNN.shape[-1]
-            whole = stack.systems == tuple(self.systems) and size == y_LN.shape[1]
-            y_SN = y_LN if whole else torch.stack([rows[system][:size] for system in stack.systems])
-            solved = ops.cholesky_solve(stack.inverse_LNN, y_SN.to(stack.inverse_LNN.dtype))
-            w |= dict(zip(stack.systems, solved.unbind(), strict=True))
-        return [w[system] for system in self.systems]
+        y = dict(zip(self.blocks, y_LN.unbind(), strict=True))
+        for one in self.inverses:
+            size = one.inverse_LNN.shape[-1]
+            all_alike = one.blocks == tuple(self.blocks) and size == y_LN.shape[1]
+            y_BN = y_LN if all_alike else torch.stack([y[block][:size] for block in one.blocks])
+            solved = ops.cholesky_solve(one.inverse_LNN, y_BN.to(one.inverse_LNN.dtype))
+            w |= dict(zip(one.blocks, solved.unbind(), strict=True))
+        return [w[block] for block in self.blocks]
 
-    def _scale(self, work: Sequence[Work], y_LN: Tensor, w: Sequence[Tensor], trust_region: float) -> Tensor:
-        """Return min(1, (κ / Σ lr² dᵀ (F + α I) d)^½), without waiting for it: the step's squared Fisher norm is ≤ κ.
+    def _trust_region_scale(
+        self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor], trust_region: float
+    ) -> Tensor:
+        """Return min(1, (κ / Σ lr² dᵀ (F + α I) d)^½), with every parameter group's own lr.
 
-        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α, from what is there before d is (M14).
+        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α needs no d (M14).
         """
-        divisors, n = self.damping_L.unbind(), y_LN.shape[1]
-        parts = list(dict.fromkeys((one.system, one.target.group) for one in work))
-        if len(parts) > len({system for system, _ in parts}):  # a system with several learning rates
-            split = [one._replace(system=parts.index((one.system, one.target.group))) for one in work]
-            y_PN = projections(split, len(parts), n)
+        dampings, n = self.damping_L.unbind(), y_LN.shape[1]
+        pairs = list(dict.fromkeys((one.block, one.target.group) for one in entries))
+        index_of = {pair: index for index, pair in enumerate(pairs)}
+        if len(pairs) > len({block for block, _ in pairs}):  # a block with several learning rates
+            by_pair = [one._replace(block=index_of[one.block, one.target.group]) for one in entries]
+            y_PN = projections(by_pair, len(pairs), n)
         else:
-            y_PN = torch.stack([y_LN[system] for system, _ in parts])
-        w_PN = torch.stack([_padded(w[system], n) for system, _ in parts])
-        rates = {one.target.group: one.target.settings[0] for one in work}
-        share_P = torch.stack([rates[group] for _, group in parts]).square() / torch.stack(
-            [divisors[k] for k, _ in parts]
-        )
-        norms = torch._foreach_norm([one.target.grad for one in work], 2, dtype=y_LN.dtype)
-        share_T = torch.stack([share_P[parts.index((one.system, one.target.group))] for one in work])
-        total = (share_T * torch.stack(norms).square()).sum() - (share_P * (y_PN * w_PN).sum(1)).sum()
-        return (trust_region / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
+            y_PN = torch.stack([y_LN[block] for block, _ in pairs])
+        w_PN = torch.stack([_padded(w[block], n) for block, _ in pairs])
+        lr = {one.target.group: one.target.settings[0] for one in entries}
+        lr_P, damping_P = (torch.stack(x) for x in zip(*((lr[group], dampings[b]) for b, group in pairs), strict=True))
+        weight_P = lr_P.square() / damping_P
+        norms = torch._foreach_norm([one.target.grad for one in entries], 2, dtype=y_LN.dtype)
+        weight_T = torch.stack([weight_P[index_of[one.block, one.target.group]] for one in entries])
+        total = (weight_T * torch.stack(norms).square()).sum() - (weight_P * (y_PN * w_PN).sum(1)).sum()
+        return bounded_scale(total, trust_region)
 
 
-def curvature(
-    blocks: Jacobians,
-    systems: FisherBlocks,
-    window: tuple[int, ...],
+def factor(
+    jacobians: Jacobians,
+    blocks: FisherBlocks,
+    history: tuple[int, ...],
     damping_L: Tensor,
     failures_L: Tensor,
-    ops: Any,
-    tol: Mapping[str, float] | None = None,
-    relative: bool = False,
+    ops: Ops,
+    tol: Mapping[str, float],
+    relative_damping: bool,
 ) -> Curvature:
-    """Factor K + N α I for every system, those of one size in one batch; ``failures_L`` counts each one's so far.
+    """Factor K + N α I of every block, those of one size in one batch.
 
-    Where the factorization fails because rounding made K indefinite, that system takes the gradient over its largest
-    possible curvature until the next refresh: w = 0 and the divisor α + trace(K) / N ≥ α + λ_max(F). Each failure
-    raises the system's damping tenfold from the next refresh on.
+    Where rounding made K indefinite, so that the factorization fails, the block takes the gradient over its largest
+    possible curvature until the next refresh: w = 0 and α + trace(K) / N ≥ α + λ_max(F) in place of α. Each failure
+    raises the block's damping tenfold from the next refresh on.
 
-    Where the damping is ``relative``, it is in units of the system's trace(K) / N = tr F, and at least of 1.
-
-    A system with fewer parameters than rows is solved in the space of its parameters, unless older rows have to be kept
-    with it. The systems named in ``tol`` are compressed to that tolerance: their rank, and nothing else, is read back
-    from the device.
+    Args:
+        jacobians: J of every layer.
+        blocks: which layers are solved together.
+        history: rows of J from each refresh, the newest first.
+        damping_L: ε of every block.
+        failures_L: the failures of every block so far.
+        ops: the kernels.
+        tol: the blocks to compress, each to its tolerance (M7). Only their ranks are read back from the device.
+        relative_damping: whether α = ε max(1, trace(K) / N), where trace(K) / N = tr F; otherwise α = ε (M5).
     """
-    if not blocks:
-        return Curvature(blocks, {}, (), window, damping_L, failures_L)
-    if len(window) == 1:
-        blocks = {name: rows for names in systems.values() for name, rows in _reduced(blocks, names).items()}
-    order, n = list(systems), sum(window)
-    sized = _grams(blocks, systems)
+    if not jacobians:
+        return Curvature(jacobians, {}, (), history, damping_L, failures_L)
+    if len(history) == 1:  # older rows have to be kept as rows
+        jacobians = {name: layer for names in blocks.values() for name, layer in _reduced(jacobians, names).items()}
+    n, by_size = sum(history), _grams(jacobians, blocks)
+    k = {block: k_NN for names, k_LNN in by_size for block, k_NN in zip(names, k_LNN.unbind(), strict=True)}
     traces = {
-        system: trace
-        for members, k_LNN in sized
-        for system, trace in zip(members, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
+        block: trace
+        for names, k_LNN in by_size
+        for block, trace in zip(names, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
     }
-    failures_L = failures_L.to(sized[0][1])
-    trace_L = torch.stack([traces[system] for system in order]) / n
+    failures_L = failures_L.to(by_size[0][1])
+    trace_L = torch.stack([traces[block] for block in blocks]) / n
     damping_L = damping_L.to(failures_L) * 10.0**failures_L
-    if relative:
+    if relative_damping:
         damping_L = damping_L * trace_L.clamp(min=1.0)
-    bound_L = damping_L + trace_L
-    shifts = dict(zip(order, (n * damping_L).unbind(), strict=True))
-    stacks: list[Stack] = []
+    shifts = dict(zip(blocks, (n * damping_L).unbind(), strict=True))
+    inverses: list[InverseFactors] = []
     healthy: dict[str, Tensor] = {}
-    for members, k_LNN in sized:
-        factor_LNN, pivot_L = ops.cholesky(k_LNN, torch.stack([shifts[system] for system in members]))
-        healthy_L = pivot_L > 0  # false for NaN too
-        stacks.append(Stack(members, torch.where(healthy_L[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)))
-        healthy |= dict(zip(members, healthy_L.unbind(), strict=True))
-    healthy_L = torch.stack([healthy[system] for system in order])
-    damping_L = torch.where(healthy_L, damping_L, bound_L)
-    factored = Curvature(side_by_side(blocks), systems, stacks, window, damping_L, failures_L + ~healthy_L)
-    if not tol:
-        return factored
-    of_system = {system: k_NN for members, k_LNN in sized for system, k_NN in zip(members, k_LNN, strict=True)}
-    return compress(factored, of_system, shifts, tol)
+    for names, k_LNN in by_size:
+        factor_LNN, pivot_L = ops.cholesky(k_LNN, torch.stack([shifts[block] for block in names]))
+        healthy_B = pivot_L > 0  # false for NaN too
+        inverse_LNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)
+        inverses.append(InverseFactors(names, inverse_LNN))
+        healthy |= dict(zip(names, healthy_B.unbind(), strict=True))
+    healthy_L = torch.stack([healthy[block] for block in blocks])
+    used_L = torch.where(healthy_L, damping_L, damping_L + trace_L)
+    full = Curvature(store_contiguously(jacobians), blocks, inverses, history, used_L, failures_L + ~healthy_L)
+    return compress(full, k, shifts, tol) if tol else full
 
 
 def _padded(w_N: Tensor, n: int) -> Tensor:
     return w_N if len(w_N) == n else F.pad(w_N, (0, n - len(w_N)))
 
 
-def _grams(blocks: Jacobians, systems: FisherBlocks) -> list[tuple[tuple[str, ...], Tensor]]:
-    """Return the Gram matrices of all systems, k_LNN, those of one size together."""
-    rows = {system: next(j.rows for name in names for j in blocks[name].values()) for system, names in systems.items()}
+def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, ...], Tensor]]:
+    """Return the names and Gram matrices k_BNN of all blocks, those of one size together."""
+    rows = {block: next(j.rows for name in names for j in jacobians[name].values()) for block, names in blocks.items()}
     found = []
     for size in sorted(set(rows.values())):
-        members = tuple(system for system in systems if rows[system] == size)
-        parts = [
-            (j, at) for at, system in enumerate(members) for name in systems[system] for j in blocks[name].values()
-        ]
-        found.append((members, grams(parts, len(members))))
+        alike = tuple(block for block in blocks if rows[block] == size)
+        layers = [(name, at) for at, block in enumerate(alike) for name in blocks[block]]
+        own, of_block = zip(*((j, at) for name, at in layers for j in jacobians[name].values()), strict=True)
+        found.append((alike, grams(own, of_block, len(alike))))
     return found
 
 
-def _reduced(blocks: Jacobians, names: Sequence[str]) -> Jacobians:
-    """Return the blocks of a system with J replaced by R of J = Q R where it has fewer parameters than rows.
+def _reduced(jacobians: Jacobians, names: Sequence[str]) -> Jacobians:
+    """Return the J of a block, replaced by R of J = Q R where the block has fewer parameters than rows.
 
-    Rᵀ R = Jᵀ J: F is the same, and the system is as large as the parameters are many (M12). R is not made where that
-    saves nothing, and where J is not explicit.
+    Rᵀ R = Jᵀ J, so F is the same, and K has as many rows as there are parameters (M12). J that is not explicit stays as
+    it is.
     """
-    chosen = {(name, label): rows for name in names for label, rows in blocks[name].items()}
-    explicit = [rows for rows in chosen.values() if isinstance(rows, PerSample) and rows.j_NK.dtype != torch.bfloat16]
-    entries = [rows.j_NK.shape[1] for rows in explicit]
+    chosen = {(name, label): one for name in names for label, one in jacobians[name].items()}
+    explicit = [one for one in chosen.values() if isinstance(one, PerSample) and one.j_NK.dtype != torch.bfloat16]
+    entries = [one.j_NK.shape[1] for one in explicit]
     if len(explicit) < len(chosen) or sum(entries) >= len(explicit[0].j_NK):
-        return {name: blocks[name] for name in names}
-    r_KK = torch.linalg.qr(torch.cat([rows.j_NK for rows in explicit], 1), mode="r").R
+        return {name: jacobians[name] for name in names}
+    r_KK = torch.linalg.qr(torch.cat([one.j_NK for one in explicit], 1), mode="r").R
     parts = dict(zip(chosen, r_KK.split(entries, dim=1), strict=True))
     return {
         name: {
-            label: replace(cast("PerSample", rows), j_NK=parts[name, label].contiguous(), form="parameters")
-            for label, rows in blocks[name].items()
+            label: replace(cast("PerSample", one), j_NK=parts[name, label].contiguous(), row_kind="parameters")
+            for label, one in jacobians[name].items()
         }
         for name in names
     }
-
-
-def failures_of(names: Sequence[str], before: Curvature | None) -> Tensor:
-    """Return how many factorizations of the systems named have failed before, on the device that knows."""
-    counts = {} if before is None else dict(zip(before.systems, before.failures_L.unbind(), strict=True))
-    none = next((count.new_zeros(()) for count in counts.values()), torch.zeros(()))
-    return torch.stack([counts.get(name, none) for name in names]) if names else torch.empty(0)
 
 
 def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:
@@ -256,29 +254,29 @@ def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor,
 
 
 def compress(
-    full: Curvature, grams: Mapping[str, Tensor], shifts: Mapping[str, Tensor], tol: Mapping[str, float]
+    full: Curvature, k: Mapping[str, Tensor], shifts: Mapping[str, Tensor], tol: Mapping[str, float]
 ) -> Curvature:
-    """Keep of each system named in ``tol`` the directions whose share of the correction is at least that tolerance.
+    """Keep of each block in ``tol`` the directions whose share of the correction is at least that tolerance.
 
     With K = Q Λ Qᵀ the rows Jᵀ q_i are orthogonal, of squared norm λ_i, and (K + N α I)⁻¹ becomes diagonal. The share
     of row i is f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes the natural gradient by at most
-    tol ‖V‖ / α, and F by what it drops (docs/math.md, M7).
+    tol ‖V‖ / α, and F by what it drops (M7). ``k`` holds K and ``shifts`` N α of every block.
     """
-    blocks = dict(full.blocks)
+    jacobians = dict(full.jacobians)
 
-    def compressed(system: str, inverse_NN: Tensor) -> Tensor:
-        if system not in tol:
+    def compressed(block: str, inverse_NN: Tensor) -> Tensor:
+        if block not in tol:
             return inverse_NN
-        directions_RN, root_R = directions(grams[system], shifts[system], tol[system])
-        for name in full.systems[system]:
-            blocks[name] = {label: rows.combined(directions_RN) for label, rows in full.blocks[name].items()}
+        directions_RN, root_R = directions(k[block], shifts[block], tol[block])
+        for name in full.blocks[block]:
+            jacobians[name] = {label: one.combine(directions_RN) for label, one in full.jacobians[name].items()}
         return torch.diag(F.pad(root_R, (0, len(inverse_NN) - len(root_R))))
 
-    stacks = [
-        Stack(
-            stack.systems,
-            torch.stack([compressed(*pair) for pair in zip(stack.systems, stack.inverse_LNN, strict=True)]),
+    inverses = [
+        InverseFactors(
+            one.blocks,
+            torch.stack([compressed(*pair) for pair in zip(one.blocks, one.inverse_LNN, strict=True)]),
         )
-        for stack in full.stacks
+        for one in full.inverses
     ]
-    return replace(full, blocks=blocks, stacks=stacks)
+    return replace(full, jacobians=jacobians, inverses=inverses)

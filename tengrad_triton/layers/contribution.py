@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
-from tengrad_triton.kernels.sliding import Sliding as ConvGeometry
-from tengrad_triton.kernels.sliding import slidings as conv_geometries
+from tengrad_triton.kernels.conv_geometry import ConvGeometry, conv_geometries
 
 
 @dataclass(frozen=True)

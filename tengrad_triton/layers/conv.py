@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.kernels.sliding import Sliding as ConvGeometry
+from tengrad_triton.kernels.conv_geometry import ConvGeometry
 from tengrad_triton.layers.contribution import Canonical, ConvInput, OuterProducts, PerSampleGrads, canonical
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d

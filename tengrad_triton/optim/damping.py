@@ -1,4 +1,4 @@
-"""Damping that adapts itself: Levenberg and Marquardt's rule (Martens 2010, section 4.1; docs/math.md, M8)."""
+"""Damping that changes: by a schedule, or by Levenberg and Marquardt's rule."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Schedule = Callable[[int], float]
+"""A function from the number of steps taken to the damping."""
 
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Compare what a step did to the loss with what the quadratic model said, ρ = ΔL / ΔM, at every refresh.
+    """Damping that adapts itself at every refresh (Martens 2010, section 4.1; docs/math.md, M8).
 
-    ρ > 3/4: α ← decrease · α; ρ < 1/4, or no number: α ← increase · α. The new α holds from the next refresh on.
+    ρ = ΔL / ΔM compares how a step changed the loss with the change that the quadratic model predicted. ρ > 3/4:
+    α ← decrease · α. ρ < 1/4, or no number: α ← increase · α. The new α holds from the next refresh on.
+
+    Args:
+        start: the first damping α > 0.
+        decrease: the factor after a well predicted step, in (0, 1].
+        increase: the factor after a badly predicted step, at least 1.
+        least: the smallest damping.
+        most: the largest damping.
+
+    Raises:
+        ValueError: a setting is out of range.
     """
 
     start: float = 0.1
@@ -43,7 +55,10 @@ Damping = float | Schedule | Literal["lm"] | LevenbergMarquardt
 
 
 def rule_of(damping: Any) -> tuple[Schedule | LevenbergMarquardt | None, Any]:
-    """Return the rule by which a group's damping changes, or None, and the damping at first (of a schedule: itself)."""
+    """Return the rule by which a group's damping changes, or None, and the value that the group starts with.
+
+    A schedule is that value itself until it is evaluated at the present step.
+    """
     rule = LevenbergMarquardt() if isinstance(damping, str) and damping == "lm" else damping
     if isinstance(rule, LevenbergMarquardt):
         return rule, rule.start

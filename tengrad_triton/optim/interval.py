@@ -1,4 +1,4 @@
-"""How many steps a refresh of the curvature serves."""
+"""Refresh intervals: how many steps a refresh of the curvature serves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Growing:
-    """A third of the steps take_rows so far, and at most ``most``: the curvature changes fastest while training begins.
+    """An interval of a third of the steps taken so far, at least 1 and at most ``most``.
 
-    For ``most=10`` steps 0 to 38 take 14 refreshes, and from then on it is every tenth. What that gains stands in
-    docs/defaults.md.
+    The curvature changes fastest at the start of training. For ``most=10`` the steps 0 to 38 take 14 refreshes, and
+    every tenth step from there on takes one. docs/defaults.md shows what that gains.
+
+    Args:
+        most: the longest interval, in steps.
+
+    Raises:
+        ValueError: ``most`` is less than 1.
     """
 
     most: int = 10

@@ -1,4 +1,4 @@
-"""What an optimizer does with every parameter, as rows and as a table."""
+"""What an optimizer does with every parameter: a table to print, and its entries to read."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
-from tengrad_triton.curvature.choices import FACTORED_KERNELS, Choice, implementation_names
+from tengrad_triton.curvature.choices import Choice, implementation_names
 from tengrad_triton.curvature.jacobian import Jacobian, PerSample
-from tengrad_triton.curvature.products import Grouped
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.layers import summary_note
 
 
 @dataclass(frozen=True)
-class Row:
-    """One parameter: who preconditions it, and what is kept for that."""
+class ParameterSummary:
+    """How one parameter is preconditioned.
+
+    Attributes:
+        parameter: its name in the model.
+        shape: of the parameter.
+        block: the name of its Fisher block; ``"-"`` where it takes the plain SGD step, ``"."`` for the model itself.
+        representation: how its J is stored, with notes; or why there is none.
+        kernels: the kernels of its products; ``name:torch`` or ``name:config`` where a plan overrides one.
+        bytes: what is kept of it between refreshes.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -27,58 +35,63 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """A row for every parameter; ``failures`` counts the factorizations that failed. ``print`` shows a table."""
+    """An entry for every parameter; ``print`` shows them as a table.
 
-    rows: tuple[Row, ...]
+    Attributes:
+        parameters: the entries, in the order of the layers.
+        failures: how many factorizations of Fisher blocks have failed so far.
+    """
+
+    parameters: tuple[ParameterSummary, ...]
     failures: int
 
     def __str__(self) -> str:
-        titles = tuple(field.name for field in fields(Row))
-        cells = [titles, *(tuple(str(cell) for cell in astuple(row)) for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(titles))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        titles = tuple(field.name for field in fields(ParameterSummary))
+        lines = [titles, *(tuple(str(cell) for cell in astuple(one)) for one in self.parameters)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
-        total = sum(row.bytes for row in self.rows)
-        lines.append(f"{len(self.rows)} parameters, {total / 2**20:.1f} MiB kept between refreshes")
+        total = sum(one.bytes for one in self.parameters)
+        text.append(f"{len(self.parameters)} parameters, {total / 2**20:.1f} MiB kept between refreshes")
         if self.failures:
-            lines.append(f"{self.failures} factorizations failed: those blocks' damping was raised")
-        return "\n".join(lines)
+            text.append(f"{self.failures} factorizations failed: the damping of those blocks was raised")
+        return "\n".join(text)
 
 
-def summarize(blocks: Sequence[LayerParams], curvature: Curvature | None) -> Summary:
-    """Return the summary of ``blocks`` under the present curvature, if there is one yet."""
-    rows = tuple(_row(block, label, curvature) for block in blocks for label in block.parameters)
-    return Summary(rows, 0 if curvature is None else int(curvature.failures_L.sum()))
+def summarize(layers: Sequence[LayerParams], curvature: Curvature | None) -> Summary:
+    """Return the summary of ``layers`` under the present curvature, if there is one yet."""
+    entries = tuple(_entry(layer, label, curvature) for layer in layers for label in layer.parameters)
+    return Summary(entries, 0 if curvature is None else int(curvature.failures_L.sum()))
 
 
 def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
     """Return how J of every preconditioned parameter is stored, by the parameter's name."""
-    blocks = {} if curvature is None else curvature.blocks
+    jacobians = {} if curvature is None else curvature.jacobians
     return {
-        full_name(name, label): Choice(rows.representation, rows.ops.kernel_overrides)
-        for name, block in blocks.items()
-        for label, rows in block.items()
+        full_name(name, label): Choice(one.representation, one.ops.kernel_overrides)
+        for name, layer in jacobians.items()
+        for label, one in layer.items()
     }
 
 
-def _row(block: LayerParams, label: str, curvature: Curvature | None) -> Row:
-    name, shape = block.label(label), tuple(block.parameters[label].shape)
-    if block.why_sgd is not None:
-        return Row(name, shape, "-", f"sgd ({block.why_sgd})", "update_", 0)
+def _entry(layer: LayerParams, label: str, curvature: Curvature | None) -> ParameterSummary:
+    name, shape = layer.label(label), tuple(layer.parameters[label].shape)
+    if layer.why_sgd is not None:
+        return ParameterSummary(name, shape, "-", f"sgd ({layer.why_sgd})", "update_", 0)
     if curvature is None or curvature.is_released:
-        return Row(name, shape, block.name or ".", "chosen at the next refresh", "-", 0)
-    rows = curvature.blocks.get(block.name, {}).get(label)
-    if rows is None:
-        return Row(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
-    system = next(system for system, names in curvature.systems.items() if block.name in names)
-    reduced = isinstance(rows, PerSample) and rows.form == "parameters"
-    notes = (summary_note(block.layer), "as many rows as parameters" if reduced else "")
-    chosen = ", ".join(filter(None, (rows.representation, *notes)))
-    return Row(name, shape, system or ".", chosen, ", ".join(_kernels(rows)), rows.nbytes)
+        return ParameterSummary(name, shape, layer.name or ".", "chosen at the next refresh", "-", 0)
+    jacobian = curvature.jacobians.get(layer.name, {}).get(label)
+    if jacobian is None:
+        return ParameterSummary(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
+    block = next(block for block, names in curvature.blocks.items() if layer.name in names)
+    reduced = isinstance(jacobian, PerSample) and jacobian.row_kind == "parameters"
+    notes = (summary_note(layer.layer), "as many rows as parameters" if reduced else "")
+    representation = ", ".join(filter(None, (jacobian.representation, *notes)))
+    return ParameterSummary(name, shape, block or ".", representation, ", ".join(_kernels(jacobian)), jacobian.nbytes)
 
 
-def _kernels(rows: Jacobian) -> Iterable[str]:
-    """Return the kernels of a parameter's products and others that a plan chose, with who serves those."""
-    products = rows.kernels if isinstance(rows, Grouped) else FACTORED_KERNELS
-    return ({name: name for name, *_ in products.values()} | implementation_names(rows.ops.kernel_overrides)).values()
+def _kernels(jacobian: Jacobian) -> Iterable[str]:
+    """Return the usual kernel of each product, and every overridden kernel with its implementation."""
+    usual = {name: name for name, *_ in jacobian.product_kernels.values()}
+    return (usual | implementation_names(jacobian.ops.kernel_overrides)).values()

@@ -1,4 +1,4 @@
-"""Errors at the door: what came, what was expected, what to do."""
+"""Validate settings; raise with the value and the accepted range."""
 
 from __future__ import annotations
 
@@ -7,11 +7,41 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tengrad_triton.optim.options import is_number
+INFINITY = float("inf")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_range(name: str, value: Any, least: float, below: float = INFINITY) -> None:
+    """Raise unless a setting is a number in [least, below)."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not least <= value < below:
+        wanted = f"in [{least:g}, {below:g})" if below < INFINITY else f"at least {least:g} and finite"
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def check_bound(name: str, value: Any) -> None:
+    """Raise unless a bound on a step is positive and finite, or None for no bound."""
+    if value is not None and not (is_number(value) and 0 < value < INFINITY):
+        raise ValueError(f"{name} must be positive, or None for no bound, got {value!r}")
+
+
+def check_count(name: str, value: Any, optional: bool = False) -> None:
+    """Raise unless a setting is a whole number of at least 1; None is accepted where it is optional."""
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_model(model: Any) -> None:
-    """Reject what is no module with something to train."""
+    """Raise unless the model is a module with a trainable parameter."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; parameters go to params=")
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -19,7 +49,7 @@ def check_model(model: Any) -> None:
 
 
 def check_refresh_every(steps: Any) -> None:
-    """Reject what is no number of steps."""
+    """Raise unless this is a number of steps."""
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"refresh_every must be a whole number of steps or a function of the step, got {steps!r}")
     if steps < 1:
@@ -27,21 +57,21 @@ def check_refresh_every(steps: Any) -> None:
 
 
 def check_group(group: Mapping[str, Any]) -> None:
-    """Reject settings of one parameter group."""
+    """Raise unless the settings of a parameter group are valid, one by one and together."""
     _check_lr(group["lr"])
     if not is_number(group["damping"]):
         raise TypeError(f"damping must be a number, 'lm' or a function of the step, got {group['damping']!r}")
-    if not 0 < group["damping"] < float("inf"):
+    if not 0 < group["damping"] < INFINITY:
         raise ValueError(f"damping must be positive, got {group['damping']}: F + damping I is not invertible otherwise")
     check_range("weight_decay", group["weight_decay"], 0.0)
     check_range("momentum", group["momentum"], 0.0, below=1.0)
-    spring = group.get("spring", 0.0)  # TENGraD's alone
+    spring = group.get("spring", 0.0)  # a setting of TENGraD only
     check_range("spring", spring, 0.0, below=1.0)
     if group["nesterov"] and (group["momentum"] == 0 or spring):
         raise ValueError("nesterov=True needs momentum and no spring: it looks ahead along the momentum")
     if spring and group["weight_decay"] and not group["decoupled_weight_decay"]:
         raise ValueError(
-            f"spring={spring} keeps the last natural gradient, which weight decay would be mixed with: "
+            f"spring={spring} keeps the last natural gradient, and weight decay would be mixed into it: "
             "use decoupled_weight_decay=True"
         )
     for parameter in group["params"]:
@@ -54,12 +84,3 @@ def _check_lr(lr: Any) -> None:
         check_range("lr", lr, 0.0)
     elif lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
-
-
-def check_range(name: str, value: Any, least: float, below: float = float("inf")) -> None:
-    """Reject what is no number in [least, below)."""
-    if not is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not least <= value < below:
-        wanted = f"in [{least:g}, {below:g})" if below < float("inf") else f"at least {least:g} and finite"
-        raise ValueError(f"{name} must be {wanted}, got {value}")

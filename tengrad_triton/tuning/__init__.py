@@ -1,1 +1,1 @@
-"""Which representation and which kernels serve each weight: the analytic rule, measurements, and the file that keeps them."""
+"""The choice of representation and kernels for each weight: analytic rule, measurements, and the file of them."""

@@ -1,4 +1,4 @@
-"""Which representation and kernels serve which weight: by measurement where there is a plan, else by the analytic rule."""
+"""The choice for every weight: by measurement where there is a plan, else by the analytic rule."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from tengrad_triton.curvature.choices import STEP_KERNELS, Choice, Representatio
 from tengrad_triton.curvature.geometry import Geometry
 
 MAX_BYTES = 4 * 2**30
-_NOTICEABLE = 0.97  # of the incumbent's time, below which a rival is faster by more than timings scatter
+_FASTER = 0.97  # of the default's time; what is slower than this may only be faster by the noise of a timing
+
+Given = Representation | Mapping[str, Representation] | None
+"""The representation that a user gave for all weights, or for some by their names."""
 
 
 def choose(
-    geometries: Mapping[str, Geometry],
-    by_hand: Representation | Mapping[str, Representation] | None,
-    max_bytes: int,
-    refresh_every: int = 100,
+    geometries: Mapping[str, Geometry], given: Given, max_bytes: int, refresh_every: int
 ) -> dict[str, Representation]:
-    """Return the representation of every weight: by hand where given, else the cheaper one within the memory.
+    """Return the representation of every weight by the analytic rule, except where one is given.
 
-    The rule stores J_n where a step costs less with it, its share of a refresh included. Where all that would take more
-    than ``max_bytes``, the weights that lose the least for each byte take what is smaller first: the step gets slower,
-    never wrong.
+    The rule stores J_n where a step takes less time with it, including the step's share of a refresh. Where that takes
+    more than ``max_bytes`` in all, weights change to their smaller representation until it fits, first those that lose
+    the least time for each byte. A step gets slower then, and stays exact.
     """
-    given = dict.fromkeys(geometries, by_hand) if isinstance(by_hand, str) else dict(by_hand or {})
+    by_user = dict.fromkeys(geometries, given) if isinstance(given, str) else dict(given or {})
     chosen: dict[str, Representation] = {
-        name: given.get(name, "per_sample" if geometry.rows_save(refresh_every) > 0 else "factored")
+        name: by_user.get(name, "per_sample" if geometry.flops_saved_by_rows(refresh_every) > 0 else "factored")
         for name, geometry in geometries.items()
     }
-    lost: dict[str, float] = {}
+    flops_lost: dict[str, float] = {}
     smaller: dict[str, Representation] = {}
     for name, geometry in geometries.items():
         saved = geometry.per_sample_bytes - geometry.factored_bytes
         smaller[name] = "factored" if saved > 0 else "per_sample"
-        if saved and name not in given and chosen[name] != smaller[name]:
-            lost[name] = abs(geometry.rows_save(refresh_every) / saved)
-    for name in sorted(lost, key=lost.__getitem__):
+        if saved and name not in by_user and chosen[name] != smaller[name]:
+            flops_lost[name] = abs(geometry.flops_saved_by_rows(refresh_every) / saved)
+    for name in sorted(flops_lost, key=flops_lost.__getitem__):
         if total_bytes(geometries, chosen) <= max_bytes:
             break
         chosen[name] = smaller[name]
@@ -45,7 +45,7 @@ def choose(
 
 
 def total_bytes(geometries: Mapping[str, Geometry], chosen: Mapping[str, Representation]) -> int:
-    """Return what the chosen representations store."""
+    """Return the bytes that the chosen representations store."""
     return sum(
         g.per_sample_bytes if chosen[name] == "per_sample" else g.factored_bytes for name, g in geometries.items()
     )
@@ -53,71 +53,78 @@ def total_bytes(geometries: Mapping[str, Geometry], chosen: Mapping[str, Represe
 
 @dataclass(frozen=True)
 class Measured:
-    """One representation of one geometry on one device.
+    """One representation of one geometry, measured on one device.
 
     Attributes:
-        seconds: of every kernel that it takes, by who runs it: ``"torch"``, ``"triton"`` (infinite where it failed) or,
-            by its name, another of the kernel's launch configurations.
-        bytes: what it stores.
+        seconds: the time of every kernel that it takes, by implementation: ``"torch"``, ``"triton"`` (infinite where it
+            failed), or the name of another launch configuration.
+        bytes: the bytes stored.
     """
 
     seconds: Mapping[str, Mapping[str, float]]
     bytes: int
 
     def per_step(self, refresh_every: int) -> float:
-        """Return the seconds a step, each kernel by whoever is faster, a refresh shared by the steps that use it."""
-        best = {kernel: times[_fastest_of(times)] for kernel, times in self.seconds.items()}
+        """Return the seconds that a step takes with the fastest implementations, and its share of a refresh."""
+        best = {kernel: times[_fastest_implementation(times)] for kernel, times in self.seconds.items()}
         return sum(t if kernel in STEP_KERNELS else t / refresh_every for kernel, t in best.items())
 
     @property
     def kernel_overrides(self) -> tuple[str, ...]:
-        """Return the kernels that PyTorch does better than Triton, and those that another configuration does."""
-        by = {kernel: _fastest_of(times) for kernel, times in self.seconds.items() if "triton" in times}
-        named = {
-            kernel: kernel if who == "torch" else f"{kernel}:{who}" for kernel, who in by.items() if who != "triton"
-        }
-        return tuple(sorted(named.values()))
+        """Return the kernels for which another implementation than Triton's default is faster, as in `Choice`."""
+        fastest = {k: _fastest_implementation(times) for k, times in self.seconds.items() if "triton" in times}
+        return tuple(sorted(k if one == "torch" else f"{k}:{one}" for k, one in fastest.items() if one != "triton"))
 
 
-def _fastest_of(times: Mapping[str, float]) -> str:
-    """Return who runs a kernel: Triton as it is, unless a rival is more than the noise of a timing faster."""
+def _fastest_implementation(times: Mapping[str, float]) -> str:
+    """Return the fastest implementation of a kernel; Triton's default unless another one is clearly faster."""
     fastest = min(times, key=times.__getitem__)
-    return fastest if "triton" not in times or times[fastest] < _NOTICEABLE * times["triton"] else "triton"
+    return fastest if "triton" not in times or times[fastest] < _FASTER * times["triton"] else "triton"
 
 
 Measurements = Mapping[Representation, Measured]
+"""The representations of one geometry that were measured."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was measured on one device: for each geometry, by its key, each representation that was tried."""
+    """Measurements of one device, made by `autotune`.
+
+    Attributes:
+        entries: for each geometry, by its key, the representations that were measured.
+    """
 
     entries: Mapping[str, Measurements]
 
     def choose(
-        self,
-        geometries: Mapping[str, Geometry],
-        by_hand: Representation | Mapping[str, Representation] | None,
-        refresh_every: int,
-        max_bytes: int,
+        self, geometries: Mapping[str, Geometry], given: Given, refresh_every: int, max_bytes: int
     ) -> dict[str, Choice]:
-        """Return the fastest choice for every weight within the memory; the analytic rule where nothing was measured.
+        """Return the choice for every weight that makes steps fastest within the memory.
 
-        Where the fastest ones take more than ``max_bytes``, the weights that lose the least time for each byte saved
-        change to a smaller representation first.
+        Where a geometry was not measured, the analytic rule decides. Where the fastest representations take more than
+        ``max_bytes`` in all, weights change to a smaller one until it fits, first those that lose the least time for
+        each byte.
+
+        Args:
+            geometries: the sizes of every weight, by name.
+            given: representations that the user gave.
+            refresh_every: the steps that share a refresh.
+            max_bytes: the memory for J, in bytes.
+
+        Warns:
+            UserWarning: J takes more than ``max_bytes`` even in the smallest measured representations.
         """
-        analytic = choose(geometries, by_hand, max_bytes, refresh_every)
+        best = choose(geometries, given, max_bytes, refresh_every)
         known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
-        fixed = {name for name in geometries if by_hand is not None and (isinstance(by_hand, str) or name in by_hand)}
-        best = dict(analytic)
+        fixed = {name for name in geometries if given is not None and (isinstance(given, str) or name in given)}
         for name, measured in known.items():
             if measured and name not in fixed:
-                best[name] = _fastest(measured, analytic[name], refresh_every)
+                best[name] = _fastest(measured, best[name], refresh_every)
 
         def used() -> int:
-            return sum(_stored(geometries[name], known[name], choice) for name, choice in best.items())
+            return sum(_stored(geometries[name], known[name], one) for name, one in best.items())
 
-        while used() > max_bytes and (moves := self._savings(known, best, fixed, refresh_every)):
+        while used() > max_bytes and (moves := self._moves(known, best, fixed, refresh_every)):
             _, name, smaller = min(moves)
             best[name] = smaller
         if used() > max_bytes and len(fixed) < len(geometries):
@@ -127,12 +134,12 @@ class Plan:
                 stacklevel=2,
             )
         return {
-            name: Choice(choice, known[name][choice].kernel_overrides if choice in known[name] else ())
-            for name, choice in best.items()
+            name: Choice(one, known[name][one].kernel_overrides if one in known[name] else ())
+            for name, one in best.items()
         }
 
     @staticmethod
-    def _savings(
+    def _moves(
         known: Mapping[str, Measurements], best: Mapping[str, Representation], fixed: set[str], refresh_every: int
     ) -> list[tuple[float, str, Representation]]:
         """Return every change to a smaller representation, with the seconds that it costs for each byte it saves."""
@@ -141,22 +148,22 @@ class Plan:
             if name in fixed or best[name] not in measured:
                 continue
             now = measured[best[name]]
-            for other, rival in measured.items():
-                if rival.bytes < now.bytes:
-                    slower = rival.per_step(refresh_every) - now.per_step(refresh_every)
-                    moves.append((slower / (now.bytes - rival.bytes), name, other))
+            for other, candidate in measured.items():
+                if candidate.bytes < now.bytes:
+                    slower = candidate.per_step(refresh_every) - now.per_step(refresh_every)
+                    moves.append((slower / (now.bytes - candidate.bytes), name, other))
         return moves
 
 
-def _fastest(measured: Measurements, incumbent: Representation, refresh_every: int) -> Representation:
-    """Return the representation with the fastest mean step; the rule's, unless a rival is noticeably faster."""
+def _fastest(measured: Measurements, by_rule: Representation, refresh_every: int) -> Representation:
+    """Return the representation with the fastest mean step; the rule's unless another one is clearly faster."""
     times = {name: one.per_step(refresh_every) for name, one in measured.items()}
     fastest = min(times, key=times.__getitem__)
-    stays = incumbent in times and times[fastest] >= _NOTICEABLE * times[incumbent]
-    return incumbent if stays else fastest
+    stays = by_rule in times and times[fastest] >= _FASTER * times[by_rule]
+    return by_rule if stays else fastest
 
 
-def _stored(geometry: Geometry, measured: Measurements, choice: Representation) -> int:
-    if choice in measured:
-        return measured[choice].bytes
-    return geometry.factored_bytes if choice == "factored" else geometry.per_sample_bytes
+def _stored(geometry: Geometry, measured: Measurements, chosen: Representation) -> int:
+    if chosen in measured:
+        return measured[chosen].bytes
+    return geometry.factored_bytes if chosen == "factored" else geometry.per_sample_bytes

@@ -1,9 +1,10 @@
-"""The plan of a device as a file: written whole, merged under a lock, used only where it fits."""
+"""The plan of a device as a file: written atomically, merged under a lock, used only on the same kind of device."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import warnings
@@ -18,11 +19,12 @@ from filelock import FileLock
 from tengrad_triton import kernels
 from tengrad_triton.tuning.plan import Measured, Plan
 
-SCHEMA = 2
+logger = logging.getLogger(__name__)
+SCHEMA = 3
 
 
 def header_of(device: torch.device) -> dict[str, Any]:
-    """Return all that must agree before a measurement can be used: schema, kernels, versions and device."""
+    """Return what has to be the same where a measurement is used: schema, kernels, versions and device."""
     sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     header: dict[str, Any] = {
@@ -40,7 +42,7 @@ def header_of(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return the CPU's model: Linux has it in a file only, elsewhere Python knows."""
+    """Return the CPU's model, which Python does not know on Linux: there it comes from /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -48,7 +50,7 @@ def processor_name() -> str:
 
 
 def default_path(device: torch.device) -> Path:
-    """Return where the plan of this device is kept: a file a device in ``~/.cache/tengrad-triton``."""
+    """Return the path of this device's plan, in ``~/.cache/tengrad-triton``."""
     header = header_of(device)
     name = "-".join(str(header[part]) for part in ("device", "processors", "arch"))
     safe = "".join(c if c.isalnum() or c in "-." else "_" for c in name)
@@ -56,9 +58,9 @@ def default_path(device: torch.device) -> Path:
 
 
 def load(path: Path, device: torch.device) -> Plan:
-    """Return the plan in a file; an empty one, with one warning that says why, where it cannot be used here.
+    """Return the plan in a file; where it cannot be used here, an empty plan, with one warning that says why.
 
-    A damaged file is set aside beside itself; a file for another device, version or kernels stays as it is.
+    A damaged file is renamed to ``*.damaged``; a file for another device, version or kernels stays as it is.
     """
     if not path.exists():
         return Plan({})
@@ -82,9 +84,9 @@ def load(path: Path, device: torch.device) -> Plan:
 
 
 def save(plan: Plan, path: Path, device: torch.device) -> Plan:
-    """Merge a plan into a file, newer measurements first; return the merged one.
+    """Merge a plan into a file, where its measurements replace older ones; return the merged plan.
 
-    A folder that cannot be written costs the file, with one warning, and nothing else.
+    Where the file cannot be written, the plan is returned as it is, with one warning.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +97,7 @@ def save(plan: Plan, path: Path, device: torch.device) -> Plan:
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
+            logger.info("kept %d geometries in %s", len(entries), path)
     except OSError as error:
         warnings.warn(f"the plan is not kept: {path}: {error}", stacklevel=2)
         return plan

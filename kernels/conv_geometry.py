@@ -1,4 +1,4 @@
-"""How a convolution's windows slide over its input, and what PyTorch has for them: unfolding, and both products.
+"""The geometry of a convolution, and what PyTorch computes with it: unfolding, the convolution, its weight's gradient.
 
 Dimensions: N samples, G groups, P positions, I inputs of a group; C channels, O outputs, H and W pixels.
 """
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import contiguous
+from .dispatch import contiguous
 
 
-class Sliding(NamedTuple):
-    """A convolution's stride, its padding by zeros and its dilation, each by row and by column, and its groups."""
+class ConvGeometry(NamedTuple):
+    """A convolution's stride, padding by zeros and dilation, each as (vertical, horizontal), and its groups."""
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -25,52 +25,52 @@ class Sliding(NamedTuple):
 
     @property
     def numbers(self) -> list[int]:
-        """Return all of it, flat."""
+        """Return the seven numbers in order, as ops take them."""
         return [*self.stride, *self.padding, *self.dilation, self.groups]
 
     def pixels(self, size: Sequence[int], kernel_size: Sequence[int]) -> list[int]:
-        """Return the pixels of the output, by row and by column, for an input of this size."""
+        """Return the output's height and width for an input of this height and width."""
         axes = zip(size, kernel_size, self.stride, self.padding, self.dilation, strict=True)
         return [(pixels + 2 * pad - gap * (taps - 1) - 1) // step + 1 for pixels, taps, step, pad, gap in axes]
 
     def padded(self, x_NCHW: Tensor) -> Tensor:
-        """Return the input with its padding; itself where there is none."""
-        rows, columns = self.padding
-        return F.pad(x_NCHW, (columns, columns, rows, rows)) if rows or columns else x_NCHW
+        """Return the input with its padding; the input itself where there is none."""
+        vertical, horizontal = self.padding
+        return F.pad(x_NCHW, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x_NCHW
 
     def unfold(self, x_NCHW: Tensor, kernel_size: Sequence[int]) -> Tensor:
-        """Return a_NGPI with I = (kh, kw, C / groups): what each position sees of an input."""
+        """Return a_NGPI with I = (kh, kw, C / groups): the patch of the input that each output position multiplies."""
         n, inputs = len(x_NCHW), x_NCHW.shape[1] // self.groups
         x_NHWC = contiguous(self.padded(x_NCHW).permute(0, 2, 3, 1))
         per_sample, *axes, _ = x_NHWC.stride()
         steps = [step * axis for step, axis in zip(self.stride, axes, strict=True)]
         taps = [gap * axis for gap, axis in zip(self.dilation, axes, strict=True)]
         pixels = self.pixels(x_NCHW.shape[2:], kernel_size)
-        windows = x_NHWC.as_strided(
+        patches = x_NHWC.as_strided(
             (n, self.groups, *pixels, *kernel_size, inputs), (per_sample, inputs, *steps, *taps, 1)
         )
-        return windows.reshape(n, self.groups, pixels[0] * pixels[1], -1)
+        return patches.reshape(n, self.groups, pixels[0] * pixels[1], -1)
 
-    def convolved(self, x_NCHW: Tensor, weight: Tensor) -> Tensor:
-        """Return the convolution."""
+    def convolve(self, x_NCHW: Tensor, weight: Tensor) -> Tensor:
+        """Return the convolution of the input with a weight [O, C / groups, kh, kw]."""
         return F.conv2d(x_NCHW, weight, None, *self)
 
     def weight_grad(self, x_NCHW: Tensor, g_NOHW: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the gradient of the weight; unlike `torch.nn.grad.conv2d_weight`, without a copy of a weight."""
+        """Return the gradient with respect to a weight of this size, given the output's; needs no weight at hand."""
         weight, options = x_NCHW.new_empty(size), (False, [0, 0], self.groups, (False, True, False))
         return torch.ops.aten.convolution_backward(
             g_NOHW, x_NCHW, weight, None, self.stride, self.padding, self.dilation, *options
         )[1]
 
 
-def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> Sliding:
-    """Return how windows slide over an input that has its padding already."""
+def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> ConvGeometry:
+    """Return the geometry of a convolution whose input is already padded."""
     (sh, sw), (dh, dw) = stride, dilation
-    return Sliding((sh, sw), (0, 0), (dh, dw), groups)
+    return ConvGeometry((sh, sw), (0, 0), (dh, dw), groups)
 
 
-def slidings(numbers: Sequence[int]) -> Iterator[Sliding]:
-    """Yield what a flat list of all layers' `Sliding.numbers` holds."""
+def conv_geometries(numbers: Sequence[int]) -> Iterator[ConvGeometry]:
+    """Yield the geometries whose `ConvGeometry.numbers` follow each other in a list."""
     for at in range(0, len(numbers), 7):
         a, b, c, d, e, f, groups = numbers[at : at + 7]
-        yield Sliding((a, b), (c, d), (e, f), groups)
+        yield ConvGeometry((a, b), (c, d), (e, f), groups)

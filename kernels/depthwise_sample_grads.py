@@ -1,6 +1,6 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Per-sample gradients of depthwise convolutions: a few taps a channel, bound by memory, no matrix product in sight.
+"""Per-sample gradients of depthwise convolutions, for `conv_sample_grads`: plain sums, bound by memory traffic.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, K entries of a flat gradient.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import TRITON_TYPES, Config, cdiv, tl, triton
+from .spec import TRITON_TYPES, all_configs, cdiv, configs_of, tiling, tl, triton
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _depthwise_grads_kernel(
     x_ptr, g_ptr, j_ptr, OUTPUTS, MULTIPLIER, TAPS, P, OUT_W, KERNEL_W, step_row, step_col, tap_row, tap_col,
     stride_xn, stride_gn, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Σ_p g[p, o] x[window p, tap, channel of o] for BLOCK_T taps and BLOCK_O outputs of one sample."""
+    """Σ_p g[p, o] x[patch p, tap, channel of o] for BLOCK_T taps and BLOCK_O outputs of one sample."""
     output_tiles = tl.cdiv(OUTPUTS, BLOCK_O)
     o = tl.program_id(0) % output_tiles * BLOCK_O + tl.arange(0, BLOCK_O)
     tap = tl.program_id(0) // output_tiles * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -30,8 +30,8 @@ def _depthwise_grads_kernel(
     total = tl.zeros((BLOCK_P, BLOCK_T, BLOCK_O), tl.float32)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        window = p // OUT_W * step_row + p % OUT_W * step_col
-        x = tl.load(x_ptr + window[:, None, None], mask=(p < P)[:, None, None] & wanted, other=0.0)
+        patch = p // OUT_W * step_row + p % OUT_W * step_col
+        x = tl.load(x_ptr + patch[:, None, None], mask=(p < P)[:, None, None] & wanted, other=0.0)
         g_at = p[:, None] * OUTPUTS + o[None, :]
         g = tl.load(g_ptr + g_at, mask=(p < P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
         total += x.to(tl.float32) * g.to(tl.float32)[:, None, :]
@@ -40,36 +40,33 @@ def _depthwise_grads_kernel(
     tl.store(j_ptr + at, tl.sum(total, 0).to(j_ptr.dtype.element_ty), mask=inside)
 
 
-# Positions, outputs and warps: those of `conv_sample_grads`, of which this is a case.
-_TILES = {
-    "default": (8, 32, 4),
-    "wide": (8, 64, 8),  # a whole line of memory in half precision
-    "narrow": (16, 16, 4),  # few channels
-    "short": (4, 32, 4),  # few positions: half the registers, and so more programs at a time
+_TILINGS = {
+    "default": tiling(BLOCK_P=8, BLOCK_T=16, BLOCK_O=32),
+    "wide": tiling(BLOCK_P=8, BLOCK_T=16, BLOCK_O=64, num_warps=8),  # a whole line of memory in half precision
+    "narrow": tiling(BLOCK_P=16, BLOCK_T=16, BLOCK_O=16),  # few channels
+    "short": tiling(BLOCK_P=4, BLOCK_T=16, BLOCK_O=32),  # few positions: half the registers, so more programs at a time
 }
-DEPTHWISE_GRADS = {
-    (tile, dtype): Config(
+_CONFIGS = {
+    dtype: configs_of(
+        _TILINGS,
         kernel=_depthwise_grads_kernel,
         types=3 * f"{entries} " + 12 * "i32 ",
-        constants={"BLOCK_P": positions, "BLOCK_T": 16, "BLOCK_O": outputs},
         unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
-        num_warps=num_warps,
-        tile=tile,
     )
-    for tile, (positions, outputs, num_warps) in _TILES.items()
     for dtype, entries in TRITON_TYPES.items()
 }
+DEPTHWISE_CONFIGS = all_configs(_CONFIGS)
 
 
-def depthwise_grads(
-    x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...], tile: str
+def launch_depthwise_grads(
+    x_NHWC: Tensor, g_NHWO: Tensor, kernel_size: list[int], steps: tuple[int, ...], config: str
 ) -> Tensor:
-    """Return j_NK; ``steps`` is how far apart in x windows and their entries are, by row and by column."""
+    """Return j_NK; ``steps`` are the distances in x between patches, then between their entries, each (row, column)."""
     n, height, width, outputs = g_NHWO.shape
     taps = kernel_size[0] * kernel_size[1]
-    config = DEPTHWISE_GRADS[tile, x_NHWC.dtype]
+    launch = _CONFIGS[x_NHWC.dtype][config]
     j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
     sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
-    grid = (cdiv(outputs, config.block("O")) * cdiv(taps, config.block("T")), n)
-    config.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
+    grid = (cdiv(outputs, launch.block("O")) * cdiv(taps, launch.block("T")), n)
+    launch.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
     return j_NK

@@ -1,0 +1,212 @@
+"""Project and expand for convolutions that keep their factors: the input and the derivatives of the output.
+
+On a CPU, PyTorch's own convolutions compute both, and never unfold the input. The kernels are those of
+`project_factored` and `expand_factored`; they take the unfolded input, which exists for the time of the launch.
+
+Dimensions: N samples, C channels, O outputs, H and W pixels, L Fisher blocks; G, P, I as in `factors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import cpu_conv, cpu_update, reference
+from .conv_geometry import ConvGeometry, conv_geometries
+from .dispatch import define_op, dispatch, expect, zeros
+from .expand_factored import EXPAND_CONFIGS, launch_expand_update_
+from .project_factored import PROJECT_CONFIGS, launch_project
+from .spec import KernelSpec, nbytes, normal
+from .update import example_numbers, example_param_dtype, expect_update, update_examples
+
+
+@define_op(fake=lambda x, g, v, sizes, blocks, shape, *_: zeros(x[0], *shape))
+def project_conv(
+    x: list[Tensor],
+    g: list[Tensor],
+    v: list[Tensor],
+    sizes: list[int],
+    blocks: list[int],
+    shape: list[int],
+    config: str = "default",
+) -> Tensor:
+    """Return y_LN with y_n = Σ_p g_npᵀ V a_np, summed over the convolutions of a block (equation 6; M4).
+
+    With many positions for its channels prefer `conv_sample_grads` once and `project_rows`.
+
+    Args:
+        x: inputs [N, C, H, W] of each convolution, without their padding.
+        g: derivatives with respect to the outputs, [N, O, H, W].
+        v: tensors V in the shape of the weights, [O, C / groups, kh, kw].
+        sizes: the `ConvGeometry.numbers` of all convolutions, one after the other.
+        blocks: the Fisher block of each convolution.
+        shape: [L, N] of the result; a convolution with fewer samples adds to the first ones.
+        config: the launch configuration of the kernel.
+
+    Returns:
+        y_LN, in the dtype of ``x``, but in float32 for half precision.
+
+    Raises:
+        ValueError: the shapes of a convolution's tensors do not belong together.
+    """
+    for x_NCHW, g_NOHW, v_OCHW, geometry in zip(x, g, v, conv_geometries(sizes), strict=True):
+        _expect_convolution(x_NCHW, g_NOHW, v_OCHW, geometry)
+    return dispatch(_project_conv, cpu_conv.project_conv, config, x, g, v, sizes, blocks, shape)
+
+
+def _expect_convolution(x_NCHW: Tensor, g_NOHW: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
+    n, channels, *pixels = x_NCHW.shape
+    expect("the weight", weight, g_NOHW.shape[1], channels // geometry.groups, *weight.shape[2:])
+    expect("g_NOHW", g_NOHW, n, len(weight), *geometry.pixels(pixels, weight.shape[2:]))
+
+
+def _project_conv(
+    x: list[Tensor],
+    g: list[Tensor],
+    v: list[Tensor],
+    sizes: list[int],
+    blocks: list[int],
+    shape: list[int],
+    config: str = "default",
+) -> Tensor:
+    return launch_project(*_factors(x, g, v, sizes), [v_OCHW.flatten(2).mT for v_OCHW in v], blocks, shape, config)
+
+
+def _factors(
+    x: Sequence[Tensor], g: Sequence[Tensor], weights: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a_NGPI and g_NGPO of every convolution."""
+    geometries = list(conv_geometries(sizes))
+    a = [
+        geometry.unfold(x_NCHW, weight.shape[2:])
+        for x_NCHW, weight, geometry in zip(x, weights, geometries, strict=True)
+    ]
+    return a, [
+        g_NOHW.unflatten(1, (geometry.groups, -1)).flatten(3).mT for g_NOHW, geometry in zip(g, geometries, strict=True)
+    ]
+
+
+@define_op(mutates=("params", "momenta"))
+def expand_conv_update_(
+    params: list[Tensor],
+    momenta: list[Tensor],
+    grads: list[Tensor],
+    x: list[Tensor],
+    g: list[Tensor],
+    sizes: list[int],
+    w: list[Tensor],
+    dampings: list[Tensor],
+    settings: list[Tensor],
+    nesterov: bool,
+    config: str = "default",
+) -> None:
+    """Apply `update_` to convolutions' weights along (grad − Σ_n w_n J_n) / damping (equation 7; M4, M5).
+
+    With many positions for its channels prefer `conv_sample_grads` once and `expand_rows_update_`.
+
+    Args:
+        params: weights [O, C / groups, kh, kw], changed in place.
+        momenta: likewise, changed in place.
+        grads: likewise.
+        x: inputs, as for `project_conv`.
+        g: derivatives with respect to the outputs, as for `project_conv`.
+        sizes: geometries, as for `project_conv`.
+        w: the weights w_N of the rows of each J.
+        dampings: a scalar for each weight.
+        settings: [lr, momentum, weight_decay, shrink] of each weight, as for `update_`.
+        nesterov: as for `update_`.
+        config: the launch configuration of the kernel.
+
+    Raises:
+        ValueError: the shapes of a convolution's tensors do not belong together.
+    """
+    states = zip(params, momenta, grads, x, g, conv_geometries(sizes), w, dampings, settings, strict=True)
+    for param, momentum, grad, x_NCHW, g_NOHW, geometry, w_N, *numbers in states:
+        expect_update(param, momentum, grad, *numbers)
+        _expect_convolution(x_NCHW, g_NOHW, param, geometry)
+        expect("w_N", w_N, x_NCHW.shape[0])
+    arguments = (params, momenta, grads, x, g, sizes, w, dampings, settings, nesterov)
+    dispatch(_expand_conv_update_, cpu_update.expand_conv_update_, config, *arguments)
+
+
+def _expand_conv_update_(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], x: list[Tensor], g: list[Tensor],
+    sizes: list[int], w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool,
+    config: str = "default",
+) -> None:  # fmt: skip
+    params_OKI, momenta_OKI, grads_OKI = (
+        [tensor.view(*tensor.shape[:2], -1).mT for tensor in tensors] for tensors in (params, momenta, grads)
+    )
+    a, g = _factors(x, g, params, sizes)
+    launch_expand_update_(params_OKI, momenta_OKI, grads_OKI, a, g, w, dampings, settings, nesterov, config)
+
+
+# (input, outputs, kernel, geometry) of some layers.
+_LAYERS: Sequence[tuple[tuple[int, int, int, int], int, tuple[int, int], ConvGeometry]] = (
+    ((30, 8, 9, 8), 12, (3, 3), ConvGeometry(padding=(1, 1))),
+    ((30, 10, 7, 9), 6, (3, 2), ConvGeometry((2, 1), (0, 1), (1, 2), 2)),
+    ((20, 5, 1, 11), 7, (1, 4), ConvGeometry((1, 3), (0, 2))),
+    ((30, 8, 5, 4), 12, (1, 1), ConvGeometry()),  # its weight is a matrix with aligned rows
+)
+_SIZES = [number for *_, geometry in _LAYERS for number in geometry.numbers]
+
+
+def _example_layers(
+    dtype: torch.dtype, device: torch.device, half: bool
+) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+    """Return inputs, derivatives, and (parameters, momenta, gradients) of the layers."""
+    x = [normal(*shape, dtype=dtype, device=device) for shape, *_ in _LAYERS]
+    g = [
+        normal(shape[0], outputs, *geometry.pixels(shape[2:], kernel), dtype=dtype, device=device, seed=1)
+        for shape, outputs, kernel, geometry in _LAYERS
+    ]
+    sizes = [(outputs, shape[1] // geometry.groups, *kernel) for shape, outputs, kernel, geometry in _LAYERS]
+    param_dtype = example_param_dtype(dtype, half)
+    states = [[normal(*size, dtype=param_dtype, device=device, seed=seed) for size in sizes] for seed in (3, 4, 5)]
+    return x, g, states
+
+
+def _project_example(dtype: torch.dtype, device: torch.device, half: bool) -> tuple[object, ...]:
+    x, g, (_, _, grads) = _example_layers(dtype, device, half)
+    return x, g, grads, _SIZES, [1, 1, 0, 0], [2, 30]
+
+
+def _update_example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:
+    x, g, states = _example_layers(dtype, device, half)
+    numbers = zip(*(example_numbers(len(x_NCHW), device) for x_NCHW in x), strict=True)
+    return *states, x, g, _SIZES, *map(list, numbers), nesterov
+
+
+def _flops(g: Sequence[Tensor], weights: Sequence[Tensor]) -> int:
+    return sum(2 * g_NOHW.numel() * weight[0].numel() for g_NOHW, weight in zip(g, weights, strict=True))
+
+
+SPECS = (
+    KernelSpec(
+        name="project_conv",
+        triton_impl=_project_conv,
+        torch_impl=cpu_conv.project_conv,
+        reference=reference.project_conv,
+        examples={
+            "four convolutions": partial(_project_example, half=False),
+            "half-precision parameters": partial(_project_example, half=True),
+        },
+        flops=lambda x, g, v, *_: _flops(g, v),
+        bytes=lambda x, g, v, sizes, blocks, shape: nbytes(*x, *g, *v) + 4 * shape[0] * shape[1],
+        configs=PROJECT_CONFIGS,
+    ),
+    KernelSpec(
+        name="expand_conv_update_",
+        triton_impl=_expand_conv_update_,
+        torch_impl=cpu_update.expand_conv_update_,
+        reference=reference.expand_conv_update_,
+        examples=update_examples(_update_example),
+        flops=lambda params, momenta, grads, x, g, *_: _flops(g, params) + 9 * sum(p.numel() for p in params),
+        bytes=lambda params, momenta, grads, x, g, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *x, *g),
+        configs=EXPAND_CONFIGS,
+        mutates=2,
+    ),
+)

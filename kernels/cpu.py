@@ -1,0 +1,226 @@
+"""The tuned PyTorch code of the ops (`KernelSpec.torch_impl`): Gram matrices, their factorization, and products with J.
+
+It runs on CPU tensors, in float64, and with ``backend="torch"``. Every function has its op's arguments, docstring and
+result; what stands here is how it is made fast. The thresholds were measured on two cores. `cpu_conv` has the
+convolutions, `cpu_update` the updates, `reference` the definitions that all of it is tested against.
+
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, R pairs of a sample and a position, S
+those of a slab, K entries of a flat gradient, L Fisher blocks, T weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import widen, zeros
+
+_PAIRS_AT_ONCE = 1 << 26  # pairs of positions whose products `gram` keeps at a time
+_SLABS, _LEAST_SLAB, _LEAST_COLUMNS = 4, 64, 4096  # slabs of X in X Xᵀ; below these sizes one product is faster
+_RANGES = (16, 8, 4, 2)  # equal ranges that a large J may go in
+_LARGE = 1 << 18  # entries of J from which ranges are faster than one product
+_LEAST_BATCH = 8  # matrices from which a batched product is faster than one call each
+
+
+def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int) -> Tensor:
+    """Add up the layers' Gram matrices."""
+    k_LNN = zeros(a[0], count, len(a[0]), len(a[0]))
+    k = k_LNN.unbind()
+    for block, a_NGPI, g_NGPO in zip(blocks, a, g, strict=True):
+        k[block].add_(_gram_of_layer(widen(a_NGPI), widen(g_NGPO)))
+    return k_LNN
+
+
+def _gram_of_layer(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
+    """Return (A Aᵀ) ∘ (G Gᵀ), summed over pairs of positions; a slab of samples at a time bounds the memory."""
+    n, groups, positions, _ = a_NGPI.shape
+    if groups == positions == 1:
+        a_NI, g_NO = a_NGPI.flatten(0, 2), g_NGPO.flatten(0, 2)
+        return _gram_of_rows(a_NI).mul_(_gram_of_rows(g_NO))
+    a_GRI, g_GRO = (x.transpose(0, 1).flatten(1, 2) for x in (a_NGPI, g_NGPO))
+    slab = positions * max(1, _PAIRS_AT_ONCE // (groups * positions * n * positions))
+    parts = []
+    for a_GSI, g_GSO in zip(a_GRI.split(slab, 1), g_GRO.split(slab, 1), strict=True):
+        pairs_GSR = (a_GSI @ a_GRI.mT) * (g_GSO @ g_GRO.mT)
+        parts.append(pairs_GSR.view(groups, -1, positions, n, positions).sum((0, 2, 4)))
+    return torch.cat(parts)
+
+
+def gram_rows(j: list[Tensor], blocks: list[int], count: int) -> Tensor:
+    """Add the products J Jᵀ to their blocks in place."""
+    k_LNN = zeros(j[0], count, len(j[0]), len(j[0]))
+    k = k_LNN.unbind()
+    for block, j_NK in zip(blocks, j, strict=True):
+        add_gram_of_rows_(k[block], widen(j_NK))
+    return k_LNN
+
+
+def _gram_of_rows(x_NK: Tensor) -> Tensor:
+    """Return X Xᵀ."""
+    return add_gram_of_rows_(x_NK.new_zeros(len(x_NK), len(x_NK)), x_NK)
+
+
+def add_gram_of_rows_(k_NN: Tensor, x_NK: Tensor) -> Tensor:
+    """K += X Xᵀ. On a CPU each slab of samples stops at the diagonal: BLAS would compute the mirror image as well."""
+    n, k = x_NK.shape
+    slabs = min(_SLABS, n // _LEAST_SLAB)
+    if slabs < 2 or k < _LEAST_COLUMNS or not x_NK.is_cpu or torch.compiler.is_compiling():
+        return k_NN.addmm_(x_NK, x_NK.mT)
+    step = -(-n // slabs)
+    for start in range(0, n, step):
+        end = min(n, start + step)
+        k_NN[start:end, :end].addmm_(x_NK[start:end], x_NK[:end].mT)
+        k_NN[:start, start:end] = k_NN[start:end, :start].mT
+    return k_NN
+
+
+def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor without a synchronization; a matrix that is not positive definite has the smallest pivot −1."""
+    damped_LNN = k_LNN.clone()
+    damped_LNN.diagonal(dim1=-2, dim2=-1).add_(shift_L.unsqueeze(1))
+    c_LNN, info_L = torch.linalg.cholesky_ex(damped_LNN, check_errors=False)
+    pivot_L = c_LNN.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return c_LNN, torch.where(info_L == 0, pivot_L, -torch.ones_like(pivot_L))
+
+
+def cholesky_inverse(c_LNN: Tensor) -> Tensor:
+    """Solve C W = I by substitution."""
+    eye_NN = torch.eye(c_LNN.shape[-1], dtype=c_LNN.dtype, device=c_LNN.device)
+    w_LNN: Tensor = torch.linalg.solve_triangular(c_LNN, eye_NN.expand_as(c_LNN), upper=False)
+    return w_LNN
+
+
+def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
+    """Multiply row vectors by matrices: BLAS reaches half of the memory's speed for column vectors."""
+    return torch.bmm(torch.bmm(y_LN.unsqueeze(1), w_LNN.mT), w_LNN).squeeze(1)
+
+
+def project(a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
+    """Add up the layers' ⟨V a, g⟩."""
+    y_LN = zeros(a[0], *shape)
+    y = y_LN.unbind()
+    for block, a_NGPI, g_NGPO, v_OKI in zip(blocks, a, g, v, strict=True):
+        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
+        y[block][: len(a_NGPI)].add_(project_outer_products(widen(a_NGPI), g_NGPO, v_GOI))
+    return y_LN
+
+
+def project_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
+    """Return y_N with y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩."""
+    if not _is_matrix(g_NGPO):
+        return (torch.einsum("ngpi,goi->ngpo", a_NGPI, v_GOI) * g_NGPO).sum((1, 2, 3))
+    va_ON = v_GOI.flatten(0, 1) @ a_NGPI.flatten(0, 2).mT  # BLAS is faster in this order where samples are few
+    return (va_ON * g_NGPO.flatten(0, 2).mT).sum(0)
+
+
+def weighted_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
+    """Return Σ_np w_n g_nγp a_nγpᵀ over [G, O, I]."""
+    weighted_NGPO = g_NGPO * w_N.view(-1, 1, 1, 1)
+    if not _is_matrix(g_NGPO):
+        return torch.einsum("ngpo,ngpi->goi", weighted_NGPO, a_NGPI)
+    outputs = g_NGPO.shape[3]
+    parts = 1 if torch.compiler.is_compiling() else _equal_ranges(outputs, torch.get_num_threads())
+    # A range of the outputs for every thread: BLAS divides so thin a product less well.
+    weighted_TON = weighted_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
+    return torch.bmm(weighted_TON, a_NGPI.flatten(0, 2).expand(parts, -1, -1)).view(1, outputs, -1)
+
+
+def _is_matrix(g_NGPO: Tensor) -> bool:
+    return g_NGPO.is_cpu and g_NGPO.shape[1] == g_NGPO.shape[2] == 1
+
+
+def project_rows(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
+    """Add up the products J v. Each is one pass over memory; matrices that `batches_of` finds go in one call."""
+    y_LN = zeros(j[0], *shape)
+    y = y_LN.unbind()
+    for members, j_TNK in batches_of(j):
+        if j_TNK is None:
+            for t in members:
+                y_N, n = y[blocks[t]], len(j[t])
+                _add_product_(y_N if n == len(y_N) else y_N[:n], widen(j[t]), v[t].reshape(-1).to(y_LN.dtype))
+        else:
+            v_T1K = _stacked_vectors([v[t] for t in members]).to(y_LN.dtype)
+            y_TN = torch.bmm(v_T1K, widen(j_TNK).mT).squeeze(1)
+            y_LN[:, : y_TN.shape[1]].index_add_(0, torch.tensor([blocks[t] for t in members]), y_TN)
+    return y_LN
+
+
+def _add_product_(y_N: Tensor, j_NK: Tensor, v_K: Tensor) -> None:
+    """Add J v; a large J as a batch of row vectors times ranges of its samples (see `cholesky_solve`)."""
+    ranges = _ranges_of(len(j_NK), j_NK)
+    if ranges == 1:
+        y_N.addmv_(j_NK, v_K)
+    else:
+        y_N.add_(torch.bmm(v_K.expand(ranges, 1, -1), j_NK.unflatten(0, (ranges, -1)).mT).flatten())
+
+
+def combinations(j: Sequence[Tensor], w: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield t and J_tᵀ w_t for every weight, in any order."""
+    for members, j_TNK in batches_of(j):
+        if j_TNK is None:
+            yield from ((t, _combination(widen(j[t]), w[t])) for t in members)
+        else:
+            w_T1N = _stacked_vectors([w[t] for t in members])
+            yield from zip(members, torch.bmm(w_T1N, widen(j_TNK)).squeeze(1).unbind(), strict=True)
+
+
+def _combination(j_NK: Tensor, w_N: Tensor) -> Tensor:
+    """Return Jᵀ w; a large J as a batch of row vectors times ranges of its columns."""
+    ranges = _ranges_of(j_NK.shape[1], j_NK)
+    if ranges == 1:
+        return w_N @ j_NK
+    return torch.bmm(w_N.expand(ranges, 1, -1), j_NK.unflatten(1, (ranges, -1)).transpose(0, 1)).flatten()
+
+
+def _ranges_of(size: int, j_NK: Tensor) -> int:
+    if not j_NK.is_cpu or j_NK.numel() < _LARGE:
+        return 1
+    return _equal_ranges(size, _RANGES[0])
+
+
+def _equal_ranges(size: int, most: int) -> int:
+    """Return how many equal ranges, of at most ``most``, a dimension of this size divides into."""
+    return next((ranges for ranges in _RANGES if ranges <= most and size % ranges == 0), 1)
+
+
+def _stacked_vectors(x: Sequence[Tensor]) -> Tensor:
+    """Return tensors of the same number of entries as row vectors [T, 1, K]."""
+    same = all(one.shape == x[0].shape for one in x)  # saves a call for each tensor
+    return torch.stack(list(x) if same else [one.reshape(-1) for one in x]).flatten(1).unsqueeze(1)
+
+
+def worth_a_batch(j: Sequence[Tensor]) -> bool:
+    """Return whether matrices of one size are faster multiplied in one call: many small ones on a CPU."""
+    return len(j) >= _LEAST_BATCH and j[0].is_cpu and j[0].numel() < _LARGE and not torch.compiler.is_compiling()
+
+
+def batches_of(j: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Tensor | None]]:
+    """Yield indices of matrices that are adjacent in memory, with the tensor that they form; the others, with None."""
+    others: list[int] = []
+    sizes: dict[int, list[int]] = {}
+    for t, j_NK in enumerate(j):
+        sizes.setdefault(j_NK.numel(), []).append(t)
+    for members in sizes.values():
+        matrices = [j[t] for t in members]
+        j_TNK = as_one_tensor(matrices) if worth_a_batch(matrices) else None
+        if j_TNK is None:
+            others += members
+        else:
+            yield members, j_TNK
+    if others:
+        yield others, None
+
+
+def as_one_tensor(j: Sequence[Tensor]) -> Tensor | None:
+    """Return matrices that are adjacent in memory as a view [T, N, K] of all; None where they are not."""
+    first, last = j[0], j[-1]
+    start, size = first.data_ptr(), first.nbytes
+    if last.data_ptr() != start + (len(j) - 1) * size:
+        return None
+    if first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
+        return None
+    if all(x.data_ptr() == start + t * size and x.shape == first.shape and x.is_contiguous() for t, x in enumerate(j)):
+        return first.as_strided((len(j), *first.shape), (first.numel(), *first.stride()))
+    return None

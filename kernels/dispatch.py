@@ -1,0 +1,88 @@
+"""How an op is registered with `torch.library`, checks its arguments and chooses its implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, triton_op
+
+from .spec import HAS_TRITON, TRITON_TYPES
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def define_op(
+    *, fake: Callable[..., Any] | None = None, mutates: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register the decorated function as the op ``tengrad_triton::<its name>``.
+
+    The function is the whole op: it checks its arguments and returns what `dispatch` returns. An op with neither
+    ``fake`` nor ``mutates`` is a `triton_op`: tracing looks into it and sees its launches. Any other is a `custom_op`,
+    opaque to tracing, as a kernel that reads tensors through their addresses has to be.
+
+    Args:
+        fake: returns an empty result for the op's arguments, from which tracing learns shape and dtype.
+        mutates: the names of the arguments that the op changes in place.
+    """
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        name = f"tengrad_triton::{function.__name__}"
+        if fake is None and not mutates:
+            return cast("Callable[P, R]", triton_op(name, mutates_args=())(function))
+        op = custom_op(name, mutates_args=mutates)(function)
+        if fake is not None:
+            op.register_fake(fake)
+        return cast("Callable[P, R]", op)
+
+    return register
+
+
+def dispatch(triton_impl: Callable[..., R], torch_impl: Callable[..., R], config: str, *arguments: Any) -> R:
+    """Launch kernels in the launch configuration ``config`` where `runs_kernel` allows it; else run PyTorch."""
+    if runs_kernel(*arguments):
+        return triton_impl(*arguments, config=config)
+    return torch_impl(*arguments)
+
+
+def runs_kernel(*arguments: Any) -> bool:
+    """Return whether kernels accept the tensors among the arguments: all on a GPU, none in double precision.
+
+    Scalars (tensors without dimensions) may have any dtype: launchers convert them.
+    """
+    return HAS_TRITON and all(map(_is_accepted, arguments))
+
+
+def _is_accepted(argument: Any) -> bool:
+    if isinstance(argument, Tensor):
+        return argument.is_cuda and (argument.dtype in TRITON_TYPES or argument.dim() == 0)
+    return not isinstance(argument, (list, tuple)) or all(map(_is_accepted, argument))
+
+
+def expect(name: str, x: Tensor, *shape: int) -> None:
+    """Raise ValueError unless a tensor has this shape: a kernel would read past the end of a smaller one."""
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return half-precision entries in float32; others as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def zeros(x: Tensor, *shape: int) -> Tensor:
+    """Return zeros to which products with ``x`` are added: in its dtype, but in float32 at least."""
+    return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """Return the tensor with its entries in order; unlike the method, it takes a fake CUDA tensor without a GPU."""
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """Return the tensor with neighbours along its last dimension adjacent in memory; copy it only if they are not."""
+    return x if x.stride(-1) == 1 else contiguous(x)

@@ -1,0 +1,178 @@
+# ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Project (J v) with explicit rows of J, all weights in one launch; `expand_rows` has the other product.
+
+Reading J once is the whole cost of each: plain sums, no tensor cores, and half-precision J takes half the time.
+
+Dimensions: N samples, K entries of a flat gradient, L Fisher blocks; in a parameter's view O outputs of all groups, K
+kernel pixels and I inputs of a pixel.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+from .dispatch import define_op, dispatch, expect, last_contiguous, zeros
+from .pointer_table import (
+    ADD_PARTIAL_SUMS,
+    BLOCK,
+    FIRST_PART,
+    FIRST_TILE,
+    MAX_GROUP,
+    POSITIONS,
+    SAMPLES,
+    TABLE,
+    add_partial_sums,
+    address,
+    addresses,
+    batches,
+    entry_at,
+    fields,
+    is_aligned,
+    number,
+    strides,
+)
+from .spec import TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, normal, tiling, tl, triton
+from .update import example_param_dtype, example_parameters
+
+UNITS = (8, 1)  # alignments of J that the kernels know, in entries: 16 bytes in half precision, and none
+
+# The fields of a weight: addresses; in UNITs the stride of J's rows and their length; K and I of V, and V's strides.
+_J, _V, _ROW_STRIDE, _COLUMNS, _PIXELS, _INPUTS, _V_STRIDES = fields(6, strides=1, after=6)
+
+
+@define_op(fake=lambda j, v, blocks, shape, *_: zeros(j[0], *shape))
+def project_rows(
+    j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
+) -> Tensor:
+    """Return y_LN with y = J v, summed over the weights of a block (equation 6; M4).
+
+    With one position, or a few, prefer `project` of the factors: they are smaller than J.
+
+    Args:
+        j: rows [N, K] of each weight, K running over (O, K, I).
+        v: the tensors v, as strided views [O, K, I] of the parameters' shapes.
+        blocks: the Fisher block of each weight.
+        shape: [L, N] of the result; a J with fewer rows adds to the first ones.
+        config: the launch configuration of the kernel.
+
+    Returns:
+        y_LN, in the dtype of ``j``, but in float32 for half precision.
+
+    Raises:
+        ValueError: a J has not as many columns as its v has entries.
+    """
+    for j_NK, v_OKI in zip(j, v, strict=True):
+        expect("j_NK", j_NK, j_NK.shape[0], v_OKI.numel())
+    return dispatch(_project_rows, cpu.project_rows, config, j, v, blocks, shape)
+
+
+@triton.jit
+def _project_rows_kernel(
+    table_ptr, like_j_ptr, like_v_ptr, part_ptr, ENTRIES,
+    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """part[chunk, n] = ⟨J_n, v⟩ over a chunk of one weight's columns, for BLOCK_R samples."""
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    N = number(table_ptr, SAMPLES, entry, ENTRIES)
+    if tl.program_id(1) * BLOCK_R < N:
+        chunk = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
+        j_ptr = address(table_ptr, _J, entry, ENTRIES, like_j_ptr, UNIT)
+        v_ptr = address(table_ptr, _V, entry, ENTRIES, like_v_ptr, 1)
+        stride_jn = number(table_ptr, _ROW_STRIDE, entry, ENTRIES) * UNIT
+        K = number(table_ptr, _COLUMNS, entry, ENTRIES) * UNIT
+        PIXELS, INPUTS = number(table_ptr, _PIXELS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
+        stride_vo = number(table_ptr, _V_STRIDES, entry, ENTRIES)
+        stride_vk = number(table_ptr, _V_STRIDES + 1, entry, ENTRIES)
+        stride_vi = number(table_ptr, _V_STRIDES + 2, entry, ENTRIES)
+        n = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        j_ptr += n.to(tl.int64)[:, None] * stride_jn
+        total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+        for start in range(0, CHUNK, BLOCK_K):
+            col = chunk * CHUNK + start + tl.arange(0, BLOCK_K)
+            at = col // INPUTS // PIXELS * stride_vo + col // INPUTS % PIXELS * stride_vk + col % INPUTS * stride_vi
+            v = tl.load(v_ptr + at, mask=col < K, other=0.0).to(tl.float32)
+            j = tl.load(j_ptr + col[None, :], mask=(n < N)[:, None] & (col < K)[None, :], other=0.0)
+            total += j.to(tl.float32) * v[None, :]
+        first = tl.load(table_ptr + ENTRIES * FIRST_PART + entry) + chunk.to(tl.int64) * N
+        tl.store(part_ptr + first + n, tl.sum(total, 1), mask=n < N)
+
+
+_TILINGS = {
+    "default": tiling(BLOCK_R=8, BLOCK_K=512, CHUNK=4096),
+    "tall": tiling(BLOCK_R=16, BLOCK_K=128, CHUNK=2048),  # more programs for a small J
+}
+_CONFIGS = {
+    (dtype, unit): configs_of(
+        _TILINGS,
+        {"UNIT": unit, "BLOCK_T": MAX_GROUP},
+        kernel=_project_rows_kernel,
+        types=f"*i64 {entries} *fp32 *fp32 i32",
+        unaligned=("ENTRIES",),
+    )
+    for dtype, entries in TRITON_TYPES.items()
+    for unit in UNITS
+}
+
+
+def _project_rows(
+    j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
+) -> Tensor:
+    j = [last_contiguous(j_NK) for j_NK in j]
+    y_LN = zeros(j[0], *shape)
+    keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OKI.dtype) for j_NK, v_OKI in zip(j, v, strict=True)]
+    for (dtype, unit, _), members in batches(keys, order=blocks):
+        launch = _CONFIGS[dtype, unit][config]
+        j_, v_ = [j[t] for t in members], [v[t] for t in members]
+        columns = {
+            BLOCK: [blocks[t] for t in members],
+            SAMPLES: [len(j_NK) for j_NK in j_],
+            POSITIONS: [1] * len(members),
+            _J: addresses(j_),
+            _V: addresses(v_),
+            _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
+            _COLUMNS: [j_NK.shape[1] // unit for j_NK in j_],
+            _PIXELS: [v_OKI.shape[1] for v_OKI in v_],
+            _INPUTS: [v_OKI.shape[2] for v_OKI in v_],
+            **strides(_V_STRIDES, v_),
+        }
+        chunks = [cdiv(j_NK.shape[1], int(launch.constants["CHUNK"])) for j_NK in j_]
+        add_partial_sums(launch, chunks, columns, (j_[0], v_[0]), y_LN)
+    return y_LN
+
+
+def unit_of_rows(j_NK: Tensor) -> int:
+    """Return the alignment of J's rows, in entries."""
+    return next(unit for unit in UNITS if is_aligned(j_NK, unit))
+
+
+def example_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Return J of two weights and a bias; the rows of the bias and of one weight are unaligned."""
+    return [normal(n, k, dtype=dtype, device=device, seed=k) for n, k in ((50, 4320), (50, 7 * 9 * 10), (33, 5))]
+
+
+def _example(dtype: torch.dtype, device: torch.device, half: bool) -> tuple[object, ...]:
+    param_dtype = example_param_dtype(dtype, half)
+    v = [example_parameters(outputs, 9, 10, device, param_dtype)[0] for outputs in (48, 7)]
+    return example_rows(dtype, device), [*v, normal(5, 1, 1, dtype=param_dtype, device=device)], [1, 0, 1], [3, 50]
+
+
+SPECS = (
+    KernelSpec(
+        name="project_rows",
+        triton_impl=_project_rows,
+        torch_impl=cpu.project_rows,
+        reference=reference.project_rows,
+        examples={
+            "two weights and a bias": partial(_example, half=False),
+            "half-precision parameters": partial(_example, half=True),
+        },
+        flops=lambda j, v, *_: 2 * sum(j_NK.numel() for j_NK in j),
+        bytes=lambda j, v, blocks, shape: nbytes(*j, *v) + 4 * shape[0] * shape[1],
+        configs=(*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE),
+    ),
+)

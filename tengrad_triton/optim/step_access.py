@@ -1,0 +1,124 @@
+"""The one place where a compiled step meets the inner state of its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.choices import Choice, OpsFor
+from tengrad_triton.curvature.refresh import failures_of
+from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
+from tengrad_triton.optim.options import Options
+from tengrad_triton.optim.tengrad import TENGraD
+
+
+class StepAccess:
+    """What a step reads of a `TENGraD`, and the few ways in which it changes it.
+
+    Everything is read anew at each access: `TENGraD.add_param_group` and `TENGraD.load_state_dict` replace parts.
+    """
+
+    def __init__(self, optimizer: TENGraD) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the model itself, not its `torch.compile` wrapper."""
+        return self._optimizer._module
+
+    @property
+    def layers(self) -> Sequence[LayerParams]:
+        """Return the layers of all parameters."""
+        return self._optimizer._layers
+
+    @property
+    def capture(self) -> Capture:
+        """Return the capture of the plain loop."""
+        return self._optimizer._capture
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Any]]:
+        """Return the parameter groups."""
+        return self._optimizer.param_groups
+
+    @property
+    def options(self) -> Options:
+        """Return the settings that are not a group's."""
+        return self._optimizer._options
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a damping adapts itself."""
+        return self._optimizer.adapts
+
+    @property
+    def ops_for(self) -> OpsFor:
+        """Return the function from kernel overrides to ops."""
+        return self._optimizer._ops_for
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Return the generator that draws labels."""
+        return self._optimizer._generator
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """Return the present curvature."""
+        return self._optimizer._curvature
+
+    @property
+    def age(self) -> int:
+        """Return how many steps were taken with the present curvature."""
+        return self._optimizer._age
+
+    @property
+    def refresh_is_due(self) -> bool:
+        """Whether the next step refreshes the curvature."""
+        return self._optimizer._refresh_is_due()
+
+    def choices(self) -> dict[str, Choice]:
+        """Return how J of every preconditioned parameter is stored at present, by the parameter's name."""
+        return self._optimizer.choices()
+
+    def settings(self) -> list[Tensor]:
+        """Return every group's [lr, momentum, weight_decay, shrink], in tensors that keep their addresses."""
+        return self._optimizer._settings()
+
+    def momentum_of(self, parameter: Tensor) -> Tensor:
+        """Return a parameter's momentum buffer."""
+        return self._optimizer._momentum_of(parameter)
+
+    def dampings_and_failures(self, blocks: FisherBlocks) -> tuple[Tensor, Tensor]:
+        """Return the damping of every block at this step, and how many of its factorizations have failed."""
+        return self._optimizer._damping_of(blocks), failures_of(list(blocks), self.curvature)
+
+    def plain_step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """Take the optimizer's own step."""
+        loss = self._optimizer.step(closure)
+        assert loss is not None  # the closure returns one
+        return loss
+
+    def zero_grad(self) -> None:
+        """Reset the gradients and drop what was captured."""
+        self._optimizer.zero_grad()
+
+    def detach_hooks(self) -> None:
+        """Take the plain loop's hooks off the model: the graphs capture by themselves."""
+        self._optimizer.close()
+
+    def attach_hooks_if_due(self) -> None:
+        """Put them back where the next step refreshes."""
+        self._optimizer._rearm()
+
+    def release(self) -> None:
+        """Free J before a refresh."""
+        self._optimizer._release()
+
+    def advance(self, curvature: Curvature, age: int) -> None:
+        """Count a step that was taken with ``curvature``, after ``age`` steps with it."""
+        self._optimizer._advance(curvature, age)

@@ -1,0 +1,95 @@
+"""The time and the error of every implementation of a kernel, for the arguments of a real call."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from tengrad_triton import kernels
+
+
+def kernel_seconds(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:
+    """Return the median seconds of one call, by implementation.
+
+    On a GPU these are ``"torch"``, ``"triton"`` and the names of the other launch configurations, except those that
+    fail or are less exact than PyTorch; a ``"triton"`` that does takes infinitely long. On a CPU there is ``"torch"``.
+    """
+    spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
+    on_gpu = _device_of(args).type == "cuda"
+    calls = {"torch": spec.torch_impl, **(_exact_configurations(spec, args) if on_gpu else {})}
+    share = seconds / len(calls)
+    times = {name: median_seconds(partial(call, *args), share, on_gpu) for name, call in calls.items()}
+    return {"triton": math.inf, **times} if on_gpu else times
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    return next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+
+
+def median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
+    """Return the median seconds of a call, repeated for about so many seconds."""
+    if on_gpu:  # do_bench clears the L2 cache, as the rest of a training step does
+        do_bench = importlib.import_module("triton.testing").do_bench
+        return float(do_bench(call, warmup=25, rep=1e3 * seconds, return_mode="median")) / 1e3
+    call()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+    """Return the op in each launch configuration whose error is at most twice PyTorch's, both against float64.
+
+    Any other one is dropped with a warning, also where it does not compile or needs more than the device has.
+    """
+    op, error = getattr(kernels, spec.name), _error_of(spec, args)
+    allowed, passed = 2 * error(spec.torch_impl), {}
+    for name, call in {"triton": op, **{name: partial(op, config=name) for name in spec.config_names}}.items():
+        try:
+            found = error(call)
+        except Exception as failure:  # the errors of a compiler have no common base class
+            reason = str(failure).partition("\n")[0]
+            warnings.warn(f"{spec.name} ({name}) is dropped: {reason}", stacklevel=6)
+            continue
+        if found <= allowed:
+            passed[name] = call
+        else:
+            warnings.warn(f"{spec.name} ({name}) is less exact than PyTorch here: it is dropped", stacklevel=6)
+    return passed
+
+
+def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
+    """Return a function from an implementation to its error against PyTorch in float64.
+
+    The naive definition would materialize the J of large layers.
+    """
+
+    def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+        changed = tree_map_only(Tensor, torch.clone, list(arguments[: spec.mutates]))
+        result = function(*changed, *arguments[spec.mutates :])
+        return tree_leaves(changed if spec.mutates else result)
+
+    exact = outputs(spec.torch_impl, tree_map_only(Tensor, _in_float64, list(args)))
+
+    def error(function: Callable[..., Any]) -> float:
+        found = outputs(function, args)
+        return math.hypot(*((x.double() - truth).norm().item() for x, truth in zip(found, exact, strict=True)))
+
+    return error
+
+
+def _in_float64(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

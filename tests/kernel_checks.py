@@ -1,0 +1,52 @@
+"""How an implementation of an op is run on a copy of its arguments, and compared with the op's definition."""
+
+import math
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+# Of these the result depends on a matrix's inverse, which multiplies the rounding errors by its condition.
+FACTORIZATIONS = ("cholesky", "cholesky_inverse")
+
+
+def map_floats(function, arguments):
+    """Apply a function to the floating-point tensors among some arguments, and within lists of them."""
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)(map_floats(function, x) for x in arguments)
+    return function(arguments) if torch.is_tensor(arguments) and arguments.is_floating_point() else arguments
+
+
+def in_double(arguments):
+    return map_floats(torch.Tensor.double, arguments)
+
+
+def run(row, function, arguments):
+    """What a function returns or, where the row says so, what it changes, as a list."""
+    changed = map_floats(_same_layout, arguments[: row.mutates])
+    result = function(*changed, *arguments[row.mutates :])
+    return tree_leaves(changed if row.mutates else result)
+
+
+def _same_layout(x):
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def error(results, truth):
+    """The norm of the error over everything that an op returns, since one number's own error is a matter of luck."""
+    return math.hypot(*((x.double() - y).norm().item() for x, y in zip(results, truth, strict=True)))
+
+
+def assert_is_definition(row, function, arguments):
+    """In double precision a function differs from the definition by rounding only.
+
+    Both round after every operation. So either's error is at most as many units of rounding, of the result's size, as
+    there are operations for each entry of the result: and, of a factorization, times the condition of its matrix.
+    """
+    arguments = in_double(arguments)
+    truth = run(row, row.reference, arguments)
+    results = run(row, function, arguments)
+    assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in truth]
+    operations = row.flops(*arguments) / sum(x.numel() for x in truth)
+    condition = torch.linalg.cond(arguments[0]).max().item() if row.name in FACTORIZATIONS else 1
+    size = math.hypot(*(x.norm().item() for x in truth))
+    assert error(results, truth) <= 2 * operations * condition * torch.finfo(torch.float64).eps * size
