@@ -1,1 +1,1 @@
-"""Problems on which a guide of docs/guides is measured: `python -m examples.poisson --out docs/guides`."""
+"""The problems of docs/guides. Each measures and writes its page: `python -m examples.poisson --out docs/guides`."""

@@ -1,6 +1,6 @@
-"""Fine-tuning of a transformer, with every parameter covered: from Python's help topics to Python's source code.
+"""Fine-tuning of a transformer, all parameters with exact blocks: from Python's help topics to its source code.
 
-The script pre-trains the model of `examples.gpt` by itself, on prose, and fine-tunes copies of it on code.
+The script pre-trains the model of `examples.gpt` on prose, and fine-tunes copies of it on code.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from examples import gpt, guide
 from examples.race import Runner, best_of, race
 from examples.text import batch, code, prose
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.recipes.page import block, bullets
+from tengrad_triton.recipes.reports.markdown import block, bullets
 
 SETTINGS: dict[str, Any] = {"damping": 0.03}
 PRETRAINING_LR = 3e-3
 
 INTRODUCTION = """# Fine-tuning, with nothing left out
 
-A small transformer is trained on prose, the help topics that ship with Python, and then fine-tuned on other text,
-source code of the standard library. Its layers are torch's own: LayerNorm, attention with its packed projection,
-embeddings, and a head that is the embedding again."""
+A small transformer is trained on prose, the help topics that ship with Python, and then fine-tuned on source code of
+the standard library. Its layers are torch's own: LayerNorm, attention with its packed projection, embeddings, and a
+head that shares the table of the embedding."""
 COVERAGE = """## What the optimizer does with each parameter
 
-`summary()` after a refresh: a row a parameter, each with its block. One left to SGD would have a dash."""
+This is `summary()` after a refresh: a line for each parameter, with its block. A parameter left to SGD would have a
+dash."""
 
 
 def pretrained(seconds: float, seed: int) -> nn.Module:
-    """Return the model after so many seconds of AdamW on prose."""
+    """Return the model after ``seconds`` of AdamW on prose."""
     model, text = gpt.untrained(seed), prose()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAINING_LR)
     runner = gpt.runner("AdamW", "pre-training", model, optimizer, text)
@@ -44,7 +45,7 @@ def pretrained(seconds: float, seed: int) -> nn.Module:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return what the optimizer says of every parameter, after a refresh on one batch of code that changes nothing."""
+    """Return the optimizer's summary after a refresh on one batch of code; the learning rate is 0."""
     optimizer = gpt.tengrad(model, **{**gpt.SETTINGS, "lr": 0.0})
     gpt.loss_of(model, *batch(code().train, gpt.SAMPLES, gpt.LENGTH, torch.Generator().manual_seed(0))).backward()
     optimizer.step()
@@ -54,11 +55,11 @@ def summary(model: nn.Module) -> Summary:
 def verdict(runners: Sequence[Runner], covered: Summary) -> str:
     """Return the outcome in two sentences."""
     ours, adamw = best_of(runners)
-    blocks = sum(row.block != "-" for row in covered.parameters)
+    blocks = sum(parameter.block != "-" for parameter in covered.parameters)
     return (
-        f"**{blocks} of {len(covered.parameters)} parameters have an exact block.** The pre-trained model's loss on code is "
-        f"{ours.curve[0].value:.3f} nats a character; TENGraD brings it to {ours.best:.3f}, and AdamW at its best "
-        f"learning rate to {adamw.best:.3f}, in the same wall-clock time."
+        f"**{blocks} of {len(covered.parameters)} parameters have an exact block.** The pre-trained model's loss on "
+        f"code is {ours.curve[0].value:.3f} nats a character; TENGraD brings it to {ours.best:.3f}, and AdamW at its "
+        f"best learning rate to {adamw.best:.3f}, in the same wall-clock time."
     )
 
 
@@ -72,9 +73,9 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
     seconds
         Wall-clock time of the pre-training, and of each setting.
     seed
-        Of the first weights.
+        Seed of the first weights.
     threads
-        Of torch.
+        CPU threads of torch.
     """
     torch.set_num_threads(threads)
     began, text = time.perf_counter(), code()
@@ -88,7 +89,7 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
     what: dict[str, object] = {
         "pre-training": f"{seconds:g} s of AdamW, lr {PRETRAINING_LR:g}, on the help topics",
         "fine-tuning": f"{len(text.train)} characters of code to train with and {len(text.test)} to test; {seconds:g} "
-        "s of stepping a setting",
+        "s of steps for each setting",
         "TENGraD": ", ".join(f"{name} {value}" for name, value in {**gpt.SETTINGS, **SETTINGS}.items()),
         "model and batches": "as in [A small GPT](gpt.md)",
         "seed": seed,

@@ -24,7 +24,7 @@ from examples.race import Runner, best_of, race
 from examples.text import VOCABULARY, Text, batch, prose
 from examples.transformer import GPT
 from tengrad_triton import Categorical, TENGraD
-from tengrad_triton.recipes.page import block, bullets
+from tengrad_triton.recipes.reports.markdown import block, bullets
 
 SAMPLES, LENGTH = 64, 32
 SIZES: Mapping[str, int] = {"features": 64, "heads": 4, "blocks": 2}
@@ -40,18 +40,18 @@ def loss_of(model: nn.Module, x_NT: Tensor, y_NT: Tensor) -> Tensor:
 
 
 def loss_on_test(model: nn.Module, text: Text, pieces: int = 128) -> float:
-    """Return the loss on pieces of the test's topics, the same ones every time."""
+    """Return the loss on pieces of the test text, the same pieces for every call."""
     with torch.no_grad():
         return float(loss_of(model, *batch(text.test, pieces, LENGTH, torch.Generator().manual_seed(0))))
 
 
 def tengrad(model: nn.Module, **settings: Any) -> TENGraD:
-    """Return the optimizer; of a language model it has to know where the classes are."""
+    """Return TENGraD. A language model has its classes in the last dimension of its output."""
     return TENGraD(model, likelihood=Categorical(dim=-1), **settings)
 
 
 def runner(name: str, setting: str, model: nn.Module, optimizer: torch.optim.Optimizer, text: Text) -> Runner:
-    """Return a runner; the learning rate falls to 0 along a cosine, and the batches are the same for all."""
+    """Return a runner. The learning rate falls to 0 along a cosine, and all runners see the same batches."""
     drawn, lr = torch.Generator().manual_seed(1), optimizer.param_groups[0]["lr"]
 
     def step(share: float) -> None:
@@ -70,7 +70,7 @@ def untrained(seed: int) -> GPT:
 
 
 def runners(text: Text, start: nn.Module, **settings: Any) -> list[Runner]:
-    """Return a runner for each setting, all from the weights of ``start``; ``settings`` are for TENGraD."""
+    """Return a runner for each setting, all with the weights of ``start``; ``settings`` are TENGraD's."""
 
     def of(name: str, setting: str, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Runner:
         model = copy.deepcopy(start)
@@ -88,8 +88,9 @@ def runners(text: Text, start: nn.Module, **settings: Any) -> list[Runner]:
 INTRODUCTION = """# A small GPT
 
 A transformer of torch's own layers (`nn.MultiheadAttention`, `nn.LayerNorm`, `nn.Embedding`, a head tied to the
-embedding) on text that ships with Python: the help topics of `pydoc`, character by character. Every parameter has its
-exact block, the tied one a single block with both uses. A label a token is `Categorical(dim=-1)` ([M9](../math.md))."""
+embedding) learns text that ships with Python: the help topics of `pydoc`, character by character. Every parameter has
+its exact block. The tied table has one block, with the gradients of embedding and head. A sample has a label for every
+token, which is `Categorical(dim=-1)` ([M9](../math.md))."""
 
 
 def verdict(runners: Sequence[Runner]) -> str:
@@ -102,20 +103,20 @@ def verdict(runners: Sequence[Runner]) -> str:
 
 
 def settings(seconds: float, seed: int, text: Text) -> dict[str, object]:
-    """Return what was run, for the page."""
+    """Return the settings of the run, for the page."""
     count = sum(parameter.numel() for parameter in untrained(seed).parameters())
     return {
         "model": ", ".join(f"{size} {name}" for name, size in SIZES.items()) + f", {count} parameters, float32",
         "text": f"{len(text.train)} characters to train with and {len(text.test)} of other pages to test",
         "a step": f"{SAMPLES} pieces of {LENGTH} characters",
         "TENGraD": ", ".join(f"{name} {value}" for name, value in SETTINGS.items()),
-        "time": f"{seconds:g} s of stepping a setting",
+        "time": f"{seconds:g} s of steps for each setting",
         "seed": seed,
     }
 
 
 def main(*, out: Path = Path("docs/guides"), seconds: float = 30.0, seed: int = 0, threads: int = 1) -> None:
-    """Compare, then write gpt.md and its figure into the folder `out`.
+    """Compare the optimizers, and write gpt.md and its figure into the folder `out`.
 
     Parameters
     ----------
@@ -124,9 +125,9 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 30.0, seed: int = 
     seconds
         Wall-clock time of each setting.
     seed
-        Of the first weights.
+        Seed of the first weights.
     threads
-        Of torch.
+        CPU threads of torch.
     """
     torch.set_num_threads(threads)
     began, text = time.perf_counter(), prose()

@@ -1,4 +1,4 @@
-"""What the pages of the examples share: curves of a race, and a page whose numbers come from the run alone."""
+"""What the pages of the examples share: the curves and the table of a race, and the page. All numbers are measured."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.race import Runner, best_of
-from tengrad_triton.recipes.figures import MARKERS, STYLES
-from tengrad_triton.recipes.machine import describe
-from tengrad_triton.recipes.page import block, machine, table
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.files import replacing
+from tengrad_triton.recipes.measuring.machine import describe
+from tengrad_triton.recipes.reports.markdown import block, machine_table, table
+from tengrad_triton.recipes.reports.run_figures import MARKERS, STYLES
 
 GENERATED = "<!-- Written by `{command}`: changes by hand are lost. -->"
 CLOCK = (
-    "Every setting had the same wall-clock time of stepping, in turns of one step within one process, so that other "
-    "load delays all alike; measuring is not on the clock. The best is that of all measurements. {threads}."
+    "Every setting had the same wall-clock time for its steps, in turns of one step within one process, so that other "
+    "load delays all alike. The time of measurements does not count. Best is the best of all measurements. {threads}."
 )
-OUTCOME = ("optimizer", "setting", "best {value}", "at the end", "steps", "ms a step", "s to {rival}'s best")
+OUTCOME = ("optimizer", "setting", "best {value}", "at the end", "steps", "ms a step", "s to {reference}'s best")
 
 
 def display() -> Progress:
-    """Return the bar that a race moves."""
+    """Return the progress bar of a race."""
     return Progress(TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn())
 
 
 def curves(
     path: Path, runners: Sequence[Runner], label: str, title: str, scale: Literal["log", "linear"] = "log"
 ) -> None:
-    """Write a PNG of what each optimizer's best setting came to, by time and by step."""
+    """Write a PNG file with the curve of each optimizer's best setting, by time and by step."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_time, by_step = figure.subplots(1, 2, sharey=True)
     for (color, marker), runner in zip(cycle(STYLES), best_of(runners), strict=False):
@@ -53,20 +53,20 @@ def curves(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure whole or not at all."""
+    """Write a figure as a PNG file, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def outcome(runners: Sequence[Runner], value: str, rival: str) -> str:
-    """Return a table with a row a setting; ``rival`` is the optimizer whose best value the last column is about."""
-    target = min(runner.best for runner in runners if runner.name == rival)
-    titles = [title.format(value=value, rival=rival) for title in OUTCOME]
-    return table(titles, list(_rows(runners, target)))
+def outcome(runners: Sequence[Runner], value: str, reference: str) -> str:
+    """Return a table with a line for each setting; the last column has the time to the best value of ``reference``."""
+    target = min(runner.best for runner in runners if runner.name == reference)
+    titles = [title.format(value=value, reference=reference) for title in OUTCOME]
+    return table(titles, list(_lines(runners, target)))
 
 
-def _rows(runners: Sequence[Runner], target: float) -> Iterator[tuple[str, ...]]:
+def _lines(runners: Sequence[Runner], target: float) -> Iterator[tuple[str, ...]]:
     for r in runners:
         there = r.reached(target)
         time = "–" if there is None else f"{there.seconds:.1f}"
@@ -75,10 +75,10 @@ def _rows(runners: Sequence[Runner], target: float) -> Iterator[tuple[str, ...]]
 
 
 def write(path: Path, command: str, sections: Sequence[str], wall: float) -> None:
-    """Write the page: its sections, how to run it again, and where it was run, which took ``wall`` seconds in all."""
+    """Write the page: its sections, the command, and the machine; the whole run took ``wall`` seconds."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     where = describe(torch.device("cpu")) | {"the whole run (s)": round(wall), "load average at its end": load}
-    again = ["## To run it again", block(command, "bash"), "## Where", machine([where])]
+    again = ["## To run it again", block(command, "bash"), "## Where", machine_table([where])]
     text = "\n\n".join([GENERATED.format(command=command), *sections, *again]) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -86,11 +86,11 @@ def write(path: Path, command: str, sections: Sequence[str], wall: float) -> Non
 
 
 def times(ratio: float) -> str:
-    """Return a ratio with two digits."""
+    """Return a ratio with two significant digits."""
     return f"{float(f'{ratio:.2g}'):,g}"
 
 
 def clock() -> str:
-    """Return the note on how times were taken."""
+    """Return the note on how times were measured."""
     threads = torch.get_num_threads()
     return CLOCK.format(threads=f"{threads} thread{'s' if threads > 1 else ''}")

@@ -1,8 +1,8 @@
-"""A network that carries its own derivatives and Laplacian forward, through a layer that TENGraD learns of here.
+"""A network that carries its derivatives and its Laplacian forward, by a layer with a rule of its own.
 
-Inner derivatives by `torch.func` would call the layers where no hook can see it. Instead every layer is called once, on
-a stack of D + 2 positions a point: the value, its D first derivatives and its Laplacian (the forward Laplacian of Li et
-al. 2024).
+With `torch.func` for the inner derivatives, no hook would see the calls of the layers. Instead every layer is called
+once, on a stack of D + 2 positions for each point: the value, its D first derivatives and its Laplacian (the forward
+Laplacian of Li et al. 2024).
 
 Dimensions: N points, D coordinates, P = D + 2 positions, I inputs and O outputs of a layer.
 """
@@ -40,13 +40,13 @@ def _(layer: JetLinear, x: Tensor, grad_y: Tensor) -> dict[str, OuterProducts | 
 
 
 def jet_of(x_ND: Tensor) -> Tensor:
-    """Return [N, P, D]: the coordinates themselves, their derivatives by each other, and no Laplacian."""
+    """Return [N, P, D]: the coordinates, their first derivatives (0 and 1), and their Laplacian (0)."""
     eye_NDD = torch.eye(x_ND.shape[1]).to(x_ND).expand(len(x_ND), -1, -1)
     return torch.cat([x_ND[:, None], eye_NDD, torch.zeros_like(x_ND)[:, None]], 1)
 
 
 def jet_tanh(z_NPI: Tensor) -> Tensor:
-    """Return the tanh of a value, with its derivatives by the chain rule: Δ tanh z = t' Δz + t'' ‖∇z‖²."""
+    """Return tanh z with its derivatives by the chain rule: Δ tanh z = t' Δz + t'' ‖∇z‖², where t = tanh z."""
     value, first, laplacian = z_NPI[:, :1], z_NPI[:, 1:-1], z_NPI[:, -1:]
     t = value.tanh()
     slope = 1 - t.square()

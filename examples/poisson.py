@@ -25,7 +25,7 @@ from examples import guide
 from examples.laplacian import JetNetwork
 from examples.race import Runner, best_of, race
 from tengrad_triton import TENGraD
-from tengrad_triton.recipes.page import block, bullets
+from tengrad_triton.recipes.reports.markdown import block, bullets
 
 WIDTHS = (2, 32, 32, 1)
 INSIDE, BOUNDARY = 400, 100  # points of a step
@@ -43,7 +43,7 @@ def solution(x_ND: Tensor) -> Tensor:
 
 
 class Residual(nn.Module):
-    """What is left of the equation at points inside, and of the boundary condition, weighted, at those on it."""
+    """The residual of the equation at points inside of the square, and that of its boundary condition, weighted."""
 
     def __init__(self, widths: Sequence[int], weight: float = 10.0) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class Residual(nn.Module):
 
 
 def points(inside: int, boundary: int, generator: torch.Generator) -> Tensor:
-    """Return random points of the square, and behind them random ones of its boundary."""
+    """Return random points of the square, followed by random points of its boundary."""
     x_ND = torch.rand(inside + boundary, 2, generator=generator, dtype=torch.float64)
-    row = torch.arange(inside, inside + boundary)
-    x_ND[row, row % 2] = (row // 2 % 2).to(x_ND)
+    index = torch.arange(inside, inside + boundary)
+    x_ND[index, index % 2] = (index // 2 % 2).to(x_ND)
     return x_ND
 
 
@@ -76,7 +76,7 @@ def relative_error(model: Residual, across: int = 101) -> float:
 
 
 def loss_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return a closure: half of what a training loop is."""
+    """Return a closure that evaluates the loss and its gradients on a batch."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -89,19 +89,19 @@ def loss_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[
 
 
 def tengrad(model: Residual) -> Runner:
-    """Return a runner of TENGraD; new points at every step."""
+    """Return a runner of TENGraD, with new points at every step."""
     optimizer = TENGraD(model, **SETTINGS)
     drawn = torch.Generator().manual_seed(1)
 
     def step(share: float) -> None:
-        x_ND = points(INSIDE, BOUNDARY, drawn)  # one batch for both calls of the closure
+        x_ND = points(INSIDE, BOUNDARY, drawn)  # the same batch for both calls of the closure
         optimizer.step(loss_of(model, optimizer, lambda: x_ND))
 
     return Runner("TENGraD", f"damping lm, SPRING {SETTINGS['spring']}", step, lambda: relative_error(model))
 
 
 def adam(model: Residual, lr: float) -> Runner:
-    """Return a runner of Adam with the same points; its learning rate falls to 0 along a cosine."""
+    """Return a runner of Adam with the same points as TENGraD. The learning rate falls to 0 along a cosine."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     drawn = torch.Generator().manual_seed(1)
 
@@ -113,7 +113,7 @@ def adam(model: Residual, lr: float) -> Runner:
 
 
 def lbfgs(model: Residual, lr: float) -> Runner:
-    """Return a runner of L-BFGS with the strong Wolfe line search, which needs the same points at every step."""
+    """Return a runner of L-BFGS with the strong Wolfe line search, which needs fixed points."""
     optimizer = torch.optim.LBFGS(
         model.parameters(), lr, max_iter=20, history_size=100, line_search_fn="strong_wolfe", tolerance_grad=0.0,
         tolerance_change=0.0,
@@ -125,7 +125,7 @@ def lbfgs(model: Residual, lr: float) -> Runner:
 
 
 def runners(seed: int) -> list[Runner]:
-    """Return a runner for each setting, all from the same weights."""
+    """Return a runner for each setting, all with the same first weights."""
     torch.manual_seed(seed)
     start = Residual(WIDTHS).double()
     return [
@@ -137,17 +137,17 @@ def runners(seed: int) -> list[Runner]:
 
 INTRODUCTION = """# A physics-informed network on a Poisson problem
 
-−Δu = f on the unit square with u = 0 on its boundary, where f is such that u = sin(πx) sin(πy): the error is known.
-The model returns what is left of the equation at each point, so that a row of J is the gradient of one residual, and
-with `blocks="network"` and `fisher="exact"` a step is the damped Gauss-Newton step on all parameters
-([M9 and M11](../math.md))."""
+The equation is −Δu = f on the unit square, with u = 0 on its boundary. The source f is that whose solution is
+u = sin(πx) sin(πy), so that the error is known. The model returns the residual at each point, and a row of J is the
+gradient of one residual. With `blocks="network"` and `fisher="exact"` a step is the damped Gauss-Newton step on all
+parameters ([M9 and M11](../math.md))."""
 MODEL = """## The residual is the model
 
 Every layer is called once for each point, on a stack of positions: the value, its first derivatives and its Laplacian,
-carried forward by the chain rule (`examples/laplacian.py`). Derivatives by `torch.func` inside of the forward would
-call the layers where no hook can see them. The layer is [a layer of your own](your-own-layer.md)."""
-USE = """The damping adapts itself to how well the quadratic model foretells each step, and SPRING keeps the part of
-the last direction that the present points do not see ([M8 and M13](../math.md)):"""
+which the chain rule carries forward (`examples/laplacian.py`). With `torch.func` in the forward, no hook would see the
+calls of the layers. The layer is [a layer of your own](your-own-layer.md)."""
+USE = """The damping adapts to how well the quadratic model predicts the change of the loss. SPRING keeps the part of
+the last direction to which the present points give no information ([M8 and M13](../math.md)):"""
 
 
 def verdict(runners: Sequence[Runner]) -> str:
@@ -161,14 +161,14 @@ def verdict(runners: Sequence[Runner]) -> str:
 
 
 def settings(seconds: float, seed: int) -> dict[str, object]:
-    """Return what was run, for the page."""
+    """Return the settings of the run, for the page."""
     parameters = sum(p.numel() for p in Residual(WIDTHS).parameters())
     return {
         "network": f"{' – '.join(map(str, WIDTHS))}, tanh, {parameters} parameters, float64",
-        "points of a step": f"{INSIDE} inside and {BOUNDARY} on the boundary, whose residual is weighted by 10; drawn "
-        "anew for TENGraD and Adam, the same ones throughout for L-BFGS",
+        "points of a step": f"{INSIDE} inside and {BOUNDARY} on the boundary, whose residual is weighted by 10; new "
+        "points at each step for TENGraD and Adam, fixed points for L-BFGS",
         "error": "over a grid of 101 × 101 points",
-        "time": f"{seconds:g} s of stepping a setting",
+        "time": f"{seconds:g} s of steps for each setting",
         "seed": seed,
     }
 
@@ -186,7 +186,7 @@ def page(runners: Sequence[Runner], seconds: float, seed: int) -> list[str]:
 
 
 def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 0, threads: int = 1) -> None:
-    """Compare, then write poisson.md and its figure into the folder `out`.
+    """Compare the optimizers, and write poisson.md and its figure into the folder `out`.
 
     Parameters
     ----------
@@ -195,9 +195,9 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
     seconds
         Wall-clock time of each setting.
     seed
-        Of the network's first weights.
+        Seed of the network's first weights.
     threads
-        Of torch.
+        CPU threads of torch.
     """
     torch.set_num_threads(threads)
     start, entered = time.perf_counter(), runners(seed)

@@ -1,4 +1,4 @@
-"""Text that ships with Python, as numbers of its printable characters: the help topics of `pydoc`, and source code.
+"""Text that ships with Python, as numbers of printable characters: the help topics of `pydoc`, and source code.
 
 Dimensions: N samples, T tokens.
 """
@@ -24,7 +24,7 @@ MODULES = (argparse, inspect, tarfile, typing, unittest.mock)
 
 @dataclass(frozen=True)
 class Text:
-    """Characters as numbers below `VOCABULARY`: for training and, from other pages, for a test."""
+    """Characters as numbers below `VOCABULARY`, for training and, from other pages, for testing."""
 
     train: Tensor
     test: Tensor
@@ -36,12 +36,12 @@ def prose() -> Text:
 
 
 def code() -> Text:
-    """Return source code of the standard library, a page a top-level definition or so."""
+    """Return source code of the standard library; a page is about one top-level definition."""
     return _text([page for module in MODULES for page in inspect.getsource(module).split("\n\n\n")])
 
 
 def _text(pages: Sequence[str]) -> Text:
-    """Keep every tenth page for the test."""
+    """Return the text; every tenth page is for testing."""
     test, train = pages[::10], [page for index, page in enumerate(pages) if index % 10]
     return Text(_numbers(train), _numbers(test))
 
@@ -52,7 +52,7 @@ def _numbers(pages: Sequence[str]) -> Tensor:
 
 
 def batch(tokens: Tensor, samples: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return random pieces [N, T] of a text, and what follows each of their characters."""
+    """Return random pieces [N, T] of a text, and the characters that follow theirs."""
     starts_N = torch.randint(len(tokens) - length, (samples,), generator=generator)
     piece = tokens[starts_N[:, None] + torch.arange(length + 1)]
     return piece[:, :-1], piece[:, 1:]

@@ -1,8 +1,8 @@
 """Theorem 1 of the paper, measured: a wide ReLU network in full batch converges at its rate or faster.
 
-With L layers, n samples, J_l the derivative of the outputs u by layer l, λ₀ the least eigenvalue of all J_l J_lᵀ at the
-start, and a network that moves so little that ‖J(W) − J(W₀)‖ ≤ C √λ₀ / 3 within ‖W − W₀‖ ≤ 3 ‖y − u₀‖ / √λ₀
-(assumptions 1 and 2), damping α ≤ 4 λ₀ / 9n and a learning rate
+With L layers, n samples, J_l the derivative of the outputs u with respect to layer l, λ₀ the least eigenvalue of all
+J_l J_lᵀ at the start, and a network that changes so little that ‖J(W) − J(W₀)‖ ≤ C √λ₀ / 3 within
+‖W − W₀‖ ≤ 3 ‖y − u₀‖ / √λ₀ (assumptions 1 and 2), damping α ≤ 4 λ₀ / 9n and a learning rate
 
     0 < η < (2Lγ − 1 − 2C√L γ) / (L + C√L γ)²        γ = λ₀ / (λ₀ + 9nα / 4)
 
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from examples import guide
 from tengrad_triton import TENGraD, kernels
-from tengrad_triton.recipes.figures import STYLES
-from tengrad_triton.recipes.page import bullets, table
+from tengrad_triton.recipes.reports.markdown import bullets, table
+from tengrad_triton.recipes.reports.run_figures import STYLES
 
 SAMPLES, INPUTS = 8, 32
 SHARES = (0.25, 0.5, 0.95)  # of the largest learning rate that the theorem allows
@@ -53,7 +53,7 @@ class Wide(nn.Module):
 
 @dataclass(frozen=True)
 class Constants:
-    """What the theorem is about, for one network and data; ``c`` is assumed, and compared with what is measured."""
+    """The constants of the theorem for one network and data; ``c`` is assumed, and compared with its measured value."""
 
     layers: int
     samples: int
@@ -62,24 +62,30 @@ class Constants:
 
     @property
     def damping(self) -> float:
-        """Return α."""
+        """The damping α."""
         return DAMPING * 4 * self.least / (9 * self.samples)
 
     @property
     def gamma(self) -> float:
-        """Return γ."""
+        """The constant γ."""
         return self.least / (self.least + 9 * self.samples * self.damping / 4)
 
     @property
     def largest_lr(self) -> float:
-        """Return the bound of η."""
+        """The bound of the learning rate η."""
         root = math.sqrt(self.layers) * self.gamma
         return (2 * self.layers * self.gamma - 1 - 2 * self.c * root) / (self.layers + self.c * root) ** 2
 
 
 @dataclass(frozen=True)
 class Run:
-    """One learning rate: ‖u_k − y‖², and by how much of what assumption 2 allows J and W have moved, at every step."""
+    """The steps at one learning rate.
+
+    Attributes:
+        residuals: ‖u_k − y‖² at each step.
+        cs: the C of assumption 2 for J at each step.
+        distances: ‖W_k − W₀‖ at each step, over the radius of assumption 2.
+    """
 
     lr: float
     constants: Constants
@@ -89,7 +95,7 @@ class Run:
 
     @property
     def slowest(self) -> float:
-        """Return the largest ‖u_k − y‖² / ((1 − η)ᵏ ‖u₀ − y‖²) over all steps k > 0: at most 1 by the theorem."""
+        """The largest ‖u_k − y‖² / ((1 − η)ᵏ ‖u₀ − y‖²) over all steps k > 0, which is at most 1 by the theorem."""
         first = self.residuals[0]
         return max(r / ((1 - self.lr) ** k * first) for k, r in enumerate(self.residuals) if k)
 
@@ -102,9 +108,9 @@ def problem(width: int, seed: int) -> tuple[Wide, Tensor, Tensor]:
 
 
 def rows(optimizer: TENGraD) -> Mapping[str, Tensor]:
-    """Return the optimizer's own rows of each layer as j_NK: √2 J, because its F is the matrix of the mean square."""
-    blocks = optimizer.state_dict()["tengrad"]["curvature"]["blocks"]
-    return {name: block["weight"]["j_NK"] for name, block in blocks.items()}
+    """Return the optimizer's rows of each layer, j_NK: they are √2 J, because F is that of the mean square."""
+    layers = optimizer.state_dict()["tengrad"]["curvature"]["jacobians"]
+    return {name: layer["weight"]["j_NK"] for name, layer in layers.items()}
 
 
 def least_eigenvalues(j: Mapping[str, Tensor]) -> dict[str, float]:
@@ -114,13 +120,13 @@ def least_eigenvalues(j: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def moved(now: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-    """Return ‖J − J₀‖ for J of all layers side by side."""
+    """Return ‖J − J₀‖, where J has all layers side by side."""
     (k_NN,) = kernels.gram_rows([now[name] - start[name] for name in start], [0] * len(start), 1)
     return math.sqrt(float(torch.linalg.eigvalsh(k_NN / 2)[-1].clamp(min=0)))
 
 
 def descend(model: Wide, x_ND: Tensor, y_N1: Tensor, share: float, steps: int) -> tuple[Run, dict[str, float]]:
-    """Take full-batch steps with ``share`` of the largest η; return what happened, and λ_min of each layer at first."""
+    """Take full-batch steps with ``share`` of the largest η; return the run, and λ_min of each layer at the start."""
     optimizer = TENGraD(
         model, lr=0.0, damping=1.0, momentum=0.0, refresh_every=1, fisher="exact", likelihood="gaussian",
         representation="per_sample", relative_damping=False, trust_region=None,
@@ -134,7 +140,7 @@ def descend(model: Wide, x_ND: Tensor, y_N1: Tensor, share: float, steps: int) -
         optimizer.step()
         return float(loss.detach()) * len(x_ND)
 
-    first_residual = step()  # with η = 0: it leaves J(W₀)
+    first_residual = step()  # η is 0: the optimizer has J(W₀) after it
     start = {name: j_NK.clone() for name, j_NK in rows(optimizer).items()}
     least = least_eigenvalues(start)
     constants = Constants(len(least), len(x_ND), min(least.values()))
@@ -151,22 +157,22 @@ def descend(model: Wide, x_ND: Tensor, y_N1: Tensor, share: float, steps: int) -
 
 INTRODUCTION = """# Theorem 1, measured
 
-The paper's Theorem 1: in full batch, with exact rows and damping α ≤ 4 λ₀ / 9n, a learning rate
+Theorem 1 of the paper says: in full batch, with exact rows of J and damping α ≤ 4 λ₀ / 9n, a learning rate
 
     0 < η < (2Lγ − 1 − 2C√L γ) / (L + C√L γ)²        γ = λ₀ / (λ₀ + 9nα / 4)
 
-gives ‖u_k − y‖² ≤ (1 − η)ᵏ ‖u₀ − y‖². L is the number of layers, n of samples, λ₀ the least eigenvalue of the layers'
-Gram matrices at the start, and C says how little J moves: ‖J(W) − J(W₀)‖ ≤ C √λ₀ / 3 within ‖W − W₀‖ ≤ 3 ‖y − u₀‖ / √λ₀
-(assumption 2). Here λ₀ comes from the Gram matrices that the optimizer itself factors, C is assumed to be the largest
-that the theorem allows, 1/2, and both conditions are checked at every step of the run."""
-CHECK = """Slowest is the largest ‖u_k − y‖² / ((1 − η)ᵏ ‖u₀ − y‖²) over all steps k > 0: at most 1 by the theorem.
-Assumption 2 is about a whole ball around W₀; measured is the part of it that the proof uses, the points that the run
-meets. The mean squared error's Hessian is twice the theorem's over n, so that `damping` is 2α."""
+gives ‖u_k − y‖² ≤ (1 − η)ᵏ ‖u₀ − y‖². L is the number of layers, n that of samples, and λ₀ the least eigenvalue of
+the layers' Gram matrices at the start. C bounds the change of J: ‖J(W) − J(W₀)‖ ≤ C √λ₀ / 3
+within ‖W − W₀‖ ≤ 3 ‖y − u₀‖ / √λ₀ (assumption 2). Here λ₀ comes from the Gram matrices that the optimizer factors.
+C is assumed to be 1/2, the largest value that the theorem allows. Both conditions are checked at every step."""
+CHECK = """Slowest is the largest ‖u_k − y‖² / ((1 − η)ᵏ ‖u₀ − y‖²) over all steps k > 0, which is at most 1 by the
+theorem. Assumption 2 is about a whole ball around W₀; it is measured at the points of the run, which the proof uses.
+The Hessian of the mean squared error is twice the theorem's over n, so that `damping` is 2α."""
 RUNS = ("η / its bound", "η", "slowest", "largest C", "allowed", "largest distance / radius")
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Write a PNG: the squared error beside the theorem's rate, and what assumption 2 is about."""
+    """Write a PNG file: the squared error beside the theorem's rate, and the change of J in assumption 2."""
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     for (color, marker), run in zip(cycle(STYLES), runs, strict=False):
@@ -187,7 +193,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
 def page(runs: Sequence[Run], least: Mapping[str, float], width: int, seed: int) -> list[str]:
     """Return the page's sections."""
     constants = runs[0].constants
-    rows = [
+    lines = [
         (
             *(f"{run.lr / constants.largest_lr:.2f}", f"{run.lr:.4f}", f"{run.slowest:.3f}"),
             *(f"{max(run.cs):.3f}", f"{constants.c:g}", f"{max(run.distances):.3f}"),
@@ -199,32 +205,32 @@ def page(runs: Sequence[Run], least: Mapping[str, float], width: int, seed: int)
         "data": f"{SAMPLES} random unit vectors with targets ±1",
         "λ_min of the layers' Gram matrices": ", ".join(f"{name} {value:.4f}" for name, value in least.items()),
         "λ₀": f"{constants.least:.4f}",
-        "α": f"{constants.damping:.3g}, a tenth of what is allowed; γ = {constants.gamma:.3f}",
+        "α": f"{constants.damping:.3g}, a tenth of its bound; γ = {constants.gamma:.3f}",
         "bound of η": f"{constants.largest_lr:.4f}",
         "steps": len(runs[0].residuals) - 1,
         "seed": seed,
     }
-    figure = "![Squared error beside the theorem's rate, and how far J has moved.](theorem1.png)"
-    return [INTRODUCTION, table(RUNS, rows), CHECK, figure, "## What was run", bullets(what)]
+    figure = "![Squared error beside the theorem's rate, and the change of J.](theorem1.png)"
+    return [INTRODUCTION, table(RUNS, lines), CHECK, figure, "## What was run", bullets(what)]
 
 
 def main(
     *, out: Path = Path("docs/guides"), width: int = 32768, steps: int = 40, seed: int = 0, threads: int = 1
 ) -> None:
-    """Run, then write theorem1.md and its figure into the folder `out`.
+    """Run, and write theorem1.md and its figure into the folder `out`.
 
     Parameters
     ----------
     out
         Folder of the page.
     width
-        Of the network.
+        Width of the network.
     steps
-        Of each learning rate.
+        Number of steps at each learning rate.
     seed
-        Of weights and data.
+        Seed of the weights and the data.
     threads
-        Of torch.
+        CPU threads of torch.
     """
     torch.set_num_threads(threads)
     began = time.perf_counter()

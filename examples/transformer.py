@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention to what came before, then an MLP, each on normalized features and added to them."""
+    """Causal attention, then an MLP. The input of each is normalized, and its output is added to the features."""
 
     def __init__(self, features: int, heads: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Logits of the next character at every place."""
+    """A decoder that returns the logits of the next character at every position."""
 
     def __init__(self, vocabulary: int, length: int, features: int, heads: int, blocks: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ Each op has three implementations with the same arguments, which its `KernelSpec
 To find the code of an op: its file has the op's name or that of its group (`project_rows`; `gram` and `gram_rows` in
 `gram`; `cholesky_inverse` and `cholesky_solve` in `triangular`) and holds the op, its kernel, its launch configurations
 and its `KernelSpec`. `dispatch` registers ops and chooses the implementation, `spec` says what a `KernelSpec` is, and
-`pointer_table` explains how one launch serves a list of tensors.
+`pointer_table` explains how one launch takes a list of tensors.
 
 Sums over half-precision entries are computed and returned in float32; per-sample gradients keep the inputs' dtype.
 Docstrings cite the paper's equations by number, and the sections M1, M2, … of docs/math.md.

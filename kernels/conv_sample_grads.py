@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Per-sample gradients J_n of convolutions: for each tap of the kernel a matrix product a sample.
 
-A patch is what one output position sees of the input. The kernel reads patches in place, in a channels-last input; it
-sums in float32 and stores in the dtype of the input.
+A patch is the part of the input that one output position multiplies. The kernel reads patches in place, in a
+channels-last input; it sums in float32 and stores in the dtype of the input.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, K entries of a flat gradient. In the kernel INPUTS and
 OUTPUTS are those of a group, and P are positions.

@@ -135,15 +135,15 @@ def project_rows(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: lis
     """Add up the products J v. Each is one pass over memory; matrices that `batches_of` finds go in one call."""
     y_LN = zeros(j[0], *shape)
     y = y_LN.unbind()
-    for members, j_TNK in batches_of(j):
+    for indices, j_TNK in batches_of(j):
         if j_TNK is None:
-            for t in members:
+            for t in indices:
                 y_N, n = y[blocks[t]], len(j[t])
                 _add_product_(y_N if n == len(y_N) else y_N[:n], widen(j[t]), v[t].reshape(-1).to(y_LN.dtype))
         else:
-            v_T1K = _stacked_vectors([v[t] for t in members]).to(y_LN.dtype)
+            v_T1K = _stacked_vectors([v[t] for t in indices]).to(y_LN.dtype)
             y_TN = torch.bmm(v_T1K, widen(j_TNK).mT).squeeze(1)
-            y_LN[:, : y_TN.shape[1]].index_add_(0, torch.tensor([blocks[t] for t in members]), y_TN)
+            y_LN[:, : y_TN.shape[1]].index_add_(0, torch.tensor([blocks[t] for t in indices]), y_TN)
     return y_LN
 
 
@@ -158,12 +158,12 @@ def _add_product_(y_N: Tensor, j_NK: Tensor, v_K: Tensor) -> None:
 
 def combinations(j: Sequence[Tensor], w: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield t and J_tᵀ w_t for every weight, in any order."""
-    for members, j_TNK in batches_of(j):
+    for indices, j_TNK in batches_of(j):
         if j_TNK is None:
-            yield from ((t, _combination(widen(j[t]), w[t])) for t in members)
+            yield from ((t, _combination(widen(j[t]), w[t])) for t in indices)
         else:
-            w_T1N = _stacked_vectors([w[t] for t in members])
-            yield from zip(members, torch.bmm(w_T1N, widen(j_TNK)).squeeze(1).unbind(), strict=True)
+            w_T1N = _stacked_vectors([w[t] for t in indices])
+            yield from zip(indices, torch.bmm(w_T1N, widen(j_TNK)).squeeze(1).unbind(), strict=True)
 
 
 def _combination(j_NK: Tensor, w_N: Tensor) -> Tensor:
@@ -202,13 +202,13 @@ def batches_of(j: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Tensor | No
     sizes: dict[int, list[int]] = {}
     for t, j_NK in enumerate(j):
         sizes.setdefault(j_NK.numel(), []).append(t)
-    for members in sizes.values():
-        matrices = [j[t] for t in members]
+    for indices in sizes.values():
+        matrices = [j[t] for t in indices]
         j_TNK = as_one_tensor(matrices) if worth_a_batch(matrices) else None
         if j_TNK is None:
-            others += members
+            others += indices
         else:
-            yield members, j_TNK
+            yield indices, j_TNK
     if others:
         yield others, None
 

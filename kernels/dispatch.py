@@ -21,7 +21,7 @@ def define_op(
     """Register the decorated function as the op ``tengrad_triton::<its name>``.
 
     The function is the whole op: it checks its arguments and returns what `dispatch` returns. An op with neither
-    ``fake`` nor ``mutates`` is a `triton_op`: tracing looks into it and sees its launches. Any other is a `custom_op`,
+    ``fake`` nor ``mutates`` is a `triton_op`: tracing enters it and records its launches. Any other is a `custom_op`,
     opaque to tracing, as a kernel that reads tensors through their addresses has to be.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cpu_update, reference
 from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous, widen
-from .factors import EXAMPLE_SHAPES, UNITS, example_layers, expect_view, product_flops, unit_of, view_offsets
+from .factors import EXAMPLE_SHAPES, UNITS, example_layers, expect_view, product_flops, sizes_of, unit_of, view_offsets
 from .pointer_table import (
     FIRST_TILE,
     MAX_GROUP,
@@ -157,16 +157,13 @@ def launch_expand_update_(
         ((param.dtype, momentum.dtype, grad.dtype), unit_of(a_NGPI, g_NGPO, param, momentum, grad))
         for param, momentum, grad, a_NGPI, g_NGPO in zip(params, momenta, grads, a, g, strict=True)
     ]
-    for (_, unit), members in batches(keys):
+    for (_, unit), indices in batches(keys):
         launch = _CONFIGS[unit, nesterov][config]
         params_, momenta_, grads_, a_, g_, w_, dampings_, settings_ = (
-            [x[t] for t in members] for x in (params, momenta, grads, a, g, w, dampings, settings)
+            [x[t] for t in indices] for x in (params, momenta, grads, a, g, w, dampings, settings)
         )
-        sizes = [(*a_NGPI.shape, g_NGPO.shape[3]) for a_NGPI, g_NGPO in zip(a_, g_, strict=True)]
-        tiles = [
-            groups * cdiv(outputs, launch.block("O")) * cdiv(inputs, launch.block("I"))
-            for _, groups, _, inputs, outputs in sizes
-        ]
+        sizes, (tile_o, tile_i) = sizes_of(a_, g_), (launch.block("O"), launch.block("I"))
+        tiles = [size.groups * cdiv(size.outputs, tile_o) * cdiv(size.inputs, tile_i) for size in sizes]
         columns = {
             _PARAM: addresses(params_),
             _MOMENTUM: addresses(momenta_),
@@ -176,11 +173,11 @@ def launch_expand_update_(
             _W: addresses(w_),
             _DAMPING: addresses(dampings_),
             _SETTINGS: addresses(settings_),
-            _SAMPLES: [n for n, *_ in sizes],
-            _POSITIONS: [positions for _, _, positions, *_ in sizes],
+            _SAMPLES: [size.samples for size in sizes],
+            _POSITIONS: [size.positions for size in sizes],
             _CHANNELS: [param_OKI.shape[2] for param_OKI in params_],
-            _INPUTS: [inputs // unit for *_, inputs, _ in sizes],
-            _OUTPUTS: [outputs // unit for *_, outputs in sizes],
+            _INPUTS: [size.inputs // unit for size in sizes],
+            _OUTPUTS: [size.outputs // unit for size in sizes],
             **strides(_PARAM_STRIDES, params_, unit),
             **strides(_MOMENTUM_STRIDES, momenta_, unit),
             **strides(_GRAD_STRIDES, grads_, unit),

@@ -140,10 +140,10 @@ def _expand_rows_update_(
         ((param.dtype, momentum.dtype, grad.dtype), j_NK.dtype, unit_of_rows(j_NK))
         for param, momentum, grad, j_NK in zip(params, momenta, grads, j, strict=True)
     ]
-    for (_, dtype, unit), members in batches(keys):
+    for (_, dtype, unit), indices in batches(keys):
         launch = _CONFIGS[dtype, unit, nesterov][config]
         params_, momenta_, grads_, j_, w_, dampings_, settings_ = (
-            [x[t] for t in members] for x in (params, momenta, grads, j, w, dampings, settings)
+            [x[t] for t in indices] for x in (params, momenta, grads, j, w, dampings, settings)
         )
         columns = {
             _PARAM: addresses(params_),

@@ -2,8 +2,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """What the ops on factored per-sample gradients share: shape checks, alignment, and examples.
 
-A layer's factors are a_NGPI, what each position sees of the input, and g_NGPO, the derivative of the loss with respect
-to each position's output: J_n = Σ_p g_np a_npᵀ in every group (docs/math.md, M1).
+A layer's factors are a_NGPI, the input of each position, and g_NGPO, the derivative of the loss with respect to the
+output of each position: J_n = Σ_p g_np a_npᵀ in every group (docs/math.md, M1).
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; in a parameter's view O outputs of all
 groups, K kernel pixels and I inputs of a pixel.
@@ -12,6 +12,7 @@ groups, K kernel pixels and I inputs of a pixel.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,21 @@ def expect_view(name: str, x_OKI: Tensor, a_NGPI: Tensor, g_NGPO: Tensor) -> Non
     _, pixels, inputs = x_OKI.shape
     expect("a_NGPI", a_NGPI, *a_NGPI.shape[:3], pixels * inputs)
     expect(name, x_OKI, g_NGPO.shape[1] * g_NGPO.shape[3], pixels, inputs)
+
+
+class LayerSize(NamedTuple):
+    """N, G, P, I and O of a layer."""
+
+    samples: int
+    groups: int
+    positions: int
+    inputs: int
+    outputs: int
+
+
+def sizes_of(a: Sequence[Tensor], g: Sequence[Tensor]) -> list[LayerSize]:
+    """Return the size of each layer."""
+    return [LayerSize._make((*a_NGPI.shape, g_NGPO.shape[3])) for a_NGPI, g_NGPO in zip(a, g, strict=True)]
 
 
 def unit_of(a_NGPI: Tensor, g_NGPO: Tensor, *views: Tensor) -> int:

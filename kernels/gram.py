@@ -53,10 +53,10 @@ def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config
 
 def _gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     k_LNN = zeros(a[0], count, len(a[0]), len(a[0]))
-    for _, members in batches([x.dtype for x in a], order=blocks, most=MAX_GROUP // 2):
+    for _, indices in batches([x.dtype for x in a], order=blocks, most=MAX_GROUP // 2):
         matrices: list[Tensor] = []
         products: list[Product] = []
-        for t in members:
+        for t in indices:
             a_NGPI, g_NGPO = _padded(a[t]), _padded(g[t].to(a[t].dtype))
             _, groups, positions, inputs = a_NGPI.shape
             at, outputs = len(matrices), g_NGPO.shape[3]
@@ -105,10 +105,10 @@ def gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "def
 
 def _gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     k_LNN = zeros(j[0], count, len(j[0]), len(j[0]))
-    for _, members in batches([j_NK.dtype for j_NK in j], order=blocks):
-        matrices = [j[t] if is_aligned(j[t], WIDTH) else _padded(j[t]) for t in members]
+    for _, indices in batches([j_NK.dtype for j_NK in j], order=blocks):
+        matrices = [j[t] if is_aligned(j[t], WIDTH) else _padded(j[t]) for t in indices]
         ranges = [Range(index, 0, 0, x.shape[1]) for index, x in enumerate(matrices)]
-        products = [Product(blocks[t], columns, None) for t, columns in zip(members, ranges, strict=True)]
+        products = [Product(blocks[t], columns, None) for t, columns in zip(indices, ranges, strict=True)]
         add_products(matrices, products, k_LNN, config)
     return k_LNN
 

@@ -29,7 +29,7 @@ Columns = Mapping[Any, Sequence[int]]
 """The numbers of a table: for each field one number an entry."""
 
 MAX_GROUP = 128  # entries of one launch
-_WRITE_SIZE = 256  # numbers that one launch writes: one compiled kernel (about a second) serves every table
+_WRITE_SIZE = 256  # numbers that one launch writes: one compiled kernel (about a second) writes every table
 
 
 def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:

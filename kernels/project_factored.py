@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .dispatch import define_op, dispatch, last_contiguous, widen, zeros
-from .factors import UNITS, example_layers, expect_view, product_flops, unit_of, view_offsets
+from .factors import UNITS, example_layers, expect_view, product_flops, sizes_of, unit_of, view_offsets
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
     BLOCK,
@@ -142,24 +142,21 @@ def launch_project(
     v = [widen(v_OKI) for v_OKI in v]
     y_LN = zeros(a[0], *shape)
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
-    for unit, members in batches(units, order=blocks):
+    for unit, indices in batches(units, order=blocks):
         launch = _CONFIGS[unit][config]
-        a_, g_, v_ = ([x[t] for t in members] for x in (a, g, v))
-        sizes = [(*a_NGPI.shape, g_NGPO.shape[3]) for a_NGPI, g_NGPO in zip(a_, g_, strict=True)]
-        slots = [
-            groups * cdiv(outputs, launch.block("O")) * cdiv(inputs, int(launch.constants["CHUNK"]))
-            for _, groups, _, inputs, outputs in sizes
-        ]
+        a_, g_, v_ = ([x[t] for t in indices] for x in (a, g, v))
+        sizes, chunk = sizes_of(a_, g_), int(launch.constants["CHUNK"])
+        slots = [size.groups * cdiv(size.outputs, launch.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
         columns = {
-            BLOCK: [blocks[t] for t in members],
-            SAMPLES: [n for n, *_ in sizes],
-            POSITIONS: [positions for _, _, positions, *_ in sizes],
+            BLOCK: [blocks[t] for t in indices],
+            SAMPLES: [size.samples for size in sizes],
+            POSITIONS: [size.positions for size in sizes],
             _A: addresses(a_),
             _G: addresses(g_),
             _V: addresses(v_),
             _CHANNELS: [v_OKI.shape[2] for v_OKI in v_],
-            _INPUTS: [inputs // unit for *_, inputs, _ in sizes],
-            _OUTPUTS: [outputs // unit for *_, outputs in sizes],
+            _INPUTS: [size.inputs // unit for size in sizes],
+            _OUTPUTS: [size.outputs // unit for size in sizes],
             **strides(_A_STRIDES, a_, unit),
             **strides(_G_STRIDES, g_, unit),
             **strides(_V_STRIDES, v_, unit),

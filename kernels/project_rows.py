@@ -125,13 +125,13 @@ def _project_rows(
     j = [last_contiguous(j_NK) for j_NK in j]
     y_LN = zeros(j[0], *shape)
     keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OKI.dtype) for j_NK, v_OKI in zip(j, v, strict=True)]
-    for (dtype, unit, _), members in batches(keys, order=blocks):
+    for (dtype, unit, _), indices in batches(keys, order=blocks):
         launch = _CONFIGS[dtype, unit][config]
-        j_, v_ = [j[t] for t in members], [v[t] for t in members]
+        j_, v_ = [j[t] for t in indices], [v[t] for t in indices]
         columns = {
-            BLOCK: [blocks[t] for t in members],
+            BLOCK: [blocks[t] for t in indices],
             SAMPLES: [len(j_NK) for j_NK in j_],
-            POSITIONS: [1] * len(members),
+            POSITIONS: [1] * len(indices),
             _J: addresses(j_),
             _V: addresses(v_),
             _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],

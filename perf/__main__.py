@@ -1,4 +1,4 @@
-"""Measure what fits this machine, and generate the page: `python -m perf [--quick] [--only SUITE ...]`."""
+"""Run the benchmarks that fit this machine, and write the page: `python -m perf [--quick] [--only SUITE ...]`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from perf.selection import CPU, GPU, QUICK, SUITES
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: whether everything runs, in a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to check within a minute that everything runs"
+    )
     parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES, metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--device", type=torch.device, help="cpu or cuda; a GPU where there is one")
-    parser.add_argument("--out", type=Path, help="where to; perf/results/DEVICE, or runs/perf/DEVICE if quick")
-    parser.add_argument("--seconds", type=float, default=660, help="begin no case after that time; 660 by default")
-    parser.add_argument("--no-page", action="store_true", help="measure only")
-    parser.add_argument("--report-only", action="store_true", help="generate the page from the results that there are")
+    parser.add_argument("--device", type=torch.device, help="cpu or cuda; the GPU by default, if there is one")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results; perf/results/DEVICE by default, runs/perf/DEVICE with --quick"
+    )
+    parser.add_argument("--seconds", type=float, default=660, help="start no case later than this; 660 by default")
+    parser.add_argument("--no-page", action="store_true", help="write no page")
+    parser.add_argument("--report-only", action="store_true", help="write the page from the existing results")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run the suites, then write the page: docs/performance.md, or beside the results' folder if that is elsewhere."""
+    """Run the suites and write docs/performance.md, or performance.md beside the folder of the results with --out."""
     options = parsed()
     record.keep_pages()
     torch.set_num_threads(1 if options.quick else torch.get_num_threads())

@@ -1,7 +1,8 @@
-"""The paper's formulation as it is written there, as the baseline of the optimizer's time.
+"""The paper's formulation as the paper writes it, as the baseline of the optimizer's time.
 
-A loop over layers; inputs unfolded; the Gram matrix from all pairs of positions of all pairs of samples (equations 9 to
-11), which takes N² P² numbers; an explicit inverse; the products with J recomputed from unfolded inputs at every step.
+It loops over layers and unfolds their inputs. The Gram matrix comes from all pairs of positions of all pairs of samples
+(equations 9 to 11), which are N² P² numbers. The inverse is explicit. Every step computes the products with J anew from
+unfolded inputs.
 
 Key: N samples, P positions, I inputs (the last one is the bias's 1), O outputs of a layer.
 """
@@ -14,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tengrad_triton.capture.blocks import Source
+from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.likelihoods import likelihood_of
 
 
 @dataclass(frozen=True)
 class Captured:
-    """What a refresh leaves of one layer: its input, its output's derivative, and (K + NαI)⁻¹."""
+    """What a refresh keeps for a layer: its input, the gradient with respect to its output, and (K + NαI)⁻¹."""
 
     x: Tensor
     g_NPO: Tensor
@@ -29,10 +30,10 @@ class Captured:
 
 
 class PaperNGD:
-    """TENGraD with the paper's own operations; sampled labels, one block a layer, bias included.
+    """TENGraD with the paper's own operations: sampled labels, and one block for each layer with its bias.
 
-    It captures as `TENGraD` does, from the same random labels, so that their steps agree to rounding. It knows `Linear`
-    and plain `Conv2d` layers with a bias, and is measured on models of these.
+    The capture and the sampled labels are those of `TENGraD`, so that the steps of both agree to rounding. All layers
+    with parameters must be `Linear` or plain `Conv2d` layers with a bias.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class PaperNGD:
         self._refresh_every, self._steps = refresh_every, 0
         self._captured: dict[str, Captured] = {}
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-        sources = {name: Source(layer, dict(layer.named_parameters()), False) for name, layer in self._layers.items()}
-        self._capture = Capture(model, sources, "sampled", likelihood_of("categorical"), generator)
+        layers = {
+            name: CapturedLayer(layer, dict(layer.named_parameters()), False) for name, layer in self._layers.items()
+        }
+        self._capture = Capture(model, layers, "sampled", likelihood_of("categorical"), generator)
         self._capture.arm()
 
     def zero_grad(self) -> None:
@@ -65,9 +68,11 @@ class PaperNGD:
     def step(self) -> None:
         if self._steps % self._refresh_every == 0:
             (record,) = self._capture.records
-            calls = {name: uses[0] for name, uses in record.uses.items()}
-            rows = {name: (use.inputs(name), use.derivatives()) for name, use in calls.items()}
-            self._captured = {name: self._refresh(self._layers[name], *row) for name, row in rows.items()}
+            calls = {name: calls[0] for name, calls in record.calls.items()}
+            self._captured = {
+                name: self._refresh(self._layers[name], call.inputs(name), call.scaled_grads())
+                for name, call in calls.items()
+            }
         for name, captured in self._captured.items():
             self._update(self._layers[name], captured)
         self._steps += 1
@@ -101,7 +106,7 @@ class PaperNGD:
 
 
 def unfolded(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return a_NPI: what each position sees, with a column of ones for the bias."""
+    """Return a_NPI: the inputs of each position, with a column of ones for the bias."""
     if isinstance(layer, nn.Conv2d):
         a_NPI = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
     else:

@@ -1,6 +1,6 @@
-"""Every row of SPECS at its sizes, against torch's expressions and against the machine's limit.
+"""Time every op at its sizes, against other expressions in torch and against the machine's limit.
 
-pytest-benchmark times the kernel; the rivals have their turn in the setup of each of its rounds: all interleave.
+pytest-benchmark times the op; the setup of each of its rounds times the rivals, so that all interleave.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections import deque
 
 import pytest
 import torch
+from tengrad_triton.backend import kernels_of
 
+from perf.alternatives import alternatives
 from perf.launches import Repeated
-from perf.rivals import rivals
 from perf.sizes import sized
 from perf.timing import spread
-from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.kernels import SPECS
 
 
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def room(device):
-    """Memory as empty as before the first case, and no compiled code of another."""
+    """Free memory and compiled code after each case."""
     yield
     torch._dynamo.reset()
     gc.collect()
@@ -38,15 +38,15 @@ def room(device):
 def test_kernel(benchmark, request, case, device, limits):
     option, spec = request.config.getoption, case.spec
     arguments = case.make(device)
-    # What the optimizer calls on this device.
-    ours = getattr(ops_for("auto" if device.type == "cuda" else "torch"), spec.name)
+    # The implementation that the optimizer calls on this device.
+    ours = getattr(kernels_of("auto" if device.type == "cuda" else "torch"), spec.name)
     op = Repeated(ours, arguments, device)
     others, failed = {}, {}
-    for name, work in rivals(spec, option("compiled")).items():
+    for name, work in alternatives(spec, option("compiled")).items():
         try:
             rival = Repeated(work, arguments, device)
             others[name if rival.captured == op.captured else f"{name}, launched"] = rival
-        except (RuntimeError, MemoryError) as error:  # an expression that needs more memory than there is
+        except (RuntimeError, MemoryError) as error:  # an expression that needs more memory than the device has
             failed[name] = type(error).__name__
     times = {name: [] for name in others}
     turns = deque(others)
@@ -54,7 +54,7 @@ def test_kernel(benchmark, request, case, device, limits):
     def let_rivals_run():
         for name in turns:
             times[name].append(others[name].seconds())
-        turns.rotate()  # whatever it leaves in the caches, each of them comes before each
+        turns.rotate()  # so that no rival always follows the same one, whose data fill the caches
         op.warm_up()
 
     benchmark.pedantic(op, setup=let_rivals_run, rounds=option("rounds"), iterations=1, warmup_rounds=1)

@@ -1,4 +1,4 @@
-"""Options of the kernel suite, and the metadata that every result file of this project has."""
+"""Options of the kernel suite, and the head of its result file."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from perf.limits import measure
 
 def pytest_addoption(parser):
     group = parser.getgroup("perf")
-    group.addoption("--scale", choices=("small", "cpu", "gpu"), default="cpu", help="which sizes")
-    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
-    group.addoption("--rounds", type=int, default=9, help="interleaved rounds a case")
-    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="of torch on a CPU")
-    group.addoption("--compiled", action="store_true", help="torch's expressions compiled as well")
-    group.addoption("--seconds", type=float, default=float("inf"), help="skip what has not begun by then")
+    group.addoption("--scale", choices=("small", "cpu", "gpu"), default="cpu", help="sizes of the arguments")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to measure on")
+    group.addoption("--rounds", type=int, default=9, help="interleaved rounds of each case")
+    group.addoption("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    group.addoption("--compiled", action="store_true", help="also compile torch's expressions")
+    group.addoption("--seconds", type=float, default=float("inf"), help="skip cases that would start later than this")
 
 
 def pytest_configure(config):
@@ -33,7 +33,7 @@ def pytest_runtest_setup(item):
 
 def pytest_runtest_teardown(item):
     if item.config._benchmarksession.benchmarks:
-        item.config._benchmarksession.handle_saving()  # after every case, so that being killed costs only one
+        item.config._benchmarksession.handle_saving()  # after every case, so that a killed run keeps its results
 
 
 @pytest.fixture(scope="session")
@@ -56,5 +56,5 @@ def pytest_benchmark_generate_commit_info(config):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["suite"] = "kernels"
-    for benchmark in output_json["benchmarks"]:  # names and extra_info say it; these hold addresses in memory
+    for benchmark in output_json["benchmarks"]:  # names and extra_info have the same; these contain memory addresses
         benchmark.pop("params"), benchmark.pop("options")

@@ -1,4 +1,4 @@
-"""The page's figures."""
+"""The figures of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from perf.loops import within
 from perf.results import Device
 
-# Okabe and Ito's colours, which readers with any colour vision tell apart.
+# Okabe and Ito's colours can be told apart with any colour vision.
 STYLES = {"sgd": ("#D55E00", "s"), "refresh": ("#0072B2", "o"), "reuse": ("#009E73", "^")}
 LABELS = {
     "sgd": "SGD, whole step",
@@ -22,7 +22,7 @@ AXES = {"samples": "batch size", "width": "channels", "depth": "convolutions"}
 
 
 def draw(device: Device, folder: Path) -> Iterator[tuple[str, str]]:
-    """Write the figures of a device; yield each one's file name and what it shows."""
+    """Write the figures of a device; yield the file name and the caption of each."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure, caption in (
         ("steps", _steps(device), "Steps of TENGraD in units of SGD's"),

@@ -1,7 +1,7 @@
-"""Everything that needs a GPU, in one command and under ten minutes: `python -m perf.gpu --out DIR [--data DIR]`.
+"""All benchmarks that need a GPU, in one command and under ten minutes: `python -m perf.gpu --out DIR [--data DIR]`.
 
-For a machine with this repository, torch, triton, numpy, pytest, pytest-benchmark, pyarrow and pillow; nothing needs to
-be installed. Each part has a time of its own, and leaves what it has got by then:
+The machine needs this repository, torch, triton, numpy, pytest, pytest-benchmark, pyarrow and pillow; the package does
+not have to be installed. Each part has its own time limit, and keeps what it has measured by then:
 
     tests      every kernel against its definition, on the hardware        log.txt
     kernels    every kernel against torch and the machine's limit          kernels.json
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,27 +30,18 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 SECONDS = {"tests": 110, "kernels": 140, "steps": 150, "training": 130}
-GRACE = 0.85  # of a part's time: until then it may begin something
-LAST_WORDS = 5  # seconds that a part has to write down what it has got, once its time is up
-SHARDS = ("cholesky", "gram", "expand", "sample_grads")  # of the tests, which are mostly compilation
+GRACE = 0.85  # of a part's time: it starts no case later
+LAST_WORDS = 5  # seconds that a part has to write its results once its time is up
+SHARDS = ("cholesky", "gram", "expand", "sample_grads")  # of the tests, which mostly compile
 
 
 def commands(part: str, options: argparse.Namespace) -> list[list[str]]:
-    """Return the commands of a part, which run side by side."""
+    """Return the commands of a part, which run in parallel."""
     until = ["--seconds", str(GRACE * options.budget[part])]
     place = ["--device", options.device, "--out", str(options.out)]
     if part == "tests":
-        tests = [
-            "-m",
-            "pytest",
-            "tests/test_kernels.py",
-            "-v",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            "-W",
-            "default",
-        ]
+        options_of_pytest = ["-v", "--no-header", "-p", "no:cacheprovider", "-W", "default"]
+        tests = ["-m", "pytest", "tests/test_kernels.py", *options_of_pytest]
         return [[*tests, "-k", shard] for shard in (["costs"] if options.quick else shards())]
     if part == "training":
         small = ["--limit", "256", "--epochs", "1", "--seeds", "2", "--width", "8"] if options.quick else []
@@ -62,14 +52,14 @@ def commands(part: str, options: argparse.Namespace) -> list[list[str]]:
 
 
 def shards() -> Iterator[str]:
-    """Yield selections of tests that are disjoint, and together everything."""
+    """Yield disjoint selections of tests, which together have all tests."""
     for index, name in enumerate(SHARDS):
         yield " and ".join([name, *(f"not {earlier}" for earlier in SHARDS[:index])])
     yield " and ".join(f"not {name}" for name in SHARDS)
 
 
 def run(lines: Sequence[Sequence[str]], environment: dict[str, str], log: Path, seconds: float) -> dict[str, Any]:
-    """Run a part's commands, append what they say to a file, and return how they ended."""
+    """Run the commands of a part, append their output to a file, and return how they ended."""
     start = time.monotonic()
     with ExitStack() as stack:
         outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in lines]
@@ -84,15 +74,15 @@ def run(lines: Sequence[Sequence[str]], environment: dict[str, str], log: Path, 
         finally:
             for child in children:
                 stop(child)
-        said = [output.read() for output in outputs if output.seek(0) == 0]
+        texts = [output.read() for output in outputs if output.seek(0) == 0]
     with log.open("a", encoding="utf-8") as file:
-        file.writelines(f"{text}\n" for text in said)
-    last = [text.rstrip().rpartition("\n")[2].strip("= ") for text in said]
+        file.writelines(f"{text}\n" for text in texts)
+    last = [text.rstrip().rpartition("\n")[2].strip("= ") for text in texts]
     return {"ended": endings, "said last": last, "seconds": round(time.monotonic() - start, 1)}
 
 
 def ending(child: subprocess.Popen[bytes], deadline: float) -> str:
-    """Wait for a process, until the deadline at most."""
+    """Wait for a process until the deadline, and return how it ended."""
     try:
         code = child.wait(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -101,7 +91,7 @@ def ending(child: subprocess.Popen[bytes], deadline: float) -> str:
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, with all that it has started; it may write down what it has got."""
+    """Interrupt a process and its children, and kill them if they do not end within `LAST_WORDS`."""
     if child.poll() is not None:
         return
     os.killpg(child.pid, signal.SIGINT)
@@ -112,27 +102,16 @@ def stop(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def importable(folder: Path) -> dict[str, str]:
-    """Return an environment in which the package is importable without being installed, laid out as it is installed."""
-    package = folder / "tengrad_triton"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "tengrad_triton", package, ignore=ignored)
-    shutil.copytree(ROOT / "kernels", package / "kernels", ignore=ignored)
-    paths = os.pathsep.join((str(folder), str(ROOT)))
-    # The working directory would come first otherwise, and there the package has no kernels.
-    return {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m perf.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of all files")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's Parquet files; without it no training")
-    parser.add_argument("--only", nargs="+", choices=SECONDS, default=list(SECONDS), help="parts")
-    parser.add_argument("--seconds", type=float, help="for all parts together, instead of each part's own time")
-    parser.add_argument("--commit", help="which commit this is, where git cannot be asked")
-    parser.add_argument("--device", default="cuda", help="cpu rehearses")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=list(SECONDS), help="parts to run")
+    parser.add_argument("--seconds", type=float, help="time limit of all parts together, in proportion to their own")
+    parser.add_argument("--commit", help="the commit of this tree, if there is no git")
+    parser.add_argument("--device", default="cuda", help="cpu to rehearse")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to rehearse")
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
@@ -146,20 +125,19 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the parts, one after the other, and say how each ended."""
+    """Run the parts one after the other, and print how each ended."""
     options = parsed()
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "log.txt"
     log.unlink(missing_ok=True)
     parts: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        environment = importable(Path(folder))
-        for part in options.parts:
-            print(f"{part} ... ", end="", flush=True)
-            parts[part] = run(commands(part, options), environment, log, options.budget[part])
-            print(f"{parts[part]['seconds']} s: {', '.join(parts[part]['said last'])}", flush=True)
-            summary = {"commit": options.commit, "parts": parts}
-            (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for part in options.parts:
+        print(f"{part} ... ", end="", flush=True)
+        parts[part] = run(commands(part, options), environment, log, options.budget[part])
+        print(f"{parts[part]['seconds']} s: {', '.join(parts[part]['said last'])}", flush=True)
+        summary = {"commit": options.commit, "parts": parts}
+        (options.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

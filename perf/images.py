@@ -1,4 +1,4 @@
-"""Fashion-MNIST from Parquet files, with pyarrow and Pillow alone: a bare GPU machine has no more."""
+"""Fashion-MNIST from Parquet files, read with pyarrow and Pillow: a GPU machine may have nothing else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from tengrad_triton.recipes.splits import Data, Normalizer, Part, Split
+from tengrad_triton.recipes.data.images import Data, Normalizer, Part, Split
 
 
 def load(folder: Path, limit: int | None) -> Data:
     """Return the training and test images of a folder with train-*.parquet and test-*.parquet, decoded.
 
     Raises:
-        FileNotFoundError: there are no such files.
+        FileNotFoundError: the folder has no such files.
     """
     train, test = (_split(folder, part, limit) for part in ("train", "test"))
     return Data(train, test, Normalizer.of(train), classes=10)

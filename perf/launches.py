@@ -1,4 +1,4 @@
-"""Work that is repeated until its time can be told from that of starting it."""
+"""Repeat short work within one measurement, so that the time of starting it does not dominate."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from perf.timing import now
+from tengrad_triton.recipes.measuring.machine import now
 
-SHORT = 1e-2  # seconds: shorter work is repeated within one measurement
-MOST = 200
+SHORT = 1e-2  # seconds that one measurement takes at least
+MOST_REPEATS = 200
 log = logging.getLogger(__name__)
 
 
 class Repeated:
-    """Calls a function several times; on a GPU as one CUDA graph, where the host's part takes no time."""
+    """Calls a function several times; on a GPU as one CUDA graph, which excludes the host's time."""
 
     def __init__(self, work: Callable[..., Any], arguments: tuple[Any, ...], device: torch.device) -> None:
         self._work, self._arguments, self._device = work, arguments, device
@@ -27,13 +27,13 @@ class Repeated:
             start = now(device)
             work(*arguments)
             once = now(device) - start
-        self.times = max(1, min(MOST, int(SHORT / max(once, 1e-7))))
+        self.times = max(1, min(MOST_REPEATS, int(SHORT / max(once, 1e-7))))
         if device.type == "cuda":
             self._capture()
 
     @property
     def captured(self) -> bool:
-        """Whether it is one CUDA graph."""
+        """Whether the calls are one CUDA graph."""
         return self.graph is not None
 
     def _capture(self) -> None:
@@ -47,7 +47,7 @@ class Repeated:
             with torch.cuda.graph(graph):
                 self._loop()
             self.graph = graph
-        except RuntimeError as error:  # some of torch's linear algebra waits for the host
+        except RuntimeError as error:  # some of torch's linear algebra synchronizes
             torch.cuda.synchronize()
             log.warning("not captured as a CUDA graph, timed by launches: %s", str(error).splitlines()[0])
 
@@ -57,7 +57,7 @@ class Repeated:
             self._work(*self._arguments)
 
     def __call__(self) -> None:
-        """Do it all, and wait for the device."""
+        """Make all calls, and wait for the device."""
         if self.graph is None:
             self._loop()
         else:
@@ -66,7 +66,7 @@ class Repeated:
 
     @torch.no_grad()
     def warm_up(self) -> None:
-        """Have what others left in the caches of a CPU replaced; many calls in one graph need no such thing."""
+        """Call once where the calls are not a graph: on a CPU this replaces what other work left in the caches."""
         if self.graph is None:
             self._work(*self._arguments)
             now(self._device)

@@ -1,4 +1,4 @@
-"""Every layer type that has a rule, and one that has none: what a step with it costs, and what is kept.
+"""The cost of a step and the bytes of J for every layer type that has a rule, and for one that has none.
 
 Key: N samples, T tokens, C channels; H and W pixels.
 """
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from perf.models import CLASSES, VOCABULARY, Model
-from perf.steps import measured
+from perf.steps import measure_steps
 
 
 class First(nn.Module):
-    """Return the first of what a layer returns for an input, or for it as query, key and value."""
+    """Return the first output of a layer, whose arguments are ``inputs`` times the same tensor."""
 
     def __init__(self, layer: nn.Module, inputs: int = 1) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class First(nn.Module):
 
 
 class Halves(nn.Module):
-    """A bilinear layer of the two halves of its input's features."""
+    """A bilinear layer between the two halves of the features."""
 
     def __init__(self, features: int, outputs: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Halves(nn.Module):
 
 
 class Own(nn.Linear):
-    """A layer of one's own, which no rule describes."""
+    """A layer that no rule describes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).square()
@@ -58,7 +58,7 @@ class Tied(nn.Module):
 
 
 def _headed(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a maker of the layer with a lazy linear head behind all that it returns, pooled to at most 256 numbers."""
+    """Return a builder of the layer with a linear head, behind a pooling of its outputs to 256 numbers."""
 
     def build() -> nn.Module:
         return nn.Sequential(layer(), nn.Flatten(), nn.AdaptiveAvgPool1d(256), nn.Linear(256, CLASSES))
@@ -97,7 +97,7 @@ LAYERS: Mapping[str, Model] = {
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer type, a batch size, and how many rounds there is time for."""
+    """A layer type, a batch size, and the number of rounds."""
 
     layer: str
     samples: int
@@ -107,5 +107,5 @@ class LayerCase:
         return f"{self.layer}, N = {self.samples}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, and what is kept."""
-        return {**asdict(self), **measured(LAYERS[self.layer], self.samples, self.rounds, "plain", device)}
+        """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, and the bytes of J."""
+        return {**asdict(self), **measure_steps(LAYERS[self.layer], self.samples, self.rounds, "plain", device)}

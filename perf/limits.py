@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured: bytes a second and floating-point operations a second."""
+"""The machine's limits, measured: bytes a second and floating-point operations a second."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from perf.timing import now
+from tengrad_triton.recipes.measuring.machine import now
 
 ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Rates of the device: of copying one large tensor to another, and of a large float32 matrix product in torch."""
+    """The device's rates: of a copy between two large tensors, and of a large float32 matrix product in torch."""
 
     bytes_per_second: float
     flops_per_second: float
 
     def seconds(self, flops: int, moved: int) -> float:
-        """Return the least time that so many operations and bytes can take."""
+        """Return the least time in seconds for so many operations and bytes."""
         return max(flops / self.flops_per_second, moved / self.bytes_per_second)
 
     def as_dict(self) -> dict[str, float]:
@@ -31,7 +31,7 @@ class Limits:
 
 
 def measure(device: torch.device, small: bool = False) -> Limits:
-    """Measure the device; ``small`` takes a moment and says little."""
+    """Measure the device; ``small`` sizes take a moment, and give lower rates than the machine has."""
     gpu = device.type == "cuda"
     entries, n = (2**28, 8192) if gpu else (2**20, 256) if small else (2**26, 2048)
     source = torch.ones(entries, device=device)
@@ -43,7 +43,7 @@ def measure(device: torch.device, small: bool = False) -> Limits:
 
 
 def _best(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the shortest time of several: a limit is what is possible, not what is usual."""
+    """Return the shortest of several times: a limit is the best case."""
     work()
     times = []
     for _ in range(ROUNDS):

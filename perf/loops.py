@@ -11,44 +11,48 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy
+from typing_extensions import override
 
 from perf.baseline import PaperNGD
-from perf.timing import now
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.compiled.static_buffers import stay
+from tengrad_triton.compiled.static_buffers import mark_static
 from tengrad_triton.kernels import update_
 from tengrad_triton.optim.interval import Growing
+from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.tuning.plan import MAX_BYTES
 
 Mode = Literal["plain", "compiled", "cuda graphs"]
 TORCH_MODES: dict[Mode, str | None] = {"compiled": None, "cuda graphs": "reduce-overhead"}
 
-# The paper's settings for 3C1F, with a rate at which nothing moves far: the same work is measured from first to last.
+# The paper's settings for 3C1F, but a rate at which the weights hardly move: all steps do the same work.
 SETTINGS: dict[str, Any] = {"lr": 1e-5, "momentum": 0.9, "weight_decay": 1e-3}
 PARTS = ("forward", "backward", "update")
 Step = Callable[[Tensor, Tensor], Any]
 
 
 def within(max_bytes: int) -> str:
-    """Return what names a case with such a budget for J; nothing where it is the usual one."""
+    """Return the part of a case's name that says its budget for J; empty for the default budget."""
     return "" if max_bytes == MAX_BYTES else f", J within {max_bytes >> 20} MiB"
 
 
 @dataclass(frozen=True)
-class Often(Growing):
-    """Refreshes as often as they are timed; layers are served in the way that is best at the paper's interval."""
+class TimedInterval(Growing):
+    """A short interval for timing, with the representations that are best at the paper's interval, ``most``."""
 
     most: int = 100
     steps: int = 2
 
+    @override
     def __call__(self, step: int) -> int:
-        """Return how many steps a refresh serves while it is timed."""
+        """Return the number of steps from one refresh to the next."""
         return self.steps
 
 
 def tengrad(model: nn.Module, refresh_every: int, max_bytes: int = MAX_BYTES) -> TENGraD:
-    """Return TENGraD with the paper's settings, but that it refreshes more often."""
-    return TENGraD.paper(model, refresh_every=Often(steps=refresh_every), seed=0, max_bytes=max_bytes, **SETTINGS)
+    """Return TENGraD with the paper's settings, except for the interval between refreshes."""
+    return TENGraD.paper(
+        model, refresh_every=TimedInterval(steps=refresh_every), seed=0, max_bytes=max_bytes, **SETTINGS
+    )
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
@@ -62,7 +66,7 @@ def paper(model: nn.Module, refresh_every: int) -> PaperNGD:
 
 
 def sgd_step(model: nn.Module, mode: Mode) -> Step:
-    """Return a whole step of SGD, compiled the way `compile_train_step` does it: one graph, updates included."""
+    """Return a whole step of SGD. It is compiled as `compile_train_step` does it: one graph, with the update."""
     if mode == "plain":
         return plain_step(model, sgd(model))
     momenta = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -86,7 +90,7 @@ def sgd_step(model: nn.Module, mode: Mode) -> Step:
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False, mode=TORCH_MODES[mode])
     state = {"parameters": dict(model.named_parameters()), "buffers": dict(model.named_buffers()), "momenta": momenta}
-    stay((state, numbers))  # without this no CUDA graph is captured, as its inputs change
+    mark_static((state, numbers))  # otherwise no CUDA graph is captured, because its inputs change
 
     def run(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -103,7 +107,7 @@ def tengrad_step(model: nn.Module, optimizer: TENGraD, mode: Mode) -> Step:
 
 
 def plain_step(model: nn.Module, optimizer: Any) -> Step:
-    """Return the loop that everyone has."""
+    """Return a step of the usual training loop."""
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
@@ -114,7 +118,7 @@ def plain_step(model: nn.Module, optimizer: Any) -> Step:
 
 
 def timed_step(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Take a plain step; return how long forward, backward and update took. A capture is part of the forward."""
+    """Take a plain step; return the seconds of forward, backward and update. A capture is part of the forward."""
     times = [now(x.device)]
     optimizer.zero_grad()
     loss = cross_entropy(model(x), y)

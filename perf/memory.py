@@ -1,4 +1,4 @@
-"""Peak memory of a few training steps, each kind in a process of its own: `python -m perf.memory MODEL N OPTIMIZER`."""
+"""Peak memory of a few training steps, in a process for each optimizer: `python -m perf.memory MODEL N OPTIMIZER`."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import nn
 from perf.loops import Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS
 from perf.record import KEEP_PAGES
-from tengrad_triton.recipes.peak import peak_pages
+from tengrad_triton.recipes.measuring.memory import peak_process_bytes
 from tengrad_triton.tuning.plan import MAX_BYTES
 
-STEPS = 3  # refresh, reuse, refresh: an old and a new curvature meet
+STEPS = 3  # refresh, reuse, refresh: the old and the new curvature are in memory together
 OPTIMIZERS = ("sgd", "tengrad")
 
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """A model, a batch size, and a budget for J where there is one."""
+    """A model, a batch size, and a budget for J in bytes."""
 
     model: str
     samples: int
@@ -35,41 +35,30 @@ class MemoryCase:
         return f"memory of {self.model}, N = {self.samples}{within(self.max_bytes)}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return each optimizer's peak in bytes, and the ratio."""
+        """Return the peak of each optimizer in bytes, and TENGraD's over SGD's."""
         peaks = {name: self._in_a_process(name, device) for name in OPTIMIZERS}
         return {**asdict(self), "bytes": peaks, "over_sgd": peaks["tengrad"] / peaks["sgd"]}
 
     def _in_a_process(self, optimizer: str, device: torch.device) -> int:
-        command = [
-            sys.executable,
-            "-m",
-            "perf.memory",
-            self.model,
-            str(self.samples),
-            optimizer,
-            "--device",
-            str(device),
-            "--max-bytes",
-            str(self.max_bytes),
-        ]
+        case = [self.model, str(self.samples), optimizer, "--device", str(device), "--max-bytes", str(self.max_bytes)]
+        command = [sys.executable, "-m", "perf.memory", *case]
         environment = {name: value for name, value in os.environ.items() if name not in KEEP_PAGES}
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         return json.loads(done.stdout)["bytes"]
 
 
 def peak(model: str, samples: int, optimizer: str, device: torch.device, max_bytes: int) -> int:
-    """Return the most bytes that were in use at once, beyond what was in use before the model was there.
+    """Return the peak in bytes, minus what was in use before the model was built.
 
-    On a CPU these are the process's pages: what torch's own code takes is not part of it. On a GPU they are what torch
-    has allocated.
+    On a CPU the peak is that of the process, and torch's own code does not count; on a GPU, what torch has allocated.
     """
     made = MODELS[model]
-    before = peak_pages() if device.type == "cpu" else 0
+    before = peak_process_bytes() if device.type == "cpu" else 0
     x, y = made.batch(samples, device)
     step = _step(made.on(device), optimizer, max_bytes)
     for _ in range(STEPS):
         step(x, y)
-    return peak_pages() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    return peak_process_bytes() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def _step(model: nn.Module, optimizer: str, max_bytes: int) -> Step:

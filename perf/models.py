@@ -1,4 +1,4 @@
-"""The models that are measured: those of the recipes, and two that the recipes do not have. All are 10-class.
+"""The models that are measured: those of the recipes, and two others. All have 10 classes.
 
 Key: N samples, T tokens, D features of a token; C channels, H and W pixels.
 """
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
 
 
 def convolutions(width: int, depth: int) -> nn.Module:
-    """Return `depth` 3 × 3 convolutions of `width` channels on 14 × 14 pixels: what is scaled."""
+    """Return ``depth`` 3 × 3 convolutions of ``width`` channels on 14 × 14 pixels: the model of the scaling suite."""
     channels = [1, *[width] * depth]
     layers = [
         layer
@@ -47,14 +47,14 @@ def convolutions(width: int, depth: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Model:
-    """How to make a model, and what one sample of its input looks like."""
+    """How to build a model, and the shape of one input sample; ``tokens`` are integers."""
 
     build: Callable[[], nn.Module]
     sample: tuple[int, ...]
     tokens: bool = False
 
     def batch(self, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return a batch of random inputs and labels, always the same."""
+        """Return a batch of random inputs and labels, which is the same for every call."""
         generator = torch.Generator().manual_seed(0)
         shape = (samples, *self.sample)
         if self.tokens:
@@ -64,7 +64,7 @@ class Model:
         return x.to(device), torch.randint(CLASSES, (samples,), generator=generator).to(device)
 
     def on(self, device: torch.device) -> nn.Module:
-        """Return the model on a device, with weights that are always the same."""
+        """Return the model on a device, with the same weights for every call."""
         torch.manual_seed(0)
         return self.build().to(device)
 
@@ -75,7 +75,7 @@ MODELS: dict[str, Model] = {
     "WRN-28-4": Model(lambda: image_model("wrn-28-4").build((3, 32, 32), CLASSES), (3, 32, 32)),
     "MLP": Model(lambda: mlp((1, 28, 28), CLASSES, 512), (1, 28, 28)),
     "transformer": Model(Transformer, (64,), tokens=True),
-    # Small ones, of which a run is over in a moment.
+    # Small models, for quick runs.
     "small 3C1F": Model(lambda: conv_3c1f((1, 14, 14), CLASSES, 32), (1, 14, 14)),
     "tiny 3C1F": Model(lambda: conv_3c1f((1, 8, 8), CLASSES, 8), (1, 8, 8)),
     "tiny transformer": Model(lambda: Transformer(tokens=8, features=32, layers=1), (8,), tokens=True),

@@ -1,4 +1,4 @@
-"""The optimizer's own time: ours against the authors' formulation."""
+"""The time of the optimizer alone: TENGraD against the authors' formulation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from perf.timing import interleaved, mean_step
 
 @dataclass(frozen=True)
 class OptimizerCase:
-    """A model and a batch size at which N² P² numbers fit into memory."""
+    """A model, and a batch size at which N² P² numbers fit into memory."""
 
     model: str
     samples: int
@@ -27,7 +27,7 @@ class OptimizerCase:
         return f"optimizer of {self.model}, N = {self.samples}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return the spreads of both formulations' parts, and how much faster ours is."""
+        """Return the spreads of the parts of a step in both formulations, and how many times faster TENGraD is."""
         made = MODELS[self.model]
         x, y = made.batch(self.samples, device)
         timers = {name: parts_timer(name, make, made.on(device), x, y) for name, make in FORMULATIONS.items()}
@@ -46,12 +46,12 @@ FORMULATIONS: Mapping[str, Callable[..., Any]] = {"tengrad": tengrad, "paper": p
 def parts_timer(
     name: str, make: Callable[..., Any], model: nn.Module, x: Tensor, y: Tensor
 ) -> Callable[[], dict[str, float]]:
-    """Return a timer, in parts, of a step that refreshes, of the one after it, and of others: the mean of these."""
+    """Return a timer of the parts of a refreshing step, of the step after it, and of later steps, as their mean."""
     optimizer = make(model, 2 + REUSES)
 
     def parts(steps: int) -> dict[str, float]:
-        taken = [timed_step(model, optimizer, x, y) for _ in range(steps)]
-        return {part: fmean(step[part] for step in taken) for part in PARTS}
+        times = [timed_step(model, optimizer, x, y) for _ in range(steps)]
+        return {part: fmean(step[part] for step in times) for part in PARTS}
 
     def timer() -> dict[str, float]:
         steps = {kind: parts(count) for kind, count in (("refresh", 1), ("first", 1), ("reuse", REUSES))}
@@ -61,10 +61,11 @@ def parts_timer(
 
 
 def optimizer_seconds(times: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
-    """Return what the optimizer adds to forward and backward: a refresh captures in the forward, both update.
+    """Return the seconds that the optimizer adds to forward and backward, from the spreads of `parts_timer`.
 
-    Without a refresh nothing but `step` is the optimizer's. The capture is what a refresh's forward takes longer. The
-    first step after a refresh finds the caches as that has left them: it counts once in a hundred.
+    The capture is the difference of the forwards with and without a refresh; everything else is in ``step()``. The
+    first step after a refresh is slower, because the refresh has filled the caches; the mean step counts it once in a
+    hundred.
     """
     forwards = [times[f"{name} {kind} forward"]["median"] for kind in ("refresh", "reuse")]
     capture = max(0.0, forwards[0] - forwards[1])

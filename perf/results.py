@@ -1,4 +1,4 @@
-"""The result files, read back: one `Device` a folder, with what each suite found."""
+"""The result files: a `Device` for each folder, with the results of each suite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel at one size, against torch's expressions and the machine's limit. Times are of one call, seconds.
+    """One kernel at one size, with torch's fastest expression and the machine's limit. Times are seconds of one call.
 
-    It is beaten where three quarters of the best rival's calls are faster than three quarters of its own.
+    Attributes:
+        large: whether the size is one of those that fill the machine.
+        limit: the least seconds that the operations and bytes can take.
+        alternative: the name of torch's fastest expression, if one was measured.
+        beaten: whether the upper quartile of the alternative's times is below the lower quartile of the kernel's.
     """
 
     name: str
@@ -22,18 +26,18 @@ class Kernel:
     seconds: float
     rounds: int
     limit: float
-    rival: str | None
-    rival_seconds: float
+    alternative: str | None
+    alternative_seconds: float
     beaten: bool
 
     @property
     def speedup(self) -> float | None:
-        """The best torch expression's time over the kernel's; None where nothing but the kernel's own code ran."""
-        return self.rival_seconds / self.seconds if self.rival else None
+        """The time of the alternative over the kernel's; None without an alternative."""
+        return self.alternative_seconds / self.seconds if self.alternative else None
 
     @property
     def share(self) -> float:
-        """Of what the machine can do at best."""
+        """The limit over the time: the share of what the machine can do."""
         return self.limit / self.seconds
 
 
@@ -46,7 +50,7 @@ class Device:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Where the newest of the suites ran."""
+        """The machine of the newest suite."""
         return max((d["machine_info"] for d in self.documents.values()), key=lambda info: info["started"])
 
     @property
@@ -55,17 +59,17 @@ class Device:
         return self.info["device_type"]
 
     def cases(self, suite: str) -> list[dict[str, Any]]:
-        """Return what a suite measured; nothing if it has not run."""
+        """Return the results of a suite; none if it has not run."""
         return self.documents.get(suite, {}).get("cases", [])
 
     def skipped(self) -> Iterator[tuple[str, str]]:
-        """Yield what was not measured, and why."""
+        """Yield the cases that were not measured, and the reasons."""
         for suite, document in self.documents.items():
             for entry in document.get("skipped", []):
                 yield f"{suite}: {entry['case']}", entry["why"]
 
     def kernels(self) -> list[Kernel]:
-        """Return what pytest-benchmark measured."""
+        """Return the results of the kernels' suite."""
         benchmarks = self.documents.get("kernels", {}).get("benchmarks", [])
         return [_kernel(benchmark, self.kind) for benchmark in benchmarks]
 
@@ -74,7 +78,7 @@ def _kernel(benchmark: dict[str, Any], kind: str) -> Kernel:
     info, stats = benchmark["extra_info"], benchmark["stats"]
     medians = {name: times["median"] for name, times in info["rivals"].items()}
     if kind == "cpu":
-        medians.pop("definition", None)  # it is what the op itself runs there
+        medians.pop("definition", None)  # the op itself runs this code on a CPU
     best = min(medians, key=lambda name: medians[name], default=None)
     return Kernel(
         name=info["kernel"],
@@ -83,21 +87,21 @@ def _kernel(benchmark: dict[str, Any], kind: str) -> Kernel:
         seconds=stats["median"] / info["calls"],
         rounds=stats["rounds"],
         limit=info["limit_seconds"],
-        rival=best,
-        rival_seconds=medians.get(best, 0.0),
+        alternative=best,
+        alternative_seconds=medians.get(best, 0.0),
         beaten=best is not None and info["rivals"][best]["q3"] < stats["q1"] / info["calls"],
     )
 
 
 def load(folder: Path) -> list[Device]:
-    """Return every machine of which there are results, CPUs first."""
+    """Return every machine that has results, CPUs first."""
     places = sorted(path for path in folder.glob("*") if path.is_dir())
     devices = [Device(place.name, documents) for place in places if (documents := _documents(place))]
     return sorted(devices, key=lambda device: (device.kind, device.folder))
 
 
 def _documents(place: Path) -> dict[str, dict[str, Any]]:
-    """Return the files of one machine by suite. Where git could not be asked, a summary may know the commit."""
+    """Return the result files of one machine, by suite. A summary has the commit if git could not be asked."""
     files = [file for file in sorted(place.glob("*.json")) if file.stat().st_size]  # an interrupted suite's is empty
     read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     commit = read.pop("summary", {}).get("commit")

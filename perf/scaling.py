@@ -1,4 +1,4 @@
-"""How the cost grows with the batch, the width and the depth: one of them at a time, on 3 × 3 convolutions."""
+"""How the cost grows with the batch, the width and the depth of 3 × 3 convolutions, one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from perf.loops import sgd, tengrad, timed_step
 from perf.models import Model, convolutions
 from perf.optimizers import optimizer_seconds, parts_timer
 from perf.timing import interleaved
-from tengrad_triton.recipes.fit import exponent
+from tengrad_triton.recipes.measuring.power_law import exponent
 
 Quantity = Literal["samples", "width", "depth"]
 QUANTITIES: tuple[Quantity, ...] = ("samples", "width", "depth")
@@ -20,7 +20,7 @@ QUANTITIES: tuple[Quantity, ...] = ("samples", "width", "depth")
 
 @dataclass(frozen=True)
 class ScalingCase:
-    """What varies, over which values; the rest stays at ``base``, which has all three."""
+    """The quantity that varies and its values; the others have their values in ``base``."""
 
     quantity: Quantity
     values: Sequence[int]
@@ -31,7 +31,7 @@ class ScalingCase:
         return f"cost by {self.quantity}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return the optimizer's seconds by value, SGD's whole step beside them, and the fitted exponents."""
+        """Return the optimizer's seconds and those of SGD's whole step at each value, and the fitted exponents."""
         timers: dict[str, Callable[[], dict[str, float]]] = {}
         for value in self.values:
             timers |= _timers(self.base | {self.quantity: value}, value, device)

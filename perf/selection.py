@@ -1,4 +1,4 @@
-"""What is measured where: cases that fit a machine and a time, and what does not fit."""
+"""The cases of each kind of machine, and the cases that do not fit it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from perf.steps import StepCase
 
 
 class Case(Protocol):
-    """One measurement, whose name is its `str`."""
+    """One measurement; its `str` is its name."""
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return what the result file holds of it."""
+        """Return the result, as JSON values."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The cases of every suite, the most important ones first: what comes last is what time runs out for.
+    """The cases of every suite, the most important first, because the last ones run only if there is time.
 
-    ``skipped`` says of cases that belong to a suite why they are not in the selection.
+    ``skipped`` has the reasons why other cases of a suite are not in the selection.
     """
 
     scale: Scale
@@ -39,7 +39,7 @@ class Selection:
 
 SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "steps")
 BUDGET = 600 * 2**20
-"""For the J of WRN-28-4 at N = 128: about the least that is exact."""
+"""Bytes for J of WRN-28-4 at N = 128: about the least with which its steps are exact."""
 _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN-28-4", 128, BUDGET)]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 

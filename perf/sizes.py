@@ -1,6 +1,6 @@
-"""The sizes at which kernels are measured, by kernel. One that is not in the table is measured at its examples.
+"""The sizes at which ops are measured, by op. An op that is not in the table is measured at its first example.
 
-Key: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L blocks.
+Key: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L Fisher blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Make = Callable[[torch.device], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Sized:
-    """One kernel at one size."""
+    """One op at one size."""
 
     spec: KernelSpec
     size: str
@@ -31,12 +31,12 @@ class Sized:
 
     @property
     def large(self) -> bool:
-        """Whether its share of the limit says something: small ones wait for launches."""
+        """Whether its share of the machine's limit is meaningful: at small sizes the launch dominates."""
         return self.size.endswith("large")
 
 
 def _tensor(device: torch.device, *shape: int) -> Tensor:
-    """Return entries that no arithmetic is slow with; drawn on the device, as some are gigabytes."""
+    """Return normal entries, drawn on the device because some tensors take gigabytes."""
     return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(0))
 
 
@@ -59,7 +59,7 @@ def _conv(n: int, c: int, o: int, pixels: int, groups: int, device: torch.device
 
 
 def _rows(n: int, k: int, device: torch.device, weights: int = 1) -> tuple[Any, ...]:
-    """Return rows of weights of one size, behind each other as a refresh leaves them, and what `gram_rows` needs."""
+    """Return the arguments of `gram_rows` for weights of one size, adjacent in memory as a refresh leaves them."""
     return list(_tensor(device, weights, n, k).unbind()), list(range(weights)), weights
 
 
@@ -85,9 +85,9 @@ def _solve(blocks: int, n: int, device: torch.device) -> tuple[Any, ...]:
 def _update(
     of: Callable[[int], Iterable[Tensor]], o: int, k: int, i: int, n: int, device: torch.device, weights: int = 1
 ) -> tuple[Any, ...]:
-    """Return the arguments of an update whose J is what ``of`` makes, for some weights of one size."""
+    """Return the arguments of an update of some weights of one size, where ``of`` returns the J of one."""
 
-    # One group's, as a model's usually are. A rate of zero: however often it is repeated, the numbers stay.
+    # One tensor for all weights, as for a model with one parameter group; lr = 0 keeps the numbers through repetitions.
     settings = torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
 
     def one(t: int) -> tuple[Tensor, ...]:
@@ -107,26 +107,26 @@ def _rows_update(n: int, o: int, k: int, i: int, device: torch.device, weights: 
 
 
 def _convolution(n: int, channels: int, side: int, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """Return input and derivatives of a 3 × 3 convolution that keeps the size."""
+    """Return input and output derivatives of a 3 × 3 convolution with padding 1."""
     shape = (n, channels, side, side)
     return [_tensor(device, *shape)], [_tensor(device, *shape)]
 
 
 def _project_conv(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
     factors, weight = _convolution(n, channels, side, device), _tensor(device, channels, channels, 3, 3)
-    return *factors, [weight], _AROUND, [0], [1, n]
+    return *factors, [weight], _PADDED, [0], [1, n]
 
 
-def _windows_update(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
+def _conv_update(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
     state = [[_tensor(device, channels, channels, 3, 3)] for _ in range(3)]
     numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
     tail = ([_tensor(device, n)], *([x] for x in numbers), False)
-    return *state, *_convolution(n, channels, side, device), _AROUND, *tail
+    return *state, *_convolution(n, channels, side, device), _PADDED, *tail
 
 
-_AROUND = ConvGeometry(padding=(1, 1)).numbers
+_PADDED = ConvGeometry(padding=(1, 1)).numbers
 
-# What 3C1F has at N = 128, and what fills a GPU.
+# Layers of 3C1F at N = 128, and sizes that fill a GPU.
 _FC, _CONV = (128, 1, 1, 10368, 500), (128, 128 * 9 * 128)
 _BATCHES = ((5, 128), (30, 128), (16, 512))
 _LARGE = (512, 1, 4, 8192, 8192)
@@ -155,7 +155,7 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
     "cholesky_solve": {f"{blocks} of {n}": partial(_solve, blocks, n) for blocks, n in _BATCHES},
     "project": {"linear 10368 to 500": partial(_project, *_FC), "512 samples, large": partial(_project, *_LARGE)},
     "project_conv": {"512 to 512 on 4 x 4": partial(_project_conv, 128, 512, 4)},
-    "expand_conv_update_": {"512 to 512 on 4 x 4": partial(_windows_update, 128, 512, 4)},
+    "expand_conv_update_": {"512 to 512 on 4 x 4": partial(_conv_update, 128, 512, 4)},
     "project_rows": {
         "3C1F convolution": partial(_rows_and_entries, *_CONV),
         "30 biases of 512": partial(_rows_and_entries, 128, 512, weights=30),
@@ -174,9 +174,9 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
 
 
 def sized(specs: tuple[KernelSpec, ...], scale: Scale) -> list[Sized]:
-    """Return every kernel at the sizes of a scale: ``"small"`` its first example, ``"cpu"`` what two cores can do.
+    """Return every op at the sizes of a scale: ``"small"`` its first example, ``"cpu"`` sizes for two cores.
 
-    First comes one size of every kernel, a large one where there is one; where time is short, the others wait.
+    One size of every op comes first, a large one where there is one, so that a short run covers all ops.
     """
     ranked = []
     for spec in specs:

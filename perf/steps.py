@@ -1,4 +1,4 @@
-"""The whole training step: SGD, and TENGraD's two kinds of it, interleaved."""
+"""Whole training steps: SGD's, and TENGraD's refresh and reuse steps, interleaved."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from perf import limits
 from perf.limits import Limits
 from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS, Model
-from perf.timing import interleaved, mean_step, now
+from perf.timing import interleaved, mean_step
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.geometry import geometry_of
 from tengrad_triton.curvature.jacobian import Factored, Jacobian
+from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.tuning.plan import MAX_BYTES
 
-# Rounds: the first step of a compiled loop is a plain one, and CUDA graphs are recorded after a run without them.
+# Rounds: the first step of a compiled loop is plain, and CUDA graphs are recorded in the second compiled one.
 WARM_UP: dict[Mode, int] = {"plain": 1, "compiled": 2, "cuda graphs": 3}
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A model, a batch size, how many rounds there is time for, and a budget for J where there is one."""
+    """A model, a batch size, the number of rounds, the kind of loop, and a budget for J in bytes."""
 
     model: str
     samples: int
@@ -37,17 +38,17 @@ class StepCase:
         return f"{self.model}, N = {self.samples}, {self.mode}{within(self.max_bytes)}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return the spreads of SGD's step and of TENGraD's refresh and reuse steps, their ratios, and what J takes."""
+        """Return the spreads of SGD's steps and of TENGraD's refresh and reuse steps, ratios, and the bytes of J."""
         made = MODELS[self.model]
-        return {**asdict(self), **measured(made, self.samples, self.rounds, self.mode, device, self.max_bytes)}
+        return {**asdict(self), **measure_steps(made, self.samples, self.rounds, self.mode, device, self.max_bytes)}
 
 
-def measured(
+def measure_steps(
     made: Model, samples: int, rounds: int, mode: Mode, device: torch.device, max_bytes: int = MAX_BYTES
 ) -> dict[str, Any]:
-    """Return what `StepCase.measure` says, of any model."""
+    """Return the results of `StepCase.measure` for any model."""
     x, y = made.batch(samples, device)
-    # A GPU works behind the host: steps are timed a block at a time, as a training loop lets them run.
+    # A GPU runs behind the host, as in a training loop: its steps are timed in blocks.
     block = 10 if device.type == "cuda" else 1
     model = made.on(device)
     optimizer = tengrad(model, block + 2, max_bytes)
@@ -58,34 +59,34 @@ def measured(
         for timer in timers.values():
             timer()
     times = interleaved(timers, rounds)
-    kept = sum(row.bytes for row in optimizer.summary().parameters)
+    kept = sum(parameter.bytes for parameter in optimizer.summary().parameters)
     least = least_seconds(optimizer, limits.measure(device))
     return {"block": block, "seconds": times, **ratios(times), "kept_bytes": kept, "least_seconds": least}
 
 
 def least_seconds(optimizer: TENGraD, rates: Limits) -> float:
-    """Return what the two products with J that every step takes would take at the machine's rates.
+    """Return the least seconds of the two products with J in every step, at the machine's rates.
 
-    Explicit rows are read twice. A weight that keeps its factors takes 2 G N P I O operations twice, or what its rows
-    would take where that is less: no exact step is faster, whichever way a weight's J is kept.
+    A stored J is read twice. A weight that keeps the factors takes 2 G N P I O operations twice, or the time to read
+    its rows of J twice where that is less: no exact step is faster.
     """
     assert optimizer._curvature is not None
     blocks = optimizer._curvature.jacobians.values()
-    return sum(2 * _pass_seconds(rows, rates) for block in blocks for rows in block.values())
+    return sum(2 * _product_seconds(jacobian, rates) for block in blocks for jacobian in block.values())
 
 
-def _pass_seconds(rows: Jacobian, rates: Limits) -> float:
-    if not isinstance(rows, Factored):
-        return rates.seconds(0, rows.nbytes)
-    sizes = geometry_of(rows.factors)
+def _product_seconds(jacobian: Jacobian, rates: Limits) -> float:
+    if not isinstance(jacobian, Factored):
+        return rates.seconds(0, jacobian.nbytes)
+    sizes = geometry_of(jacobian.factors)
     product = 2 * sizes.groups * sizes.samples * sizes.positions * sizes.inputs * sizes.outputs
-    return min(rates.seconds(0, sizes.per_sample_bytes), rates.seconds(product, rows.nbytes))
+    return min(rates.seconds(0, sizes.per_sample_bytes), rates.seconds(product, jacobian.nbytes))
 
 
 def ratios(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the refresh, the reuse and the mean step over SGD's, from their medians.
+    """Return the median times of the refresh, the reuse and the mean step over SGD's.
 
-    The first step after a refresh is a case of its own: it finds the memory as that has left it.
+    The first step after a refresh is timed apart, because the refresh has replaced the content of the caches.
     """
     sgd, refresh, first, reuse = (times[name]["median"] for name in ("sgd", "refresh", "first", "reuse"))
     return {
@@ -107,5 +108,5 @@ def _sgd_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dic
 
 
 def _tengrad_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
-    """One refresh, the first reuse, and as many others as there are until the next."""
+    """Return a timer of one refresh, of the step after it, and of the later steps until the next refresh."""
     return lambda: {name: _block(step, n, x, y) for name, n in (("refresh", 1), ("first", 1), ("reuse", block))}

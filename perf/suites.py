@@ -1,4 +1,4 @@
-"""Runs suites: a progress line a case, results after every case, and no case begun after the time is up."""
+"""Runs suites: a line for each case, results after each case, and no new case once the time is up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BENCHMARKS = ROOT / "perf" / "bench_kernels.py"
 
 
 def run(selection: Selection, only: Sequence[str], device: torch.device, folder: Path, seconds: float) -> None:
-    """Run the suites named, and write one file each into ``folder``."""
+    """Run the suites in ``only``, and write a file for each into ``folder``."""
     deadline = time.monotonic() + seconds
     if "kernels" in only:
         _run_kernels(selection, device, folder, seconds)
@@ -32,7 +32,7 @@ def run(selection: Selection, only: Sequence[str], device: torch.device, folder:
 
 
 def _in_turn(suites: Mapping[str, Sequence[Case]]) -> Iterator[tuple[str, Case]]:
-    """Yield the first case of every suite, then the second ones: where time runs out, each has its most important."""
+    """Yield the first case of every suite, then the second ones, so that every suite has its most important cases."""
     for cases in zip_longest(*suites.values()):
         yield from ((name, case) for name, case in zip(suites, cases, strict=True) if case is not None)
 
@@ -46,7 +46,7 @@ def _run_case(suite: Suite, name: str, case: Case, device: torch.device, deadlin
     try:
         suite.add(case.measure(device))
         print(f"{time.monotonic() - start:.1f} s", flush=True)
-    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:  # of this case; others may do
+    except (RuntimeError, MemoryError, subprocess.CalledProcessError) as error:  # the other cases may still succeed
         suite.skip(str(case), f"failed with {type(error).__name__}")
         print(f"{type(error).__name__}: {error}", flush=True)
     _make_room(device)
@@ -80,7 +80,7 @@ def _run_kernels(selection: Selection, device: torch.device, folder: Path, secon
     child = subprocess.Popen(command, cwd=ROOT)
     try:
         child.wait()
-    except KeyboardInterrupt:  # which it has got too, and ends upon
+    except KeyboardInterrupt:  # the child process has it too, and ends
         child.wait()
     if child.returncode:
         print(f"kernels: pytest ended with {child.returncode}: {result.name} holds what was measured", flush=True)

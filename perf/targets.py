@@ -1,4 +1,4 @@
-"""What the project promises, and whether the results keep it."""
+"""The targets of the project, and whether the results meet them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Measure = Callable[[Device], float | None]
 
 @dataclass(frozen=True)
 class Target:
-    """A promise about one kind of machine: a quantity, and the most or the least that it may be."""
+    """A bound of a quantity on one kind of machine; ``most`` says whether it is an upper or a lower bound."""
 
     what: str
     kind: str
@@ -31,7 +31,7 @@ class Target:
         return f"{value:.0%}" if self.percent else f"{value:.2f}"
 
     def verdict(self, value: float) -> str:
-        """Judge the number as it is printed."""
+        """Return whether the number meets the bound, as it is printed."""
         digits = round(value, 2)
         return "met" if (digits <= self.bound if self.most else digits >= self.bound) else "missed"
 
@@ -94,8 +94,8 @@ TARGETS: Sequence[Target] = (
 )
 
 
-def rows(devices: Sequence[Device]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield target, machine, bound, measured and verdict: a row a machine, or one that says that there is none."""
+def verdicts(devices: Sequence[Device]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield target, machine, bound, measured and verdict for each machine, or once for a kind without a machine."""
     for target in TARGETS:
         able = [device for device in devices if device.kind == target.kind] or [None]
         for device in able:

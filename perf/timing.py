@@ -1,29 +1,19 @@
-"""Interleaved timing: machines are noisy, and what is compared must meet the same noise."""
+"""Interleaved timing: machines are noisy, and noise must affect all that is compared alike."""
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
-
-import torch
 
 Timer = Callable[[], Mapping[str, float]]
 
 
-def now(device: torch.device) -> float:
-    """Return the time in seconds, after all that the device has been given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def interleaved(timers: Mapping[str, Timer], rounds: int) -> dict[str, dict[str, float]]:
-    """Run every timer once a round, and return the spread of each of the times that they return.
+    """Run every timer once in each round, and return the spread of each of their times.
 
-    A timer returns one or several times in seconds, by name. Within a round they follow each other, so that what slows
-    the machine down slows all of them.
+    A timer returns one or several times in seconds, by name. The timers of a round follow each other, so that load on
+    the machine slows all of them.
     """
     samples: dict[str, list[float]] = {}
     gc.collect()
@@ -39,11 +29,11 @@ def interleaved(timers: Mapping[str, Timer], rounds: int) -> dict[str, dict[str,
 
 
 def spread(times: list[float]) -> dict[str, float]:
-    """Return median, quartiles and extremes of some times in seconds."""
+    """Return the median, the quartiles and the extremes of times in seconds, and their number."""
     low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
     return {"median": median, "q1": low, "q3": high, "min": min(times), "max": max(times), "rounds": len(times)}
 
 
 def mean_step(refresh: float, reuse: float, every: int = 100) -> float:
-    """Return the mean time of a step at ``refresh_every=every``, from the medians of both kinds."""
+    """Return the mean time of a step at ``refresh_every=every``, from the medians of refresh and reuse steps."""
     return (refresh + (every - 1) * reuse) / every

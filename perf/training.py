@@ -17,10 +17,10 @@ from perf.images import load
 from perf.loops import plain_step
 from perf.models import CLASSES
 from perf.record import Suite
-from perf.timing import now
 from tengrad_triton import TENGraD
+from tengrad_triton.recipes.data.images import Data
+from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.recipes.models import conv_3c1f
-from tengrad_triton.recipes.splits import Data
 
 BATCH, EVALUATION_BATCH = 128, 1000
 
@@ -39,7 +39,7 @@ Run = list[dict[str, float]]
 
 
 def train(name: str, seed: int, epochs: int, width: int, data: Data) -> Run:
-    """Return test accuracy in percent, test loss and the training time so far, after each epoch."""
+    """Return the test accuracy in percent, the test loss and the seconds of training, after each epoch."""
     device = data.train.images.device
     torch.manual_seed(seed)
     model = conv_3c1f(tuple(data.train.images.shape[1:]), CLASSES, width).to(device)
@@ -67,7 +67,7 @@ def evaluate(model: nn.Module, data: Data) -> dict[str, float]:
 
 
 def summarized(name: str, runs: list[Run]) -> dict[str, Any]:
-    """Return the last epoch's numbers over the seeds, and every run's own."""
+    """Return the spread of the last epoch's numbers over the seeds, and all runs."""
     ends = {key: [run[-1][key] for run in runs] for key in ("accuracy", "loss", "seconds")}
     spreads = {
         key: {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
@@ -77,11 +77,11 @@ def summarized(name: str, runs: list[Run]) -> dict[str, Any]:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """Train seed by seed, both optimizers each time, until the seeds or the time are used up."""
+    """Train with both optimizers, seed by seed, until there is no seed or no time left."""
     start = time.monotonic()
     data = load(options.data, options.limit).to(options.device)
     runs: dict[str, list[Run]] = {name: [] for name in OPTIMIZERS}
-    for name in OPTIMIZERS:  # compiles kernels and wakes libraries, out of both times
+    for name in OPTIMIZERS:  # compiles kernels and loads libraries, outside of the measured times
         train(name, 0, 1, options.width, _first(data, 3 * BATCH))
     slowest = 0.0
     for seed in range(options.seeds):
@@ -112,8 +112,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=10, help="the paper's number by default")
     parser.add_argument("--width", type=int, default=128, help="channels of 3C1F")
-    parser.add_argument("--limit", type=int, help="use the first images only")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no seed that would end later")
+    parser.add_argument("--limit", type=int, help="number of images, from the first")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no seed that would end later than this"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     run_all(parser.parse_args())
 

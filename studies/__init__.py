@@ -1,1 +1,1 @@
-"""Studies whose results are committed: each is a module that runs, keeps its raw results and generates its page."""
+"""Studies whose results are committed. Each is a module that runs, keeps its raw results and writes its page."""

@@ -13,10 +13,10 @@ from cyclopts.types import ResolvedExistingDirectory
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from studies import curves, page, runs, timing
+from studies import figures, page, runs, timing
 from studies.problems import PROBLEMS
 from studies.results import Results
-from tengrad_triton.recipes.machine import describe
+from tengrad_triton.recipes.measuring.machine import describe
 
 ROOT = Path(__file__).parent
 ProblemName = Literal["mlp", "3c1f", "resnet", "vit", "pinn"]
@@ -32,20 +32,20 @@ def study(
     only: tuple[ProblemName, ...] = ("pinn", "vit", "mlp", "3c1f", "resnet"),
     measure: bool = True,
 ) -> None:
-    """Run what is missing, one thread; then write the page and its figures.
+    """Run what is missing, on one thread; then write the page and its figures.
 
     Parameters
     ----------
     data
         Folder with fashion_mnist/ and cifar10/, each with train-*.parquet and test-*.parquet.
     out
-        Folder of the page, defaults.md; its figures go into figures/.
+        Folder of the page defaults.md; the figures go into its folder figures/.
     results
-        Folder with a JSON file a run.
+        Folder with a JSON file for each run.
     only
         The models to train.
     measure
-        Whether to run anything: with --no-measure the page is made of what there is.
+        Whether to run what is missing; with --no-measure the page is written from the existing results.
     """
     store = runs.Store(results)
     if measure:
@@ -57,9 +57,9 @@ def study(
 def _measure(store: runs.Store, data: Path, only: tuple[ProblemName, ...]) -> None:
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console()
-    machine = describe(torch.device("cpu"))  # once: the commit is that of the code that was loaded
+    machine = describe(torch.device("cpu"))  # asked once: the commit must be that of the loaded code
     with warnings.catch_warnings(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        warnings.filterwarnings("ignore", message="no exact rule covers")  # the page says which
+        warnings.filterwarnings("ignore", message="no exact rule covers")  # the page names these parameters
         for stage, name in itertools.product(runs.STAGES, only):
             missing = [case for case in dict.fromkeys(stage(name, store)) if store.run(case) is None]
             for case in progress.track(missing, description=f"{name}, {stage.__name__}"):
@@ -70,9 +70,9 @@ def _measure(store: runs.Store, data: Path, only: tuple[ProblemName, ...]) -> No
 
 
 def write(store: runs.Store, out: Path) -> None:
-    """Write the page and the figures of what there is."""
+    """Write the page and the figures from the existing results."""
     results = Results(store)
-    curves.draw(results, out / "figures")
+    figures.draw(results, out / "figures")
     machine = next(store.read(f"{name}-timing.json")["machine"] for name in PROBLEMS if results.seconds(name))
     note = ROOT / "defaults.md"
     texts = {"summary": note.read_text(encoding="utf-8").strip()} if note.exists() else {}

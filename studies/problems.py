@@ -1,4 +1,4 @@
-"""What the study of the defaults trains: five models on real data, each sized for about ten seconds on one core.
+"""The problems of the study: five models, each with a size that trains for about ten seconds on one core.
 
 Key: N samples, C channels, H and W pixels, S points of a stencil, T tokens, D features of a token.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from tengrad_triton.recipes import data as datasets
+from tengrad_triton.recipes.data import registry
+from tengrad_triton.recipes.data.images import Data
 from tengrad_triton.recipes.models import conv_3c1f, mlp
-from tengrad_triton.recipes.splits import Data
 
 BATCH, EVALUATION_BATCH = 128, 1000
 FASHION, CIFAR = (1, 28, 28), (3, 32, 32)
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Task(Protocol):
-    """Where the batches come from, what the loss is, and how good a model is."""
+    """The batches, the loss and the evaluation of a problem."""
 
     likelihood: str
     quality: str
@@ -38,15 +38,15 @@ class Task(Protocol):
         """Return the mean loss of a batch."""
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Yield batches without end, in an order that depends on the seed alone."""
+        """Yield batches without end; they depend on the seed alone."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return the loss, and the quality under its own name, on what was not trained with."""
+        """Return the loss and, by the name ``quality``, the quality of a model on test data."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model to be built, its task, and for how many steps it is trained."""
+    """A model, its task, and the number of training steps."""
 
     title: str
     build: Callable[[], nn.Module]
@@ -87,9 +87,9 @@ class Images:
 
 
 @cache
-def images(name: datasets.DatasetName, folder: Path) -> Images:
-    """Return the first images of a data set in Parquet files."""
-    return Images(datasets.load(name, folder, TRAIN_IMAGES, TEST_IMAGES, Console(quiet=True)))
+def images(name: registry.DatasetName, folder: Path) -> Images:
+    """Return the first images of a data set in a folder of Parquet files."""
+    return Images(registry.load(name, folder, TRAIN_IMAGES, TEST_IMAGES, Console(quiet=True)))
 
 
 class Residual(nn.Module):
@@ -191,7 +191,7 @@ def source_term(x_N2: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Equation:
-    """The residual of Poisson's equation at points that are drawn anew for every batch."""
+    """The residual of Poisson's equation at random points, new ones for every batch."""
 
     points: int = 256
     likelihood: str = "gaussian"
@@ -202,7 +202,7 @@ class Equation:
         return F.mse_loss(output, target)
 
     def batches(self, seed: int) -> Iterator[Batch]:
-        """Yield points of the square and f there."""
+        """Yield points of the square, and f at these points."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             x_N2 = torch.rand(self.points, 2, dtype=torch.float64, generator=generator)

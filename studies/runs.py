@@ -1,4 +1,4 @@
-"""One run of the study, and the files that keep what was measured: a run that has its file is not run again."""
+"""The runs of the study, and the files that keep them. A run that has its file is not repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from studies.optimizers import BUILDERS, DEFAULT_LR, FACTORS, close
 from studies.problems import PROBLEMS, Task
-from tengrad_triton.recipes.run import replacing
+from tengrad_triton.recipes.files import replacing
 
 POINTS = 8  # evaluations in a run
 SEEDS = (0, 1, 2)
@@ -26,12 +26,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "every tenth from the start": {"refresh_every": 10},
     "history of 4": {"history": 4},
 }
-"""What is changed of TENGraD's defaults, one at a time, to see what each is there for."""
+"""Changes to TENGraD's defaults, one at a time, that show what each default does."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a run depends on, but for the machine and the versions; ``change`` is one of `ABLATIONS`, or empty."""
+    """Everything a run depends on, except the machine and the versions; ``change`` is one of `ABLATIONS`, or empty."""
 
     problem: str
     optimizer: str
@@ -41,21 +41,26 @@ class Case:
 
     @property
     def lr(self) -> float:
-        """Return the learning rate."""
+        """The learning rate."""
         return DEFAULT_LR[self.optimizer] * self.factor
 
     @property
     def file(self) -> str:
-        """Return the name of the file that keeps the run."""
+        """The name of the run's file."""
         words = [self.problem, self.optimizer, *self.change.split(), f"lr{self.factor:.2g}", f"seed{self.seed}"]
         return f"{'-'.join(words)}.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What came of a case: evaluations at ``steps``, and the mean training loss since the evaluation before each.
+    """The results of a case.
 
-    A run ends early where a loss is not finite; ``diverged`` says so, or that the loss ended above where it began.
+    Attributes:
+        steps: the number of steps before each evaluation; a run ends early if a loss is not finite.
+        loss: the test loss at each evaluation.
+        quality: the quality at each evaluation.
+        train_loss: the mean training loss between two evaluations.
+        diverged: whether a loss was not finite, or the last value of ``train_loss`` was above the first loss.
     """
 
     case: Case
@@ -69,24 +74,24 @@ class Run:
 
 
 class Store:
-    """A folder with a file a run."""
+    """A folder with a file for each run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, content: Any) -> None:
-        """Write one JSON file, whole or not at all."""
+        """Write a JSON file whole."""
         with replacing(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
 
     def read(self, name: str) -> Any | None:
-        """Return what a file holds, or None."""
+        """Return the content of a file, or None if it is missing."""
         file = self.folder / name
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def run(self, case: Case) -> Run | None:
-        """Return a run that was kept."""
+        """Return the run of a case, or None if it was not run."""
         kept = self.read(case.file)
         if kept is None:
             return None
@@ -99,7 +104,7 @@ class Store:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Any) -> float:
-    """Take one step, and return the loss before it: not a number where TENGraD could draw no labels from the output."""
+    """Take one step, and return the loss before it; NaN, without a step, if the output is not finite."""
     x, y = batch
     optimizer.zero_grad()
     output = model(x)
@@ -111,7 +116,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: 
     return loss.item()
 
 
-def started(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
+def start(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return the model with its first weights, which depend on the seed alone, and its optimizer."""
     torch.manual_seed(case.seed)
     model = PROBLEMS[case.problem].build()
@@ -120,10 +125,10 @@ def started(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def train(case: Case, data: Path, commit: str) -> Run:
-    """Run a case of the code of a commit."""
+    """Train a case; ``commit`` is that of the code."""
     problem = PROBLEMS[case.problem]
     task = problem.task(data)
-    model, optimizer = started(case, task)
+    model, optimizer = start(case, task)
     every = problem.steps // POINTS
     losses: list[float] = []
     evaluated: list[dict[str, float]] = []
@@ -149,47 +154,47 @@ def train(case: Case, data: Path, commit: str) -> Run:
 
 
 def defaults_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield every optimizer with its defaults, and TENGraD with the learning rates around its own."""
+    """Yield every optimizer with its defaults, and TENGraD with all its learning rates."""
     for seed in SEEDS:
         yield from (Case(problem, name, 1, seed) for name in BUILDERS if takes_part(problem, name))
         yield from (Case(problem, "tengrad", factor, seed) for factor in FACTORS["tengrad"])
 
 
 def grid_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield the learning rates that are tried with one seed."""
+    """Yield all learning rates with the first seed."""
     for name in BUILDERS:
         yield from (Case(problem, name, factor, SEEDS[0]) for factor in FACTORS[name] if takes_part(problem, name))
 
 
 def tuned_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield the best of the grid, with every seed."""
+    """Yield the best learning rate of each optimizer with every seed."""
     for name in BUILDERS:
         best = tuned(problem, name, store)
         yield from (Case(problem, name, best, seed) for seed in SEEDS if takes_part(problem, name))
 
 
 def ablations_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield the defaults with one of them changed."""
+    """Yield TENGraD with one of its defaults changed."""
     yield from (Case(problem, "tengrad", 1, SEEDS[0], change) for change in ABLATIONS)
 
 
 STAGES = (defaults_of, grid_of, tuned_of, ablations_of)
-"""What is run for all problems before the next; each stage may look at the results of those before it."""
+"""Each stage runs for all problems before the next one; it may use the results of the stages before it."""
 
 
 def takes_part(problem: str, optimizer: str) -> bool:
-    """Whether an optimizer has something to do: Muon, only where there is a hidden matrix."""
+    """Return whether an optimizer suits a problem: Muon needs a hidden matrix."""
     return optimizer != "muon" or problem != "resnet"
 
 
 def tuned(problem: str, optimizer: str, store: Store) -> float:
-    """Return the factor of the learning rate that ended with the least loss, by the first seed."""
+    """Return the factor of the learning rate with the lowest last loss of the first seed."""
     runs = [store.run(Case(problem, optimizer, factor, SEEDS[0])) for factor in FACTORS[optimizer]]
     ends = {run.case.factor: run.loss[-1] for run in runs if run is not None and not run.diverged}
     return min(ends, key=ends.__getitem__, default=1)
 
 
 def of(store: Store, problem: str, optimizer: str, factor: float, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """Return the runs that there are."""
+    """Return the existing runs of an optimizer at one learning rate."""
     found = (store.run(Case(problem, optimizer, factor, seed)) for seed in seeds)
     return [run for run in found if run is not None]

@@ -1,4 +1,4 @@
-"""How long a step takes: all optimizers in turn, a few steps each, so that other load hits all alike."""
+"""The time of a step. The optimizers take a few steps each in turn, so that other load affects all alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from studies.optimizers import BUILDERS, close
 from studies.problems import PROBLEMS
-from studies.runs import Case, started, step, takes_part
+from studies.runs import Case, start, step, takes_part
 
 TURNS, STEPS = 8, 10  # a turn of TENGraD begins with a refresh
 
@@ -18,17 +18,17 @@ def step_seconds(problem: str, data: Path) -> dict[str, dict[str, float]]:
     task = PROBLEMS[problem].task(data)
     batches = task.batches(0)
     names = [name for name in BUILDERS if takes_part(problem, name)]
-    running = {name: started(Case(problem, name, 1, 0), task) for name in names}
+    running = {name: start(Case(problem, name, 1, 0), task) for name in names}
     running["tengrad"][1].refresh_every = STEPS  # type: ignore[attr-defined]
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-    for turn in range(TURNS + 1):  # the first warms up
+    for turn in range(TURNS + 1):  # the first turn warms up
         drawn = [next(batches) for _ in range(STEPS)]
         for name, (model, optimizer) in running.items():
             times = []
             for batch in drawn:
-                start = time.perf_counter()
+                began = time.perf_counter()
                 step(model, optimizer, task, batch)
-                times.append(time.perf_counter() - start)
+                times.append(time.perf_counter() - began)
             if turn:
                 seconds[name].append(times)
     for _, optimizer in running.values():

@@ -61,7 +61,7 @@ class DenseNGD:
     """The update of the paper on every block of parameters, with (F + α I) solved densely.
 
     ``lr`` is one number, or one for each parameter by name. With ``trust_region`` κ all natural gradients d are scaled
-    by min(1, (κ / Σ lr² ⟨d, V⟩)^½), where the sum runs over all parameters.
+    by min(1, (κ / Σ δᵀ (F + α I) δ)^½), where the sum runs over all blocks and δ is d times each parameter's lr.
     """
 
     def __init__(self, model, blocks, *, lr, damping, momentum, weight_decay, trust_region=None):
@@ -83,17 +83,19 @@ class DenseNGD:
         solved = torch.linalg.solve(fisher + self.damping * torch.eye(len(v_K), dtype=v_K.dtype), v_K)
         return dict(zip(block, solved.split([grads[name].numel() for name in block]), strict=True))
 
-    def scale(self, naturals, grads):
+    def scale(self, naturals):
         if self.trust_region is None:
             return 1.0
-        norm = sum(self.lr[name] ** 2 * (d * grads[name].flatten()).sum() for name, d in naturals.items())
+        steps = [torch.cat([self.lr[name] * naturals[name] for name in block]) for block in self.blocks]
+        fishers = [self.fisher[tuple(block)] for block in self.blocks]
+        norm = sum(s @ fisher @ s + self.damping * s @ s for s, fisher in zip(steps, fishers, strict=True))
         return min(1.0, (self.trust_region / norm).sqrt().item())
 
     @torch.no_grad()
     def step(self, grads):
         params = dict(self.model.named_parameters())
         naturals = {name: d for block in self.blocks for name, d in self.natural(block, grads).items()}
-        scale = self.scale(naturals, grads)
+        scale = self.scale(naturals)
         for name, natural in naturals.items():
             direction = scale * natural.view_as(params[name]) + self.weight_decay * params[name]
             self.buffers[name].mul_(self.momentum).add_(direction)

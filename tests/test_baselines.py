@@ -1,4 +1,4 @@
-"""The rivals against dense computations in float64, their state, their settings, and that they learn."""
+"""The steps of the baselines against dense computations in float64."""
 
 import copy
 
@@ -9,8 +9,8 @@ from dense import relative_error, sample_gradients
 from torch import nn
 
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
-from tengrad_triton.baselines.bfgs import Dense
-from tengrad_triton.baselines.kronecker import eigenbasis, inverse
+from tengrad_triton.baselines.bfgs import DenseInverse
+from tengrad_triton.baselines.linalg import eigenbasis, inverse
 
 N = 7
 PLAIN = {"lr": 1.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None}
@@ -48,7 +48,7 @@ LAYERS = {
 
 
 def single(case):
-    """Return a model of one layer, a batch, and the derivatives of each sample's own loss by its output."""
+    """Return a model of one layer, a batch, and derivatives of each sample's own loss with respect to the output."""
     make, shape = LAYERS[case]
     torch.manual_seed(1)
     model = make()
@@ -131,7 +131,7 @@ def test_kfac_is_the_exact_fisher_block_where_inputs_and_derivatives_are_indepen
     moved, v_GOI = step_along(optimizer, model, x, c)
     j_NK = torch.einsum("no,ni->noi", c, F.pad(x, (0, 1), value=1.0)).flatten(1)
     fisher = j_NK.mT @ j_NK / len(j_NK)
-    _, state = optimizer._curvature.layers["weight"]
+    (state,) = optimizer._curvature.layers.values()
     assert torch.allclose(torch.kron(state.g_GOO[0], state.a_GII[0]), fisher, rtol=1e-12, atol=1e-14)
     # Each damped factor's inverse is off by at most its shift over its smallest eigenvalue, relatively.
     exact = solved_densely([fisher], v_GOI)
@@ -158,10 +158,10 @@ def test_ekfac_is_at_least_as_near_to_the_fisher_matrix_as_kfac(seed):
         F.cross_entropy(twin(x), y).backward()
         optimizer.step()
         states[make] = optimizer._curvature.layers
-    for name, (layer, kfac) in states[KFAC].items():
-        _, ekfac = states[EKFAC][name]
+    for layer, kfac in states[KFAC].items():
+        ekfac = states[EKFAC][layer]
         # The convolution has one input channel: its canonical order is the weight's own.
-        labels = [f"{layer.block}.{label}" for label in layer.labels]
+        labels = [f"{layer.module}.{label}" for label in layer.labels]
         j_NK = torch.cat([grads[label].reshape(9, kfac.g_GOO.shape[1], -1) for label in labels], 2).flatten(1)
         fisher = j_NK.mT @ j_NK / 9
         basis = torch.kron(ekfac.basis_g_GOO[0], ekfac.basis_a_GII[0])
@@ -178,7 +178,7 @@ def test_exact_rows_make_the_output_factor_the_likelihoods_hessian():
     optimizer = KFAC(model, **{**PLAIN, "fisher": "exact"})
     F.cross_entropy(model(x), y).backward()
     optimizer.step()
-    _, state = optimizer._curvature.layers["weight"]
+    (state,) = optimizer._curvature.layers.values()
     hessian_CC = (torch.diag_embed(p_NC) - p_NC[:, :, None] * p_NC[:, None]).mean(0)
     assert torch.allclose(state.g_GOO[0], hessian_CC, rtol=1e-10, atol=1e-14)
 
@@ -259,22 +259,22 @@ def test_kbfgs_satisfies_its_secant_equations(make, case):
         return loss.detach()
 
     optimizer.step(closure)
-    ((_, state),) = optimizer._curvature.layers.values()
+    (state,) = optimizer._curvature.layers.values()
     others = [d for d in range(len(shape)) if d != channels]
     s_GO = (model(x).detach() - before["z"]).mean(others).view_as(state.s_GO)
     y_GO = curvature.view_as(s_GO) * s_GO
     assert torch.allclose(state.s_GO, s_GO, rtol=1e-9, atol=1e-13)
     assert torch.allclose(state.y_GO, y_GO, rtol=1e-9, atol=1e-13)
     assert torch.allclose(state.output_side.apply(y_GO[..., None])[..., 0], s_GO, rtol=1e-9, atol=1e-13)
-    a_GII = torch.stack([m.mT @ m / N for m in unfolded_rows(model, x)])
-    mean_a_GI = torch.stack([m.mean(0) for m in unfolded_rows(model, x)])
+    a_GII = torch.stack([m.mT @ m / N for m in inputs_of_groups(model, x)])
+    mean_a_GI = torch.stack([m.mean(0) for m in inputs_of_groups(model, x)])
     shifted = a_GII + damping**0.5 * torch.eye(a_GII.shape[1])
     s_GI = torch.linalg.solve(shifted, mean_a_GI)
-    updated = Dense(torch.linalg.inv(shifted)).updated(s_GI, (shifted @ s_GI[..., None])[..., 0])
+    updated = DenseInverse(torch.linalg.inv(shifted)).updated(s_GI, (shifted @ s_GI[..., None])[..., 0])
     assert torch.allclose(sorted_spectrum(state.input_side.h_GOO), sorted_spectrum(updated.h_GOO), rtol=1e-8)
 
 
-def unfolded_rows(model, x):
+def inputs_of_groups(model, x):
     """Return a_RI of every group."""
     a, _ = unfolded(model, x, torch.zeros_like(model(x)))
     return a.flatten(1, 2)

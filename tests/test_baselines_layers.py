@@ -1,4 +1,4 @@
-"""The rivals on every kind of layer: what has Kronecker factors uses them, and what has none is named."""
+"""The baselines on every kind of layer: what has Kronecker factors uses them, and what has none is named."""
 
 import copy
 
@@ -89,6 +89,6 @@ def test_every_layer_is_stepped_and_what_has_no_factors_is_named(make, case):
     losses = [optimizer.step(closure).item() for _ in range(6)]
     assert losses[-1] < losses[0]
     assert not any(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    left = {row.parameter for row in optimizer.summary().parameters if row.representation.startswith("sgd")}
+    left = {one.parameter for one in optimizer.summary().parameters if one.representation.startswith("sgd")}
     exchanged = {"0.weight"} if case == "transposed" and make in (KBFGS, KBFGSL) else set()
     assert left == without | exchanged

@@ -1,58 +1,22 @@
 """The recipes' data: pixels as they were, batches by the seed, and files that are not what they should be."""
 
-import io
 from typing import get_args
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from helpers.image_files import data_of, encoded, random_pixels, write_folder, write_parquet
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from tengrad_triton.recipes.data import DATASETS, DatasetName, load
+from tengrad_triton.recipes.data.images import Normalizer, Split
+from tengrad_triton.recipes.data.registry import DATASETS, DatasetName, load
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.splits import Data, Normalizer, Split
 
 SPELLINGS = [("fashion-mnist", "image", "label", "L"), ("cifar10", "img", "label", "RGB")]
 SPELLINGS += [("cifar100", "img", "fine_label", "RGB")]
-
-
-def random_pixels(count, mode, seed=0, size=(6, 5)):
-    shape = (count, *size) if mode == "L" else (count, *size, 3)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def write_parquet(file, image, label, images, labels, classes=None):
-    """Write rows as the hub has them: with its features in the schema's metadata if `classes` is given."""
-    columns = {image: pa.array(images, pa.struct({"bytes": pa.binary(), "path": pa.string()})), label: pa.array(labels)}
-    table = pa.table(columns)
-    if classes is not None:
-        features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(num_classes=classes)})
-        table = table.replace_schema_metadata(features.arrow_schema.metadata)
-    pq.write_table(table, file)
-
-
-def write_folder(folder, image="image", label="label", mode="L", count=5, classes=None, size=(6, 5)):
-    """Write two training shards and one test shard, and return their pixels and labels."""
-    pixels = {"train": random_pixels(2 * count, mode, 0, size), "test": random_pixels(count, mode, 1, size)}
-    labels = {part: np.arange(len(rows)) % 10 for part, rows in pixels.items()}
-    for part, shards in {"train": 2, "test": 1}.items():
-        for shard in range(shards):
-            rows = slice(shard * count, (shard + 1) * count)
-            images = [encoded(p) for p in pixels[part][rows]]
-            file = folder / f"{part}-{shard:05}-of-{shards:05}.parquet"
-            write_parquet(file, image, label, images, labels[part][rows], classes)
-    return pixels, labels
 
 
 def loaded(name, folder=None, train_limit=None, test_limit=None):
@@ -61,11 +25,10 @@ def loaded(name, folder=None, train_limit=None, test_limit=None):
 
 def tiny_data(count=10):
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 3, 3).contiguous()
-    split = Split(images, torch.arange(count))
-    return Data(split, split, Normalizer.of(split), count)
+    return data_of(images, count)
 
 
-def test_every_name_has_a_row():
+def test_every_name_has_a_source():
     assert set(DATASETS) == set(get_args(DatasetName))
 
 
@@ -130,10 +93,10 @@ def _overwrite(content):
 
 def _rewrite(image="image", label="label", images=None, labels=(0, 1)):
     def write(folder):
-        rows = [encoded(p) for p in random_pixels(2, "L")] if images is None else images
+        samples = [encoded(p) for p in random_pixels(2, "L")] if images is None else images
         for file in folder.glob("train-*"):
             file.unlink()
-        write_parquet(folder / "train-0.parquet", image, label, rows, pa.array(labels))
+        write_parquet(folder / "train-0.parquet", image, label, samples, pa.array(labels))
 
     return write
 
@@ -168,14 +131,14 @@ BROKEN = {
     "label negative": (_rewrite(labels=[-1, 0]), "labels -1 to 0: expected 0 to 9"),
     "label missing": (_rewrite(labels=[0, None]), "or gaps: expected an integer"),
     "label text": (_rewrite(labels=["cat", "dog"]), "expected an integer"),
-    "image missing": (_rewrite(images=[GRAY, None]), "row 1 of column image holds no image"),
-    "image first missing": (_rewrite(images=[None, GRAY]), "row 0 of column image holds no image"),
+    "image missing": (_rewrite(images=[GRAY, None]), "sample 1 of column image holds no image"),
+    "image first missing": (_rewrite(images=[None, GRAY]), "sample 0 of column image holds no image"),
     "not an image": (_rewrite(images=[GRAY, {"bytes": b"x", "path": None}]), "cannot be read"),
     "sizes differ": (
         _rewrite(images=[GRAY, encoded(random_pixels(1, "L", size=(4, 5))[0])]),
-        "row 1 of column image holds (4, 5): expected an image of (6, 5)",
+        "sample 1 of column image holds (4, 5): expected an image of (6, 5)",
     ),
-    "no rows": (_rewrite(images=[], labels=pa.array([], pa.int64())), "cannot be read"),
+    "no samples": (_rewrite(images=[], labels=pa.array([], pa.int64())), "cannot be read"),
 }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from tengrad_triton import Growing, TENGraD
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, BATCH = 60, 64
 LR = inspect.signature(TENGraD).parameters["lr"].default
 
@@ -44,9 +45,9 @@ def digits():
 def losses(model, optimizer, steps, x, y):
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        rows = torch.randint(len(x), (BATCH,), generator=generator)
+        samples = torch.randint(len(x), (BATCH,), generator=generator)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[rows]), y[rows])
+        loss = F.cross_entropy(model(x[samples]), y[samples])
         loss.backward()
         optimizer.step()
         yield loss.item()

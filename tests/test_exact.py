@@ -92,6 +92,11 @@ STEPS = {
         {"lr": 0.01},
         {"trust_region": 1e-4, "blocks": "network"},
     ),
+    "two learning rates in one block, far apart, trust region": (
+        {"lr": 1e-3},
+        {"lr": 10.0},
+        {"trust_region": 1e-4, "blocks": "network"},
+    ),
     "one learning rate, trust region": ({"lr": 0.3}, {"lr": 0.3}, {"trust_region": 1e-3}),
     "a trust region that no step leaves": ({"lr": 1.0}, {"lr": 0.01}, {"trust_region": 1e9}),
 }

@@ -1,4 +1,4 @@
-"""How many kernels a step and a refresh start: as many for a deep model as for a shallow one."""
+"""A step and a refresh launch as many kernels for a deep model as for a shallow one."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from tengrad_triton.curvature.choices import ops_for
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations that compute something; one of the kernels' ops is one, whatever its definition does."""
+    """Counts operations that compute something; each of the kernels' ops counts as one."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ MODELS = {"linear layers": linear, "convolutions": convolutions}
 OPTIONS = {
     "as it comes": {},
     "bf16": {"representation": "per_sample_bf16"},
-    "one system": {"blocks": "network"},
+    "one block": {"blocks": "network"},
     "Nesterov": {"nesterov": True, "weight_decay": 0.1},
     "trust region": {"trust_region": 1e-3},
 }
@@ -64,7 +64,7 @@ def counts(make, depth, options, monkeypatch):
             return woodbury.factor(*args, **kwargs)
 
     monkeypatch.setattr(refresh, "factor", counted)
-    monkeypatch.setattr(grouped, "worth_a_batch", lambda alike: False)  # which is for a CPU's definitions
+    monkeypatch.setattr(grouped, "worth_a_batch", lambda alike: False)  # which only a CPU does
     for _ in range(2):
         F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long)).backward()
         with Counting() as stepping:
@@ -84,7 +84,7 @@ def test_launches_do_not_grow_with_depth(model, options, monkeypatch):
 
 @pytest.mark.parametrize("representation", ["factored", "per_sample", "per_sample_bf16", "compressed"])
 @pytest.mark.parametrize("model", MODELS)
-def test_ops_take_the_steps_of_their_definitions(model, representation):
+def test_ops_take_the_steps_of_their_torch_code(model, representation):
     ends = []
     for prepare in (with_ops, lambda optim: optim):
         torch.manual_seed(0)

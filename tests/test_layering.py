@@ -11,8 +11,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tengrad_triton"
 
 # Each imports what stands before it, and itself.
-ORDER = ["kernels", "likelihoods", "profiling", "layers", "capture", "curvature", "tuning", "optim", "compiled", "baselines", "recipes"]  # fmt: skip
-NEVER = {"baselines": {"tuning", "compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
+ORDER = [
+    *("kernels", "likelihoods", "profiling", "layers", "capture", "curvature", "tuning", "optim", "compiled"),
+    *("baselines", "recipes"),
+]
+NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
+OF_TENGRAD = {"tengrad", "woodbury", "jacobian", "refresh", "step_access"}  # what no baseline may know
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})
 LAYER_TYPES = {"Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "BatchNorm2d", "LayerNorm", "LSTM"}
@@ -52,6 +56,11 @@ def test_files_import_only_what_stands_before_them(path):
 
 def test_a_package_is_a_line_in_the_order():
     assert {part_of(path) for path in FILES} == set(ORDER)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("baselines/*.py")), ids=name_of)
+def test_baselines_know_nothing_of_tengrad(path):
+    assert not OF_TENGRAD & {part for name in imported(path) for part in name.split(".")[2:3]}
 
 
 def modules_imported(path):
@@ -98,7 +107,8 @@ def test_kernels_know_only_torch_and_triton():
 def layer_types_in(path):
     """Return the layer types that a file names, as attributes (``nn.Linear``) or imported names."""
     tree = ast.parse(path.read_text())
-    return LAYER_TYPES & {node.attr if isinstance(node, ast.Attribute) else node.id for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}  # fmt: skip
+    names = (node for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))
+    return LAYER_TYPES & {node.attr if isinstance(node, ast.Attribute) else node.id for node in names}
 
 
 def test_only_layers_knows_layer_types():
@@ -133,5 +143,29 @@ assert not heavy, heavy
 
 
 def test_the_library_needs_no_triton_no_gpu_and_no_package_of_the_command_line():
-    done = subprocess.run([sys.executable, "-W", "error", "-c", BARE], capture_output=True, text=True, check=False, cwd=ROOT)  # fmt: skip
+    command = [sys.executable, "-W", "error", "-c", BARE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+# Each line of recipes/ imports what stands before it, and itself.
+RECIPES_ORDER = [
+    *("errors", "files", "measuring", "data", "models", "optimizers", "training", "reports"),
+    *("paper.published", "paper.request", "paper.runs", "paper.estimates", "paper.report", "paper.measurements"),
+    *("paper.execute", "cli"),
+]
+RECIPES = PACKAGE / "recipes"
+
+
+def recipes_part(parts):
+    """Return the line of `RECIPES_ORDER` that a dotted name within recipes belongs to."""
+    return ".".join(parts[:2] if parts[0] == "paper" else parts[:1])
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES.rglob("*.py") if p.parent.name != "paper" or p.stem != "__init__"])
+def test_recipes_import_only_what_stands_before_them(path):
+    if path == RECIPES / "__init__.py":
+        return
+    own = RECIPES_ORDER.index(recipes_part(path.relative_to(RECIPES).with_suffix("").parts))
+    names = [name.split(".")[2:] for name in imported(path) if name.startswith("tengrad_triton.recipes.")]
+    assert {recipes_part(parts) for parts in names} <= set(RECIPES_ORDER[: own + 1])

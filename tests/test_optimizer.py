@@ -1,87 +1,16 @@
-"""TENGraD as a torch optimizer: groups, schedules, state, errors."""
+"""TENGraD as a torch optimizer: groups, schedules, state, half precision, batches in place."""
 
 import copy
-import io
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_conv import assert_same, batch, flat, small_model, take_steps
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step, kernels
-from tengrad_triton.curvature.geometry import Geometry
-from tengrad_triton.tuning.plan import MAX_BYTES, Plan, choose, total_bytes
-
-
-def small_model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 8), nn.ReLU()),
-        nn.Linear(8, 4),
-    )
-
-
-def batch(seed=0, samples=10):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, 1, 6, 6, generator=generator), torch.randint(4, (samples,), generator=generator)
-
-
-def take_steps(model, optimizer, first, last, scheduler=None):
-    for step in range(first, last):
-        x, y = batch(step)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
-@pytest.mark.parametrize("representation", ["factored", "per_sample"])
-@pytest.mark.parametrize("pause", range(1, 7))
-def test_state_dict_continues_bit_for_bit_in_mid_interval(pause, representation, fisher):
-    options = {"refresh_every": 3, "fisher": fisher, "representation": representation, "weight_decay": 0.01}
-    whole = small_model()
-    take_steps(whole, TENGraD(whole, **options), 0, 8)
-
-    model = small_model()
-    optimizer = TENGraD(model, **options)
-    take_steps(model, optimizer, 0, pause)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    torch.manual_seed(99)
-    resumed = nn.Sequential(*(copy.deepcopy(layer) for layer in small_model()))
-    resumed.load_state_dict(saved["model"])
-    continued = TENGraD(resumed, seed=1, **options)
-    continued.load_state_dict(saved["optimizer"])
-    take_steps(resumed, continued, pause, 8)
-    assert torch.equal(flat(resumed), flat(whole))
-
-
-def test_state_of_another_model_is_refused_and_changes_nothing():
-    other = nn.Sequential(nn.Linear(36, 4))
-    optimizer = TENGraD(other)
-    x, y = batch()
-    F.cross_entropy(other(x.flatten(1)), y).backward()
-    optimizer.step()
-    saved = optimizer.state_dict()
-
-    model = nn.Sequential(nn.Conv2d(1, 4, 6), nn.Flatten(), nn.Linear(4, 4))
-    target = TENGraD(model)
-    with pytest.raises(ValueError, match=r"parameter group|another model"):
-        target.load_state_dict(saved)
-    with pytest.raises(ValueError, match="'tengrad'"):
-        target.load_state_dict(torch.optim.SGD(model.parameters(), lr=1).state_dict())
-    assert target._steps == 0
-    assert target._curvature is None
+from tengrad_triton.tuning.plan import MAX_BYTES
 
 
 def test_a_step_before_any_backward_does_nothing():
@@ -233,20 +162,6 @@ def fail(*args):
     raise MemoryError
 
 
-def assert_same(ours, theirs):
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-    elif isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        for key in ours:
-            assert_same(ours[key], theirs[key])
-    elif isinstance(ours, list):
-        for one, other in zip(ours, theirs, strict=True):
-            assert_same(one, other)
-    else:
-        assert ours == theirs
-
-
 def test_a_factorization_that_fails_is_survived_counted_and_damped():
     """Equal samples of great size make K singular, and the damping is far below its rounding."""
     torch.manual_seed(0)
@@ -301,166 +216,6 @@ def test_representation_by_hand():
 
 
 # The analytic rule: sizes (N, G, P, I, O) and the cheaper representation at a refresh in 100 steps, and at each step.
-GEOMETRIES = {
-    "3c1f convolution": ((128, 1, 784, 1152, 128), "per_sample", "per_sample"),
-    "3c1f linear": ((128, 1, 1, 10368, 500), "factored", "factored"),
-    "resnet-50, 3x3 on 7x7": ((128, 1, 49, 4608, 512), "per_sample", "per_sample"),
-    "512 channels on 4x4": ((128, 1, 16, 4608, 512), "factored", "factored"),
-    "512 channels on 5x5": ((128, 1, 25, 4608, 512), "per_sample", "factored"),
-    "depthwise": ((128, 96, 3136, 9, 1), "per_sample", "per_sample"),
-    "transformer linear": ((128, 1, 512, 4096, 4096), "per_sample", "per_sample"),
-}
-
-
-@pytest.mark.parametrize("layer", GEOMETRIES)
-def test_analytic_rule(layer):
-    sizes, *expected = GEOMETRIES[layer]
-    geometry = Geometry(*sizes, itemsize=4, factored_bytes=0, layout="dense")
-    chosen = [choose({layer: geometry}, None, max_bytes=2**60, refresh_every=every)[layer] for every in (100, 1)]
-    assert chosen == expected
-
-
-def test_memory_budget_is_respected_where_factors_are_smaller():
-    geometries = {
-        "big": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense"),
-        "small": Geometry(8, 1, 100, 20, 20, 4, factored_bytes=1000, layout="dense"),
-    }
-    plenty = choose(geometries, None, max_bytes=10**6, refresh_every=100)
-    assert plenty == {"big": "per_sample", "small": "per_sample"}
-    tight = choose(geometries, None, max_bytes=20_000, refresh_every=100)
-    assert tight == {"big": "factored", "small": "per_sample"}
-    assert total_bytes(geometries, tight) <= 20_000
-    # Rows save ever more arithmetic for their bytes the more positions there are, so these keep theirs the longest.
-    few, many = (Geometry(8, 1, p, 50, 50, 4, factored_bytes=1000, layout="dense") for p in (50, 500))
-    assert choose({"few": few, "many": many}, None, 100_000, 100) == {"few": "factored", "many": "per_sample"}
-    assert choose(geometries, "per_sample", max_bytes=0, refresh_every=100) == plenty  # by hand is by hand
-
-
-def test_memory_budget_is_respected_where_rows_are_smaller():
-    wide = {"wide": Geometry(128, 1, 16, 4608, 512, 4, factored_bytes=1_300_000_000, layout="dense")}
-    assert choose(wide, None, max_bytes=2**60, refresh_every=1) == {"wide": "factored"}  # no way to K is dearer
-    assert choose(wide, None, max_bytes=1_250_000_000, refresh_every=1) == {"wide": "per_sample"}
-
-
-def test_a_budget_that_nothing_exact_fits_is_said():
-    geometries = {"w": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense")}
-    with pytest.warns(UserWarning, match=r"J takes 1,000 bytes at least, and max_bytes is 10: fewer rows"):
-        assert Plan({}).choose(geometries, None, 1, max_bytes=10)["w"].representation == "factored"
-
-
-# Bad settings: the arguments, the error, and what its message says.
-BAD = {
-    "negative lr": ({"lr": -1.0}, ValueError, "lr must be at least 0"),
-    "lr not a number": ({"lr": "fast"}, TypeError, "lr must be a number"),
-    "lr tensor of two": ({"lr": torch.ones(2)}, ValueError, "one element"),
-    "zero damping": ({"damping": 0.0}, ValueError, "damping must be positive, got 0.0"),
-    "negative damping": ({"damping": -0.1}, ValueError, "damping must be positive"),
-    "nan damping": ({"damping": float("nan")}, ValueError, "damping must be positive"),
-    "damping schedule out of range": ({"damping": lambda step: -1.0}, ValueError, "damping must be positive"),
-    "damping not a number": ({"damping": "large"}, TypeError, "damping must be a number, 'lm' or a function"),
-    "momentum of one": ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\)"),
-    "nesterov without momentum": ({"momentum": 0.0, "nesterov": True}, ValueError, "nesterov=True needs momentum"),
-    "negative weight decay": ({"weight_decay": -1e-3}, ValueError, "weight_decay must be at least 0"),
-    "refresh_every 0": ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, got 0"),
-    "refresh_every 1.5": ({"refresh_every": 1.5}, TypeError, "refresh_every must be a whole number"),
-    "fisher": ({"fisher": "true"}, ValueError, "fisher must be one of 'sampled', 'empirical', 'exact', got 'true'"),
-    "likelihood": ({"likelihood": "poisson"}, ValueError, "categorical, gaussian, bernoulli"),
-    "likelihood object": ({"likelihood": object()}, TypeError, "must have sample"),
-    "blocks": ({"blocks": "net"}, ValueError, "blocks must be 'layer', 'network' or lists"),
-    "representation": ({"representation": "dense"}, ValueError, "representation must be one of"),
-    "representation of a weight": ({"representation": {"0.weight": "dense"}}, ValueError, "representation must be"),
-    "unsupported": ({"unsupported": "skip"}, ValueError, "unsupported must be one of"),
-    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
-    "max_bytes": ({"max_bytes": -1}, ValueError, "max_bytes must be at least 0"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_settings(case):
-    arguments, error, message = BAD[case]
-    model = small_model()
-    with pytest.raises(error, match=message):
-        TENGraD(model, **arguments)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_bad_models():
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
-        TENGraD(list(small_model().parameters()))
-    with pytest.raises(ValueError, match="no trainable parameters"):
-        TENGraD(nn.ReLU())
-    frozen = small_model().requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable parameters"):
-        TENGraD(frozen)
-
-
-def test_a_weight_and_its_bias_in_different_groups():
-    model = small_model()
-    weights = [p for p in model.parameters() if p.dim() > 1]
-    biases = [p for p in model.parameters() if p.dim() == 1]
-    with pytest.raises(ValueError, match="weight, bias of '0' are in different parameter groups"):
-        TENGraD(model, [{"params": weights}, {"params": biases, "weight_decay": 0.0}])
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_a_bad_added_group_is_not_added():
-    model = small_model()
-    optimizer = TENGraD(model, model[6].parameters())
-    with pytest.raises(ValueError, match="damping must be positive"):
-        optimizer.add_param_group({"params": model[4].parameters(), "damping": 0.0})
-    optimizer.add_param_group({"params": [model[4].weight]})
-    with pytest.raises(ValueError, match="different parameter groups"):
-        optimizer.add_param_group({"params": [model[4].bias]})
-    take_steps(model, optimizer, 0, 1)
-
-
-def test_frozen_parameters_and_parameters_of_no_module():
-    model = small_model()
-    model[0].requires_grad_(False)
-    model[4].weight.requires_grad_(False)  # a bias alone is a block too
-    scale = nn.Parameter(torch.ones(()))
-    with pytest.warns(UserWarning, match="not a parameter of the model"):
-        optimizer = TENGraD(model, [*model.parameters(), scale])
-    before = copy.deepcopy(model.state_dict())
-    x, y = batch()
-    F.cross_entropy(model(x) * scale, y).backward()
-    optimizer.step()
-    after = model.state_dict()
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {"4.bias", "6.weight", "6.bias"}
-    assert scale.item() != 1
-
-
-BAD_ROWS = {
-    "entries": (lambda rows: rows[:, :5], r"returned rows of 5 entries for '1.weight', which has 36"),
-    "samples": (lambda rows: rows[:2], r"returned 2 rows for '1.weight', but the batch has \d+ samples"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_custom_rule_of_the_wrong_size_is_named(case):
-    from tengrad_triton import PerSampleGrads, canonical
-
-    spoil, message = BAD_ROWS[case]
-
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(36))
-
-        def forward(self, x):
-            return x * self.weight
-
-    @canonical.register
-    def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
-        return {"weight": PerSampleGrads(spoil(grad_y * x))}
-
-    model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))
-    optimizer = TENGraD(model)
-    x, y = batch()
-    F.cross_entropy(model(x), y).backward()
-    with pytest.raises(ValueError, match=f"rule for Scale {message}"):
-        optimizer.step()
 
 
 def tokens_model():

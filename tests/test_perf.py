@@ -1,18 +1,19 @@
 """The benchmarks run end to end, their page says what was measured, and their baseline takes TENGraD's steps."""
 
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers.image_files import write_folder
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments):
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+def run(*arguments, stdin=None):
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,19 +54,16 @@ def test_no_result_names_a_place_of_the_machine(quick):
         assert not [place for place in (str(ROOT), str(folder), str(Path.home())) if place in text], file.name
 
 
-def test_the_page_judges_the_numbers_as_it_prints_them():
-    code = """
+# What perf computes, by what it must hold; tests do not import perf, so that one process runs all of it.
+CHECKS = {
+    "the page judges numbers as it prints them": """
 from perf.targets import Target
 target = Target("", "cpu", 1.1, True, None)
 assert [target.verdict(x) for x in (1.0, 1.104, 1.106)] == ["met", "met", "missed"]
 least = Target("", "cuda", 0.6, False, None, percent=True)
 assert (least.wanted(), least.number(0.594), least.verdict(0.594)) == ("≥ 60%", "59%", "missed")
-"""
-    run("-c", code)
-
-
-def test_the_baseline_takes_tengrads_steps():
-    code = """
+""",
+    "the baseline takes TENGraD's steps": """
 import torch
 from perf import loops, models
 torch.set_default_dtype(torch.float64)
@@ -82,14 +80,11 @@ for make in (loops.tengrad, loops.paper):
 first = torch.cat([p.detach().flatten() for p in made.on(torch.device("cpu")).parameters()])
 assert (weights[0] - first).norm() > 1e-4
 torch.testing.assert_close(weights[0] - first, weights[1] - first, rtol=1e-10, atol=1e-14)
-"""
-    run("-c", code)
-
-
-def test_rivals_compute_what_the_kernels_do():
-    code = """
+torch.set_default_dtype(torch.float32)
+""",
+    "alternatives compute what the kernels do": """
 import torch
-from perf.rivals import OTHERS
+from perf.alternatives import OTHERS
 from tengrad_triton.kernels import SPECS
 specs = {spec.name: spec for spec in SPECS}
 for name, others in OTHERS.items():
@@ -97,12 +92,8 @@ for name, others in OTHERS.items():
         arguments = example(torch.float32, torch.device("cpu"))
         for work in others.values():
             torch.testing.assert_close(work(*arguments), specs[name].torch_impl(*arguments), rtol=1e-4, atol=1e-3)
-"""
-    run("-c", code)
-
-
-def test_models_have_the_published_numbers_of_parameters():
-    code = """
+""",
+    "models have the published numbers of parameters": """
 import torch
 from perf.models import MODELS
 for name, millions in {"ResNet-18": 11.17, "WRN-28-4": 5.87, "3C1F": 5.49}.items():
@@ -111,8 +102,28 @@ for name, millions in {"ResNet-18": 11.17, "WRN-28-4": 5.87, "3C1F": 5.49}.items
 for name in ("ResNet-18", "WRN-28-4", "transformer"):
     x, _ = MODELS[name].batch(2, torch.device("cpu"))
     assert MODELS[name].build()(x).shape == (2, 10)
+""",
+}
+RUN_CHECKS = """
+import json, sys, traceback
+errors = {}
+for name, code in json.load(sys.stdin).items():
+    try:
+        exec(code, {})
+    except Exception:
+        errors[name] = traceback.format_exc()
+print(json.dumps(errors))
 """
-    run("-c", code)
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return json.loads(run("-c", RUN_CHECKS, stdin=json.dumps(CHECKS)))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_it_holds_that(check, errors):
+    assert check not in errors, errors[check]
 
 
 def test_a_gpu_machine_needs_no_package_of_the_command_line():
@@ -126,7 +137,8 @@ import perf.training, perf.suites, perf.gpu, perf.__main__
 
 
 def test_the_gpu_command_trains_from_parquet(tmp_path):
-    write_images(tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    write_folder(tmp_path / "data", count=100, size=(28, 28))
     out = tmp_path / "results" / "there"
     arguments = ("--device", "cpu", "--quick", "--only", "training", "--data", str(tmp_path / "data"))
     run("-m", "perf.gpu", "--out", str(out), "--commit", "0123456789ab", *arguments)
@@ -137,21 +149,3 @@ def test_the_gpu_command_trains_from_parquet(tmp_path):
     page = "import sys, pathlib, perf.report as r; r.generate(*map(pathlib.Path, sys.argv[1:]))"
     run("-c", page, str(out.parent), str(tmp_path / "page.md"))
     assert "| sgd | 2 | 1 |" in (tmp_path / "page.md").read_text()
-
-
-def write_images(folder):
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (200, 28, 28), dtype=np.uint8)
-    rows = []
-    for image in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        rows.append({"bytes": buffer.getvalue(), "path": None})
-    table = pa.table({"image": rows, "label": [index % 10 for index in range(len(rows))]})
-    for part in ("train", "test"):
-        pq.write_table(table, folder / f"{part}-00000-of-00001.parquet")

@@ -252,7 +252,7 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
         plan = tuned(tmp_path, representations=("per_sample",))
     assert {str(one.message) for one in said} == {
         "gram_rows (deep) is dropped: out of resource: shared memory",
-        "gram_rows (small) is less exact than PyTorch's here: it is dropped",
+        "gram_rows (small) is less exact than PyTorch here: it is dropped",
         "project_rows (triton) is dropped: out of resource: registers",
     }
     for measured in (entry["per_sample"] for entry in plan.entries.values()):

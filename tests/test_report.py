@@ -10,16 +10,18 @@ from statistics import median
 
 import pytest
 import torch
+from helpers.commands import SMALL, one_line, threads_restored
+from helpers.image_files import write_folder
+from helpers.pages import table_after
 from PIL import Image
-from test_cli import SMALL, one_line
-from test_data import write_folder
 
-from tengrad_triton.recipes import commands
-from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.figures import FIGURES, draw, running_mean
-from tengrad_triton.recipes.metrics import Record, Row, Steps
-from tengrad_triton.recipes.page import GENERATED, GPU_NOTE
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.cli import commands
+from tengrad_triton.recipes.cli import report as command
+from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.reports.run_figures import FIGURES, draw, running_mean
+from tengrad_triton.recipes.reports.run_page import GENERATED, GPU_NOTE
+from tengrad_triton.recipes.training.metrics import EpochMetrics, Record, Steps
+from tengrad_triton.recipes.training.settings import Settings
 
 NAMES = Settings().optimizer
 
@@ -27,12 +29,12 @@ NAMES = Settings().optimizer
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Train every optimizer for two epochs of three steps on local data, which are then deleted."""
-    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("runs")
     (folder / "data").mkdir()
     write_folder(folder / "data", count=80)
     local = ["--dataset", "fashion-mnist", "--data", str(folder / "data")]
-    assert main(["train", *SMALL, *local, "--epochs", "2", "--seed", "3", "--out", str(folder / "run")]) == 0
-    torch.set_num_threads(threads)
+    with threads_restored():
+        assert main(["train", *SMALL, *local, "--epochs", "2", "--seed", "3", "--out", str(folder / "run")]) == 0
     shutil.rmtree(folder / "data")
     return folder / "run"
 
@@ -50,17 +52,17 @@ def page_of(run):
     return file.read_text()
 
 
+@pytest.fixture
+def text_of(monkeypatch):
+    """Give `page_of` without the figures, for tests that look at the text only."""
+    monkeypatch.setattr(command, "draw", lambda *_: None)
+    return page_of
+
+
 @pytest.fixture(scope="module")
 def page(trained):
     """Write the page of the whole run, once for the tests that only read it."""
     return page_of(trained)
-
-
-def table_under(heading, page):
-    """Return the cells of the first table after a line, by the first cell of each row."""
-    _, _, rest = page.partition(f"{heading}\n")
-    lines = re.search(r"(?:^\|.*\|\n)+", rest, re.MULTILINE).group().splitlines()
-    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:])}
 
 
 def edited(run, name, change):
@@ -69,7 +71,7 @@ def edited(run, name, change):
 
 
 def test_the_outcome_is_that_of_the_metrics(trained, page):
-    table = table_under("# 3c1f, width 4, on 150 images of fashion-mnist", page)
+    table = table_after("# 3c1f, width 4, on 150 images of fashion-mnist", page)
     rows = json.loads((trained / "metrics.json").read_text())
     seconds = {name: [row["train_seconds"] for row in rows if row["optimizer"] == name] for name in NAMES}
     assert list(table) == list(NAMES)
@@ -88,7 +90,7 @@ def test_the_outcome_is_that_of_the_metrics(trained, page):
 
 def test_the_times_of_steps_are_those_of_the_csv(trained, page):
     """Two of TENGraD's six steps refresh: 0 and 4."""
-    table = table_under("## Time of a step", page)
+    table = table_after("## Time of a step", page)
     with (trained / "steps.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     ends = {name: [float(line["train_seconds"]) for line in lines if line["optimizer"] == name] for name in NAMES}
@@ -102,20 +104,20 @@ def test_the_times_of_steps_are_those_of_the_csv(trained, page):
         assert float(ratio) == pytest.approx(median(times[label]) / median(times["sgd"]), abs=0.006)
 
 
-def test_without_sgd_there_is_no_ratio(run):
+def test_without_sgd_there_is_no_ratio(run, text_of):
     edited(run, "metrics.json", lambda rows: [row for row in rows if row["optimizer"] != "sgd"])
     edited(run, "settings.json", lambda settings: settings | {"optimizer": ["tengrad", "adamw"]})
     lines = (run / "steps.csv").read_text().splitlines()
     (run / "steps.csv").write_text("\n".join(line for line in lines if not line.startswith("sgd")))
-    page = page_of(run)
+    page = text_of(run)
     for heading in ("of fashion-mnist", "## Time of a step"):
-        assert {cells[-1] for cells in table_under(heading, page).values()} == {"-"}
+        assert {cells[-1] for cells in table_after(heading, page).values()} == {"-"}
     assert "--sgd" not in page
 
 
-def test_times_of_steps_are_left_out_on_a_gpu(run):
+def test_times_of_steps_are_left_out_on_a_gpu(run, text_of):
     edited(run, "machine.json", lambda sessions: [session | {"device_type": "cuda"} for session in sessions])
-    page = page_of(run)
+    page = text_of(run)
     assert GPU_NOTE in page
     assert "refresh |" not in page
     assert " ms " not in page
@@ -126,7 +128,7 @@ def test_the_command_on_the_page_asks_for_the_same_run(trained, page, tmp_path, 
     (command,) = re.findall(r"```bash\n(.*?)\n```", page, re.DOTALL)
     name, *arguments = shlex.split(command.replace("\\\n", ""))  # as a shell reads it
     (tmp_path / "DIR").mkdir()
-    asked = commands._parsed(arguments).settings.plain()
+    asked = commands.parse(arguments).settings.as_json()
     stored = json.loads((trained / "settings.json").read_text())
     assert name == "tengrad-triton"
     assert asked.pop("data") == str(tmp_path / "DIR")
@@ -143,15 +145,15 @@ def test_the_page_names_the_run_and_the_machine(trained, page):
         "150 images to train with and 50",
     ):
         assert text in page
-    machine = table_under("## Where", page)
+    machine = table_after("## Where", page)
     for key in ("device", "cores", "torch", "tengrad-triton", "started"):
         assert machine[key] == [str(session[key])]
     assert (trained / "tengrad-summary.txt").read_text().rstrip() in page
 
 
-def test_every_start_has_a_column(run):
+def test_every_start_has_a_column(run, text_of):
     edited(run, "machine.json", lambda sessions: [*sessions, sessions[0] | {"device": "another", "commit": None}])
-    machine = table_under("## Where", page_of(run))
+    machine = table_after("## Where", text_of(run))
     assert machine["device"][1] == "another"
     assert machine["commit"][1] == "-"
 
@@ -170,13 +172,13 @@ def test_no_absolute_path_is_on_the_page(trained, page):
     assert not re.search(r"[A-Z]:\\", page)
 
 
-def test_a_page_is_the_same_when_written_again(trained, page):
-    assert page_of(trained) == page
+def test_a_page_is_the_same_when_written_again(trained, page, text_of):
+    assert text_of(trained) == page
 
 
-def test_an_unfinished_run_says_so(run):
+def test_an_unfinished_run_says_so(run, text_of):
     edited(run, "settings.json", lambda settings: settings | {"epochs": 5})
-    assert "tengrad has 2 of 5 epochs, sgd has 2 of 5 epochs, adamw has 2 of 5 epochs" in page_of(run)
+    assert "tengrad has 2 of 5 epochs, sgd has 2 of 5 epochs, adamw has 2 of 5 epochs" in text_of(run)
 
 
 def first_lines(text, count):
@@ -194,7 +196,7 @@ DAMAGES = {  # a file, what becomes of its text (None: the file is deleted), and
     "no epoch": ("metrics.json", None, "no epoch has ended yet: go on with `tengrad-triton train --resume"),
     "metrics": ("metrics.json", lambda text: text[:-9], "metrics.json"),
     "metrics emptied": ("metrics.json", lambda _: "[]", "metrics.json has the epochs of 0"),
-    "a row": ("metrics.json", lambda _: "[3]", "expected one object an optimizer and epoch"),
+    "a row": ("metrics.json", lambda _: "[3]", "expected one object for each optimizer and epoch"),
     "a column": ("metrics.json", lambda text: text.replace("test_loss", "loss"), "test_loss"),
     "a number": ("metrics.json", lambda text: text.replace('"epoch": 1', '"epoch": "x"'), "'x'"),
     "an optimizer": ("metrics.json", lambda text: text.replace("sgd", "sdg"), "'sdg'"),
@@ -245,10 +247,10 @@ def test_a_mistake_is_one_line_and_replaces_nothing(case, run, capsys):
     assert {path.name for path in run.parent.iterdir()} == {"run", "mine.md", "folder.md"}
 
 
-def test_an_older_page_is_replaced(run):
+def test_an_older_page_is_replaced(run, text_of):
     (run.parent / "docs").mkdir()
     (run.parent / "docs/small run.md").write_text(f"{GENERATED}\nold")
-    assert "old" not in page_of(run)
+    assert "old" not in text_of(run)
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -272,6 +274,6 @@ def test_a_running_mean_is_of_the_last_values(count, window):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e300])
 def test_figures_of_a_diverged_run_are_drawn(tmp_path, loss):
     steps = Steps(torch.arange(1.0, 4), torch.tensor([2.0, loss, loss]), torch.zeros(3))
-    history = {"sgd": Record([Row("sgd", 1, loss, 0.1, loss, 0.1, 3.0, 1.0)], steps)}
+    history = {"sgd": Record([EpochMetrics("sgd", 1, loss, 0.1, loss, 0.1, 3.0, 1.0)], steps)}
     draw(history, "diverged", tmp_path, "a-")
     assert {file.name for file in tmp_path.iterdir()} == {f"a-{name}.png" for name in FIGURES}

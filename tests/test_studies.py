@@ -8,7 +8,9 @@ import torch
 from studies import defaults, page, results, runs, timing
 from studies.problems import PROBLEMS, Poisson, exact_solution, source_term
 from studies.results import Curve
-from tengrad_triton.recipes.machine import describe
+from tengrad_triton.recipes.measuring.machine import describe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ import io
 import json
 
 import pytest
+from helpers.commands import a_quick_command
 from rich.console import Console
 
-from tengrad_triton.recipes.cli import main
-from tengrad_triton.recipes.tuning import table_of
+from tengrad_triton.recipes.cli.autotune import table_of
+from tengrad_triton.recipes.cli.main import main
 from tengrad_triton.tuning.plan import Measured, Plan
 
 SMALL = ["autotune", "--width", "4", "--batch-size", "16", "--seconds", "0.001", "--device", "cpu"]
@@ -47,8 +48,10 @@ def test_the_table_names_configurations():
 def test_training_takes_the_plan(plan, tmp_path):
     assert main([*SMALL, "--plan", str(plan)]) == 0
     flags = ["--width", "4", "--batch-size", "16", "--train-limit", "32", "--epochs", "1", "--optimizer", "tengrad"]
-    assert main(["train", *flags, "--device", "cpu", "--tengrad.plan", str(plan), "--out", str(tmp_path / "run")]) == 0
-    assert main(["report", str(tmp_path / "run"), "--to", str(tmp_path / "page.md")]) == 0
+    run, page = str(tmp_path / "run"), str(tmp_path / "page.md")
+    with a_quick_command():
+        assert main(["train", *flags, "--device", "cpu", "--tengrad.plan", str(plan), "--out", run]) == 0
+        assert main(["report", run, "--to", page]) == 0
     assert str(tmp_path) not in (tmp_path / "page.md").read_text()
 
 

@@ -1,4 +1,6 @@
-"""Inverse Hessians from pairs (s, y): the BFGS formula, its limited-memory form, and damping that keeps them positive.
+"""Inverse Hessians from pairs (s, y): BFGS, its limited-memory form, and double damping (docs/math.md, M15).
+
+A pair holds a change s of the variables and the change y of the gradient that it caused.
 
 Dimensions: G groups, O entries of s and y, M pairs kept, I columns that the inverse is applied to.
 """
@@ -10,49 +12,63 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 
 class Inverse(Protocol):
-    """A positive definite approximation H of an inverse Hessian, one a group."""
+    """A positive definite approximation H of an inverse Hessian, one for each group."""
 
     def apply(self, v_GOI: Tensor) -> Tensor:
-        """Return H V."""
+        """Return H V: [G, O, I]."""
 
     def updated(self, s_GO: Tensor, y_GO: Tensor) -> Inverse:
-        """Return the BFGS update of H, for which H y = s; the same where sᵀ y is not positive."""
+        """Return the BFGS update of H, for which H y = s; a group in which sᵀ y is not positive keeps its H."""
 
 
 @dataclass(frozen=True)
-class Dense:
-    """H itself."""
+class DenseInverse(Inverse):
+    """H as a matrix.
+
+    Attributes:
+        h_GOO: H.
+    """
 
     h_GOO: Tensor
 
-    def apply(self, v_GOI: Tensor) -> Tensor:  # noqa: D102
+    @classmethod
+    def identity(cls, like_GO: Tensor) -> DenseInverse:
+        """Return H = I for vectors of this shape, dtype and device."""
+        eye_OO = torch.eye(like_GO.shape[1], dtype=like_GO.dtype, device=like_GO.device)
+        return cls(eye_OO.repeat(len(like_GO), 1, 1))
+
+    @override
+    def apply(self, v_GOI: Tensor) -> Tensor:
         return self.h_GOO @ v_GOI
 
-    def updated(self, s_GO: Tensor, y_GO: Tensor) -> Dense:
-        """Return (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ with ρ = 1 / sᵀ y."""
-        curved_G, product_G = _curved(s_GO, y_GO)
+    @override
+    def updated(self, s_GO: Tensor, y_GO: Tensor) -> DenseInverse:
+        """Return (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ with ρ = 1 / sᵀ y; a group without sᵀ y > 0 keeps its H."""
+        is_positive_G, sy_G = _inner_products(s_GO, y_GO)
         hy_GO = (self.h_GOO @ y_GO[..., None])[..., 0]
-        # Twice this, made symmetric by its transpose, is what is added; equal bits on both sides of the diagonal.
-        u_GO = ((1 + (y_GO * hy_GO).sum(1) / product_G) / 2 / product_G)[:, None] * s_GO - hy_GO / product_G[:, None]
+        # A matrix plus its transpose is what the formula adds to H: equal bits on both sides of the diagonal.
+        u_GO = ((1 + (y_GO * hy_GO).sum(1) / sy_G) / 2 / sy_G)[:, None] * s_GO - hy_GO / sy_G[:, None]
         half_GOO = s_GO[:, :, None] * u_GO[:, None, :]
-        return Dense(torch.where(curved_G[:, None, None], self.h_GOO + half_GOO + half_GOO.mT, self.h_GOO))
+        h_GOO = torch.where(is_positive_G[:, None, None], self.h_GOO + half_GOO + half_GOO.mT, self.h_GOO)
+        return DenseInverse(h_GOO)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """H of the last M pairs on top of I: H = Qᵀ Q + Tᵀ D T with Q = I − Y T.
+class LimitedMemoryInverse(Inverse):
+    """H of the last M pairs, starting from I: H = Qᵀ Q + Tᵀ D T with Q = I − Y T.
 
-    That is theorem 2.2 of Byrd, Nocedal and Schnabel 1994, its terms gathered into squares: both are positive
-    semidefinite as they stand, in any precision.
+    Both terms are positive semidefinite as they stand, in any precision. Source: theorem 2.2 of Byrd, Nocedal and
+    Schnabel 1994, with its terms gathered into squares.
 
     Attributes:
-        s_GMO: the pairs' s, the oldest first; 0 where there is no pair yet, or one that has no curvature.
-        y_GMO: their y, 0 there too.
-        t_GMO: T = R⁻¹ Sᵀ, with R the upper triangle of Sᵀ Y, diagonal included.
-        d_GM: the diagonal of D: each pair's sᵀ y, 1 where there is none.
+        s_GMO: s of the pairs, the oldest first; 0 for a pair that is not there yet or has no sᵀ y > 0.
+        y_GMO: y of the pairs, likewise.
+        t_GMO: T = R⁻¹ Sᵀ, where R is the upper triangle of Sᵀ Y with its diagonal.
+        d_GM: the diagonal of D, which is sᵀ y of each pair, and 1 where s and y are 0.
     """
 
     s_GMO: Tensor
@@ -61,54 +77,61 @@ class Memory:
     d_GM: Tensor
 
     @classmethod
-    def empty(cls, like_GO: Tensor, most: int) -> Memory:
-        """Return H = I for vectors like these, with places for so many pairs."""
-        s, y, t = (like_GO.new_zeros(len(like_GO), most, like_GO.shape[1]) for _ in range(3))
+    def identity(cls, like_GO: Tensor, pairs: int) -> LimitedMemoryInverse:
+        """Return H = I for vectors of this shape, dtype and device, with room for M = ``pairs``."""
+        s, y, t = (like_GO.new_zeros(len(like_GO), pairs, like_GO.shape[1]) for _ in range(3))
         return cls(s, y, t, torch.ones_like(s[..., 0]))
 
-    def apply(self, v_GOI: Tensor) -> Tensor:  # noqa: D102
+    @override
+    def apply(self, v_GOI: Tensor) -> Tensor:
         t_GMI = self.t_GMO @ v_GOI
-        u_GOI = torch.baddbmm(v_GOI, self.y_GMO.mT, t_GMI, alpha=-1)
-        return torch.baddbmm(u_GOI, self.t_GMO.mT, self.d_GM[..., None] * t_GMI - self.y_GMO @ u_GOI)
+        q_GOI = torch.baddbmm(v_GOI, self.y_GMO.mT, t_GMI, alpha=-1)
+        return torch.baddbmm(q_GOI, self.t_GMO.mT, self.d_GM[..., None] * t_GMI - self.y_GMO @ q_GOI)
 
-    def updated(self, s_GO: Tensor, y_GO: Tensor) -> Memory:  # noqa: D102
-        curved_G, product_G = _curved(s_GO, y_GO)
+    @override
+    def updated(self, s_GO: Tensor, y_GO: Tensor) -> LimitedMemoryInverse:
+        is_positive_G, sy_G = _inner_products(s_GO, y_GO)
         s_GMO, y_GMO = (
-            torch.cat([kept[:, 1:], torch.where(curved_G[:, None], new, 0.0)[:, None]], 1)
+            torch.cat([kept[:, 1:], torch.where(is_positive_G[:, None], new, 0.0)[:, None]], 1)
             for kept, new in ((self.s_GMO, s_GO), (self.y_GMO, y_GO))
         )
-        d_GM = torch.cat([self.d_GM[:, 1:], product_G[:, None]], 1)
-        # A triangle of many nearly parallel pairs wants more digits than a step does.
-        upper_GMM = torch.triu((s_GMO @ y_GMO.mT).double(), 1) + torch.diag_embed(d_GM.double())
-        t_GMO = torch.linalg.solve_triangular(upper_GMM, s_GMO.double(), upper=True).to(s_GMO.dtype).contiguous()
-        return Memory(s_GMO, y_GMO, t_GMO, d_GM)
+        d_GM = torch.cat([self.d_GM[:, 1:], sy_G[:, None]], 1)
+        # In double precision: nearly parallel pairs make the triangle ill-conditioned.
+        r_GMM = torch.triu((s_GMO @ y_GMO.mT).double(), 1) + torch.diag_embed(d_GM.double())
+        t_GMO = torch.linalg.solve_triangular(r_GMM, s_GMO.double(), upper=True).to(s_GMO.dtype).contiguous()
+        return LimitedMemoryInverse(s_GMO, y_GMO, t_GMO, d_GM)
 
 
-def _curved(s_GO: Tensor, y_GO: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which pairs have sᵀ y > 0, and sᵀ y, 1 for the others."""
-    product_G = (s_GO * y_GO).sum(1)
-    curved_G = (product_G > 0) & product_G.isfinite()
-    return curved_G, torch.where(curved_G, product_G, 1.0)
+def _inner_products(s_GO: Tensor, y_GO: Tensor) -> tuple[Tensor, Tensor]:
+    """Return in which groups sᵀ y > 0, and sᵀ y, with 1 in place of it in the other groups."""
+    sy_G = (s_GO * y_GO).sum(1)
+    is_positive_G = (sy_G > 0) & sy_G.isfinite()
+    return is_positive_G, torch.where(is_positive_G, sy_G, 1.0)
 
 
-def doubly_damped(
-    inverse: Inverse, s_GO: Tensor, y_GO: Tensor, shrink: float, least: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the pair, changed as little as needed for H and its inverse to mark_static bounded (K-BFGS, algorithm 3).
+def double_damping(inverse: Inverse, s_GO: Tensor, y_GO: Tensor, mu_1: float, mu_2: float) -> tuple[Tensor, Tensor]:
+    """Return a pair close to (s, y) that keeps H and its inverse bounded, as vectors [G, O].
 
-    First Powell's damping on H: s moves towards H y until sᵀ y ≥ ``shrink`` yᵀ H y. Then on the inverse with B = I: y
-    moves towards s until sᵀ y ≥ ``least`` sᵀ s, with ``least`` at most 1.
+    Powell's damping on H moves s towards H y until sᵀ y ≥ μ₁ yᵀ H y. Then damping with B = I moves y towards s until
+    sᵀ y ≥ μ₂ sᵀ s. Source: Goldfarb, Ren and Bahamou 2020, algorithm 3.
+
+    Args:
+        inverse: H, which the pair will update.
+        s_GO: the change of the variables.
+        y_GO: the change of the gradient.
+        mu_1: μ₁ in (0, 1).
+        mu_2: μ₂ in (0, 1].
     """
     hy_GO = inverse.apply(y_GO[..., None])[..., 0]
     yhy_G, sy_G = (y_GO * hy_GO).sum(1), (s_GO * y_GO).sum(1)
-    s_GO = torch.lerp(hy_GO, s_GO, _share(sy_G, shrink, yhy_G)[:, None])
+    s_GO = torch.lerp(hy_GO, s_GO, _theta(sy_G, mu_1, yhy_G)[:, None])
     ss_G, sy_G = s_GO.square().sum(1), (s_GO * y_GO).sum(1)
-    y_GO = torch.lerp(s_GO, y_GO, _share(sy_G, least, ss_G)[:, None])
+    y_GO = torch.lerp(s_GO, y_GO, _theta(sy_G, mu_2, ss_G)[:, None])
     return s_GO, y_GO
 
 
-def _share(product_G: Tensor, fraction: float, bound_G: Tensor) -> Tensor:
-    """Return θ ≤ 1 with θ product + (1 − θ) bound ≥ fraction · bound."""
-    short_G = product_G < fraction * bound_G
-    gap_G = torch.where(short_G, bound_G - product_G, 1.0)
-    return torch.where(short_G, (1 - fraction) * bound_G / gap_G, 1.0)
+def _theta(sy_G: Tensor, mu: float, full_G: Tensor) -> Tensor:
+    """Return the largest θ ≤ 1 with θ sᵀy + (1 − θ) full ≥ μ full."""
+    is_short_G = sy_G < mu * full_G
+    gap_G = torch.where(is_short_G, full_G - sy_G, 1.0)
+    return torch.where(is_short_G, (1 - mu) * full_G / gap_G, 1.0)

@@ -1,4 +1,4 @@
-"""What K-BFGS and K-BFGS(L) share: Kronecker factors of the inverse Hessian, kept by quasi-Newton updates.
+"""What K-BFGS and K-BFGS(L) share: Kronecker factors of the inverse Hessian, updated by BFGS (docs/math.md, M15).
 
 Dimensions: G groups, O outputs and I inputs of a group (see `kronecker`).
 """
@@ -12,94 +12,100 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack, override
 
-from tengrad_triton.baselines.base import Curvature, KroneckerOptimizer, Rows
-from tengrad_triton.baselines.bfgs import Dense, Memory, doubly_damped
-from tengrad_triton.baselines.kronecker import Layer, in_batches, input_factor, inverse, means, shifted
+from tengrad_triton.baselines.base import KroneckerOptimizer
+from tengrad_triton.baselines.bfgs import DenseInverse, LimitedMemoryInverse, double_damping
+from tengrad_triton.baselines.curvature import Curvature
+from tengrad_triton.baselines.factors import input_factor, means
+from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch
+from tengrad_triton.baselines.linalg import add_to_diagonal, by_size, inverse
+from tengrad_triton.baselines.settings import Common, fisher_options
 from tengrad_triton.curvature.target import Target
-from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.validation import check_range
 from tengrad_triton.profiling import phase
 
-B = TypeVar("B", Dense, Memory)
-_POWELL = 0.2  # μ₁ of the double damping
+H = TypeVar("H", DenseInverse, LimitedMemoryInverse)
+_MU_1 = 0.2  # of the double damping
 
 
 @dataclass(frozen=True)
-class KbfgsLayer(Generic[B]):
-    """The running A, the inverses of both sides, and the running pair of the output side.
+class KbfgsState(Generic[H]):
+    """The running A of a layer, the inverses of both sides, and the running pair of the output side.
 
     Attributes:
-        a_GII: the running A = Σ_p a aᵀ.
+        a_GII: A = Σ_p a aᵀ.
         input_side: H_a ≈ (A + √α I)⁻¹.
-        output_side: H_g, the inverse of the loss's mean Hessian by a position's outputs.
-        s_GO: the running mean of how far the mean output moved in a step.
-        y_GO: the running mean of how far its derivative did.
+        output_side: H_g, the inverse of the loss's mean Hessian with respect to the outputs at one position.
+        s_GO: the running mean of the change of the mean output in a step.
+        y_GO: the running mean of the change of the loss's derivative with respect to it.
     """
 
     a_GII: Tensor
-    input_side: Dense
-    output_side: B
+    input_side: DenseInverse
+    output_side: H
     s_GO: Tensor
     y_GO: Tensor
-
-    @property
-    def running(self) -> Tensor:  # noqa: D102
-        return self.a_GII
 
     def solve(self, v_GOI: Tensor) -> Tensor:
         """Return H_g V H_a."""
         return self.output_side.apply(v_GOI @ self.input_side.h_GOO)
 
     @property
-    def form(self) -> str:
+    def representation(self) -> str:
         """Return what is kept, for the summary."""
         outputs = str(self.s_GO.shape[1])
-        if isinstance(self.output_side, Memory):
+        if isinstance(self.output_side, LimitedMemoryInverse):
             outputs = f"{self.output_side.d_GM.shape[1]} pairs of {outputs}"
         return f"inverses {outputs} x {self.a_GII.shape[1]}"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a batch says of a layer: A, and the means of a and g over samples and positions."""
+class Means:
+    """Means over the samples and positions of a batch, of one layer.
 
-    layer: Layer
-    a_GII: Tensor
-    mean_a_GI: Tensor
-    mean_g_GO: Tensor
+    Attributes:
+        a_GI: the mean input ā.
+        g_GO: the mean derivative ḡ of the loss with respect to the output.
+        z_GO: the mean output z̄ = W ā, with the layer's parameters at that time.
+    """
+
+    a_GI: Tensor
+    g_GO: Tensor
+    z_GO: Tensor
 
 
-class QuasiNewton(KroneckerOptimizer[KbfgsLayer[B]]):
-    """What `KBFGS` and `KBFGSL` share: all but how H_g is kept."""
+class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
+    """An optimizer with an inverse Hessian H_a ⊗ H_g for every layer; a subclass says how H_g is kept.
+
+    Its arguments are those of `KBFGS`.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        params: Iterable[Any] | None,
-        defaults: Mapping[str, Any],
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 1e-2,
         *,
-        refresh_every: int | Callable[[int], int],
-        stat_decay: float,
-        unsupported: Unsupported,
-        seed: int | None,
+        refresh_every: int | Callable[[int], int] = 1,
+        stat_decay: float = 0.9,
+        **common: Unpack[Common],
     ) -> None:
         check_range("stat_decay", stat_decay, 0.0, below=1.0)
         self._stat_decay = stat_decay
-        super().__init__(
-            model, params, defaults,
-            rows=Rows("empirical"), refresh_every=refresh_every, unsupported=unsupported, seed=seed,
-        )  # fmt: skip
+        gradients = fisher_options("empirical", "categorical", 1)  # of the loss itself: no label is drawn
+        super().__init__(model, params, lr, refresh_every=refresh_every, fisher=gradients, **common)
 
     @abstractmethod
-    def _identity(self, like_GO: Tensor) -> B:
-        """Return H_g = I."""
+    def _identity(self, like_GO: Tensor) -> H:
+        """Return H_g = I for vectors of this shape, dtype and device."""
 
-    def _factors(self, layer: Layer) -> bool:
-        # torch says so of its transposed convolutions: their a are derivatives, of which no output is made.
-        module = next(block.layer for block in self._blocks if block.name == layer.block)
-        return not getattr(module, "transposed", False)
+    @override
+    def _supports(self, layer: KroneckerLayer) -> bool:
+        # `transposed` is torch's attribute of transposed convolutions, whose a are derivatives and make no output.
+        return not getattr(self._params_of(layer).layer, "transposed", False)
 
+    @override
     def _why_closure(self) -> str | None:
         if not self._refresh_is_due():
             return None
@@ -108,89 +114,93 @@ class QuasiNewton(KroneckerOptimizer[KbfgsLayer[B]]):
             "which clears the gradients, runs forward and backward, and returns the loss"
         )
 
+    @override
     def _refresh_is_due(self) -> bool:
         return self._curvature is None or self._age >= self._interval()
 
-    def _taken(
+    @override
+    def _take_step(
         self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
-    ) -> tuple[Curvature[KbfgsLayer[B]], int]:
+    ) -> tuple[Curvature[KbfgsState[H]], int]:
         curvature = self._curvature
         if curvature is not None and not self._refresh_is_due():
-            self._move(curvature, targets)
+            self._update_targets(curvature, targets, None)
             return curvature, self._age
-        assert closure is not None  # `_why_closure` has seen to it
-        before = self._seen()
-        with phase("curvature"):
-            self._follow_schedules()
-            curvature = self._with(curvature, before)
-            outputs = self._outputs(curvature, {name: seen.mean_a_GI for name, seen in before.items()})
-        self._move(curvature, targets)
+        assert closure is not None  # `_why_closure` has asked for it
+        curvature, before = self._with_input_factors()
+        self._update_targets(curvature, targets, None)
         self._capture.forget()
         with torch.enable_grad():
             closure()
-        uses, present = self._gathered()
+        batches = self._gather()
         with phase("curvature"):
-            after = {layer.name: means(layer, uses[layer.block]) for layer in present}
-            moved = self._outputs(curvature, {name: mean_a_GI for name, (mean_a_GI, _) in after.items()})
-            layers = {
-                name: (layer, self._updated(layer, state, before[name], moved[name] - outputs[name], after[name][1]))
-                if name in after
-                else (layer, state)
-                for name, (layer, state) in curvature.layers.items()
+            after = self._means(batches)
+            states = {
+                layer: self._updated(layer, state, before[layer], after[layer]) if layer in after else state
+                for layer, state in curvature.layers.items()
             }
-        return Curvature(layers, curvature.updates, curvature.failures), 0
+        return replace(curvature, layers=states), 0
 
-    def _seen(self) -> dict[str, Seen]:
-        """Return what the batches since the last step say of every layer."""
-        uses, layers = self._gathered()
+    def _with_input_factors(self) -> tuple[Curvature[KbfgsState[H]], dict[KroneckerLayer, Means]]:
+        """Return the curvature with the A of the captured batches taken in, and the means of these batches."""
+        batches = self._gather()
         with phase("curvature"):
-            return {
-                layer.name: Seen(layer, input_factor(layer, uses[layer.block]), *means(layer, uses[layer.block]))
-                for layer in layers
+            self._follow_schedules()
+            previous, before = self._previous(batches), self._means(batches)
+            factors = {batch.layer: input_factor(batch) for batch in batches}
+            begun, failures = self._initial_states(
+                {layer: a_GII for layer, a_GII in factors.items() if layer not in previous}, before
+            )
+            weight = 1 - self._stat_decay
+            averaged = {
+                layer: replace(state, a_GII=state.a_GII.lerp(factors[layer], weight))
+                for layer, state in previous.items()
             }
+            states = {layer: begun[layer] if layer in begun else averaged[layer] for layer in factors}
+            count = 1 if self._curvature is None else self._curvature.batches + 1
+            return Curvature(states, count, self._failures_with(failures)), before
 
-    def _with(self, past: Curvature[KbfgsLayer[B]] | None, seen: Mapping[str, Seen]) -> Curvature[KbfgsLayer[B]]:
-        """Return the curvature with a batch's A in the running one; layers that are new begin with H_g = I."""
-        old = self._past([own.layer for own in seen.values()])
-        fresh = {name: own for name, own in seen.items() if name not in old}
-        inverses, failures = in_batches(
-            [shifted(o.a_GII, o.a_GII.new_full((len(o.a_GII),), self._root_of(o.layer))) for o in fresh.values()],
-            inverse,
-        )
-        begun = dict(zip(fresh, inverses, strict=True))
-        layers = {}
-        for name, own in seen.items():
-            if name in old:
-                state = replace(old[name], a_GII=old[name].a_GII.lerp(own.a_GII, 1 - self._stat_decay))
-            else:
-                none_GO = torch.zeros_like(own.mean_g_GO)
-                state = KbfgsLayer(own.a_GII, Dense(begun[name]), self._identity(none_GO), none_GO, none_GO)
-            layers[name] = (own.layer, state)
-        earlier, updates = (0, 0) if past is None else (past.failures, past.updates)
-        return Curvature(layers, updates + 1, failures.to(self._generator.device) + earlier)
+    def _initial_states(
+        self, factors: Mapping[KroneckerLayer, Tensor], means_of: Mapping[KroneckerLayer, Means]
+    ) -> tuple[dict[KroneckerLayer, KbfgsState[H]], Tensor]:
+        """Return states with H_a = (A + √α I)⁻¹ and H_g = I for the given A, and how many factorizations failed."""
+        shifted = [
+            add_to_diagonal(a_GII, a_GII.new_full((len(a_GII),), self._root_damping(layer)))
+            for layer, a_GII in factors.items()
+        ]
+        inverses, failures = by_size(inverse, shifted)
+        states = {}
+        for (layer, a_GII), h_GII in zip(factors.items(), inverses, strict=True):
+            zeros_GO = torch.zeros_like(means_of[layer].g_GO)
+            states[layer] = KbfgsState(a_GII, DenseInverse(h_GII), self._identity(zeros_GO), zeros_GO, zeros_GO)
+        return states, failures
 
-    def _outputs(self, curvature: Curvature[KbfgsLayer[B]], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the mean output z_GO of every layer: what its weight makes of the mean input."""
-        return {
-            name: (self._matrix_of(layer, state) @ inputs[name][..., None])[..., 0]
-            for name, (layer, state) in curvature.layers.items()
-            if name in inputs
-        }
+    def _means(self, batches: Sequence[LayerBatch]) -> dict[KroneckerLayer, Means]:
+        """Return the means of every layer, its output made with the present parameters."""
+        found = {}
+        for batch in batches:
+            a_GI, g_GO = means(batch)
+            parameters = self._params_of(batch.layer).parameters
+            tensors = {label: parameters[label].detach() for label in batch.layer.labels}
+            w_GOI = batch.layer.to_matrix(tensors, len(a_GI), a_GI.dtype)
+            found[batch.layer] = Means(a_GI, g_GO, (w_GOI @ a_GI[..., None])[..., 0])
+        return found
 
-    def _root_of(self, layer: Layer) -> float:
+    def _root_damping(self, layer: KroneckerLayer) -> float:
         """Return √α."""
-        return self._damping_of(layer) ** 0.5
+        return float(self._group_of(layer)["damping"]) ** 0.5
 
     def _updated(
-        self, layer: Layer, state: KbfgsLayer[B], before: Seen, moved_GO: Tensor, mean_g_GO: Tensor
-    ) -> KbfgsLayer[B]:
+        self, layer: KroneckerLayer, state: KbfgsState[H], before: Means, after: Means
+    ) -> KbfgsState[H]:  # fmt: skip
         """Return the state after one BFGS update of each side."""
-        root, weight = self._root_of(layer), 1 - self._stat_decay
-        sign = -1.0 if self.param_groups[self._group_of(layer)]["maximize"] else 1.0
-        s_GO = state.s_GO.lerp(moved_GO, weight)
-        y_GO = state.y_GO.lerp(sign * (mean_g_GO - before.mean_g_GO), weight)
-        pair = doubly_damped(state.output_side, s_GO, y_GO, _POWELL, min(root, 1.0))
-        direction_GI = state.input_side.apply(before.mean_a_GI[..., None])[..., 0]
-        action_GI = (state.a_GII @ direction_GI[..., None])[..., 0] + root * direction_GI
-        input_side = state.input_side.updated(direction_GI, action_GI)
-        return KbfgsLayer(state.a_GII, input_side, state.output_side.updated(*pair), s_GO, y_GO)
+        root, weight = self._root_damping(layer), 1 - self._stat_decay
+        sign = -1.0 if self._group_of(layer)["maximize"] else 1.0
+        s_GO = state.s_GO.lerp(after.z_GO - before.z_GO, weight)
+        y_GO = state.y_GO.lerp(sign * (after.g_GO - before.g_GO), weight)
+        pair = double_damping(state.output_side, s_GO, y_GO, _MU_1, min(root, 1.0))
+        s_GI = state.input_side.apply(before.a_GI[..., None])[..., 0]
+        y_GI = (state.a_GII @ s_GI[..., None])[..., 0] + root * s_GI
+        return KbfgsState(
+            state.a_GII, state.input_side.updated(s_GI, y_GI), state.output_side.updated(*pair), s_GO, y_GO
+        )

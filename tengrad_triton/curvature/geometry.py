@@ -63,7 +63,7 @@ class Geometry:
 
     @property
     def prefers_explicit_rows(self) -> bool:
-        """Whether K is cheaper from explicit rows: for most convolutions it is, for linear layers with P = 1 never."""
+        """Whether K is cheaper from explicit rows: for most convolutions it is, for most linear layers it is not."""
         return self.row_flops < self.pair_flops
 
     def flops_saved_by_rows(self, refresh_every: int) -> float:

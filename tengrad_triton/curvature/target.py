@@ -45,6 +45,21 @@ class Target(NamedTuple):
             return self
         return self._replace(grad=self.grad + (damping * self.spring) * self.momentum)
 
+    def in_scratch(self, lr_only: Tensor) -> Target:
+        """Return the target with zeros for its parameter and momentum, in which the update leaves the step lr d.
+
+        ``lr_only`` is `lr_only` of the target's settings. The parameter becomes lr d, and the momentum d.
+        """
+        zeros = (torch.zeros_like(self.grad), torch.zeros_like(self.grad))
+        return self._replace(parameter=zeros[0], momentum=zeros[1], settings=lr_only, nesterov=False)
+
+
+def lr_only(settings: Tensor) -> Tensor:
+    """Return the settings of an ascent with the lr of ``settings``, without momentum and weight decay."""
+    only = torch.zeros_like(settings)
+    only[0] -= settings[0]
+    return only
+
 
 TensorsOf = Callable[[LayerParams, str], tuple[Tensor, Tensor, Tensor] | None]
 """From a layer and a parameter's name within it to (parameter, momentum, gradient); None where there is no gradient."""

@@ -1,7 +1,7 @@
 """The natural gradient by the Woodbury identity: factor every Fisher block at a refresh, solve at every step.
 
-Dimensions: L Fisher blocks, B blocks of one size, N rows of J, K entries of a block's gradient, R directions, T
-targets, P pairs of a block and a parameter group.
+Dimensions: L Fisher blocks, B blocks of one size, N rows of J, K entries of a gradient, R directions, T
+targets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.grouped import BlockEntry, expand_updates_, grams, projections, store_contiguously
 from tengrad_triton.curvature.jacobian import Jacobian, Jacobians, PerSample
-from tengrad_triton.curvature.target import Target, bounded_scale
+from tengrad_triton.curvature.target import Target, bounded_scale, lr_only
 from tengrad_triton.kernels import update_
 from tengrad_triton.profiling import phase
 
@@ -129,26 +129,40 @@ class Curvature:
     def _trust_region_scale(
         self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor], trust_region: float
     ) -> Tensor:
-        """Return min(1, (κ / Σ lr² dᵀ (F + α I) d)^½), with every parameter group's own lr.
+        """Return min(1, (κ / Σ δᵀ (F + α I) δ)^½) with δ = lr d and every parameter group's own lr (M14)."""
+        groups: dict[int, set[int]] = {}
+        for one in entries:
+            groups.setdefault(one.block, set()).add(one.target.group)
+        one_rate = [one for one in entries if len(groups[one.block]) == 1]
+        several_rates = [one for one in entries if len(groups[one.block]) > 1]
+        norms = [self._norm_with_one_rate(one_rate, y_LN, w)] if one_rate else []
+        norms += [self._norm_with_several_rates(several_rates, y_LN, w)] if several_rates else []
+        return bounded_scale(sum(norms[1:], start=norms[0]), trust_region)
 
-        dᵀ (F + α I) d = ⟨d, V⟩ = (‖V‖² − ⟨J V, w⟩) / α needs no d (M14).
-        """
+    def _norm_with_one_rate(self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor]) -> Tensor:
+        """Return Σ lr² ⟨d, V⟩ = Σ lr² (‖V‖² − ⟨J V, w⟩) / α over blocks with one lr, which needs no d."""
         dampings, n = self.damping_L.unbind(), y_LN.shape[1]
-        pairs = list(dict.fromkeys((one.block, one.target.group) for one in entries))
-        index_of = {pair: index for index, pair in enumerate(pairs)}
-        if len(pairs) > len({block for block, _ in pairs}):  # a block with several learning rates
-            by_pair = [one._replace(block=index_of[one.block, one.target.group]) for one in entries]
-            y_PN = projections(by_pair, len(pairs), n)
-        else:
-            y_PN = torch.stack([y_LN[block] for block, _ in pairs])
-        w_PN = torch.stack([_padded(w[block], n) for block, _ in pairs])
-        lr = {one.target.group: one.target.settings[0] for one in entries}
-        lr_P, damping_P = (torch.stack(x) for x in zip(*((lr[group], dampings[b]) for b, group in pairs), strict=True))
-        weight_P = lr_P.square() / damping_P
-        norms = torch._foreach_norm([one.target.grad for one in entries], 2, dtype=y_LN.dtype)
-        weight_T = torch.stack([weight_P[index_of[one.block, one.target.group]] for one in entries])
-        total = (weight_T * torch.stack(norms).square()).sum() - (weight_P * (y_PN * w_PN).sum(1)).sum()
-        return bounded_scale(total, trust_region)
+        lr = {one.block: one.target.settings[0] for one in entries}
+        weight_B = torch.stack(list(lr.values())).square() / torch.stack([dampings[block] for block in lr])
+        w_BN = torch.stack(
+            [w[block] if len(w[block]) == n else F.pad(w[block], (0, n - len(w[block]))) for block in lr]
+        )
+        inner_B = (torch.stack([y_LN[block] for block in lr]) * w_BN).sum(1)
+        norm_T = torch.stack(torch._foreach_norm([one.target.grad for one in entries], 2, dtype=y_LN.dtype))
+        weights = dict(zip(lr, weight_B.unbind(), strict=True))
+        weight_T = torch.stack([weights[one.block] for one in entries])
+        return (weight_T * norm_T.square()).sum() - (weight_B * inner_B).sum()
+
+    def _norm_with_several_rates(self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor]) -> Tensor:
+        """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes two more products with J."""
+        dampings = self.damping_L.unbind()
+        rates = {one.target.group: lr_only(one.target.settings) for one in entries}
+        scratch = [one._replace(target=one.target.in_scratch(rates[one.target.group])) for one in entries]
+        expand_updates_(scratch, w, dampings)
+        steps = [one._replace(target=one.target._replace(grad=one.target.parameter)) for one in scratch]
+        norm_T = torch.stack(torch._foreach_norm([one.target.grad for one in steps], 2, dtype=y_LN.dtype))
+        damping_T = torch.stack([dampings[one.block] for one in steps])
+        return projections(steps, *y_LN.shape).square().sum() / self.rows + (damping_T * norm_T.square()).sum()
 
 
 def factor(
@@ -206,10 +220,6 @@ def factor(
     used_L = torch.where(healthy_L, damping_L, damping_L + trace_L)
     full = Curvature(store_contiguously(jacobians), blocks, inverses, history, used_L, failures_L + ~healthy_L)
     return compress(full, k, shifts, tol) if tol else full
-
-
-def _padded(w_N: Tensor, n: int) -> Tensor:
-    return w_N if len(w_N) == n else F.pad(w_N, (0, n - len(w_N)))
 
 
 def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, ...], Tensor]]:

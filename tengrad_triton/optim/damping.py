@@ -15,11 +15,12 @@ Schedule = Callable[[int], float]
 class LevenbergMarquardt:
     """Damping that adapts itself at every refresh (Martens 2010, section 4.1; docs/math.md, M8).
 
-    ρ = ΔL / ΔM compares how a step changed the loss with the change that the quadratic model predicted. ρ > 3/4:
-    α ← decrease · α. ρ < 1/4, or no number: α ← increase · α. The new α holds from the next refresh on.
+    ρ = ΔL / ΔM compares how a step changed the loss with the change that the quadratic model predicted. Where ρ > 3/4
+    the setting ``damping`` is multiplied by ``decrease``; where ρ < 1/4, or is no number, by ``increase``. The new
+    damping holds from the next refresh on.
 
     Args:
-        start: the first damping α > 0.
+        start: the first damping, positive.
         decrease: the factor after a well predicted step, in (0, 1].
         increase: the factor after a badly predicted step, at least 1.
         least: the smallest damping.

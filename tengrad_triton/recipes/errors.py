@@ -1,9 +1,9 @@
-"""The two ways in which the command line ends early: each becomes one line on stderr and an exit code."""
+"""The two ways in which a command ends early. Each becomes one line on stderr and an exit code."""
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done: the message says what came, what was expected and what to do, in one line."""
+    """The command cannot be carried out. The message is one line: what came, what was expected and what to do."""
 
 
 class InterruptedRunError(KeyboardInterrupt):
-    """Training was interrupted; the message says how to go on."""
+    """Training was interrupted. The message says how to resume it."""

@@ -4,20 +4,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tengrad_triton.recipes.data import DatasetName
+from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.muon import MuonSettings
-from tengrad_triton.recipes.optimizers import AdamwSettings, OptimizerName, OptimizerSettings
-from tengrad_triton.recipes.rivals import EkfacSettings
-from tengrad_triton.recipes.settings import Settings
+from tengrad_triton.recipes.optimizers.baselines import EkfacSettings
+from tengrad_triton.recipes.optimizers.first_order import AdamwSettings
+from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
+from tengrad_triton.recipes.training.settings import Settings
 
-Tuned = tuple[float, float, float] | tuple[float, float]  # learning rate, weight decay and, but for SGD, damping
+Tuned = tuple[float, float, float] | tuple[float, float]  # learning rate, weight decay and, except for SGD, damping
 PAPER: tuple[OptimizerName, ...] = ("sgd", "tengrad", "kfac", "ekfac", "kbfgs")
 BATCH_SIZE, REFRESH_EVERY, MOMENTUM, SEEDS = 128, 100, 0.9, 5
 RATES = WEIGHT_DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3)
 
-# What torch's own optimizers do if nothing is said: the paper has not tuned them.
+# The powers of the batch m and the width d in the cost of the curvature and of a step (table 1), and the highest of d.
+TABLE1: Mapping[OptimizerName, tuple[str, str]] = {
+    "tengrad": ("m²d + m³", "md² + md + m²"),
+    "kfac": ("md² + d³", "d³"),
+    "ekfac": ("md² + d³", "md²"),
+    "kbfgs": ("md² + d²", "d³"),
+}
+
+# The paper did not tune these optimizers; they have the defaults of torch.
 BY_DEFAULT: Mapping[OptimizerName, OptimizerSettings] = {
     "adamw": AdamwSettings(lr=1e-3, weight_decay=0.01),
     "muon": MuonSettings(),
@@ -26,12 +35,12 @@ BY_DEFAULT: Mapping[OptimizerName, OptimizerSettings] = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of table 2: a model on a data set.
+class Experiment:
+    """A line of table 2: a model on a data set.
 
     Attributes:
-        reported: seconds to the top test accuracy, and that accuracy in percent, by optimizer (table 2).
-        tuned: tables 3 to 5.
+        reported: for each optimizer, the seconds to the top test accuracy, and that accuracy in percent (table 2).
+        tuned: for each optimizer, the settings that the paper tuned (tables 3 to 5).
         decay_at: epochs after which the learning rate is multiplied by ``decay``.
     """
 
@@ -47,11 +56,11 @@ class Row:
 
     @property
     def key(self) -> str:
-        """The name of the row's files."""
+        """The name in paths of files."""
         return f"{self.model}-{self.dataset}"
 
     def scale_of(self, settings: Mapping[str, Any]) -> str:
-        """Say what of a run's settings is smaller than the paper's."""
+        """Return how the scale of a run differs from the paper's, as a phrase."""
         paper = {"model": self.model, "width": self.width, "epochs": self.epochs, "batch_size": BATCH_SIZE}
         paper |= {"train_limit": None, "test_limit": None}
         words = {"train_limit": "train images", "test_limit": "test images", "batch_size": "batch"}
@@ -59,7 +68,7 @@ class Row:
         return ", ".join(f"{words.get(key, key)} {value}" for key, value in other.items()) or "the paper's"
 
     def of(self, name: OptimizerName) -> OptimizerSettings:
-        """Return an optimizer's settings: the paper's, torch's own for what it did not run, K-BFGS's for K-BFGS(L)."""
+        """Return the settings of an optimizer: the paper's, those of K-BFGS for K-BFGS(L), or torch's defaults."""
         settings = BY_DEFAULT.get(name, Settings().of(name))
         known: OptimizerName = "kbfgs" if name == "kbfgsl" else name
         if known not in self.tuned:
@@ -68,20 +77,22 @@ class Row:
 
 
 def with_tuned(settings: OptimizerSettings, tuned: Tuned) -> OptimizerSettings:
-    """Return an optimizer's settings with others of what the paper tunes."""
+    """Return an optimizer's settings with other values of those that the paper tunes."""
     names = ("lr", "weight_decay", "damping")
     every = {"refresh_every": REFRESH_EVERY} if len(tuned) > 2 else {}
     return replace(settings, momentum=MOMENTUM, **every, **dict(zip(names, tuned, strict=False)))  # type: ignore[type-var]
 
 
-def _row(title: str, model: str, dataset: Literal["cifar10", "cifar100"], width: int, *numbers: object) -> Row:
+def _experiment(
+    title: str, model: str, dataset: Literal["cifar10", "cifar100"], width: int, *numbers: object
+) -> Experiment:
     reported, tuned = (dict(zip(PAPER, entries, strict=True)) for entries in numbers)  # type: ignore[call-overload]
     decay: tuple[tuple[int, ...], float] = ((30, 45), 0.1) if dataset == "cifar100" else ((10, 20, 30, 40, 50), 0.5)
-    return Row(title, model, dataset, width, 60, reported, tuned, *decay)
+    return Experiment(title, model, dataset, width, 60, reported, tuned, *decay)
 
 
-ROWS = (
-    Row(
+EXPERIMENTS = (
+    Experiment(
         "3C1F, Fashion-MNIST", "3c1f", "fashion-mnist", 128, 10,
         {"sgd": (52, 92.60), "tengrad": (43, 93.15), "kfac": (188, 92.2), "ekfac": (275, 92.01), "kbfgs": (113, 92.12)},
         {
@@ -89,32 +100,32 @@ ROWS = (
             "ekfac": (0.001, 0.003, 0.03), "kbfgs": (0.03, 0.01, 0.01),
         },
     ),
-    _row(
+    _experiment(
         "WideResNet, CIFAR-10", "wrn-28-4", "cifar10", 16,
         [(1128, 94.01), (1108, 94.10), (2454, 94.50), (2936, 94.10), (1132, 92.70)],
         [(0.01, 0.003), (0.03, 0.003, 0.1), (0.03, 0.003, 0.03), (0.01, 0.003, 0.03), (0.03, 0.003, 0.03)],
     ),
-    _row(
+    _experiment(
         "WideResNet, CIFAR-100", "wrn-28-4", "cifar100", 16,
         [(1004, 75.79), (1124, 75.20), (2419, 75.60), (2766, 76.07), (1151, 74.35)],
         [(0.01, 0.003), (0.01, 0.03, 0.3), (0.003, 0.01, 0.03), (0.003, 0.01, 0.03), (0.003, 0.01, 0.01)],
     ),
-    _row(
+    _experiment(
         "DenseNet, CIFAR-10", "densenet-19-100", "cifar10", 100,
         [(2278, 93.52), (2077, 93.40), (4292, 93.31), (4820, 93.11), (2412, 93.41)],
         [(0.03, 0.003), (0.1, 0.003, 0.2), (0.01, 0.003, 0.03), (0.01, 0.003, 0.01), (0.01, 0.003, 0.01)],
     ),
-    _row(
+    _experiment(
         "DenseNet, CIFAR-100", "densenet-19-100", "cifar100", 100,
         [(1909, 72.10), (2002, 73.90), (3542, 74.50), (3788, 74.29), (2292, 73.50)],
         [(0.01, 0.003), (0.1, 0.003, 0.1), (0.01, 0.003, 0.03), (0.01, 0.003, 0.03), (0.01, 0.003, 0.03)],
     ),
-    _row(
+    _experiment(
         "MobileNetV2, CIFAR-10", "mobilenetv2", "cifar10", 32,
         [(1350, 92.70), (1841, 92.71), (3221, 92.63), (4304, 92.83), (1728, 91.30)],
         [(0.01, 0.003), (0.01, 0.01, 0.2), (0.01, 0.003, 0.1), (0.01, 0.003, 0.1), (0.01, 0.03, 0.03)],
     ),
-    _row(
+    _experiment(
         "MobileNetV2, CIFAR-100", "mobilenetv2", "cifar100", 32,
         [(1370, 72.78), (1406, 72.81), (3152, 72.82), (4687, 72.97), (1695, 72.01)],
         [(0.01, 0.003), (0.01, 0.01, 0.3), (0.01, 0.003, 0.03), (0.01, 0.003, 0.03), (0.03, 0.01, 0.03)],
@@ -122,14 +133,18 @@ ROWS = (
 )  # fmt: skip
 
 
-def chosen_rows(words: tuple[str, ...]) -> tuple[Row, ...]:
-    """Return the rows whose title or key is a word or begins with it; raises `UsageError` where a word fits none."""
-    chosen: list[Row] = []
+def choose_experiments(words: tuple[str, ...]) -> tuple[Experiment, ...]:
+    """Return the experiments whose title or key is one of the words, or else begins with it.
+
+    Raises `UsageError` if a word fits none.
+    """
+    chosen: list[Experiment] = []
     for word in words:
-        named = [(row, (row.title.lower(), row.key.lower())) for row in ROWS]
-        found = [row for row, names in named if word.lower() in names]
-        found = found or [row for row, names in named if any(name.startswith(word.lower()) for name in names)]
+        named = [(experiment, (experiment.title.lower(), experiment.key.lower())) for experiment in EXPERIMENTS]
+        found = [experiment for experiment, names in named if word.lower() in names]
+        found = found or [e for e, names in named if any(name.startswith(word.lower()) for name in names)]
         if not found or not word:
-            raise UsageError(f"--row {word}: no such row: choose from {'; '.join(row.title for row in ROWS)}")
-        chosen += [row for row in found if row not in chosen]
+            known = "; ".join(experiment.title for experiment in EXPERIMENTS)
+            raise UsageError(f"--row {word}: no such row: choose from {known}")
+        chosen += [experiment for experiment in found if experiment not in chosen]
     return tuple(chosen)

@@ -1,0 +1,115 @@
+"""Figures 6 to 8: a layer's block of the inverse Fisher matrix in exact NGD, TENGraD and K-FAC.
+
+The block is read from the optimizer's steps. With a learning rate of 1, no momentum and a unit vector as the gradient,
+a step is a column of the matrix that multiplies gradients.
+
+Key: O outputs and I inputs of the layer; K entries of its weight that are shown.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from tengrad_triton.baselines import KFAC
+from tengrad_triton.optim.tengrad import TENGraD
+from tengrad_triton.recipes.training.job import Job, closing_hooks
+from tengrad_triton.recipes.training.loop import fit
+
+LAYERS = {"figure6": 2, "figure7": 4, "figure8": 8}  # indices in the Sequential of 3C1F
+ENTRIES, OUTPUTS = 576, 24  # at most so many entries of a weight are shown, of so many outputs
+NEVER = 10**9  # all steps use the curvature of the first
+READ: Mapping[str, Any] = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "refresh_every": NEVER, "seed": 0}
+
+
+def _tengrad(model: nn.Module, damping: float, **settings: Any) -> torch.optim.Optimizer:
+    return TENGraD.paper(model, damping=damping, **READ, **settings)
+
+
+def _kfac(model: nn.Module, damping: float, **settings: Any) -> torch.optim.Optimizer:
+    return KFAC(model, damping=damping, kl_clip=None, **READ, **settings)
+
+
+# All but the last have a row of J for every class of every sample, so that only the approximation differs.
+METHODS: Mapping[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
+    "exact NGD": lambda model, damping: _tengrad(model, damping, blocks="network", fisher="exact"),
+    "TENGraD": lambda model, damping: _tengrad(model, damping, fisher="exact"),
+    "K-FAC": lambda model, damping: _kfac(model, damping, fisher="exact"),
+    "TENGraD, sampled": lambda model, damping: _tengrad(model, damping, fisher="sampled"),
+}
+
+
+def trained(job: Job) -> nn.Module:
+    """Return the job's model after one epoch of its optimizer."""
+    (name,) = job.settings.optimizer
+    state = next(fit(job, name, None, lambda *_: None))
+    model, _ = job.build(name)
+    model.load_state_dict(state["model"])
+    return model
+
+
+def shown_entries(weight: Tensor) -> Tensor:
+    """Return the flat indices of the entries that are shown, of evenly spaced outputs and inputs: [K]."""
+    outputs, inputs = len(weight), weight[0].numel()
+    height = min(outputs, OUTPUTS)
+    width = min(inputs, ENTRIES // height)
+    o_O, i_I = (torch.linspace(0, n - 1, count).round().long() for n, count in ((outputs, height), (inputs, width)))
+    return (o_O[:, None] * inputs + i_I).flatten()
+
+
+def inverse_block(
+    make: Callable[[nn.Module, float], torch.optim.Optimizer],
+    model: nn.Module,
+    layer: int,
+    batch: tuple[Tensor, Tensor],
+    damping: float,
+) -> Tensor:
+    """Return α times the block of the inverse for the shown entries of a layer's weight: [K, K].
+
+    Without curvature it is the identity.
+    """
+    copy = deepcopy(model)
+    optimizer = make(copy, damping)
+    with closing_hooks(optimizer):
+        cross_entropy(copy(batch[0]), batch[1]).backward()
+        optimizer.step()
+        weight = copy.get_parameter(f"{layer}.weight")
+        entries_K = shown_entries(weight)
+        columns = [_step_along(optimizer, copy, weight, int(entry))[entries_K] for entry in entries_K]
+    return damping * torch.stack(columns, 1)
+
+
+def _step_along(optimizer: torch.optim.Optimizer, model: nn.Module, weight: nn.Parameter, entry: int) -> Tensor:
+    """Return the step of a weight for a gradient that is 1 at one of its entries and 0 elsewhere: flat."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert weight.grad is not None
+    weight.grad.view(-1)[entry] = 1
+    with torch.no_grad():
+        weight.zero_()
+    optimizer.step()
+    return -weight.detach().flatten().clone()
+
+
+def distances(blocks: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    """Return the distances in the Frobenius norm of each block X from that of exact NGD, X*; both are times α.
+
+    ``relative`` is ‖X - X*‖ / ‖X*‖, ``of curvature`` is ‖X - X*‖ / ‖X* - I‖, and ``cosine`` is that of the angle
+    between X - I and X* - I. The last two are None if there is no curvature.
+    """
+    exact_KK = blocks["exact NGD"]
+    eye_KK = torch.eye(len(exact_KK), dtype=exact_KK.dtype, device=exact_KK.device)
+    exact, change = exact_KK.norm().item(), (exact_KK - eye_KK).norm().item()
+    found: dict[str, dict[str, float | None]] = {}
+    for name, block_KK in blocks.items():
+        error, own = (block_KK - exact_KK).norm().item(), (block_KK - eye_KK).norm().item()
+        aligned = ((block_KK - eye_KK) * (exact_KK - eye_KK)).sum().item()
+        found[name] = {
+            "relative": error / exact,
+            "of curvature": error / change if change else None,
+            "cosine": aligned / (change * own) if change and own else None,
+        }
+    return found

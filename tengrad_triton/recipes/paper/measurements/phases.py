@@ -1,0 +1,66 @@
+"""The time of a step by phase: the ranges that the optimizers mark, from torch's profiler."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
+
+from tengrad_triton.recipes.measuring.machine import now
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.training.job import Job, closing_hooks
+from tengrad_triton.recipes.training.loop import one_step
+from tengrad_triton.recipes.training.warm_up import warm_up
+
+PHASES = ("capture", "curvature", "solve", "update")
+REST = "forward and backward"
+EVERY, ROUNDS = 4, 3  # one step in four refreshes the curvature
+
+
+def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]:
+    """Return the median seconds of each phase, for steps that refresh the curvature and for steps that reuse it.
+
+    Time outside of all ranges counts as forward and backward, such as the further ones of a refresh. The whole step of
+    an optimizer that marks no range counts as the update.
+    """
+    warm_up(job, name)
+    own = job.settings.of(name)
+    refreshes = hasattr(own, "refresh_every")
+    if refreshes:
+        own = replace(own, refresh_every=EVERY)  # type: ignore[type-var]
+    model = job.model().to(job.device)
+    optimizer = own.build(model)
+    images, labels = next(job.data.batches("train", job.settings.batch_size))
+    steps = []
+    with closing_hooks(optimizer):
+        for _ in range(EVERY * ROUNDS):
+            with profile(activities=_activities(job)) as profiler:
+                begun = now(job.device)
+                one_step(model, optimizer, images, labels, own.needs_closure)
+                whole = now(job.device) - begun
+            steps.append(_by_phase(profiler, whole))
+    kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
+    return {kind: _medians(of) for kind, of in kinds.items() if refreshes or kind == "reuse"}
+
+
+def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    return {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
+
+
+def _activities(job: Job) -> list[ProfilerActivity]:
+    cuda = [ProfilerActivity.CUDA] if job.device.type == "cuda" else []
+    return [ProfilerActivity.CPU, *cuda]
+
+
+def _by_phase(profiler: Any, whole: float) -> dict[str, float]:
+    events = {event.key: event for event in profiler.key_averages()}
+    marked = {phase: _seconds(events[phase]) for phase in PHASES if phase in events}
+    if not marked:
+        steps = (_seconds(event) for key, event in events.items() if key.startswith("Optimizer.step#"))
+        marked = {"update": max(steps)}  # the outermost, if an optimizer consists of several
+    return {REST: max(0.0, whole - sum(marked.values())), **{phase: marked.get(phase, 0.0) for phase in PHASES}}
+
+
+def _seconds(event: Any) -> float:
+    """Return the seconds of an event on the device, or on the host if it has none; the profiler counts in µs."""
+    return (getattr(event, "device_time_total", 0) or event.cpu_time_total) / 1e6

@@ -1,0 +1,87 @@
+"""The document of the report, paper.json: every finished run and every measurement in the output folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tengrad_triton.recipes.paper.published import EXPERIMENTS, Experiment
+from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished
+from tengrad_triton.recipes.paper.request import INVERSES, MEASURED, Request
+from tengrad_triton.recipes.paper.runs import read_json
+from tengrad_triton.recipes.training.run_folder import RunFolder
+
+Document = Mapping[str, Any]
+
+
+def note_command(request: Request, targets: tuple[str, ...], command: Sequence[str]) -> None:
+    """Append the command to asked.json unless it is there, so that the report can say how to repeat the runs."""
+    file = request.out / "asked.json"
+    before = read_json(file) if file.exists() else []
+    entry = {"command": _portable(command), "scale": request.scale.description(), "targets": list(targets)}
+    if entry not in before:
+        RunFolder(request.out).write_json("asked.json", [*before, entry])
+
+
+def _portable(command: Sequence[str]) -> list[str]:
+    """Return a command line without the folders of this machine."""
+    placeholders = {"--data": "DIR", "--out": "OUT"}
+    return [placeholders.get(before, word) for before, word in zip(["", *command], command, strict=False)]
+
+
+def read_document(out: Path) -> dict[str, Any]:
+    """Return the document; raises `UsageError` if a file of the folder is damaged."""
+    measured = {
+        name: read_json(out / "results" / f"{name}.json")
+        for name in (*INVERSES, *MEASURED)
+        if (out / "results" / f"{name}.json").exists()
+    }
+    runs = [_run(file.parent, kind) for kind in ("runs", "grid") for file in sorted((out / kind).rglob("outcome.json"))]
+    return {"asked": read_json(out / "asked.json"), "runs": runs, "measured": measured}
+
+
+def _run(folder: Path, kind: str) -> dict[str, Any]:
+    """Return a finished run: its settings without those of the other optimizers, its machine and its outcome."""
+    settings = read_json(folder / "settings.json")
+    (name,) = settings["optimizer"]
+    shared = {key: value for key, value in settings.items() if not isinstance(value, dict) and key != "data"}
+    return {
+        "row": next(experiment.title for experiment in EXPERIMENTS if experiment.key == folder.parent.name),
+        "optimizer": name,
+        "kind": kind,
+        "settings": {**shared, "optimizer": name},
+        "own": settings[name],
+        "machine": read_json(folder / "machine.json")[-1],
+        **read_json(folder / "outcome.json"),
+    }
+
+
+def finished(document: Document, kind: str) -> dict[str, list[Finished]]:
+    """Return the runs of each experiment, by its title; ``kind`` is "runs" for table 2 or "grid" for searches."""
+    by_title: dict[str, list[Finished]] = {}
+    clock = clock_of(document)
+    for run in document["runs"]:
+        if run["kind"] == kind:
+            tuned = {key: run["own"][key] for key in ("lr", "weight_decay", "damping") if key in run["own"]}
+            entry = Finished(run["optimizer"], run["settings"]["seed"], run["rows"], run["diverged"], tuned, clock)
+            by_title.setdefault(run["row"], []).append(entry)
+    place = {name: number for number, name in enumerate(ORDER)}
+    return {title: sorted(runs, key=lambda run: (place[run.optimizer], run.seed)) for title, runs in by_title.items()}
+
+
+def clock_of(document: Document) -> str:
+    """Return the column of the metrics that measures time: CPU seconds if all runs had one thread of a CPU."""
+    machines = [run["machine"] for run in document["runs"]]
+    alone = all(machine["device_type"] == "cpu" and machine["threads"] == 1 for machine in machines)
+    return "cpu_seconds" if alone else "train_seconds"
+
+
+def experiment_of(title: str) -> Experiment:
+    """Return the experiment with a title."""
+    return next(experiment for experiment in EXPERIMENTS if experiment.title == title)
+
+
+def scale_of(document: Document, title: str, kind: str = "runs") -> str:
+    """Return how the scale of an experiment's runs differs from the paper's, as a phrase."""
+    scale = experiment_of(title).scale_of
+    scales = (scale(run["settings"]) for run in document["runs"] if (run["row"], run["kind"]) == (title, kind))
+    return "; ".join(dict.fromkeys(scales))

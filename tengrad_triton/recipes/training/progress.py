@@ -1,0 +1,61 @@
+"""The progress of training on the terminal: a bar or, where the output is not a terminal, a line for each epoch."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from rich import progress
+from rich.console import Console
+from torch import Tensor
+
+from tengrad_triton.recipes.training.metrics import EpochMetrics
+
+REDRAW_SECONDS = 0.25  # reading the loss makes a GPU wait: it is read no more often than an eye can follow
+
+
+class Progress:
+    """The progress of one optimizer over all its epochs."""
+
+    def __init__(self, bar: progress.Progress, name: str, epochs: int, images: int) -> None:
+        self._bar, self._epochs, self._images = bar, epochs, images
+        self._task = bar.add_task(f"{name:8}", total=epochs * images, quality="")
+        self._drawn = time.monotonic()
+
+    @classmethod
+    @contextmanager
+    def of(cls, console: Console, name: str, epochs: int, images: int) -> Iterator[Self]:
+        """Show the bar while the block runs. ``images`` is the number of images in an epoch."""
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(20),
+            progress.TextColumn("{task.fields[quality]}"),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            yield cls(bar, name, epochs, images)
+
+    def step(self, epoch: int, totals_3: Tensor) -> None:
+        """Move the bar after a step. The arguments are those of `loop.Watch`."""
+        if self._bar.disable or time.monotonic() - self._drawn < REDRAW_SECONDS:
+            return
+        loss, hits, images = totals_3.tolist()
+        self._draw(epoch, int(images), loss / images, hits / images)
+        self._drawn = time.monotonic()
+
+    def epoch(self, metrics: EpochMetrics) -> None:
+        """Show the metrics of an epoch: those of training on the bar, or all of them in a line."""
+        if self._bar.disable:
+            line = (
+                f"{metrics.optimizer:8} epoch {metrics.epoch}/{self._epochs}  "
+                f"train loss {metrics.train_loss:.4f}, accuracy {metrics.train_accuracy:.2%}  "
+                f"test loss {metrics.test_loss:.4f}, accuracy {metrics.test_accuracy:.2%}  "
+                f"{metrics.train_seconds:.2f} s"
+            )
+            self._bar.console.print(line, soft_wrap=True)
+        self._draw(metrics.epoch, self._images, metrics.train_loss, metrics.train_accuracy)
+
+    def _draw(self, epoch: int, images: int, loss: float, accuracy: float) -> None:
+        quality = f"epoch {epoch}/{self._epochs}  loss {loss:.3f}  {accuracy:.1%}"
+        self._bar.update(self._task, completed=(epoch - 1) * self._images + images, quality=quality)

@@ -1,0 +1,121 @@
+"""`tengrad-triton paper` is interrupted, refuses mistakes in one line, and estimates before it runs."""
+
+import errno
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.commands import PROCESS, one_line, threads_restored
+from helpers.paper import arguments, figures_not_rendered, outcomes, run, write_data
+
+from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.paper import estimates
+from tengrad_triton.recipes.paper.published import EXPERIMENTS
+from tengrad_triton.recipes.training import loop
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    with threads_restored():
+        yield folder
+
+
+def test_a_kill_loses_no_finished_run_and_at_most_the_current_epoch(data, tmp_path):
+    words = ["table2", "--row", "3C1F", "--seeds", "1", "--optimizer", "sgd", "adamw"]
+    command = arguments(data, tmp_path / "out", *words, epochs=40)
+    folders = [tmp_path / "out/runs" / EXPERIMENTS[0].key / f"{name}-seed0" for name in ("sgd", "adamw")]
+    with subprocess.Popen([sys.executable, "-c", PROCESS, *command], stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (folders[1] / "metrics.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = json.loads((folders[1] / "metrics.json").read_text())
+    finished = (folders[0] / "outcome.json").stat().st_mtime_ns
+    with figures_not_rendered():
+        assert main(command) == 0
+    assert (folders[0] / "outcome.json").stat().st_mtime_ns == finished
+    epochs = json.loads((folders[1] / "outcome.json").read_text())["rows"]
+    assert len(epochs) == 40
+    assert epochs[: len(before)] == before  # with the seconds of before
+    assert len(json.loads((folders[1] / "machine.json").read_text())) == 2
+
+
+def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "one_step", interrupted)
+    assert run(data, tmp_path / "out", "table2", "--row", "3C1F", "--optimizer", "sgd") == 130
+    assert "give the same command again" in one_line(capsys)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(data, tmp_path, monkeypatch, capsys):
+    words = ["table2", "--row", "3C1F", "--optimizer", "sgd", "--seeds", "1"]
+    saved, written = torch.save, []
+
+    def full(*arguments):
+        written.append(1)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert run(data, tmp_path / "out", *words) == 2
+    assert "No space left on device): make room, and give the same command again" in one_line(capsys)
+    with figures_not_rendered():
+        assert run(data, tmp_path / "out", *words) == 0
+    (outcome,) = outcomes(tmp_path / "out").values()
+    assert len(outcome["rows"]) == 2
+
+
+MISTAKES = {
+    "target": (["table9"], "'table9' is not known: choose from table2, figure1"),
+    "a drawing": (["figure2"], "figure2 is a drawing of the methods: there is nothing to run"),
+    "no target": ([], "no target: name one or several of table2"),
+    "row": (
+        ["table2", "--row", "VGG"],
+        "--row VGG: no such row: choose from 3C1F, Fashion-MNIST; WideResNet, CIFAR-10",
+    ),
+    "row of another figure": (["figure12", "--row", "3C1F"], "figure12 shows WideResNet, CIFAR-10"),
+    "optimizer": (["table2", "--optimizer", "adam"], '"tengrad", "sgd"'),
+    "optimizer twice": (["table2", "--optimizer", "sgd", "sgd"], "once"),
+    "scale": (["table2", "--scale.epochs", "0"], "--scale.epochs"),
+    "no data": (["table2", "--data", "."], "no folder fashion-mnist in it"),
+    "missing package": (["table2", "--optimizer", "soap"], "pip install 'tengrad-triton[rivals]'"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, capsys):
+    arguments, message = MISTAKES[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    assert main(["paper", *arguments]) == 2
+    assert message in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimate_stands_before_the_runs_and_leaves_nothing(data, tmp_path, capsys):
+    words = ["table2", "--row", "3C1F", "--seeds", "3", "--optimizer", "sgd", "tengrad", "--estimate"]
+    assert run(data, tmp_path / "out", *words) == 0
+    shown = capsys.readouterr().out
+    assert "6 runs, 6 of them to do; scale: epochs 2" in shown
+    assert "estimated from first steps" in shown
+    (sgd,) = [line.split() for line in shown.splitlines() if " sgd " in line]
+    assert sgd[3:5] == ["3", "6"]  # runs; two epochs of three steps
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_the_memory_is_refused_with_the_estimate(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimates, "free_bytes", lambda _: 1000)
+    assert run(data, tmp_path / "out", "table2", "--row", "3C1F", "--optimizer", "tengrad") == 2
+    assert re.search(r"tengrad on 3c1f needs at least \d+\.\d GiB at 16 images a step, and 0\.0 GiB", one_line(capsys))
+    assert not (tmp_path / "out").exists()

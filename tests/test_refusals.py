@@ -1,0 +1,172 @@
+"""Bad settings, models, groups and rules: one clear error, and nothing has changed."""
+
+import copy
+
+import one_step
+import pytest
+import torch
+import torch.nn.functional as F
+from small_conv import batch, small_model, take_steps
+from torch import nn
+
+from tengrad_triton import Categorical, TENGraD
+
+BAD = {
+    "negative lr": ({"lr": -1.0}, ValueError, "lr must be at least 0"),
+    "lr not a number": ({"lr": "fast"}, TypeError, "lr must be a number"),
+    "lr tensor of two": ({"lr": torch.ones(2)}, ValueError, "one element"),
+    "zero damping": ({"damping": 0.0}, ValueError, "damping must be positive, got 0.0"),
+    "negative damping": ({"damping": -0.1}, ValueError, "damping must be positive"),
+    "nan damping": ({"damping": float("nan")}, ValueError, "damping must be positive"),
+    "damping schedule out of range": ({"damping": lambda step: -1.0}, ValueError, "damping must be positive"),
+    "damping not a number": ({"damping": "large"}, TypeError, "damping must be a number, 'lm' or a function"),
+    "momentum of one": ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\)"),
+    "nesterov without momentum": ({"momentum": 0.0, "nesterov": True}, ValueError, "nesterov=True needs momentum"),
+    "negative weight decay": ({"weight_decay": -1e-3}, ValueError, "weight_decay must be at least 0"),
+    "refresh_every 0": ({"refresh_every": 0}, ValueError, "refresh_every must be at least 1, got 0"),
+    "refresh_every 1.5": ({"refresh_every": 1.5}, TypeError, "refresh_every must be a whole number"),
+    "fisher": ({"fisher": "true"}, ValueError, "fisher must be one of 'sampled', 'empirical', 'exact', got 'true'"),
+    "likelihood": ({"likelihood": "poisson"}, ValueError, "categorical, gaussian, bernoulli"),
+    "likelihood object": ({"likelihood": object()}, TypeError, "must have sample"),
+    "blocks": ({"blocks": "net"}, ValueError, "blocks must be 'layer', 'network' or lists"),
+    "representation": ({"representation": "dense"}, ValueError, "representation must be one of"),
+    "representation of a weight": ({"representation": {"0.weight": "dense"}}, ValueError, "representation must be"),
+    "unsupported": ({"unsupported": "skip"}, ValueError, "unsupported must be one of"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    "max_bytes": ({"max_bytes": -1}, ValueError, "max_bytes must be at least 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_settings(case):
+    arguments, error, message = BAD[case]
+    model = small_model()
+    with pytest.raises(error, match=message):
+        TENGraD(model, **arguments)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_bad_models():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+        TENGraD(list(small_model().parameters()))
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        TENGraD(nn.ReLU())
+    frozen = small_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        TENGraD(frozen)
+
+
+def test_a_weight_and_its_bias_in_different_groups():
+    model = small_model()
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    with pytest.raises(ValueError, match="weight, bias of '0' are in different parameter groups"):
+        TENGraD(model, [{"params": weights}, {"params": biases, "weight_decay": 0.0}])
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_bad_added_group_is_not_added():
+    model = small_model()
+    optimizer = TENGraD(model, model[6].parameters())
+    with pytest.raises(ValueError, match="damping must be positive"):
+        optimizer.add_param_group({"params": model[4].parameters(), "damping": 0.0})
+    optimizer.add_param_group({"params": [model[4].weight]})
+    with pytest.raises(ValueError, match="different parameter groups"):
+        optimizer.add_param_group({"params": [model[4].bias]})
+    take_steps(model, optimizer, 0, 1)
+
+
+def test_frozen_parameters_and_parameters_of_no_module():
+    model = small_model()
+    model[0].requires_grad_(False)
+    model[4].weight.requires_grad_(False)  # a bias alone is a block too
+    scale = nn.Parameter(torch.ones(()))
+    with pytest.warns(UserWarning, match="not a parameter of the model"):
+        optimizer = TENGraD(model, [*model.parameters(), scale])
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch()
+    F.cross_entropy(model(x) * scale, y).backward()
+    optimizer.step()
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"4.bias", "6.weight", "6.bias"}
+    assert scale.item() != 1
+
+
+BAD_ROWS = {
+    "entries": (lambda rows: rows[:, :5], r"returned rows of 5 entries for '1.weight', which has 36"),
+    "samples": (lambda rows: rows[:2], r"returned 2 rows for '1.weight', but the batch has \d+ samples"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_custom_rule_of_the_wrong_size_is_named(case):
+    from tengrad_triton import PerSampleGrads, canonical
+
+    spoil, message = BAD_ROWS[case]
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(36))
+
+        def forward(self, x):
+            return x * self.weight
+
+    @canonical.register
+    def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
+        return {"weight": PerSampleGrads(spoil(grad_y * x))}
+
+    model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))
+    optimizer = TENGraD(model)
+    x, y = batch()
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match=f"rule for Scale {message}"):
+        optimizer.step()
+
+
+BAD_CONTROLS = {
+    "no such module": (
+        {"blocks": [["7"]]},
+        ValueError,
+        r"blocks names '7', where no block is; there are '0', '3', '5'",
+    ),
+    "a module twice": ({"blocks": [["0", "3"], ["3"]]}, ValueError, "blocks names '3' more than once"),
+    "an empty list": ({"blocks": [[]]}, ValueError, "lists of modules' names"),
+    "no draws": ({"fisher_samples": 0}, ValueError, "fisher_samples must be at least 1, got 0"),
+    "draws of nothing drawn": ({"fisher_samples": 2, "fisher": "exact"}, ValueError, "use fisher='sampled'"),
+    "half a row": ({"fisher_rows": 0.5}, TypeError, "fisher_rows must be a whole number"),
+    "no history": ({"history": 0}, ValueError, "history must be at least 1"),
+    "compressed history": ({"history": 2, "representation": "compressed"}, ValueError, "choose one of the two"),
+    "unclear damping": ({"relative_damping": 1}, TypeError, "relative_damping must be True or False"),
+    "no trust": ({"trust_region": 0}, ValueError, "trust_region must be positive"),
+    "spring of one": ({"spring": 1.0}, ValueError, r"spring must be in \[0, 1\)"),
+    "nesterov and spring": ({"spring": 0.5, "nesterov": True}, ValueError, "no spring"),
+    "decay and spring": ({"spring": 0.5, "weight_decay": 0.1}, ValueError, "decoupled_weight_decay=True"),
+    "exact without a factor": (
+        {"fisher": "exact", "likelihood": one_step.Recording(Categorical())},
+        TypeError,
+        "factor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONTROLS)
+def test_bad_controls(case):
+    arguments, error, message = BAD_CONTROLS[case]
+    with pytest.raises(error, match=message):
+        TENGraD(one_step.small_model(), **arguments)
+
+
+def test_exact_rows_beyond_the_memory_are_refused_with_the_numbers():
+    model = one_step.small_model()
+    _optimizer = TENGraD(model, fisher="exact", max_bytes=100)
+    with pytest.raises(ValueError, match=r"3 rows for each of 6 samples: .* raise max_bytes"):
+        model(one_step.batch(0)[0])
+
+
+def test_a_block_needs_one_damping():
+    model = one_step.small_model()
+    groups = [{"params": model[0].parameters()}, {"params": model[3:].parameters(), "damping": 1.0}]
+    with pytest.raises(ValueError, match=r"'network' are solved together and need one damping, got 0.003, 1.0"):
+        TENGraD(model, groups, blocks="network")

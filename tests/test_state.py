@@ -1,0 +1,55 @@
+"""The optimizer's state: it continues bit for bit, and another model's is refused."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_conv import batch, flat, small_model, take_steps
+from torch import nn
+
+from tengrad_triton import TENGraD
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("representation", ["factored", "per_sample"])
+@pytest.mark.parametrize("pause", range(1, 7))
+def test_state_dict_continues_bit_for_bit_in_mid_interval(pause, representation, fisher):
+    options = {"refresh_every": 3, "fisher": fisher, "representation": representation, "weight_decay": 0.01}
+    whole = small_model()
+    take_steps(whole, TENGraD(whole, **options), 0, 8)
+
+    model = small_model()
+    optimizer = TENGraD(model, **options)
+    take_steps(model, optimizer, 0, pause)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    torch.manual_seed(99)
+    resumed = nn.Sequential(*(copy.deepcopy(layer) for layer in small_model()))
+    resumed.load_state_dict(saved["model"])
+    continued = TENGraD(resumed, seed=1, **options)
+    continued.load_state_dict(saved["optimizer"])
+    take_steps(resumed, continued, pause, 8)
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_state_of_another_model_is_refused_and_changes_nothing():
+    other = nn.Sequential(nn.Linear(36, 4))
+    optimizer = TENGraD(other)
+    x, y = batch()
+    F.cross_entropy(other(x.flatten(1)), y).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 6), nn.Flatten(), nn.Linear(4, 4))
+    target = TENGraD(model)
+    with pytest.raises(ValueError, match=r"parameter group|another model"):
+        target.load_state_dict(saved)
+    with pytest.raises(ValueError, match="'tengrad'"):
+        target.load_state_dict(torch.optim.SGD(model.parameters(), lr=1).state_dict())
+    assert target._steps == 0
+    assert target._curvature is None
