@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_mlp import backward, batch, small_model
+from torch import nn
 
 from tengrad_triton import TENGraD
 
