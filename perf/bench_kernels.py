@@ -10,12 +10,12 @@ from collections import deque
 
 import pytest
 import torch
-from tengrad_triton.backend import kernels_of
 
 from perf.alternatives import alternatives
 from perf.launches import Repeated
 from perf.sizes import sized
 from perf.timing import spread
+from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.kernels import SPECS
 
 
@@ -39,7 +39,7 @@ def test_kernel(benchmark, request, case, device, limits):
     option, spec = request.config.getoption, case.spec
     arguments = case.make(device)
     # The implementation that the optimizer calls on this device.
-    ours = getattr(kernels_of("auto" if device.type == "cuda" else "torch"), spec.name)
+    ours = getattr(ops_for("auto" if device.type == "cuda" else "torch"), spec.name)
     op = Repeated(ours, arguments, device)
     others, failed = {}, {}
     for name, work in alternatives(spec, option("compiled")).items():
