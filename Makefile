@@ -3,6 +3,8 @@ CONSTRAINTS ?= constraints.txt
 VENV        ?= .venv
 READY       := $(VENV)/.ready
 RUN         := $(VENV)/bin/python -m
+# The tests' tensors are small: a second thread would only wait for the first.
+PYTEST      := OMP_NUM_THREADS=1 $(RUN) pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help install train quick test tests test-slow bench lint format clean
@@ -16,16 +18,17 @@ train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and
 	$(VENV)/bin/tengrad-triton train
 
 quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
-	$(RUN) pytest -x -q -k "not compiled" tests/test_exact.py tests/test_optimizer.py tests/test_state.py tests/test_refusals.py tests/test_cpu.py
-	TRITON_INTERPRET=1 $(RUN) pytest -x -q -k "takes_any_strides and not (project or cholesky)" tests/test_kernels.py
+	$(PYTEST) -x -q -k "not compiled" tests/test_exact.py tests/test_optimizer.py tests/test_state.py \
+		tests/test_refusals.py tests/test_cpu.py
+	TRITON_INTERPRET=1 $(PYTEST) -x -q -k "takes_any_strides and not (project or cholesky)" tests/test_kernels.py
 
 test: lint tests           ## lint, then run every test that is not marked slow
 
 tests: $(READY)            ## run them without linting
-	$(RUN) pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)        ## run the tests marked slow
-	$(RUN) pytest -m slow
+	$(PYTEST) -m slow
 
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf
