@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.data.images import Part, Split
+from tengrad_triton.recipes.errors import UsageError
 
 if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
@@ -108,7 +108,9 @@ def _column(table: "Dataset", names: tuple[str, ...], origin: str) -> str:
 def _labels(samples: "Dataset", column: str, classes: int, origin: str) -> Tensor:
     labels_N = np.asarray(samples.select_columns(column).with_format("numpy")[:][column])
     if labels_N.dtype.kind not in "iu":  # missing labels turn integers into floats
-        raise UsageError(f"{origin}: column {column} holds {labels_N.dtype}, or gaps: expected an integer for every sample")
+        raise UsageError(
+            f"{origin}: column {column} holds {labels_N.dtype}, or gaps: expected an integer for every sample"
+        )
     low, high = int(labels_N.min()), int(labels_N.max())
     if low < 0 or high >= classes:
         raise UsageError(f"{origin}: labels {low} to {high}: expected 0 to {classes - 1}; is this another --dataset?")
@@ -129,7 +131,9 @@ def _decode(samples: "Dataset", column: str, mode: str, origin: str, console: Co
             shape_HW = shape_HW or pixels.shape
             if image is None or pixels.shape != shape_HW:
                 got = "no image" if image is None else f"{pixels.shape}"
-                raise UsageError(f"{origin}: sample {index} of column {column} holds {got}: expected an image of {shape_HW}")
+                raise UsageError(
+                    f"{origin}: sample {index} of column {column} holds {got}: expected an image of {shape_HW}"
+                )
             decoded.append(torch.from_numpy(pixels))
     images_NHWC = torch.stack(decoded).view(len(decoded), *decoded[0].shape[:2], -1)
     return images_NHWC.permute(0, 3, 1, 2).contiguous()
