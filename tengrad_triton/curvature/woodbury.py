@@ -30,7 +30,7 @@ class InverseFactors:
     """Blocks of one size: W = C⁻¹ with C Cᵀ = K + N α I, so that (K + N α I)⁻¹ = Wᵀ W."""
 
     blocks: tuple[str, ...]
-    inverse_LNN: Tensor
+    inverse_BNN: Tensor
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,17 @@ class Curvature:
 
     def _largest(self) -> int:
         """Return the largest number of rows of a block."""
-        return max(one.inverse_LNN.shape[-1] for one in self.inverses)
+        return max(one.inverse_BNN.shape[-1] for one in self.inverses)
 
     def _solve(self, y_LN: Tensor, ops: Ops) -> list[Tensor]:
         """Return w_N = (K + N α I)⁻¹ y of every block."""
         w: dict[str, Tensor] = {}
         y = dict(zip(self.blocks, y_LN.unbind(), strict=True))
         for one in self.inverses:
-            size = one.inverse_LNN.shape[-1]
+            size = one.inverse_BNN.shape[-1]
             all_alike = one.blocks == tuple(self.blocks) and size == y_LN.shape[1]
             y_BN = y_LN if all_alike else torch.stack([y[block][:size] for block in one.blocks])
-            solved = ops.cholesky_solve(one.inverse_LNN, y_BN.to(one.inverse_LNN.dtype))
+            solved = ops.cholesky_solve(one.inverse_BNN, y_BN.to(one.inverse_BNN.dtype))
             w |= dict(zip(one.blocks, solved.unbind(), strict=True))
         return [w[block] for block in self.blocks]
 
@@ -169,7 +169,7 @@ def factor(
     jacobians: Jacobians,
     blocks: FisherBlocks,
     history: tuple[int, ...],
-    damping_L: Tensor,
+    epsilon_L: Tensor,
     failures_L: Tensor,
     ops: Ops,
     tol: Mapping[str, float],
@@ -185,7 +185,7 @@ def factor(
         jacobians: J of every layer.
         blocks: which layers are solved together.
         history: rows of J from each refresh, the newest first.
-        damping_L: ε of every block.
+        epsilon_L: the setting ε of every block (M5).
         failures_L: the failures of every block so far.
         ops: the kernels.
         tol: the blocks to compress, each to its tolerance (M7). Their ranks are read back from the
@@ -193,32 +193,32 @@ def factor(
         relative_damping: whether α = ε max(1, trace(K) / N), where trace(K) / N = tr F; otherwise α = ε (M5).
     """
     if not jacobians:
-        return Curvature(jacobians, {}, (), history, damping_L, failures_L)
+        return Curvature(jacobians, {}, (), history, epsilon_L, failures_L)
     if len(history) == 1:  # a history keeps its rows
         jacobians = {name: layer for names in blocks.values() for name, layer in _reduced(jacobians, names).items()}
     n, by_size = sum(history), _grams(jacobians, blocks)
-    k = {block: k_NN for names, k_LNN in by_size for block, k_NN in zip(names, k_LNN.unbind(), strict=True)}
+    k = {block: k_NN for names, k_BNN in by_size for block, k_NN in zip(names, k_BNN.unbind(), strict=True)}
     traces = {
         block: trace
-        for names, k_LNN in by_size
-        for block, trace in zip(names, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
+        for names, k_BNN in by_size
+        for block, trace in zip(names, k_BNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
     }
     failures_L = failures_L.to(by_size[0][1])
     trace_L = torch.stack([traces[block] for block in blocks]) / n
-    damping_L = damping_L.to(failures_L) * 10.0**failures_L
+    alpha_L = epsilon_L.to(failures_L) * 10.0**failures_L
     if relative_damping:
-        damping_L = damping_L * trace_L.clamp(min=1.0)
-    shifts = dict(zip(blocks, (n * damping_L).unbind(), strict=True))
+        alpha_L = alpha_L * trace_L.clamp(min=1.0)
+    shifts = dict(zip(blocks, (n * alpha_L).unbind(), strict=True))
     inverses: list[InverseFactors] = []
     healthy: dict[str, Tensor] = {}
-    for names, k_LNN in by_size:
-        factor_LNN, pivot_L = ops.cholesky(k_LNN, torch.stack([shifts[block] for block in names]))
-        healthy_B = pivot_L > 0  # false for NaN too
-        inverse_LNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)
-        inverses.append(InverseFactors(names, inverse_LNN))
+    for names, k_BNN in by_size:
+        factor_BNN, pivot_B = ops.cholesky(k_BNN, torch.stack([shifts[block] for block in names]))
+        healthy_B = pivot_B > 0  # false for NaN too
+        inverse_BNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_BNN), 0.0)
+        inverses.append(InverseFactors(names, inverse_BNN))
         healthy |= dict(zip(names, healthy_B.unbind(), strict=True))
     healthy_L = torch.stack([healthy[block] for block in blocks])
-    used_L = torch.where(healthy_L, damping_L, damping_L + trace_L)
+    used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
     full = Curvature(store_contiguously(jacobians), blocks, inverses, history, used_L, failures_L + ~healthy_L)
     return compress(full, k, shifts, tol) if tol else full
 
@@ -286,7 +286,7 @@ def compress(
     inverses = [
         InverseFactors(
             one.blocks,
-            torch.stack([compressed(*pair) for pair in zip(one.blocks, one.inverse_LNN, strict=True)]),
+            torch.stack([compressed(*pair) for pair in zip(one.blocks, one.inverse_BNN, strict=True)]),
         )
         for one in full.inverses
     ]
