@@ -83,7 +83,7 @@ class Run:
 
     Attributes:
         residuals: ‖u_k − y‖² at each step.
-        cs: the C of assumption 2 for J at each step.
+        cs: the least C that assumption 2 allows at each step.
         distances: ‖W_k − W₀‖ at each step, over the radius of assumption 2.
     """
 

@@ -18,22 +18,22 @@ from tengrad_triton.kernels.spec import KernelSpec
 Work = Callable[..., Any]
 
 
-def _gram_by_einsum(a: list[Tensor], g: list[Tensor], rows: list[int], count: int) -> Tensor:
+def _gram_by_einsum(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int) -> Tensor:
     """One einsum for each factor of the equation."""
     n = len(a[0])
     k_LNN = a[0].new_zeros(count, n, n)
-    for row, a_NGPI, g_NGPO in zip(rows, a, g, strict=True):
+    for block, a_NGPI, g_NGPO in zip(blocks, a, g, strict=True):
         aa, gg = (torch.einsum("ngpx,mgqx->gnpmq", x, x) for x in (a_NGPI, g_NGPO))
-        k_LNN[row] += (aa * gg).sum((0, 2, 4))
+        k_LNN[block] += (aa * gg).sum((0, 2, 4))
     return k_LNN
 
 
-def _gram_of_stacked(j: list[Tensor], rows: list[int], count: int) -> Tensor:
+def _gram_of_stacked(j: list[Tensor], blocks: list[int], count: int) -> Tensor:
     """One batched product, with all weights padded to the widest."""
     widest = max(x.shape[1] for x in j)
     j_TNK = torch.stack([F.pad(x, (0, widest - x.shape[1])) for x in j])
     k_LNN = j_TNK.new_zeros(count, *j_TNK.shape[1:2], *j_TNK.shape[1:2])
-    return k_LNN.index_add_(0, torch.tensor(rows, device=j_TNK.device), j_TNK @ j_TNK.mT)
+    return k_LNN.index_add_(0, torch.tensor(blocks, device=j_TNK.device), j_TNK @ j_TNK.mT)
 
 
 def _grouped_convolution(
@@ -58,12 +58,12 @@ def _batched_product(
 
 
 def _project_by_product(
-    a: list[Tensor], g: list[Tensor], v: list[Tensor], rows: list[int], shape: list[int]
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int]
 ) -> Tensor:  # fmt: skip
     y_LN = a[0].new_zeros(shape)
-    for row, a_NGPI, g_NGPO, v_OKI in zip(rows, a, g, v, strict=True):
+    for block, a_NGPI, g_NGPO, v_OKI in zip(blocks, a, g, v, strict=True):
         v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
-        y_LN[row, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
+        y_LN[block, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
     return y_LN
 
 

@@ -1,6 +1,6 @@
 """Time every op at its sizes, against other expressions in torch and against the machine's limit.
 
-pytest-benchmark times the op; the setup of each of its rounds times the rivals, so that all interleave.
+pytest-benchmark times the op; the setup of each of its rounds times the alternatives, so that all interleave.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections import deque
 
 import pytest
 import torch
-from tengrad_triton.backend import kernels_of
 
 from perf.alternatives import alternatives
 from perf.launches import Repeated
 from perf.sizes import sized
 from perf.timing import spread
+from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.kernels import SPECS
 
 
@@ -39,25 +39,25 @@ def test_kernel(benchmark, request, case, device, limits):
     option, spec = request.config.getoption, case.spec
     arguments = case.make(device)
     # The implementation that the optimizer calls on this device.
-    ours = getattr(kernels_of("auto" if device.type == "cuda" else "torch"), spec.name)
+    ours = getattr(ops_for("auto" if device.type == "cuda" else "torch"), spec.name)
     op = Repeated(ours, arguments, device)
     others, failed = {}, {}
     for name, work in alternatives(spec, option("compiled")).items():
         try:
-            rival = Repeated(work, arguments, device)
-            others[name if rival.captured == op.captured else f"{name}, launched"] = rival
+            other = Repeated(work, arguments, device)
+            others[name if other.captured == op.captured else f"{name}, launched"] = other
         except (RuntimeError, MemoryError) as error:  # an expression that needs more memory than the device has
             failed[name] = type(error).__name__
     times = {name: [] for name in others}
     turns = deque(others)
 
-    def let_rivals_run():
+    def time_alternatives():
         for name in turns:
             times[name].append(others[name].seconds())
-        turns.rotate()  # so that no rival always follows the same one, whose data fill the caches
+        turns.rotate()  # so that no alternative always follows the same one, whose data fill the caches
         op.warm_up()
 
-    benchmark.pedantic(op, setup=let_rivals_run, rounds=option("rounds"), iterations=1, warmup_rounds=1)
+    benchmark.pedantic(op, setup=time_alternatives, rounds=option("rounds"), iterations=1, warmup_rounds=1)
     flops, moved = spec.flops(*arguments), spec.bytes(*arguments)
     benchmark.extra_info.update(
         kernel=spec.name,

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_mlp import backward, batch, small_model
+from torch import nn
 
 from tengrad_triton import TENGraD
 
@@ -164,3 +165,21 @@ def test_zero_grad_forgets_the_batch_but_not_one_on_its_way():
     loss.backward()
     optimizer.step()
     assert optimizer._steps == 1
+
+
+class DropsOut(nn.Linear):
+    """A layer that no rule covers, and that cannot be run again: it is random."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x).square(), 0.5)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_every_draw_has_the_rows_of_a_random_layer_without_a_rule(draws):
+    torch.manual_seed(0)
+    model = nn.Sequential(DropsOut(4, 5), nn.Linear(5, 3))
+    optimizer = TENGraD(model, fisher_samples=draws)
+    backward(model)
+    optimizer.step()
+    assert optimizer._curvature.rows == 6 * draws
+    assert all(one.block != "-" for one in optimizer.summary().parameters)

@@ -72,8 +72,9 @@ class OutputGrads:
                     call.output_grads[place] = grad
                 sums = zip(rerun, grads[len(edges) :], strict=True)
                 draw.gradient_sums = {id(p): torch.zeros_like(p) if g is None else g for p, g in sums}
-                irreproducible = self._explicit_rows.fill_by_layer(draw) if rerun else []
-                self._explicit_rows.fill_unattributed(draw, [*unattributed, *irreproducible], results, cotangents)
+                # What the first draw finds irreproducible is unattributed in all later ones.
+                unattributed += self._explicit_rows.fill_by_layer(draw) if rerun else []
+                self._explicit_rows.fill_unattributed(draw, unattributed, results, cotangents)
         for draw in (record, *record.extra_draws):
             draw.release_edges()
 

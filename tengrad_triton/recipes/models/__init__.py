@@ -1,7 +1,7 @@
-"""The models of the recipes, by name; a family such as wrn takes the numbers in the name: wrn-28-4, wrn-16-2.
+"""The models of the recipes, by name. The name of a member of a family has its sizes: wrn-28-4, wrn-16-2.
 
-A new model is a function in one of the files beside this one, and a row in `MODELS`, or in `FAMILIES` with a pattern.
-`tests/test_models.py` compares the numbers of parameters with the literature's.
+A new model is a function in a file of this folder, and an entry of `MODELS` or, for a family, of `FAMILIES`.
+`tests/test_models.py` compares the numbers of parameters with published ones.
 
 Key: C channels, H height and W width of an image.
 """
@@ -27,9 +27,9 @@ class ImageModel:
     """A classifier of images.
 
     Attributes:
-        make: from the image's C, H, W, the number of classes and the width to the model; raises `UsageError` where
-            the images do not fit.
-        width: what the literature or, for 3c1f and mlp, the recipes' default run starts from: channels of the first
+        make: takes an image's [C, H, W], the number of classes and the width, and returns the model; raises
+            `UsageError` if the images or the width do not fit.
+        width: the default width, which is the published one except for 3c1f and mlp: channels of the first
             convolution, units of a hidden layer or features of a token.
     """
 
@@ -43,13 +43,14 @@ class ImageModel:
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model of text: it takes token ids [N, T] and returns logits [N, T, vocabulary]. No recipe trains one yet.
+    """A model of text, from token ids [N, T] to logits [N, T, vocabulary]. No recipe trains one yet.
 
     Attributes:
-        make: from the vocabulary's size, the greatest number of tokens and the features of one to the model.
-        width: the literature's features of a token.
-        vocabulary: the literature's.
-        context: the literature's greatest number of tokens.
+        make: takes the size of the vocabulary, the greatest number of tokens and the features of a token, and
+            returns the model.
+        width: the published features of a token.
+        vocabulary: the published size of the vocabulary.
+        context: the published greatest number of tokens.
     """
 
     make: Callable[[int, int, int], nn.Module]
@@ -84,7 +85,7 @@ KNOWN = ", ".join([*MODELS, "wrn-DEPTH-WIDEN (such as wrn-28-4)", "densenet-DEPT
 
 
 def image_model(name: str) -> ImageModel:
-    """Return a row of `MODELS`, or the member of a family; raises `UsageError` with the known names."""
+    """Return a model or the member of a family; raises `UsageError` with the known names if the name is unknown."""
     if name in MODELS:
         return MODELS[name]
     member = re.fullmatch(rf"({'|'.join(FAMILIES)})-([1-9]\d*)-([1-9]\d*)", name)

@@ -10,7 +10,7 @@ from tengrad_triton.recipes.errors import UsageError
 
 
 class Dense(nn.Module):
-    """Adds `growth` channels to its input: a 1 x 1 convolution to 4 growth channels, then a 3 x 3 one."""
+    """Appends ``growth`` channels to its input: a 1 x 1 convolution to 4 growth channels, then a 3 x 3 one."""
 
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Dense(nn.Module):
         self.norm2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the input with the new channels behind it."""
+        """Return the input, followed by the new channels."""
         narrow = self.conv1(self.norm1(x_NCHW).relu())
         return torch.cat((x_NCHW, self.conv2(self.norm2(narrow).relu())), 1)
 
@@ -26,8 +26,8 @@ class Dense(nn.Module):
 def densenet(shape_CHW: tuple[int, int, int], classes: int, growth: int, depth: int) -> nn.Module:
     """Return DenseNet-BC of three blocks with (depth - 4) // 6 layers each.
 
-    The paper's depth of 19 is not of the form 6 n + 4 that this divides: like the code it builds on, two layers a
-    block are taken. Raises `UsageError` unless depth = 3 n + 4, and for images that two poolings leave nothing of.
+    The paper's depth of 19 is not of the form 6 n + 4. As in the code that the paper builds on, the number of layers is
+    rounded down, to two in each block. Raises `UsageError` unless depth = 3 n + 4, and for images smaller than 4 x 4.
     """
     channels, height, wide = shape_CHW
     if min(height, wide) < 4:

@@ -9,7 +9,7 @@ from tengrad_triton.recipes.errors import UsageError
 
 
 def conv_3c1f(shape_CHW: tuple[int, int, int], classes: int, width: int) -> nn.Module:
-    """Return the paper's 3C1F: three convolutions of `width` channels (128 there), one pooling, two linear layers.
+    """Return the paper's 3C1F: three convolutions of ``width`` channels (there 128), one pooling, two linear layers.
 
     28 x 28 images become 9 x 9 maps, so the first linear layer has 81 * width inputs. Raises `UsageError` if the image
     is smaller than the pooling window.
@@ -33,7 +33,7 @@ def conv_3c1f(shape_CHW: tuple[int, int, int], classes: int, width: int) -> nn.M
 
 
 def mlp(shape_CHW: tuple[int, int, int], classes: int, width: int) -> nn.Module:
-    """Return a perceptron with two hidden layers of `width` units."""
+    """Return a perceptron with two hidden layers of ``width`` units."""
     channels, height, wide = shape_CHW
     return nn.Sequential(
         nn.Flatten(),

@@ -13,7 +13,7 @@ def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Residual(nn.Module):
-    """Convolutions, each normalized, beside a shortcut: two of 3 x 3, or 1 x 1, 3 x 3 and 1 x 1 as a bottleneck."""
+    """Normalized convolutions with a shortcut: two of 3 x 3, or 1 x 1, 3 x 3 and 1 x 1 as a bottleneck."""
 
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Residual(nn.Module):
             self.shortcut = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the sum of both ways, rectified."""
+        """Return the rectified sum of the convolutions' output and the shortcut."""
         hidden = x_NCHW
         for number, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True), 1):
             hidden = norm(conv(hidden))
@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 def _resnet(channels: int, classes: int, width: int, counts: tuple[int, ...], bottleneck: bool) -> nn.Module:
-    """Return four stages of blocks behind a 3 x 3 stem that keeps the image's size."""
+    """Return a 3 x 3 stem that keeps the size of the image, followed by four stages of blocks."""
     blocks, inputs = [], width
     for stage, count in enumerate(counts):
         for block in range(count):
@@ -68,7 +68,7 @@ class PreActivation(nn.Module):
         self.shortcut = _conv(inputs, outputs, 1, stride) if stride != 1 or inputs != outputs else None
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """Return the sum of both ways."""
+        """Return the sum of the convolutions' output and the shortcut."""
         activated = self.norm1(x_NCHW).relu()
         hidden = self.conv2(self.norm2(self.conv1(activated)).relu())
         return hidden + (x_NCHW if self.shortcut is None else self.shortcut(activated))

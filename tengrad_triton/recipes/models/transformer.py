@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tengrad_triton.recipes.errors import UsageError
 
-PATCHES = 7  # a side, at least: 4 x 4 pixels in CIFAR's and Fashion-MNIST's images, 16 x 16 of 224
+PATCHES = 7  # at least so many on each side: patches of 4 x 4 pixels for 28 or 32 pixels, 16 x 16 for 224
 
 
 class Layer(nn.Module):
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches as tokens, behind a class token from whose features the classes are read."""
+    """A class token followed by the patches as tokens; the logits come from the class token."""
 
     def __init__(self, shape_CHW: tuple[int, int, int], classes: int, features: int, patch: int, layers: int) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ class VisionTransformer(nn.Module):
 
 
 def vit_tiny(shape_CHW: tuple[int, int, int], classes: int, width: int = 192, layers: int = 12) -> nn.Module:
-    """Return ViT-Tiny with `width` features a token; patches are as large as leaves `PATCHES` of them a side.
+    """Return ViT-Tiny with ``width`` features for each token, and the largest patches of which `PATCHES` fit on a side.
 
-    Raises `UsageError` if the width is not a multiple of 3, or of 64.
+    Raises `UsageError` if the width is not a multiple of 3 or of 64.
     """
     _, height, wide = shape_CHW
     sizes = [size for size in range(1, 17) if height % size == 0 and wide % size == 0]
@@ -65,7 +65,7 @@ def vit_tiny(shape_CHW: tuple[int, int, int], classes: int, width: int = 192, la
 
 
 def _heads(features: int) -> int:
-    """Return one head for every 64 features, as ViT and GPT-2 have them, or three of fewer features."""
+    """Return one head for every 64 features, as in ViT and GPT-2, or three heads if 64 does not divide them."""
     heads = features // 64 if features % 64 == 0 else 3
     if features % heads:
         raise UsageError(f"a transformer needs a width that is a multiple of 3 or of 64, got {features}")
@@ -73,7 +73,7 @@ def _heads(features: int) -> int:
 
 
 class Gpt(nn.Module):
-    """A decoder whose head is the tokens' embedding."""
+    """A decoder with a head that shares the table of the token embedding."""
 
     def __init__(self, vocabulary: int, context: int, features: int, layers: int) -> None:
         super().__init__()
@@ -86,12 +86,12 @@ class Gpt(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, ids_NT: Tensor) -> Tensor:
-        """Return logits of the next token, for every token: [N, T, vocabulary]."""
+        """Return the logits of the next token for every token: [N, T, vocabulary]."""
         x_NTD = self.embedding(ids_NT) + self.position.weight[: ids_NT.shape[1]]
         logits: Tensor = self.head(self.norm(self.layers(x_NTD)))
         return logits
 
 
 def gpt(vocabulary: int, context: int, width: int = 768, layers: int = 12) -> nn.Module:
-    """Return GPT-2 in its small form (Radford et al. 2019), with `width` features a token."""
+    """Return GPT-2 in its small form (Radford et al. 2019), with ``width`` features for each token."""
     return Gpt(vocabulary, context, width, layers)
