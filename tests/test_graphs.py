@@ -16,9 +16,9 @@ from tengrad_triton import Categorical, LevenbergMarquardt, TENGraD, canonical, 
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 
 STEPS, REFRESH = 20, 6
-VALUES = "depends on numbers in what it is called with"
-CHANCE = "some rows take a backward pass a sample"
-ANOTHER = "would drop out other units"
+VALUES = "depends on the numbers in its arguments"
+CHANCE = "some rows take one backward pass for each sample"
+ANOTHER = "dropout would drop other units"
 
 
 class Chance(nn.Module):
@@ -51,7 +51,7 @@ PLAIN = {
 # One of each way of capturing; the rest of the table is slow.
 QUICK = {
     *("bilinear", "embedding, padding", "embedding bag, weights", "embedding bag, bags of several sizes"),
-    *("attention, dropout", "encoder layer, sequence first, dropout", "lstm, dropout", "layer norm"),
+    *("attention, dropout", "attention, sequence first", "lstm, dropout", "layer norm"),
     *("tied embedding and head", "weight norm", "a weight used outside of its layer"),
     *("parameters of the model's own", "a module of its own kind, with chance"),
     "batch norm and a dropout in attention",

@@ -14,9 +14,20 @@ from train_step_cases import MODELS, OPTIONS, REFRESH, STEPS, batches, compare, 
 from tengrad_triton import TENGraD, compile_train_step
 from tengrad_triton.curvature.checkpoint import pack_curvature
 
+# The models that show what an option changes; with the other models it is slow. Every model samples.
+SHOWN_BY = {
+    "sampled": {*MODELS},
+    "empirical": {"convolution, batch norm", "a shared module", "tokens"},  # derivatives of the loss itself
+    "nesterov, decay, schedules": {"in-place activations", "loose parameters"},  # the update; test_replay has others
+}
+ROWS = [
+    pytest.param(model, options, marks=[] if model in SHOWN_BY[options] else [pytest.mark.slow])
+    for model in MODELS
+    for options in OPTIONS
+]
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model", MODELS)
+
+@pytest.mark.parametrize(("model", "options"), ROWS)
 def test_compiled_equals_plain(model, options):
     """aot_eager runs the same kernels in the same order: only the order of additions may differ.
 
@@ -138,8 +149,20 @@ def test_another_models_optimizer_is_refused():
         compile_train_step(copy.deepcopy(net), F.cross_entropy, optimizer)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("model", MODELS)
+# The models that show what an option changes; with the other models it is slow. Every model samples.
+SHOWN_BY = {
+    "sampled": {*MODELS},
+    "empirical": {"convolution, batch norm", "a shared module", "tokens"},  # derivatives of the loss itself
+    "nesterov, decay, schedules": {"in-place activations", "loose parameters"},  # the update; test_replay has others
+}
+ROWS = [
+    pytest.param(model, options, marks=[] if model in SHOWN_BY[options] else [pytest.mark.slow])
+    for model in MODELS
+    for options in OPTIONS
+]
+
+
+@pytest.mark.parametrize(("model", "options"), ROWS)
 def test_a_model_wrapped_in_torch_compile_works_in_the_plain_loop(model, options):
     torch.compiler.reset()
     net, plain = prepared(model, **OPTIONS[options])
