@@ -14,6 +14,11 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the longest tests, so that no worker is left with one when the others have nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture
 def set_threads():
     """Return what sets the number of torch's threads in one test."""

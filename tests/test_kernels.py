@@ -64,6 +64,7 @@ HALVES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(HARDWARE or INTERPRETED, reason="the kernels run in this process")
 @pytest.mark.skipif(OLD, reason="the interpreter of Triton 3.6 makes numbers of arrays, as NumPy forbids")
 @pytest.mark.parametrize(("marks", "half"), HALVES)
