@@ -175,9 +175,9 @@ def test_projections_of_a_block_leave_the_rest_alone():
     assert y_LN[1, 32:].eq(0).all()
 
 
-def test_combinations_of_all_weights_are_there_once():
+def test_expansions_of_all_weights_are_there_once():
     j = SMALL["a batch and others"]()
-    assert sorted(t for t, _ in cpu.combinations(j, [normal(len(x)) for x in j])) == list(range(len(j)))
+    assert sorted(t for t, _ in cpu.expansions(j, [normal(len(x)) for x in j])) == list(range(len(j)))
 
 
 def test_matrices_out_of_order_are_no_batch():

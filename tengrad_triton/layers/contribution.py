@@ -219,7 +219,7 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
 
 
 def matrix_view(parameter: Tensor) -> Tensor:
-    """Return a view [O, K, I] of a parameter-shaped tensor in the canonical order: outputs, kernel pixels, inputs."""
+    """Return a view [O, T, I] of a parameter-shaped tensor in the canonical order: outputs, kernel pixels, inputs."""
     if parameter.dim() < 2:
         return parameter.view(-1, 1, 1)
     return parameter.unsqueeze(1) if parameter.dim() == 2 else parameter.view(*parameter.shape[:2], -1).mT
