@@ -86,7 +86,7 @@ def _pairs(groups: int, positions: int) -> Iterator[tuple[int, int]]:
 def gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     """Return the Gram matrices k_LNN, K = J Jᵀ, summed over the weights of a block (equation 5; M3).
 
-    With one position, or a few, prefer `gram` of the factors: it needs no rows.
+    With one position, or a few, `gram` is faster: it takes the factors, which are smaller than the rows.
 
     Args:
         j: rows [N, K] of each weight, with one N for all.

@@ -144,7 +144,7 @@ def test_kernel_is_as_exact_in_every_configuration(spec, config, example, dtype)
 @pytest.mark.parametrize("spec", EACH_SPEC)
 def test_kernel_takes_any_strides(spec):
     arguments = map_floats(_strided, next(iter(spec.examples.values()))(torch.float32, DEVICE))
-    # The parameters must stay views of the poisoned memory, so that the launcher meets their strides.
+    # The parameters must stay views of the poisoned memory, so that the launcher gets their strides.
     result = _kernel(spec)(*arguments)
     outputs = tree_leaves(arguments[: spec.mutates] or result)
     original = next(iter(spec.examples.values()))(torch.float32, DEVICE)
