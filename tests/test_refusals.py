@@ -129,7 +129,7 @@ BAD_CONTROLS = {
     "no such module": (
         {"blocks": [["7"]]},
         ValueError,
-        r"blocks names '7', where no block is; there are '0', '3', '5'",
+        r"blocks names '7', but no such module has parameters: use names of layers \('0', '3', '5'\)",
     ),
     "a module twice": ({"blocks": [["0", "3"], ["3"]]}, ValueError, "blocks names '3' more than once"),
     "an empty list": ({"blocks": [[]]}, ValueError, "lists of modules' names"),

@@ -80,7 +80,7 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
         options = self._fisher
         return Capture(
             self.model, find_captured_layers(self._module, layers), options.fisher, options.likelihood, self._generator,
-            draws=options.fisher_samples, max_factor_bytes=_MAX_BYTES, max_parameter_bytes=_MAX_BYTES,
+            draws=options.fisher_samples, max_hessian_factor_bytes=_MAX_BYTES, max_parameter_bytes=_MAX_BYTES,
         )  # fmt: skip
 
     @override
@@ -156,7 +156,7 @@ class KroneckerOptimizer(CurvatureOptimizer[Curvature[S]]):
         return Summary(entries, 0 if self._curvature is None else int(self._curvature.failures))
 
     def _entry(self, params: LayerParams, label: str) -> ParameterSummary:
-        name, shape = params.label(label), tuple(params.parameters[label].shape)
+        name, shape = params.full_name_of(label), tuple(params.parameters[label].shape)
         if params.why_sgd is not None:
             return ParameterSummary(name, shape, "-", f"sgd ({params.why_sgd})", "update_", 0)
         if self._curvature is None:

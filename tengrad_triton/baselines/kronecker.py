@@ -45,8 +45,8 @@ class KroneckerLayer:
 
     def to_matrix(self, tensors: Mapping[str, Tensor], groups: int, dtype: torch.dtype) -> Tensor:
         """Return v_GOI, the matrix of parameter-shaped tensors, which are given by the parameters' names."""
-        weight_OKI = matrix_view(tensors[self.weight])
-        parts = [weight_OKI.reshape(groups, weight_OKI.shape[0] // groups, -1)]
+        weight_OTI = matrix_view(tensors[self.weight])
+        parts = [weight_OTI.reshape(groups, weight_OTI.shape[0] // groups, -1)]
         if self.bias is not None:
             parts.append(tensors[self.bias].reshape(groups, -1, 1))
         return torch.cat(parts, 2).to(dtype)
@@ -54,9 +54,9 @@ class KroneckerLayer:
     def from_matrix(self, v_GOI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of which `to_matrix` makes ``v_GOI``, each with shape and dtype of that in ``like``."""
         tensors = {label: torch.empty_like(like[label]) for label in self.labels}
-        weight_OKI = matrix_view(tensors[self.weight])
-        inputs = weight_OKI.shape[1] * weight_OKI.shape[2]
-        weight_OKI.copy_(v_GOI[..., :inputs].reshape(weight_OKI.shape))
+        weight_OTI = matrix_view(tensors[self.weight])
+        inputs = weight_OTI.shape[1] * weight_OTI.shape[2]
+        weight_OTI.copy_(v_GOI[..., :inputs].reshape(weight_OTI.shape))
         if self.bias is not None:
             tensors[self.bias].copy_(v_GOI[..., inputs].reshape(tensors[self.bias].shape))
         return tensors

@@ -131,7 +131,7 @@ class Graphs:
             calls = self._calls(name, tensors, by_perturbation)
             return [(call.inputs(name), call.scaled_grads(scale)) for call in calls]
 
-        with_rule = {name: self.captured[name] for name in tensors if not self.captured[name].rerun}
+        with_rule = {name: self.captured[name] for name in tensors if self.captured[name].has_rule}
         explicit = self._rows_of_reruns(tensors, by_perturbation, scale, len(x))
         explicit |= self._rows_of_model(x, grad_output, scale)
         by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, len(x))
@@ -154,7 +154,7 @@ class Graphs:
         rows: dict[int, Tensor] = {}
         for name in tensors:
             layer = self.captured[name]
-            if layer.rerun:
+            if not layer.has_rule:
                 wanted = {
                     label: p
                     for label, p in layer.parameters.items()

@@ -205,7 +205,7 @@ class TrainStep:
         if len(capture.records) != 1:
             return "the model is called several times a step" if capture.records else ""
         with torch.no_grad():
-            capture.complete()
+            capture.find_remaining_rows()
         return trace_spec_of(capture.records[0], capture.layers, self._model)
 
     def _compile(self, x: Tensor, y: Tensor, spec: TraceSpec | str, first: _FirstEvaluation) -> None:

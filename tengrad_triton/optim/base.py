@@ -133,7 +133,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     def _rebuild(self) -> None:
         """Find the layers of all parameters, and have the next step refresh."""
-        layers = find_layer_params(self._module, self.param_groups, self._unsupported == "explicit")
+        layers = find_layer_params(self._module, self.param_groups, rows_without_rule=self._unsupported == "explicit")
         self._report_uncovered({layer.name: layer.why_sgd for layer in layers if layer.why_sgd})
         if self._built:
             self.close()

@@ -77,7 +77,7 @@ def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
 
 
 def _entry(layer: LayerParams, label: str, curvature: Curvature | None) -> ParameterSummary:
-    name, shape = layer.label(label), tuple(layer.parameters[label].shape)
+    name, shape = layer.full_name_of(label), tuple(layer.parameters[label].shape)
     if layer.why_sgd is not None:
         return ParameterSummary(name, shape, "-", f"sgd ({layer.why_sgd})", "update_", 0)
     if curvature is None or curvature.is_released:

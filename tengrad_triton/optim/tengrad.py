@@ -178,8 +178,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         release = self._release if o.history == 1 else None
         explicit = o.unsupported == "explicit"
         return Capture(
-            self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples, max_factor_bytes=o.max_bytes,
-            max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
+            self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples,
+            max_hessian_factor_bytes=o.max_bytes, max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
         )  # fmt: skip
 
     def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:

@@ -98,7 +98,7 @@ def autotune(
 
 
 def _contributions(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> Contributions:
-    layers = find_layer_params(model, [{"params": list(model.parameters())}])
+    layers = find_layer_params(model, [{"params": list(model.parameters())}], rows_without_rule=False)
     captured = find_captured_layers(model, layers)
     capture = Capture(model, captured, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
     capture.arm()
