@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ INFINITY = float("inf")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a number; True and False are none."""
+    """Whether a setting is a number. True and False do not count as numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -31,13 +31,19 @@ def check_bound(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, optional: bool = False) -> None:
-    """Raise unless a setting is a whole number of at least 1; None is accepted where it is optional."""
+    """Raise unless a setting is a whole number of at least 1, or None if it is optional."""
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise unless a setting is one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_model(model: Any) -> None:
@@ -49,7 +55,7 @@ def check_model(model: Any) -> None:
 
 
 def check_refresh_every(steps: Any) -> None:
-    """Raise unless this is a number of steps."""
+    """Raise unless ``refresh_every`` is a whole number of at least 1 step."""
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"refresh_every must be a whole number of steps or a function of the step, got {steps!r}")
     if steps < 1:
