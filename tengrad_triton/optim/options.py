@@ -94,7 +94,7 @@ def check_fisher(fisher: Fisher, likelihood: Likelihood, fisher_samples: int) ->
 def _check_history(history: int, representation: Any) -> None:
     given = representation.values() if isinstance(representation, Mapping) else [representation]
     if history > 1 and "compressed" in given:
-        raise ValueError(f"history={history} needs rows of older refreshes, which 'compressed' drops: choose one of the two")
+        raise ValueError(f"history={history} needs older rows, which 'compressed' drops: choose one of the two")
 
 
 def _check_blocks(blocks: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 INFINITY = float("inf")
@@ -90,3 +91,16 @@ def _check_lr(lr: Any) -> None:
         check_range("lr", lr, 0.0)
     elif lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
+
+
+def check_loss(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, y: Tensor, loss: Tensor) -> None:
+    """Raise unless the loss is a scalar that does not change when the batch is doubled."""
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn must return a scalar mean over the samples, got shape {tuple(loss.shape)}")
+    with torch.no_grad():
+        doubled = loss_fn(torch.cat([output, output]), torch.cat([y, y]))
+    if not torch.isclose(doubled, loss, rtol=1e-2):
+        raise ValueError(
+            f"loss_fn must return a mean over the samples: it gave {loss.item():.4g} for a batch and "
+            f"{doubled.item():.4g} for the same batch twice"
+        )
