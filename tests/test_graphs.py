@@ -8,7 +8,8 @@ import layer_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from test_exact import LAYERS, SAMPLES, TOLERANCE, Case, attention, batches, rnn
+from exact_cases import LAYERS, SAMPLES, Case, attention, rnn
+from test_exact import TOLERANCE, batches
 from torch import nn
 from torch._dynamo.utils import counters
 
