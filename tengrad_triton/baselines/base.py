@@ -157,7 +157,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
 
     @override
     def summary(self) -> Summary:
-        """Return an entry for every parameter: its layer, its state and the state's bytes, and the routines of a refresh."""
+        """Return an entry for every parameter: its layer, its state, the state's bytes, and the refresh's routines."""
         entries = tuple(self._entry(layer, label) for layer in self._layers for label in layer.parameters)
         return Summary(entries, 0 if self._curvature is None else int(self._curvature.failures))
 
