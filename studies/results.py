@@ -33,11 +33,7 @@ class Curve:
     @property
     def times(self) -> list[float]:
         """The seconds of training before each evaluation."""
-        refreshes, every = set(), Growing()
-        step = 0
-        while step < self.runs[0].steps[-1]:
-            refreshes.add(step)
-            step += every(step)
+        refreshes = Growing().refreshes(self.runs[0].steps[-1])
         extra = self.seconds["refresh"] - self.seconds["reuse"]  # 0 for the other optimizers
         return [n * self.seconds["reuse"] + extra * sum(s < n for s in refreshes) for n in self.runs[0].steps]
 

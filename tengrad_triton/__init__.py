@@ -1,6 +1,6 @@
 """Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels.
 
-A step goes through the sub-packages in this order; each imports only those before it:
+Each sub-package imports only those before it:
 
 - `kernels`: the tensor operations, as Triton kernels and in PyTorch.
 - `likelihoods`, `profiling`: which rows J has; names for the phases of a step.

@@ -80,10 +80,19 @@ def test_looks_ahead_where_there_is_momentum(settings, expected):
 
 
 def test_growing_interval():
-    steps, step, every = [], 0, Growing(10)
-    while step < 100:
-        steps.append(step)
-        step += every(step)
-    assert steps == [0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 17, 22, 29, 38, 48, 58, 68, 78, 88, 98]
+    """The steps at which the optimizer itself refreshes, and those that `Growing` foretells."""
+    net, refreshed = perceptron(), []
+    x, y = digits()
+    optimizer = TENGraD(net, seed=0)
+    for step in range(70):
+        before = optimizer._curvature
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[:8]), y[:8]).backward()
+        optimizer.step()
+        if optimizer._curvature is not before:
+            refreshed.append(step)
+    assert refreshed == [0, 1, 2, 3, 4, 5, 7, 10, 14, 20, 29, 39, 49, 59, 69]
+    assert Growing(10).refreshes(70) == refreshed
+    assert Growing(3).refreshes(13) == [0, 1, 2, 3, 4, 5, 7, 10]
     with pytest.raises(ValueError, match="most must be at least 1 step, got 0"):
         Growing(0)

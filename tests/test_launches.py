@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.curvature import grouped, refresh, woodbury
+from tengrad_triton.curvature import jacobian, refresh, woodbury
 from tengrad_triton.curvature.choices import ops_for
 
 
@@ -64,7 +64,7 @@ def counts(make, depth, options, monkeypatch):
             return woodbury.factor(*args, **kwargs)
 
     monkeypatch.setattr(refresh, "factor", counted)
-    monkeypatch.setattr(grouped, "worth_a_batch", lambda alike: False)  # which only a CPU does
+    monkeypatch.setattr(jacobian, "worth_a_batch", lambda alike: False)  # which only a CPU does
     for _ in range(2):
         F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long)).backward()
         with Counting() as stepping:

@@ -177,7 +177,7 @@ def test_fewer_parameters_than_rows_are_solved_in_their_own_space():
     expected = natural(rows, grads, [["0.weight", "0.bias"], ["2.weight", "2.bias"]])
     taken = {name: old - new for (name, new), old in zip(model.named_parameters(), twin.parameters(), strict=True)}
     assert dense.relative_error(taken, expected) < TOLERANCE
-    assert {stack.inverse_LNN.shape[-1] for stack in optimizer._curvature.inverses} == {8, 9}
+    assert {stack.inverse_BNN.shape[-1] for stack in optimizer._curvature.inverses} == {8, 9}
     assert "as many rows as parameters" in str(optimizer.summary())
 
 

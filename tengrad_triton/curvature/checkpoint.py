@@ -11,8 +11,8 @@ from torch import Tensor
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.choices import OpsFor
 from tengrad_triton.curvature.embedding import EmbeddingJacobian
-from tengrad_triton.curvature.grouped import store_contiguously
-from tengrad_triton.curvature.jacobian import Factored, Jacobian, PerSample
+from tengrad_triton.curvature.jacobian import Factored, PerSample, store_contiguously
+from tengrad_triton.curvature.products import Jacobian
 from tengrad_triton.curvature.woodbury import Curvature, InverseFactors
 from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 
@@ -24,7 +24,7 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
             name: {label: one.pack() for label, one in layer.items()} for name, layer in curvature.jacobians.items()
         },
         "blocks": {block: list(names) for block, names in curvature.blocks.items()},
-        "inverses": [{"blocks": list(one.blocks), "inverse_LNN": one.inverse_LNN} for one in curvature.inverses],
+        "inverses": [{"blocks": list(one.blocks), "inverse_BNN": one.inverse_BNN} for one in curvature.inverses],
         "history": list(curvature.history),
         "damping_L": curvature.damping_L,
         "failures_L": curvature.failures_L,
@@ -48,7 +48,7 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
     for name, layer in packed["jacobians"].items():
         jacobians[name] = {label: _unpack(one, known[name][label].device, ops_for) for label, one in layer.items()}
         device = next(iter(known[name].values())).device
-    inverses = [InverseFactors(tuple(one["blocks"]), one["inverse_LNN"].to(device)) for one in packed["inverses"]]
+    inverses = [InverseFactors(tuple(one["blocks"]), one["inverse_BNN"].to(device)) for one in packed["inverses"]]
     numbers = (packed[name].to(device) for name in ("damping_L", "failures_L"))
     return Curvature(store_contiguously(jacobians), packed["blocks"], inverses, tuple(packed["history"]), *numbers)
 

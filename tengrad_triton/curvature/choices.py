@@ -1,4 +1,4 @@
-"""How a weight's J is stored, and which implementation runs each kernel: the words that plans and curvatures share."""
+"""How a weight's J is stored, and which implementation runs each kernel: types that plans and curvatures share."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Choice:
     """
 
     representation: Representation
-    kernel_overrides: tuple[str, ...] = ()
+    kernel_overrides: tuple[str, ...]
 
 
 Choices = Mapping[str, Choice]
@@ -73,7 +73,9 @@ OpsFor = Callable[[tuple[str, ...]], Ops]
 
 
 def ops_for(backend: Backend, kernel_overrides: Collection[str] = ()) -> Ops:
-    """Return a namespace of the ops by name; each op runs Triton on CUDA tensors and PyTorch elsewhere.
+    """Return a namespace of the ops by name; each op runs Triton on CUDA tensors, and PyTorch code elsewhere.
+
+    With ``"torch"`` the namespace holds the PyTorch functions (`kernels.cpu` and its neighbours) themselves.
 
     Args:
         backend: ``"torch"`` makes every op its PyTorch implementation.

@@ -38,7 +38,7 @@ def take_rows(contribution: Contribution, rows: Tensor) -> Contribution:
 
 
 def take_embedding_rows(embedding: EmbeddingGrads, rows: Tensor) -> EmbeddingGrads:
-    """Return the embedding's contribution to some of the rows."""
+    """Return an embedding's contribution to some of the rows of J."""
     return replace(embedding, ids_NP=embedding.ids_NP[rows], g_NPD=embedding.g_NPD[rows])
 
 
@@ -66,7 +66,7 @@ def concat_outer(batches: Sequence[Sequence[OuterProducts]]) -> OuterProducts:
 
 
 def _concat_conv_inputs(inputs: Sequence[Tensor | ConvInput]) -> ConvInput | None:
-    """Return the images of all micro-batches as one; None where they are no images, or of several sizes."""
+    """Return the images of all micro-batches as one; None if one is no image, or if their sizes differ."""
     convs = [a for a in inputs if isinstance(a, ConvInput)]
     if len(convs) < len(inputs) or len({conv.x_NCHW.shape[1:] for conv in convs}) > 1:
         return None
@@ -74,7 +74,7 @@ def _concat_conv_inputs(inputs: Sequence[Tensor | ConvInput]) -> ConvInput | Non
 
 
 def concat_embedding(batches: Sequence[Sequence[EmbeddingGrads]]) -> EmbeddingGrads:
-    """Return all calls of an embedding as one, as `concat_outer` does."""
+    """Return all calls of an embedding as one, joined as in `concat_outer`."""
     ids = [torch.cat([call.ids_NP for call in batch], 1) for batch in batches]
     g = [torch.cat([call.g_NPD for call in batch], 1) for batch in batches]
     positions = max(part.shape[1] for part in ids)

@@ -60,7 +60,7 @@ class Contributions:
         )
 
     def sample(self, most: int, generator: torch.Generator) -> Contributions:
-        """Return at most ``most`` rows, the same of every layer; each is equally likely, so F is unbiased (M10)."""
+        """Return at most ``most`` rows, the same rows for all layers, drawn uniformly: F stays unbiased (M10)."""
         sizes = self.batch_rows
         if sum(sizes) <= most:
             return self
@@ -88,71 +88,16 @@ Pairs = Sequence[tuple[Any, Any]]
 """The input and the output gradients of each call of a layer."""
 
 
-def contributions_of(
-    layers: Mapping[str, CapturedLayer],
-    pairs_of: Callable[[str], Pairs],
-    per_sample_grads: Mapping[int, Tensor],
-    unattributed: Collection[int],
-    samples: int,
-) -> ById:
-    """Return what one micro-batch contributes to every parameter.
-
-    Args:
-        layers: the captured layers that have a rule, by name.
-        pairs_of: the captured calls of a layer, by its name.
-        per_sample_grads: rows [N, …] that were found without a rule, by the parameter's id.
-        unattributed: the ids of parameters whose rows are not those of their layers' calls.
-        samples: N of the micro-batch.
-
-    Raises:
-        ValueError: a rule returned rows of another size than its parameter, or of other samples.
-    """
-    found: ById = {key: [PerSampleGrads(rows)] for key, rows in per_sample_grads.items()}
-    for name, layer in layers.items():
-        wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
-        for x, output_grads in pairs_of(name) if wanted else ():
-            rule = canonical(layer.layer, _widen(x), _widen(output_grads))
-            for label, parameter in layer.parameters.items():
-                if label in rule:
-                    one = _checked(rule[label], parameter, samples, layer.layer, full_name(name, label))
-                    if id(parameter) in wanted:
-                        found.setdefault(id(parameter), []).append(one)
-    return found
-
-
-def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
-    """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if the sizes do not fit."""
-    rule = f"the rule for {type(layer).__name__}"
-    if one.entries != parameter.numel():
-        raise ValueError(
-            f"{rule} returned rows of {one.entries} entries for {name!r}, which has {parameter.numel()} entries"
-        )
-    if row_count(one) != samples:
-        raise ValueError(f"{rule} returned {row_count(one)} rows for {name!r}, but the batch has {samples} samples")
-    return PerSampleGrads(one.j_NK.reshape(-1, *parameter.shape)) if isinstance(one, PerSampleGrads) else one
-
-
-def _widen(value: Any) -> Any:
-    """Return half-precision tensors in float32, in whatever they stand: a Gram matrix needs the digits."""
-    if isinstance(value, Call):
-        return replace(value, args=_widen(value.args), kwargs=_widen(dict(value.kwargs)))
-    return tree_map_only(Tensor, _widen_tensor, value)
-
-
-def _widen_tensor(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
-
-
 def gather(
     layers: Sequence[LayerParams], capture: Capture, release_calls: bool
 ) -> tuple[Contributions, dict[str, str]]:
-    """Return the contributions of what was captured since the last step, and why some layers have none, by name.
+    """Return the contributions of the calls captured since the last step, and why some layers have none, by name.
 
     Args:
         layers: of the optimizer.
-        capture: what their calls left behind.
+        capture: holds the records of those calls.
         release_calls: drop each layer's captured calls once its contributions are there, and everything at the end.
-            This bounds memory; on a CPU it makes later steps slower, because glibc hands the freed pages back.
+            This bounds memory. On a CPU it makes later steps slower, because glibc returns freed memory to the system.
 
     Raises:
         RuntimeError: nothing was captured.
@@ -164,7 +109,7 @@ def gather(
             "the curvature is due for a refresh, but there was no forward and backward of the model since the last "
             "step: call model(inputs) itself, with gradients enabled, before loss.backward() and optimizer.step()"
         )
-    capture.complete()
+    capture.complete()  # finds further rows for the empirical Fisher; there are none for the others
     batches = [_of_record(capture, record, release_calls) for record in capture.records]
     found: dict[str, Mapping[str, MicroBatches]] = {}
     missing: dict[str, str] = {}
@@ -220,5 +165,60 @@ def _why_missing(parameter: Tensor, capture: Capture) -> str:
         for name, layer in capture.layers.items():
             labels = [label for label, p in layer.parameters.items() if p is parameter]
             if labels and name in record.layers_with_grads:
-                return f"the rule for {type(layer.layer).__name__} says nothing of {labels[0]}"
+                return f"the rule for {type(layer.layer).__name__} returned nothing for {labels[0]}"
     return "not called by the model's forward"
+
+
+def contributions_of(
+    layers: Mapping[str, CapturedLayer],
+    pairs_of: Callable[[str], Pairs],
+    per_sample_grads: Mapping[int, Tensor],
+    unattributed: Collection[int],
+    samples: int,
+) -> ById:
+    """Return what one micro-batch contributes to every parameter.
+
+    Args:
+        layers: the captured layers that have a rule, by name.
+        pairs_of: the captured calls of a layer, by its name.
+        per_sample_grads: rows [N, …] that were found without a rule, by the parameter's id.
+        unattributed: the ids of parameters whose rows do not follow from their layers' calls.
+        samples: N of the micro-batch.
+
+    Raises:
+        ValueError: a rule returned rows of another size than its parameter, or of other samples.
+    """
+    found: ById = {key: [PerSampleGrads(rows)] for key, rows in per_sample_grads.items()}
+    for name, layer in layers.items():
+        wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
+        for x, output_grads in pairs_of(name) if wanted else ():
+            rule = canonical(layer.layer, _widen(x), _widen(output_grads))
+            for label, parameter in layer.parameters.items():
+                if label in rule:
+                    one = _checked(rule[label], parameter, samples, layer.layer, full_name(name, label))
+                    if id(parameter) in wanted:
+                        found.setdefault(id(parameter), []).append(one)
+    return found
+
+
+def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
+    """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if its sizes are wrong."""
+    rule = f"the rule for {type(layer).__name__}"
+    if one.entries != parameter.numel():
+        raise ValueError(
+            f"{rule} returned rows of {one.entries} entries for {name!r}, which has {parameter.numel()} entries"
+        )
+    if row_count(one) != samples:
+        raise ValueError(f"{rule} returned {row_count(one)} rows for {name!r}, but the batch has {samples} samples")
+    return PerSampleGrads(one.j_NK.reshape(-1, *parameter.shape)) if isinstance(one, PerSampleGrads) else one
+
+
+def _widen(value: Any) -> Any:
+    """Return the half-precision tensors of any nested structure in float32, which a Gram matrix needs."""
+    if isinstance(value, Call):
+        return replace(value, args=_widen(value.args), kwargs=_widen(dict(value.kwargs)))
+    return tree_map_only(Tensor, _widen_tensor, value)
+
+
+def _widen_tensor(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import FACTORED_KERNELS, Ops, ProductKernels, Representation
 from tengrad_triton.curvature.concat import concat_embedding, concat_outer, take_embedding_rows, take_outer_rows
-from tengrad_triton.curvature.jacobian import CHUNK_BYTES, Factored, Jacobian, PerSample
+from tengrad_triton.curvature.jacobian import CHUNK_BYTES, Factored, PerSample
+from tengrad_triton.curvature.products import Jacobian
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts
 
@@ -66,7 +67,7 @@ class EmbeddingJacobian:
         return y_N if self.linear is None else y_N + Factored(self.linear, self.ops).project(v)
 
     def expand_update_(self, target: Target, w_N: Tensor, damping: Tensor) -> None:
-        """Step without the embedding's part of Jᵀ w first, then add what that changes: the update is linear in it."""
+        """Step without the embedding's part of Jᵀ w, then add its effect at the ids: the update is linear in d."""
         if self.linear is None:
             _update_along_gradient_(target, damping)
         else:
@@ -84,7 +85,7 @@ class EmbeddingJacobian:
         return PerSample(directions_RN @ j_NK, self.ops, "directions")
 
     def append_history(self, older: Jacobian, rows: int) -> EmbeddingJacobian | None:
-        """Return these rows, followed by the first ``rows`` rows of ``older``, if that is alike."""
+        """Return these rows, followed by the first ``rows`` rows of ``older``, if both have the same parts."""
         if not isinstance(older, EmbeddingJacobian) or (older.linear is None) != (self.linear is None):
             return None
         if older.embedding.num_embeddings != self.embedding.num_embeddings:
@@ -116,13 +117,13 @@ class EmbeddingJacobian:
 
 
 def _explicit_rows(embedding: EmbeddingGrads, linear: OuterProducts | None, first: int, end: int, ops: Ops) -> Tensor:
-    """Return j_NK over the weight's rows from ``first`` to before ``end``."""
+    """Return j_NK for the ids from ``first`` up to, and without, ``end``."""
     j_NK = embedding.sample_grads_between(first, end).flatten(1)
     return j_NK if linear is None else j_NK + OuterProducts(linear.a, linear.g_NGPO[..., first:end]).sample_grads(ops)
 
 
 def _update_along_gradient_(target: Target, damping: Tensor) -> None:
-    """Apply `kernels.update_` along grad / damping; the direction would take another tensor of the weight's size."""
+    """Apply `kernels.update_` along grad / damping, without a tensor of the weight's size for the direction."""
     param, momentum_buffer, grad = target.parameter, target.momentum, target.grad
     lr, momentum, weight_decay, shrink = target.settings.unbind()
     damping = damping.to(grad.dtype)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads
 
 EMBEDDING = "embedding"
-"""The layout of an embedding, which no kernel of a plan computes with."""
-_FLOPS_PER_BYTE = 8  # flops in the time of moving a byte: 5.5 measured on two cores, 20 on a GPU; 8 saves memory
+"""The layout of an embedding. Plans do not cover it."""
+_FLOPS_PER_BYTE = 8  # flops in the time of moving a byte: 5.5 measured on two cores, 20 estimated on a GPU
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Geometry:
         """Whether K is cheaper from explicit rows: for most convolutions it is, for most linear layers it is not."""
         return self.row_flops < self.pair_flops
 
-    def flops_saved_by_rows(self, refresh_every: int) -> float:
-        """Return the flops that a step saves with explicit rows instead of factors.
+    def saved_by_rows(self, refresh_every: int) -> float:
+        """Return how much a step saves with explicit rows instead of factors: flops, or bytes for an embedding.
 
         A step takes two products with J: 2 G N P I O flops each from factors, or one pass each over all of J. The cost
         of a refresh is divided among ``refresh_every`` steps.

@@ -6,9 +6,9 @@ directions.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from tengrad_triton.curvature.choices import (
 )
 from tengrad_triton.curvature.concat import concat_outer, take_outer_rows
 from tengrad_triton.curvature.geometry import geometry_of
-from tengrad_triton.curvature.products import Grouped
+from tengrad_triton.curvature.products import Grouped, Jacobian, Jacobians
 from tengrad_triton.curvature.target import Target
+from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
 
 CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
@@ -34,67 +35,12 @@ RowKind = Literal["samples", "directions", "parameters"]
 """What a row of explicit J is: one sample's gradient, a direction (M7), or a row of R in J = Q R (M12)."""
 
 
-class Jacobian(Protocol):
-    """Rows J_n of one parameter, N of them.
-
-    A class whose products are computed for many parameters in one launch is `Grouped` as well.
-    """
-
-    @property
-    def rows(self) -> int:
-        """Return N."""
-
-    @property
-    def ops(self) -> Ops:
-        """Return the kernels that compute the products (see `choices.ops_for`)."""
-
-    @property
-    def product_kernels(self) -> ProductKernels:
-        """Return the names of these kernels, by product."""
-
-    def gram(self) -> Tensor:
-        """Return k_NN with K[n, m] = ⟨J_n, J_m⟩."""
-
-    def project(self, v: Tensor) -> Tensor:
-        """Return y_N with y_n = ⟨J_n, v⟩ for a tensor ``v`` of the parameter's shape."""
-
-    def expand_update_(self, target: Target, w_N: Tensor, damping: Tensor) -> None:
-        """Step the target's parameter in place along (grad − Σ_n w_n J_n) / damping, by the rule of `kernels.update_`.
-
-        Entries of ``w_N`` beyond N are not read.
-        """
-
-    def combine(self, directions_RN: Tensor) -> PerSample:
-        """Return R linear combinations of the rows, as explicit rows."""
-
-    def append_history(self, older: Jacobian, rows: int) -> Jacobian | None:
-        """Return these rows, followed by the first ``rows`` rows of ``older``; None where the two do not fit."""
-
-    @property
-    def representation(self) -> Representation:
-        """Return the name of this representation."""
-
-    def pack(self) -> dict[str, Any]:
-        """Return tensors and plain numbers from which `checkpoint.unpack` makes the same object."""
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes stored."""
-
-
-LayerJacobian = Mapping[str, Jacobian]
-"""The J of every parameter of a layer, by the parameter's name within it."""
-Jacobians = Mapping[str, LayerJacobian]
-"""The J of every layer, by the layer's name."""
-
-
 @dataclass(frozen=True)
 class PerSample(Grouped):
-    """J itself: K numbers a row, so that every product is one pass over memory.
+    """J itself, entry by entry: every product is one pass over memory.
 
-    In bfloat16 the rounded rows are J in every product: the step is exact for a slightly different Fisher matrix.
-    Compression and reduction replace the samples' rows by fewer ones with the same Jᵀ J, or nearly the same (see
-    `RowKind`).
+    In bfloat16 every product uses the rounded rows: the step is exact for a slightly different Fisher matrix.
+    Compression (M7) and reduction (M12) replace the rows of the samples by fewer ones (see `RowKind`).
     """
 
     j_NK: Tensor
@@ -167,7 +113,7 @@ class PerSample(Grouped):
 
 @dataclass(frozen=True)
 class Factored(Grouped):
-    """The layer's input a and its output gradients g, of which J_n = Σ_p g_np a_npᵀ: J itself is not kept."""
+    """The factors a (inputs) and g (output gradients) with J_n = Σ_p g_np a_npᵀ. J_n is not stored."""
 
     factors: OuterProducts
     ops: Ops
@@ -242,7 +188,7 @@ class Factored(Grouped):
         return a.unfold() if isinstance(a, ConvInput) else a
 
     def _output_parts(self) -> list[OuterProducts]:
-        """Return the layer in parts of its outputs, each with explicit rows of at most `CHUNK_BYTES`."""
+        """Return the factors of some outputs at a time, whose explicit rows take at most `CHUNK_BYTES`."""
         chunks = -(-geometry_of(self.factors).per_sample_bytes // CHUNK_BYTES)
         return [OuterProducts(self.factors.a, g) for g in self.factors.g_NGPO.chunk(chunks, dim=3)]
 
@@ -293,3 +239,24 @@ def _conv_weights(jacobians: Sequence[Factored], tensors: Sequence[Tensor]) -> l
     """Return parameter-shaped tensors as weights of two-dimensional convolutions."""
     sizes = [cast("ConvInput", one.factors.a).kernel_size for one in jacobians]
     return [x.view(*x.shape[:2], *size) for x, size in zip(tensors, sizes, strict=True)]
+
+
+def store_contiguously(jacobians: Jacobians) -> Jacobians:
+    """Return the same J, with small explicit rows of one size stored as parts of one tensor.
+
+    A CPU can then multiply them in one batched call.
+    """
+    by_size: dict[Hashable, list[Tensor]] = {}
+    for one in (one for layer in jacobians.values() for one in layer.values()):
+        if isinstance(one, PerSample):
+            by_size.setdefault((one.j_NK.shape, one.j_NK.dtype), []).append(one.j_NK)
+    moved: dict[int, Tensor] = {}
+    for alike in filter(worth_a_batch, by_size.values()):
+        moved |= zip(map(id, alike), torch.stack(alike).unbind(), strict=True)
+    if not moved:
+        return jacobians
+
+    def placed(one: Jacobian) -> Jacobian:
+        return replace(one, j_NK=moved.get(id(one.j_NK), one.j_NK)) if isinstance(one, PerSample) else one
+
+    return {name: {label: placed(one) for label, one in layer.items()} for name, layer in jacobians.items()}

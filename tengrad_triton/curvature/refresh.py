@@ -16,7 +16,8 @@ from tengrad_triton.curvature.concat import MicroBatches, concat_embedding, conc
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.geometry import Geometry, geometry_of
-from tengrad_triton.curvature.jacobian import Factored, Jacobian, Jacobians, LayerJacobian, PerSample
+from tengrad_triton.curvature.jacobian import Factored, PerSample
+from tengrad_triton.curvature.products import Jacobian, Jacobians, LayerJacobian
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical_rows
 from tengrad_triton.profiling import phase
@@ -24,7 +25,7 @@ from tengrad_triton.profiling import phase
 
 @dataclass(frozen=True)
 class RefreshOptions:
-    """What a refresh reads of the optimizer's settings.
+    """The settings of the optimizer that a refresh needs.
 
     Attributes:
         fisher_rows: the most rows to keep; None for all.
@@ -32,11 +33,11 @@ class RefreshOptions:
         tol: the error bound of ``"compressed"`` (M7).
         relative_damping: whether dampings are in units of each block's mean squared row norm (M5).
         release_calls: whether captured calls are dropped as J takes their place (see `gather`).
-        choose: returns every weight's choice from the sizes of all weights.
-        blocks_of: returns the Fisher blocks that the named layers form (M11).
-        damping_of: returns each block's damping as a tensor.
-        ops_for: returns the ops for kernel overrides.
-        report: called with why layers have no rows, by name; raises where that is an error.
+        choose: returns every weight's choice from the sizes of all weights: `Options.choose`.
+        blocks_of: returns the Fisher blocks that the named layers form: `fisher_blocks_of` (M11).
+        damping_of: returns the damping of each block as a tensor.
+        ops_for: returns the ops for kernel overrides: `choices.ops_for`.
+        report: takes the reason of every layer without rows, by the layer's name; warns or raises.
     """
 
     fisher_rows: int | None
@@ -61,7 +62,7 @@ def refresh(
     """Return the curvature of what was captured since the last step.
 
     Args:
-        capture: what the layers' calls left behind.
+        capture: holds the records of the layers' calls.
         layers: of the optimizer.
         options: of the refresh.
         before: the present curvature, for its history and its count of failures.
@@ -93,11 +94,11 @@ def refresh(
 def jacobians_of(contributions: Contributions, choices: Choices, ops_for: OpsFor) -> dict[str, LayerJacobian]:
     """Return every layer's J, each parameter in the representation and with the kernels chosen for it.
 
-    ``contributions`` is used up: the inputs of a layer are released as soon as its J is there.
+    ``contributions`` is emptied: the inputs of a layer are freed as soon as its J is there.
     """
 
     def one(name: str, batches: MicroBatches) -> Jacobian:
-        choice = choices.get(name, Choice("per_sample"))
+        choice = choices.get(name, Choice("per_sample", ()))
         return jacobian_of(batches, choice.representation, ops_for(choice.kernel_overrides))
 
     def of_layer(name: str) -> LayerJacobian:
@@ -116,12 +117,12 @@ def jacobian_of(batches: MicroBatches, representation: Representation, ops: Ops)
         linear = concat_outer(outers) if OuterProducts in kinds else None
         return EmbeddingJacobian(concat_embedding(embeddings), linear, ops)
     if kinds == {OuterProducts}:
-        # Directions are made from factors where that is cheaper than from explicit rows.
+        # A J that will be compressed stays factored until then, where K is cheaper from factors.
         compressible = representation == "compressed" and not geometry_of(outers[0][0]).prefers_explicit_rows
         if representation == "factored" or compressible:
             return Factored(concat_outer(outers), ops)
     rows = [_sum([_explicit_rows(call, ops) for call in calls]) for calls in batches]
-    j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch would copy a single one
+    j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch.cat would copy a single tensor
     return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops, "samples")
 
 
@@ -157,14 +158,14 @@ def _labels(jacobians: Jacobians) -> dict[str, set[str]]:
 
 
 def compressed_layers(contributions: Contributions, choices: Choices) -> set[str]:
-    """Return the layers with a weight that is to be compressed; all parameters of a block keep the same directions."""
+    """Return the layers with a weight that is to be compressed."""
     compressed = {name for name, choice in choices.items() if choice.representation == "compressed"}
     by_layer = contributions.by_layer.items()
     return {name for name, layer in by_layer if any(full_name(name, label) in compressed for label in layer)}
 
 
 def failures_of(blocks: Sequence[str], before: Curvature | None) -> Tensor:
-    """Return how many factorizations of the named blocks have failed before, on the device that counted them."""
+    """Return how many factorizations of the named blocks have failed before, as a tensor on the curvature's device."""
     counts = {} if before is None else dict(zip(before.blocks, before.failures_L.unbind(), strict=True))
     zero = next((count.new_zeros(()) for count in counts.values()), torch.zeros(()))
     return torch.stack([counts.get(block, zero) for block in blocks]) if blocks else torch.empty(0)

@@ -12,7 +12,7 @@ from tengrad_triton.capture.blocks import LayerParams
 
 
 class Target(NamedTuple):
-    """A parameter to be updated in place, with everything that the rule of `kernels.update_` reads but the direction.
+    """A parameter to be updated in place, with all that `kernels.update_` takes but the direction.
 
     Attributes:
         layer: the name of the module that owns the parameter.
@@ -45,20 +45,20 @@ class Target(NamedTuple):
             return self
         return self._replace(grad=self.grad + (damping * self.spring) * self.momentum)
 
-    def in_scratch(self, lr_only: Tensor) -> Target:
-        """Return the target with zeros for its parameter and momentum, in which the update leaves the step lr d.
+    def in_scratch(self, settings: Tensor) -> Target:
+        """Return the target with zeros for its parameter and momentum: the update makes them lr d and d.
 
-        ``lr_only`` is `lr_only` of the target's settings. The parameter becomes lr d, and the momentum d.
+        ``settings`` is `scratch_settings` of the target's own.
         """
         zeros = (torch.zeros_like(self.grad), torch.zeros_like(self.grad))
-        return self._replace(parameter=zeros[0], momentum=zeros[1], settings=lr_only, nesterov=False)
+        return self._replace(parameter=zeros[0], momentum=zeros[1], settings=settings, nesterov=False)
 
 
-def lr_only(settings: Tensor) -> Tensor:
-    """Return the settings of an ascent with the lr of ``settings``, without momentum and weight decay."""
-    only = torch.zeros_like(settings)
-    only[0] -= settings[0]
-    return only
+def scratch_settings(settings: Tensor) -> Tensor:
+    """Return [−lr, 0, 0, 0]: applied to zeros, the update writes lr d to the parameter and d to the momentum."""
+    negated = torch.zeros_like(settings)
+    negated[0] -= settings[0]
+    return negated
 
 
 TensorsOf = Callable[[LayerParams, str], tuple[Tensor, Tensor, Tensor] | None]

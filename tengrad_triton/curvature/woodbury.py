@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
-from tengrad_triton.curvature.grouped import BlockEntry, expand_updates_, grams, projections, store_contiguously
-from tengrad_triton.curvature.jacobian import Jacobian, Jacobians, PerSample
-from tengrad_triton.curvature.target import Target, bounded_scale, lr_only
+from tengrad_triton.curvature.jacobian import PerSample, store_contiguously
+from tengrad_triton.curvature.products import BlockEntry, Jacobian, Jacobians, expand_updates_, grams, projections
+from tengrad_triton.curvature.target import Target, bounded_scale, scratch_settings
 from tengrad_triton.kernels import update_
 from tengrad_triton.profiling import phase
 
@@ -30,19 +30,19 @@ class InverseFactors:
     """Blocks of one size: W = C⁻¹ with C Cᵀ = K + N α I, so that (K + N α I)⁻¹ = Wᵀ W."""
 
     blocks: tuple[str, ...]
-    inverse_LNN: Tensor
+    inverse_BNN: Tensor
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What a refresh leaves behind for the steps until the next one: every parameter's J and the factored blocks.
+    """The result of a refresh, for the steps until the next one: every parameter's J and the factored blocks.
 
     Attributes:
         jacobians: J of every layer, by the layer's name.
         blocks: which layers are solved together.
         inverses: the blocks' factors, those of one size together.
         history: rows of J from each of the refreshes whose rows are kept, the newest first.
-        damping_L: α of every block, the one that was factored with K; the identity holds for no other.
+        damping_L: the α of every block that was factored with K. The identity holds for no other α.
         failures_L: how many factorizations of each block have failed so far.
     """
 
@@ -60,7 +60,7 @@ class Curvature:
 
     @property
     def is_released(self) -> bool:
-        """Whether J is gone, and only the counts of failures are left for the next refresh."""
+        """Whether J and the factors are freed, so that only the counts of failures are left."""
         return any(not layer for layer in self.jacobians.values())
 
     def released(self) -> Curvature:
@@ -70,8 +70,8 @@ class Curvature:
     def step_(self, targets: Sequence[Target], ops: Ops, trust_region: float | None) -> None:
         """Update every target along its natural gradient, or along its gradient where its layer has no J.
 
-        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). Whatever
-        can fail comes before the first update.
+        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). Every
+        check comes before the first update, so an error changes nothing.
         """
         dampings, without_j = self.damping_L, [target for target in targets if self._jacobian_of(target) is None]
         entries = self._entries(targets)
@@ -111,18 +111,18 @@ class Curvature:
         return self.jacobians.get(target.layer, {}).get(target.label)
 
     def _largest(self) -> int:
-        """Return the rows of the largest block."""
-        return max(one.inverse_LNN.shape[-1] for one in self.inverses)
+        """Return the largest number of rows of a block."""
+        return max(one.inverse_BNN.shape[-1] for one in self.inverses)
 
     def _solve(self, y_LN: Tensor, ops: Ops) -> list[Tensor]:
         """Return w_N = (K + N α I)⁻¹ y of every block."""
         w: dict[str, Tensor] = {}
         y = dict(zip(self.blocks, y_LN.unbind(), strict=True))
         for one in self.inverses:
-            size = one.inverse_LNN.shape[-1]
+            size = one.inverse_BNN.shape[-1]
             all_alike = one.blocks == tuple(self.blocks) and size == y_LN.shape[1]
             y_BN = y_LN if all_alike else torch.stack([y[block][:size] for block in one.blocks])
-            solved = ops.cholesky_solve(one.inverse_LNN, y_BN.to(one.inverse_LNN.dtype))
+            solved = ops.cholesky_solve(one.inverse_BNN, y_BN.to(one.inverse_BNN.dtype))
             w |= dict(zip(one.blocks, solved.unbind(), strict=True))
         return [w[block] for block in self.blocks]
 
@@ -156,7 +156,7 @@ class Curvature:
     def _norm_with_several_rates(self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor]) -> Tensor:
         """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes two more products with J."""
         dampings = self.damping_L.unbind()
-        rates = {one.target.group: lr_only(one.target.settings) for one in entries}
+        rates = {one.target.group: scratch_settings(one.target.settings) for one in entries}
         scratch = [one._replace(target=one.target.in_scratch(rates[one.target.group])) for one in entries]
         expand_updates_(scratch, w, dampings)
         steps = [one._replace(target=one.target._replace(grad=one.target.parameter)) for one in scratch]
@@ -169,7 +169,7 @@ def factor(
     jacobians: Jacobians,
     blocks: FisherBlocks,
     history: tuple[int, ...],
-    damping_L: Tensor,
+    epsilon_L: Tensor,
     failures_L: Tensor,
     ops: Ops,
     tol: Mapping[str, float],
@@ -177,47 +177,48 @@ def factor(
 ) -> Curvature:
     """Factor K + N α I of every block, those of one size in one batch.
 
-    Where rounding made K indefinite, so that the factorization fails, the block takes the gradient over its largest
-    possible curvature until the next refresh: w = 0 and α + trace(K) / N ≥ α + λ_max(F) in place of α. Each failure
+    Where rounding made K + N α I indefinite, the factorization fails, and the block steps along V / (α + trace(K) / N)
+    until the next refresh. That is no longer than the natural gradient, because trace(K) / N ≥ λ_max(F). Each failure
     raises the block's damping tenfold from the next refresh on.
 
     Args:
         jacobians: J of every layer.
         blocks: which layers are solved together.
         history: rows of J from each refresh, the newest first.
-        damping_L: ε of every block.
+        epsilon_L: the setting ε of every block (M5).
         failures_L: the failures of every block so far.
         ops: the kernels.
-        tol: the blocks to compress, each to its tolerance (M7). Only their ranks are read back from the device.
+        tol: the blocks to compress, each to its tolerance (M7). Their ranks are read back from the
+            device, the only synchronization here.
         relative_damping: whether α = ε max(1, trace(K) / N), where trace(K) / N = tr F; otherwise α = ε (M5).
     """
     if not jacobians:
-        return Curvature(jacobians, {}, (), history, damping_L, failures_L)
-    if len(history) == 1:  # older rows have to be kept as rows
+        return Curvature(jacobians, {}, (), history, epsilon_L, failures_L)
+    if len(history) == 1:  # a history keeps its rows
         jacobians = {name: layer for names in blocks.values() for name, layer in _reduced(jacobians, names).items()}
     n, by_size = sum(history), _grams(jacobians, blocks)
-    k = {block: k_NN for names, k_LNN in by_size for block, k_NN in zip(names, k_LNN.unbind(), strict=True)}
+    k = {block: k_NN for names, k_BNN in by_size for block, k_NN in zip(names, k_BNN.unbind(), strict=True)}
     traces = {
         block: trace
-        for names, k_LNN in by_size
-        for block, trace in zip(names, k_LNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
+        for names, k_BNN in by_size
+        for block, trace in zip(names, k_BNN.diagonal(dim1=1, dim2=2).sum(1).unbind(), strict=True)
     }
     failures_L = failures_L.to(by_size[0][1])
     trace_L = torch.stack([traces[block] for block in blocks]) / n
-    damping_L = damping_L.to(failures_L) * 10.0**failures_L
+    alpha_L = epsilon_L.to(failures_L) * 10.0**failures_L
     if relative_damping:
-        damping_L = damping_L * trace_L.clamp(min=1.0)
-    shifts = dict(zip(blocks, (n * damping_L).unbind(), strict=True))
+        alpha_L = alpha_L * trace_L.clamp(min=1.0)
+    shifts = dict(zip(blocks, (n * alpha_L).unbind(), strict=True))
     inverses: list[InverseFactors] = []
     healthy: dict[str, Tensor] = {}
-    for names, k_LNN in by_size:
-        factor_LNN, pivot_L = ops.cholesky(k_LNN, torch.stack([shifts[block] for block in names]))
-        healthy_B = pivot_L > 0  # false for NaN too
-        inverse_LNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_LNN), 0.0)
-        inverses.append(InverseFactors(names, inverse_LNN))
+    for names, k_BNN in by_size:
+        factor_BNN, pivot_B = ops.cholesky(k_BNN, torch.stack([shifts[block] for block in names]))
+        healthy_B = pivot_B > 0  # false for NaN too
+        inverse_BNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_BNN), 0.0)
+        inverses.append(InverseFactors(names, inverse_BNN))
         healthy |= dict(zip(names, healthy_B.unbind(), strict=True))
     healthy_L = torch.stack([healthy[block] for block in blocks])
-    used_L = torch.where(healthy_L, damping_L, damping_L + trace_L)
+    used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
     full = Curvature(store_contiguously(jacobians), blocks, inverses, history, used_L, failures_L + ~healthy_L)
     return compress(full, k, shifts, tol) if tol else full
 
@@ -257,7 +258,7 @@ def _reduced(jacobians: Jacobians, names: Sequence[str]) -> Jacobians:
 
 
 def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:
-    """Return the combinations of rows that are worth keeping, and (λ + N α)^-½ of each."""
+    """Return the eigenvectors of K with f_i ≥ tol (M7), one a row of the result, and (λ_i + N α)^-½ of each."""
     eigenvalues_N, q_NN = torch.linalg.eigh(k_NN)
     kept = eigenvalues_N / (eigenvalues_N + shift) >= tol
     return q_NN[:, kept].mT, (eigenvalues_N[kept] + shift).rsqrt()
@@ -266,7 +267,7 @@ def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor,
 def compress(
     full: Curvature, k: Mapping[str, Tensor], shifts: Mapping[str, Tensor], tol: Mapping[str, float]
 ) -> Curvature:
-    """Keep of each block in ``tol`` the directions whose share of the correction is at least that tolerance.
+    """Keep the directions with f_i ≥ tol of each block in ``tol``.
 
     With K = Q Λ Qᵀ the rows Jᵀ q_i are orthogonal, of squared norm λ_i, and (K + N α I)⁻¹ becomes diagonal. The share
     of row i is f_i = λ_i / (λ_i + N α). Dropping every i with f_i < tol changes the natural gradient by at most
@@ -285,7 +286,7 @@ def compress(
     inverses = [
         InverseFactors(
             one.blocks,
-            torch.stack([compressed(*pair) for pair in zip(one.blocks, one.inverse_LNN, strict=True)]),
+            torch.stack([compressed(*pair) for pair in zip(one.blocks, one.inverse_BNN, strict=True)]),
         )
         for one in full.inverses
     ]

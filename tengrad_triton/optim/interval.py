@@ -1,4 +1,4 @@
-"""Refresh intervals: how many steps a refresh of the curvature serves."""
+"""Refresh intervals: after how many steps the curvature is refreshed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Growing:
-    """An interval of a third of the steps taken so far, at least 1 and at most ``most``.
+    """An interval of a third of the steps taken so far, at least 1 and at most ``most`` steps.
 
-    The curvature changes fastest at the start of training. For ``most=10`` the steps 0 to 38 take 14 refreshes, and
-    every tenth step from there on takes one. docs/defaults.md shows what that gains.
+    The curvature changes fastest at the start of training. The optimizer asks for the interval at every step, and
+    refreshes once the curvature has served for at least that many. For ``most=10`` it refreshes at the steps 0 to 5, 7,
+    10, 14, 20 and 29, and from there on at every tenth. docs/defaults.md shows what that gains.
 
     Args:
         most: the longest interval, in steps.
@@ -26,5 +27,13 @@ class Growing:
             raise ValueError(f"most must be at least 1 step, got {self.most}")
 
     def __call__(self, step: int) -> int:
-        """Return how many steps a refresh at ``step`` serves."""
+        """Return the interval at ``step``, in steps."""
         return max(1, min(self.most, step // 3))
+
+    def refreshes(self, steps: int) -> list[int]:
+        """Return the steps before ``steps`` at which the optimizer refreshes."""
+        refreshed: list[int] = []
+        for step in range(steps):
+            if not refreshed or step - refreshed[-1] >= self(step):
+                refreshed.append(step)
+        return refreshed

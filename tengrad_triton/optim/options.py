@@ -48,7 +48,9 @@ class Options:
         if self.history == 1:
             return choices
         # A plan may choose a compressed J, which has lost the rows that a history needs.
-        return {name: Choice("per_sample") if c.representation == "compressed" else c for name, c in choices.items()}
+        return {
+            name: Choice("per_sample", ()) if c.representation == "compressed" else c for name, c in choices.items()
+        }
 
 
 def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str | None, **options: Any) -> Options:

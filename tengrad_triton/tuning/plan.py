@@ -30,7 +30,7 @@ def representations_by_cost(
     """
     by_user = dict.fromkeys(geometries, given) if isinstance(given, str) else dict(given or {})
     chosen: dict[str, Representation] = {
-        name: by_user.get(name, "per_sample" if geometry.flops_saved_by_rows(refresh_every) > 0 else "factored")
+        name: by_user.get(name, "per_sample" if geometry.saved_by_rows(refresh_every) > 0 else "factored")
         for name, geometry in geometries.items()
     }
     flops_lost: dict[str, float] = {}
@@ -39,7 +39,7 @@ def representations_by_cost(
         saved = geometry.per_sample_bytes - geometry.factored_bytes
         smaller[name] = "factored" if saved > 0 else "per_sample"
         if saved and name not in by_user and chosen[name] != smaller[name]:
-            flops_lost[name] = abs(geometry.flops_saved_by_rows(refresh_every) / saved)
+            flops_lost[name] = abs(geometry.saved_by_rows(refresh_every) / saved)
     for name in sorted(flops_lost, key=flops_lost.__getitem__):
         if total_bytes(geometries, chosen) <= max_bytes:
             break
