@@ -1,6 +1,6 @@
 """The choice for every weight: by its measurements if a plan contains them, else by the cost model.
 
-The cost model counts flops: a weight gets explicit rows if the products with J take fewer flops that way.
+The cost model estimates the time of a step in flops: a weight gets explicit rows if that makes steps cheaper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def representations_by_cost(
 ) -> dict[str, Representation]:
     """Return the representation of every weight by the cost model, except for those that are given.
 
-    The cost model chooses ``per_sample`` if a step takes fewer flops with it, including the step's share of a refresh.
+    The cost model chooses ``per_sample`` if a step costs less with it, including the step's share of a refresh.
     If the chosen representations take more than ``max_bytes`` together, weights change to their smaller representation
     until they fit, first those that add the fewest flops for each byte. Steps are then slower, but still exact.
     """
