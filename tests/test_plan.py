@@ -101,7 +101,7 @@ def test_a_plan_from_elsewhere_is_not_used_and_says_why(tmp_path, part):
 def test_a_damaged_file_is_set_aside(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_text(content)
-    with pytest.warns(UserWarning, match="is damaged .* renamed to plan.damaged"):
+    with pytest.warns(UserWarning, match="is ignored, because it is damaged .*; renamed to plan.damaged"):
         assert plan_file.load(path, CPU) == Plan({})
     assert (tmp_path / "plan.damaged").read_text() == content
     plan_file.save(PLAN, path, CPU)

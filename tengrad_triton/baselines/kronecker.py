@@ -1,7 +1,7 @@
 """Which layers have Kronecker factors, and the matrix that such a layer's weight and bias form together.
 
 Dimensions: N samples, G groups, P positions (pixels or tokens), K entries of a flat gradient, O outputs of a group, and
-I inputs of a group. Where a layer has a bias, I counts the constant input 1 that the bias multiplies (the homogeneous
+I inputs of a group. If a layer has a bias, I also counts the constant input 1 that the bias multiplies (the homogeneous
 coordinate), which comes last.
 """
 

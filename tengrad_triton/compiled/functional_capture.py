@@ -55,7 +55,7 @@ class FunctionalCapture:
         self._forwards = [*tapped.values(), *(_TappedForward(self, name, module) for name, module in others.items())]
         self._perturbations: CallTensors = {}
         self._tensors: dict[str, list[Mapping[str, Tensor]]] = {}
-        self._other_arguments: dict[str, list[Any]] = {}  # for each recorded call, what `_RecordCall` gives
+        self._other_arguments: dict[str, list[Any]] = {}  # for each recorded call: the rest of its arguments
         self.detach_statistics = False
         """Whether batch statistics are constants in the present forward."""
 

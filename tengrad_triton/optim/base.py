@@ -260,7 +260,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, also between two refreshes.
+        """Continue from the step at which `state_dict` was called, also between two refreshes.
 
         Raises:
             ValueError: the state belongs to another model or another optimizer; nothing has changed then.

@@ -202,7 +202,9 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _why_closure(self) -> str | None:
-        why = "damping='lm' compares losses: call step(closure), where the closure returns the loss of the batch"
+        why = (
+            "damping='lm' compares losses before and after a step: call step(closure), where closure() returns the loss"
+        )
         return why if self.adapts else None
 
     @override

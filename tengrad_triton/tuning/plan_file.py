@@ -110,10 +110,10 @@ def _set_aside(path: Path, error: Exception) -> None:
     aside = path.with_suffix(".damaged")
     try:
         os.replace(path, aside)
-        where = f"renamed to {aside.name}"
+        renamed = f"renamed to {aside.name}"
     except OSError:
-        where = "not renamed"
-    warnings.warn(f"{path} is damaged ({error}) and ignored; it is {where}", stacklevel=3)
+        renamed = "could not be renamed"
+    warnings.warn(f"{path} is ignored, because it is damaged ({error}); {renamed}", stacklevel=3)
 
 
 def _triton_version() -> str | None:
