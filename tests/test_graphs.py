@@ -8,8 +8,7 @@ import layer_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from exact_cases import LAYERS, SAMPLES, Case, attention, rnn
-from test_exact import TOLERANCE, batches
+from exact_cases import LAYERS, SAMPLES, TOLERANCE, Case, attention, batches, rnn
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -17,9 +16,9 @@ from tengrad_triton import Categorical, LevenbergMarquardt, TENGraD, canonical, 
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 
 STEPS, REFRESH = 20, 6
-VALUES = "depends on the values of its input"
-CHANCE = "some rows need one backward pass for each sample"
-ANOTHER = "dropout would draw another mask"
+VALUES = "depends on the numbers in its arguments"
+CHANCE = "some rows take one backward pass for each sample"
+ANOTHER = "dropout would drop other units"
 
 
 class Chance(nn.Module):

@@ -78,11 +78,11 @@ def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn
     """Return the specification of a refresh that captured ``record``, or why it cannot be compiled."""
     modules = list(model.modules())
     if record.used_backward_per_sample:
-        return "some rows need one backward pass for each sample, outside of a compiled function"
+        return "some rows take one backward pass for each sample, which is not compiled"
     if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
         return (
-            "the model has batch norm and dropout: batch norm needs a second forward for the rows, and dropout would "
-            "draw another mask in it"
+            "the model has batch norm and dropout: batch norm needs a second forward for the rows, in which "
+            "dropout would drop other units"
         )
     perturbations, samples_second = {}, {}
     for name, calls in record.calls.items():
@@ -90,7 +90,9 @@ def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn
         if all(not p.requires_grad or id(p) in record.unattributed for p in layer.parameters.values()):
             continue
         if any(rule_reads_values(layer.layer, call.call) for call in calls):
-            return f"the rule for {type(layer.layer).__name__} depends on the values of its input, not only on shapes"
+            return (
+                f"the rule for {type(layer.layer).__name__} depends on the numbers in its arguments, not only on shapes"
+            )
         perturbations[name] = [_perturbations(layer.layer, call) for call in calls]
         samples_second[name] = [call.samples_second for call in calls]
     found = record.unattributed.keys() & record.per_sample_grads.keys()
