@@ -90,9 +90,7 @@ def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn
         if all(not p.requires_grad or id(p) in record.unattributed for p in layer.parameters.values()):
             continue
         if any(rule_reads_values(layer.layer, call.call) for call in calls):
-            return (
-                f"the rule for {type(layer.layer).__name__} depends on the numbers in its arguments, not only on shapes"
-            )
+            return f"the rule for {type(layer.layer).__name__} depends on the numbers in its arguments"
         perturbations[name] = [_perturbations(layer.layer, call) for call in calls]
         samples_second[name] = [call.samples_second for call in calls]
     found = record.unattributed.keys() & record.per_sample_grads.keys()
