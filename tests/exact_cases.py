@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 SAMPLES, CLASSES = 5, 3
+TOLERANCE = 1e-9  # of the parameters after some steps in float64, relative
 
 
 class Flat(nn.Module):
@@ -33,6 +34,16 @@ class Case:
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
     ids: int | None = None
+
+
+def batches(case, steps):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        if case.ids is None:
+            x = torch.randn(SAMPLES, *case.shape, generator=generator, dtype=torch.float64)
+        else:
+            x = torch.randint(case.ids, (SAMPLES, *case.shape), generator=generator)
+        yield x, torch.randint(CLASSES, (SAMPLES,), generator=generator)
 
 
 def conv(*args, **kwargs):

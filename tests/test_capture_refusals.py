@@ -94,7 +94,7 @@ def test_what_no_rule_covers_takes_the_plain_sgd_step(case):
 
 
 def test_unsupported_error_refuses_at_the_constructor():
-    with pytest.raises(ValueError, match=r"no exact rule covers 0 \(OwnForward has its own forward\)"):
+    with pytest.raises(ValueError, match=r"no exact rows for 0 \(OwnForward has its own forward\)"):
         TENGraD(nn.Sequential(cases.OwnForward(4, 3)), unsupported="error")
 
 

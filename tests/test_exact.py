@@ -6,26 +6,15 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from exact_cases import CLASSES, LAYERS, SAMPLES, Case
+from exact_cases import CLASSES, LAYERS, TOLERANCE, Case, batches
 from torch import nn
 
 from tengrad_triton import TENGraD, canonical, compile_train_step
 from tengrad_triton.likelihoods import LIKELIHOODS
 
-TOLERANCE = 1e-9
 SETTINGS = {"lr": 0.05, "damping": 0.03, "momentum": 0.9, "weight_decay": 0.01}
 PLAIN = {"nesterov": False, "relative_damping": False, "trust_region": None}
 REFRESH = 2
-
-
-def batches(case, steps):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        if case.ids is None:
-            x = torch.randn(SAMPLES, *case.shape, generator=generator, dtype=torch.float64)
-        else:
-            x = torch.randint(case.ids, (SAMPLES, *case.shape), generator=generator)
-        yield x, torch.randint(CLASSES, (SAMPLES,), generator=generator)
 
 
 def train(case, fisher, likelihood="categorical", loss=F.cross_entropy, **options):

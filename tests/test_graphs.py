@@ -8,7 +8,7 @@ import layer_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
-from test_exact import LAYERS, SAMPLES, TOLERANCE, Case, attention, batches, rnn
+from exact_cases import LAYERS, SAMPLES, TOLERANCE, Case, attention, batches, rnn
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -16,9 +16,9 @@ from tengrad_triton import Categorical, LevenbergMarquardt, TENGraD, canonical, 
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 
 STEPS, REFRESH = 20, 6
-VALUES = "depends on numbers in what it is called with"
-CHANCE = "some rows take a backward pass a sample"
-ANOTHER = "would drop out other units"
+VALUES = "depends on the numbers in its arguments"
+CHANCE = "some rows take one backward pass for each sample"
+ANOTHER = "dropout would drop other units"
 
 
 class Chance(nn.Module):
@@ -131,10 +131,10 @@ def test_a_layer_carries_one_hook_while_its_calls_are_captured():
 
 # Settings, and why a refresh with them takes the plain step.
 SETTINGS = {
-    "exact": ({"fisher": "exact"}, "one row a sample"),
-    "several draws": ({"fisher_samples": 2}, "one row a sample"),
-    "some rows": ({"fisher_rows": 3}, "one row a sample"),
-    "a history": ({"history": 2}, "one row a sample"),
+    "exact": ({"fisher": "exact"}, "one row for each sample"),
+    "several draws": ({"fisher_samples": 2}, "one row for each sample"),
+    "some rows": ({"fisher_rows": 3}, "one row for each sample"),
+    "a history": ({"history": 2}, "one row for each sample"),
     "adapted damping": ({"damping": LevenbergMarquardt(), "trust_region": None}, "compares losses"),
     "compressed": ({"representation": "compressed"}, "depends on the data"),
 }
@@ -155,7 +155,7 @@ def test_a_likelihood_that_keeps_the_targets_is_named():
     likelihood.target = y
     step = compile_train_step(model, F.cross_entropy, TENGraD(model, likelihood=likelihood), backend="aot_eager")
     step(torch.randn(SAMPLES, 4), y)
-    assert "a batch's target" in step.why_plain
+    assert "labels of one batch" in step.why_plain
 
 
 class Looking(nn.Linear):

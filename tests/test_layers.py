@@ -58,7 +58,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:no exact rule covers layer:UserWarning")  # once, for the empirical Fisher
+@pytest.mark.filterwarnings("ignore:no exact rows for layer:UserWarning")  # once, for the empirical Fisher
 @pytest.mark.parametrize("fisher", ["sampled", "empirical"])
 @pytest.mark.parametrize("case", RANDOM)
 def test_rows_are_those_of_the_forward_that_was_made(case, fisher):
