@@ -3,8 +3,9 @@ CONSTRAINTS ?= constraints.txt
 VENV        ?= .venv
 READY       := $(VENV)/.ready
 RUN         := $(VENV)/bin/python -m
-# The tests' tensors are small: a second thread would only wait for the first.
-PYTEST      := OMP_NUM_THREADS=1 $(RUN) pytest
+PYTEST      := $(RUN) pytest
+# Processes that tests run in, as many as there are cores up to four; each takes from another when it has none left.
+WORKERS     ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help install train quick test tests test-slow bench lint format clean
@@ -25,10 +26,10 @@ quick: $(READY)            ## stop at the first failing test of the method, the 
 test: lint tests           ## lint, then run every test that is not marked slow
 
 tests: $(READY)            ## run them without linting
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(WORKERS) -m "not slow"
 
 test-slow: $(READY)        ## run the tests marked slow
-	$(PYTEST) -m slow
+	$(PYTEST) $(WORKERS) -m slow
 
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf

@@ -1,5 +1,6 @@
-"""Makes the helpers beside the tests importable under importlib's import mode, and holds what many tests use."""
+"""Makes the helpers beside the tests importable under importlib's import mode, and gives every test one thread."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# For small tensors several threads are no faster, and much slower where other processes are at work.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Give torch one thread: for small tensors several are no faster, and much slower on a busy machine."""
-    threads = torch.get_num_threads()
+
+@pytest.fixture
+def set_threads():
+    """Return what sets the number of torch's threads in one test."""
+    yield torch.set_num_threads
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

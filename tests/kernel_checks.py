@@ -1,7 +1,9 @@
 """How an implementation of an op is run on a copy of its arguments, and compared with the op's definition."""
 
 import math
+from functools import reduce
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -51,3 +53,17 @@ def assert_is_definition(spec, function, arguments):
     condition = torch.linalg.cond(arguments[0]).max().item() if spec.name in FACTORIZATIONS else 1
     size = math.hypot(*(x.norm().item() for x in truth))
     assert error(results, truth) <= 2 * operations * condition * torch.finfo(torch.float64).eps * size
+
+
+def combine_slices(self, tensors):
+    """Stand in for ``ReduceOps.generic_reduce`` of Triton's interpreter, which combines entry by entry in Python.
+
+    Slices along the axis are combined in the same order, so the numbers are the same; the axis must not be kept.
+    """
+    entries = [np.moveaxis(x.handle.data, self.axis, 0) for x in tensors]
+    slices = (
+        [self.to_tensor(part, x.dtype) for part, x in zip(parts, tensors, strict=True)]
+        for parts in zip(*entries, strict=True)
+    )
+    results = reduce(lambda total, parts: self.combine_fn.fn(*total, *parts), slices)
+    return [self.to_tensor(y.handle.data, x.dtype) for y, x in zip(results, tensors, strict=True)]

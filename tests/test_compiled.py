@@ -85,7 +85,7 @@ def cuda_resources(compiled, folder):
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    return registers, stack + local, _tool("nvdisasm", "-c", str(cubin))
+    return registers, stack + local, _tool("nvdisasm", "-c", "-ndf", str(cubin))
 
 
 def hip_resources(compiled):

@@ -148,9 +148,9 @@ def test_tuned_code_is_the_definition(case):
 
 @pytest.mark.parametrize("case", IN_PARTS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_tuned_code_in_parts_is_the_definition(case, threads, monkeypatch):
+def test_tuned_code_in_parts_is_the_definition(case, threads, set_threads, monkeypatch):
     """With small caches and several threads the same work goes in parts."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    set_threads(threads)
     monkeypatch.setattr(cpu_conv, "_UNFOLDED_BYTES", 1 << 13)
     monkeypatch.setattr(cpu_conv, "_GROUPED_BYTES", 1 << 11)
     test_tuned_code_is_the_definition(case)

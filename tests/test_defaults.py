@@ -10,7 +10,6 @@ from torch import nn
 
 from tengrad_triton import Growing, TENGraD
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, BATCH = 60, 64
 LR = inspect.signature(TENGraD).parameters["lr"].default
 

@@ -51,7 +51,7 @@ PLAIN = {
 # One of each way of capturing; the rest of the table is slow.
 QUICK = {
     *("bilinear", "embedding, padding", "embedding bag, weights", "embedding bag, bags of several sizes"),
-    *("attention, dropout", "encoder layer, sequence first, dropout", "lstm, dropout", "layer norm"),
+    *("attention, dropout", "attention, sequence first", "lstm, dropout", "layer norm"),
     *("tied embedding and head", "weight norm", "a weight used outside of its layer"),
     *("parameters of the model's own", "a module of its own kind, with chance"),
     "batch norm and a dropout in attention",

@@ -13,7 +13,6 @@ from tengrad_triton.recipes.optimizers.muon import hidden_weights
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.settings import Settings, installed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 7, 11), (1, 4, 4)]
 SMALL = {**dict.fromkeys(MODELS, 4), "vit-tiny": 12, "wrn-10-1": 2, "densenet-10-4": 3}  # name and width
 

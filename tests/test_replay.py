@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from replay import Replays
-from test_train_step import MODELS, OPTIONS, batches, plain_steps, prepared
+from train_step_cases import MODELS, OPTIONS, batches, plain_steps, prepared
 
 from tengrad_triton import compile_train_step
 

@@ -10,8 +10,6 @@ from studies.problems import PROBLEMS, Poisson, exact_solution, source_term
 from studies.results import Curve
 from tengrad_triton.recipes.measuring.machine import describe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):

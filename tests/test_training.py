@@ -21,7 +21,6 @@ from tengrad_triton.recipes.training.settings import Settings, installed
 from tengrad_triton.recipes.training.warm_up import warm_up
 
 NAMES = installed()
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
