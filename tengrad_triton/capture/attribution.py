@@ -2,7 +2,7 @@
 
 The calls give a parameter's rows if they are its only uses and do not mix samples. A rule, or a rerun of the layer,
 then computes the rows from the calls. The other parameters are unattributed: their rows need the whole graph, or they
-take the plain SGD step.
+take the SGD step.
 """
 
 from __future__ import annotations

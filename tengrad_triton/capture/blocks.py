@@ -26,7 +26,7 @@ class LayerParams:
         layer: the module itself.
         parameters: the parameters, by their names within the module.
         group: the index of the optimizer's parameter group that all of them are in.
-        why_sgd: why they take the plain SGD step, or None if they have rows.
+        why_sgd: why they take the SGD step, or None if they have rows.
     """
 
     name: str
@@ -125,7 +125,7 @@ def find_layer_params(
     Args:
         model: the model itself, not compiled.
         groups: the optimizer's parameter groups.
-        rows_without_rule: whether parameters that no rule covers have rows; otherwise they take the plain SGD step.
+        rows_without_rule: whether parameters that no rule covers have rows; otherwise they take the SGD step.
 
     Raises:
         ValueError: a module's parameters are in different groups, or an option of a module makes its gradient differ

@@ -31,7 +31,7 @@ class ExplicitRows:
     Args:
         model: the model itself, not compiled.
         attribution: knows which layers to run again and which parameters are unattributed.
-        include_unattributed: whether to find rows of unattributed parameters; otherwise they take the plain SGD step.
+        include_unattributed: whether to find rows of unattributed parameters; otherwise they take the SGD step.
     """
 
     def __init__(self, model: nn.Module, attribution: Attribution, include_unattributed: bool) -> None:
