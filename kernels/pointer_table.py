@@ -55,7 +55,7 @@ def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
 # fields are those of `add_partial_sums`: the index of the Fisher block; SLOTS, how many partial sums one sample and
 # position has; the numbers of samples and of positions; and FIRST_PART, where the entry's partial sums begin.
 FIRST_TILE, FISHER_BLOCK, SLOTS, SAMPLES, POSITIONS, FIRST_PART = fields(6)
-AFTER_PARTIAL_SUMS = 6
+AFTER_PARTIAL_SUMS = 6  # one more than the index of the last of these
 
 
 @triton.jit(do_not_specialize_on_alignment=["table_ptr"])

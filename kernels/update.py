@@ -25,7 +25,7 @@ from .spec import Example, normal
     PARAM, MOMENTUM, GRAD, W, DAMPING, SETTINGS,
     PARAM_STRIDES, MOMENTUM_STRIDES, GRAD_STRIDES,
 ) = fields(6, strides=3, after=1)  # fmt: skip
-AFTER_UPDATE = 16
+AFTER_UPDATE = 16  # one more than the index of the last of these
 
 
 def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
