@@ -6,7 +6,7 @@ import one_step
 import pytest
 import torch
 import torch.nn.functional as F
-from small_conv import batch, small_model, take_steps
+from small_conv import batch, flat, small_model, take_steps
 from torch import nn
 
 from tengrad_triton import Categorical, TENGraD
@@ -74,6 +74,23 @@ def test_a_bad_added_group_is_not_added():
     with pytest.raises(ValueError, match="different parameter groups"):
         optimizer.add_param_group({"params": [model[4].bias]})
     take_steps(model, optimizer, 0, 1)
+
+
+def test_a_group_that_does_not_fit_the_blocks_leaves_the_optimizer_as_it_was():
+    model = small_model()
+    optimizer = TENGraD(model, model[6].parameters(), blocks="network", refresh_every=3)
+    take_steps(model, optimizer, 0, 3)
+    with pytest.raises(ValueError, match="need one damping"):
+        optimizer.add_param_group({"params": model[4].parameters(), "damping": 0.5})
+    take_steps(model, optimizer, 3, 7)  # its hooks are still there
+
+
+def test_a_group_may_be_empty():
+    model, twin = small_model(), small_model()
+    optimizer = TENGraD(model, [{"params": list(model.parameters())}, {"params": []}], seed=0)
+    take_steps(model, optimizer, 0, 2)
+    take_steps(twin, TENGraD(twin, seed=0), 0, 2)
+    assert torch.equal(flat(model), flat(twin))
 
 
 def test_frozen_parameters_and_parameters_of_no_module():

@@ -135,9 +135,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         """Find the layers of all parameters. The next step then refreshes the curvature."""
         layers = find_layer_params(self._module, self.param_groups, rows_without_rule=self._unsupported == "explicit")
         self._report_uncovered({layer.name: layer.why_sgd for layer in layers if layer.why_sgd})
+        capture = self._new_capture(layers)
         if self._built:
             self.close()
-        self._capture = self._new_capture(layers)
+        self._capture = capture
         self._layers, self._curvature, self._built = layers, None, True
         self._capture.arm()
 
@@ -253,6 +254,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
             "steps": self._steps,
             "age": self._age,
             "refresh_every": None if callable(self.refresh_every) else self.refresh_every,
+            "seed": self._seed,
             "generator": self._generator.get_state(),
             "curvature": None if self._curvature is None else self._packed(self._curvature),
         }
@@ -268,6 +270,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         if self.state_key not in state_dict:
             expected = f"a state_dict of {type(self).__name__}, with the key {self.state_key!r}"
             raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
+        self._check_momenta(state_dict)
         saved = state_dict[self.state_key]
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)
@@ -279,5 +282,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):
             self.refresh_every = saved["refresh_every"]
+        self._seed = saved["seed"]
         self._generator.set_state(saved["generator"].cpu())
         self._rearm()
+
+    def _check_momenta(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise unless every saved momentum fits its parameter: the update would write past a smaller one."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=False):  # torch compares their numbers
+            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if saved is not None and saved.shape != parameter.shape:
+                raise ValueError(
+                    f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}: it was saved for another model"
+                )
