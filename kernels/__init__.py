@@ -4,14 +4,14 @@ Each op has three implementations with the same arguments, which its `KernelSpec
 
 1. `triton_impl` launches Triton kernels. The op calls it for CUDA tensors in single or half precision.
 2. `torch_impl` is tuned PyTorch code (`cpu`, `cpu_conv`, `cpu_update`). The op calls it for all other tensors.
-3. `reference` is the definition (`reference`), naive on purpose. Only tests call it, to check the other two.
+3. `reference` is the definition (`reference`), kept simple on purpose. Only tests call it, to check the other two.
 
-To find the code of an op: its file has the op's name or that of its group (`project_rows`; `gram` and `gram_rows` in
-`gram`; `cholesky_inverse` and `cholesky_solve` in `triangular`) and holds the op, its kernel, its launch configurations
-and its `KernelSpec`. `dispatch` registers ops and chooses the implementation, `spec` says what a `KernelSpec` is, and
-`pointer_table` explains how one launch takes a list of tensors.
+The file of an op holds the op, its kernel, its launch configurations and its `KernelSpec`. Most files have the name of
+their op. `gram` also has `gram_rows`; `triangular` has `cholesky_inverse` and `cholesky_solve`; `project_factored`,
+`expand_factored` and `conv` have the products with factors. `dispatch` registers ops and chooses the implementation,
+`spec` defines `KernelSpec`, and `pointer_table` explains how one launch takes a list of tensors.
 
-Sums over half-precision entries are computed and returned in float32; per-sample gradients keep the inputs' dtype.
+Sums over half-precision entries are computed and returned in float32; rows of J keep the inputs' dtype.
 Docstrings cite the paper's equations by number, and the sections M1, M2, … of docs/math.md.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L Fisher
@@ -41,7 +41,7 @@ from .triangular import SPECS as TRIANGULAR_SPECS
 from .triangular import cholesky_inverse, cholesky_solve
 from .update import update_
 
-# One row for each op: the tests, the benchmarks and the ahead-of-time compilation iterate over these.
+# One entry for each op: the tests, the benchmarks and the ahead-of-time compilation iterate over these.
 SPECS: tuple[KernelSpec, ...] = (
     *GRAM_SPECS,
     *SAMPLE_GRADS_SPECS,

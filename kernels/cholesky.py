@@ -2,10 +2,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """Batched Cholesky factorization of small damped Gram matrices.
 
-One program factors one matrix: a matrix that is not positive definite does not disturb its neighbours, and a batch
-takes as long as one matrix. Above 512 rows, or with one or two matrices of more than 256, torch is faster.
+One program factors one matrix. So a matrix that is not positive definite does not change the results of others, and a
+batch takes as long as one matrix. Torch is faster for N > 512, and for N > 256 with one or two matrices.
 
-Dimensions: L matrices, N rows of a matrix.
+Dimensions: L matrices of size N × N.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from torch import Tensor
 from . import cpu, reference
 from .dispatch import contiguous, define_op, expect, last_contiguous, runs_kernel
 from .primitives import load_tile
-from .spec import Config, Example, KernelSpec, nbytes, normal, tl, triton
+from .spec import Example, KernelSpec, nbytes, normal, single_config, tiling, tl, triton
 
-TILE = 32  # rows of a diagonal tile: larger ones have longer chains of dependent columns, and fewer panels
+TILE = 32  # size of a diagonal tile: a larger tile has a longer chain of dependent columns, but there are fewer panels
 
 
 @define_op()
 def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
     """Factor K + shift I = C Cᵀ for every matrix (M5).
 
-    Never synchronizes with the device, and never raises for a matrix that is not positive definite: its smallest pivot
-    is then zero, negative or NaN, and its factor must not be used.
+    The op does not synchronize with the device, so it does not raise for a matrix that is not positive definite. The
+    smallest pivot of such a matrix is zero, negative or NaN, and its factor must not be used.
 
     Args:
-        k_LNN: symmetric matrices, of which the lower triangle is read.
-        shift_L: what to add to each diagonal.
+        k_LNN: symmetric matrices; only the lower triangle is read.
+        shift_L: for each matrix the number that is added to its diagonal.
 
     Returns:
-        The lower factors c_LNN, and pivot_L, the square of the smallest diagonal entry of each.
+        The lower factors c_LNN, and pivot_L, the square of the smallest diagonal entry of each factor.
 
     Raises:
-        ValueError: the matrices are not square, or there is not one shift a matrix.
+        ValueError: the matrices are not square, or the number of shifts is not L.
     """
     expect("k_LNN", k_LNN, shift_L.shape[0], k_LNN.shape[1], k_LNN.shape[1])
     return (_cholesky if is_small(k_LNN, shift_L) else cpu.cholesky)(k_LNN, shift_L)
 
 
 def is_small(x_LNN: Tensor, vectors: Tensor) -> bool:
-    """Return whether a kernel is faster than torch on these float32 matrices: many of them, or small ones."""
+    """Return whether a kernel accepts these matrices and is faster than torch: if they are many, or small."""
     matrices, n = x_LNN.shape[:2]
     exact = x_LNN.dtype == vectors.dtype == torch.float32
     return exact and runs_kernel(x_LNN, vectors) and n <= (512 if matrices > 2 else 256)
@@ -62,10 +62,10 @@ def _add_pair(a, b, c, d):
 def _eliminate(tile, BLOCK: tl.constexpr):
     """Return the lower factor of a symmetric tile, its inverse, and its pivots.
 
-    The factorization is LDLᵀ, which has no square root in the chain of dependent columns. Eliminated terms are summed
-    first and subtracted at once, and quotients and roots are correctly rounded; otherwise the error is twice torch's.
-    Below the diagonal, the finished columns of `packed` hold the inverse of the unit lower factor; above it, `packed`
-    holds the upper factor times D.
+    The factorization is LDLᵀ. It takes all square roots at the end, so no column waits for a square root. Two measures
+    keep the error below twice torch's: eliminated terms are summed first and subtracted at once, and quotients and
+    roots are correctly rounded. Below the diagonal, the finished columns of `packed` hold the inverse of the unit
+    lower factor; above the diagonal, `packed` holds the upper factor times D.
     """
     row = tl.arange(0, BLOCK)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
@@ -74,7 +74,7 @@ def _eliminate(tile, BLOCK: tl.constexpr):
         packed = tile - eliminated
         below = tl.sum(tl.where(col == j, packed, 0.0), 1)[:, None]
         everywhere = tl.broadcast_to(below, (BLOCK, BLOCK))
-        # One reduction carries both the pivot's row and the pivot to every column.
+        # One reduction gives every column the pivot, and its own entry in line j.
         across, pivot = tl.reduce((tl.where(row == j, packed, 0.0), tl.where(row == j, everywhere, 0.0)), 0, _add_pair)
         scaled = tl.div_rn(tl.where(col == j, 1.0, across[None, :]), pivot[None, :])
         # The eliminated column becomes a column of the inverse.
@@ -105,7 +105,7 @@ def _earlier_columns(c_ptr, m, n, columns, N, BLOCK_M: tl.constexpr, BLOCK: tl.c
 def _cholesky_kernel(
     k_ptr, shift_ptr, c_ptr, pivot_ptr, N, stride_kl, stride_kn, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Factor one matrix panel by panel, reading the panels to the left back from the output."""
+    """Factor one matrix panel by panel; each panel reads the panels to its left from the output."""
     matrix = tl.program_id(0).to(tl.int64)
     k_ptr += matrix * stride_kl
     c_ptr += matrix * N * N
@@ -135,11 +135,8 @@ def _cholesky_kernel(
     tl.store(pivot_ptr + matrix, smallest)
 
 
-_CHOLESKY = Config(
-    kernel=_cholesky_kernel,
-    types="*fp32 *fp32 *fp32 *fp32 i32 i32 i32",
-    constants={"BLOCK": TILE, "BLOCK_M": 64},
-    num_warps=8,
+_CHOLESKY = single_config(
+    _cholesky_kernel, "*fp32 *fp32 *fp32 *fp32 i32 i32 i32", tiling(BLOCK=TILE, BLOCK_M=64, num_warps=8)
 )
 
 
@@ -160,7 +157,7 @@ def gram_example(device: torch.device, matrices: int, n: int) -> tuple[Tensor, T
 
 
 def batch_examples(make: Callable[[torch.device, int, int], tuple[Any, ...]]) -> dict[str, Example]:
-    """Return the examples of every op on a batch of matrices: with two and with several diagonal tiles."""
+    """Return the examples that every op on several matrices is tried with: two and more diagonal tiles."""
 
     def example(matrices: int, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         return make(device, matrices, n)
@@ -179,5 +176,6 @@ SPECS = (
         bytes=lambda k_LNN, shift_L: 2 * nbytes(k_LNN),
         configs=(_CHOLESKY,),
         dtypes=(torch.float32,),
+        mutates=0,
     ),
 )

@@ -1,7 +1,7 @@
-"""Project and expand for convolutions that keep their factors: the input and the derivatives of the output.
+"""Project and expand for convolutions that keep their factors: the input and the output gradients.
 
-On a CPU, PyTorch's own convolutions compute both, and never unfold the input. The kernels are those of
-`project_factored` and `expand_factored`; they take the unfolded input, which exists for the time of the launch.
+On a CPU, PyTorch's own convolutions compute both products without unfolding the input. The Triton kernels are those of
+`project_factored` and `expand_factored`. They need the unfolded input, which is freed after the launch.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, L Fisher blocks; G, P, I as in `factors`.
 """
@@ -19,7 +19,7 @@ from .conv_geometry import ConvGeometry, conv_geometries
 from .dispatch import define_op, dispatch, expect, zeros
 from .expand_factored import EXPAND_CONFIGS, launch_expand_update_
 from .project_factored import PROJECT_CONFIGS, launch_project
-from .spec import KernelSpec, nbytes, normal
+from .spec import FLOATING, KernelSpec, nbytes, normal
 from .update import example_numbers, example_param_dtype, expect_update, update_examples
 
 
@@ -35,14 +35,15 @@ def project_conv(
 ) -> Tensor:
     """Return y_LN with y_n = Σ_p g_npᵀ V a_np, summed over the convolutions of a block (equation 6; M4).
 
-    With many positions for its channels prefer `conv_sample_grads` once and `project_rows`.
+    If a convolution has many positions in relation to its channels, `conv_sample_grads` once and `project_rows` in
+    every step are faster.
 
     Args:
         x: inputs [N, C, H, W] of each convolution, without their padding.
-        g: derivatives with respect to the outputs, [N, O, H, W].
+        g: output gradients [N, O, H, W].
         v: tensors V in the shape of the weights, [O, C / groups, kh, kw].
         sizes: the `ConvGeometry.numbers` of all convolutions, one after the other.
-        blocks: the Fisher block of each convolution.
+        blocks: the index of each convolution's Fisher block.
         shape: [L, N] of the result; a convolution with fewer samples adds to the first ones.
         config: the launch configuration of the kernel.
 
@@ -54,7 +55,7 @@ def project_conv(
     """
     for x_NCHW, g_NOHW, v_OCHW, geometry in zip(x, g, v, conv_geometries(sizes), strict=True):
         _expect_convolution(x_NCHW, g_NOHW, v_OCHW, geometry)
-    return dispatch(_project_conv, cpu_conv.project_conv, config, x, g, v, sizes, blocks, shape)
+    return dispatch(_project_conv, cpu_conv.project_conv, PROJECT_CONFIGS, config, x, g, v, sizes, blocks, shape)
 
 
 def _expect_convolution(x_NCHW: Tensor, g_NOHW: Tensor, weight: Tensor, geometry: ConvGeometry) -> None:
@@ -105,16 +106,17 @@ def expand_conv_update_(
 ) -> None:
     """Apply `update_` to convolutions' weights along (grad − Σ_n w_n J_n) / damping (equation 7; M4, M5).
 
-    With many positions for its channels prefer `conv_sample_grads` once and `expand_rows_update_`.
+    If a convolution has many positions in relation to its channels, `conv_sample_grads` once and `expand_rows_update_`
+    in every step are faster.
 
     Args:
         params: weights [O, C / groups, kh, kw], changed in place.
-        momenta: likewise, changed in place.
-        grads: likewise.
+        momenta: the momenta, of the same shapes; changed in place.
+        grads: the gradients, of the same shapes.
         x: inputs, as for `project_conv`.
-        g: derivatives with respect to the outputs, as for `project_conv`.
+        g: output gradients, as for `project_conv`.
         sizes: geometries, as for `project_conv`.
-        w: the weights w_N of the rows of each J.
+        w: the coefficients w_N of the rows of each J.
         dampings: a scalar for each weight.
         settings: [lr, momentum, weight_decay, shrink] of each weight, as for `update_`.
         nesterov: as for `update_`.
@@ -129,7 +131,7 @@ def expand_conv_update_(
         _expect_convolution(x_NCHW, g_NOHW, param, geometry)
         expect("w_N", w_N, x_NCHW.shape[0])
     arguments = (params, momenta, grads, x, g, sizes, w, dampings, settings, nesterov)
-    dispatch(_expand_conv_update_, cpu_update.expand_conv_update_, config, *arguments)
+    dispatch(_expand_conv_update_, cpu_update.expand_conv_update_, EXPAND_CONFIGS, config, *arguments)
 
 
 def _expand_conv_update_(
@@ -137,19 +139,19 @@ def _expand_conv_update_(
     sizes: list[int], w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool,
     config: str = "default",
 ) -> None:  # fmt: skip
-    params_OKI, momenta_OKI, grads_OKI = (
+    params_OTI, momenta_OTI, grads_OTI = (
         [tensor.view(*tensor.shape[:2], -1).mT for tensor in tensors] for tensors in (params, momenta, grads)
     )
     a, g = _factors(x, g, params, sizes)
-    launch_expand_update_(params_OKI, momenta_OKI, grads_OKI, a, g, w, dampings, settings, nesterov, config)
+    launch_expand_update_(params_OTI, momenta_OTI, grads_OTI, a, g, w, dampings, settings, nesterov, config)
 
 
-# (input, outputs, kernel, geometry) of some layers.
+# (shape of the input, outputs, kernel size, geometry) of some layers.
 _LAYERS: Sequence[tuple[tuple[int, int, int, int], int, tuple[int, int], ConvGeometry]] = (
-    ((30, 8, 9, 8), 12, (3, 3), ConvGeometry(padding=(1, 1))),
+    ((30, 8, 9, 8), 12, (3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1)),
     ((30, 10, 7, 9), 6, (3, 2), ConvGeometry((2, 1), (0, 1), (1, 2), 2)),
-    ((20, 5, 1, 11), 7, (1, 4), ConvGeometry((1, 3), (0, 2))),
-    ((30, 8, 5, 4), 12, (1, 1), ConvGeometry()),  # its weight is a matrix with aligned rows
+    ((20, 5, 1, 11), 7, (1, 4), ConvGeometry((1, 3), (0, 2), (1, 1), 1)),
+    ((30, 8, 5, 4), 12, (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1)),  # its weight is an aligned matrix
 )
 _SIZES = [number for *_, geometry in _LAYERS for number in geometry.numbers]
 
@@ -157,7 +159,7 @@ _SIZES = [number for *_, geometry in _LAYERS for number in geometry.numbers]
 def _example_layers(
     dtype: torch.dtype, device: torch.device, half: bool
 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Return inputs, derivatives, and (parameters, momenta, gradients) of the layers."""
+    """Return inputs, output gradients, and (parameters, momenta, gradients) of the layers."""
     x = [normal(*shape, dtype=dtype, device=device) for shape, *_ in _LAYERS]
     g = [
         normal(shape[0], outputs, *geometry.pixels(shape[2:], kernel), dtype=dtype, device=device, seed=1)
@@ -197,6 +199,8 @@ SPECS = (
         flops=lambda x, g, v, *_: _flops(g, v),
         bytes=lambda x, g, v, sizes, blocks, shape: nbytes(*x, *g, *v) + 4 * shape[0] * shape[1],
         configs=PROJECT_CONFIGS,
+        dtypes=FLOATING,
+        mutates=0,
     ),
     KernelSpec(
         name="expand_conv_update_",
@@ -207,6 +211,7 @@ SPECS = (
         flops=lambda params, momenta, grads, x, g, *_: _flops(g, params) + 9 * sum(p.numel() for p in params),
         bytes=lambda params, momenta, grads, x, g, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *x, *g),
         configs=EXPAND_CONFIGS,
+        dtypes=FLOATING,
         mutates=2,
     ),
 )

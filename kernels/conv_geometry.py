@@ -1,4 +1,4 @@
-"""The geometry of a convolution, and what PyTorch computes with it: unfolding, the convolution, its weight's gradient.
+"""The geometry of a convolution; PyTorch's unfolding, convolution and weight gradient for such a geometry.
 
 Dimensions: N samples, G groups, P positions, I inputs of a group; C channels, O outputs, H and W pixels.
 """
@@ -18,10 +18,10 @@ from .dispatch import contiguous
 class ConvGeometry(NamedTuple):
     """A convolution's stride, padding by zeros and dilation, each as (vertical, horizontal), and its groups."""
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
 
     @property
     def numbers(self) -> list[int]:
@@ -56,7 +56,7 @@ class ConvGeometry(NamedTuple):
         return F.conv2d(x_NCHW, weight, None, *self)
 
     def weight_grad(self, x_NCHW: Tensor, g_NOHW: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the gradient with respect to a weight of this size, given the output's; needs no weight at hand."""
+        """Return the gradient with respect to a weight of size [O, C / groups, kh, kw], from output gradients g."""
         weight, options = x_NCHW.new_empty(size), (False, [0, 0], self.groups, (False, True, False))
         return torch.ops.aten.convolution_backward(
             g_NOHW, x_NCHW, weight, None, self.stride, self.padding, self.dilation, *options
@@ -70,7 +70,7 @@ def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> Con
 
 
 def conv_geometries(numbers: Sequence[int]) -> Iterator[ConvGeometry]:
-    """Yield the geometries whose `ConvGeometry.numbers` follow each other in a list."""
+    """Yield the geometries of a list that holds their `ConvGeometry.numbers` one after the other."""
     for at in range(0, len(numbers), 7):
         a, b, c, d, e, f, groups = numbers[at : at + 7]
         yield ConvGeometry((a, b), (c, d), (e, f), groups)

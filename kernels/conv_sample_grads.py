@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Per-sample gradients J_n of convolutions: for each tap of the kernel a matrix product a sample.
+"""Rows J_n of convolutions: one matrix product for each sample and each tap of the convolution's kernel.
 
-A patch is the part of the input that one output position multiplies. The kernel reads patches in place, in a
-channels-last input; it sums in float32 and stores in the dtype of the input.
+A patch is the part of the input that one output position multiplies; a tap is one pixel of the convolution's kernel.
+The Triton kernel reads patches directly from a channels-last input. It sums in float32 and stores in the input's dtype.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, K entries of a flat gradient. In the kernel INPUTS and
 OUTPUTS are those of a group, and P are positions.
@@ -23,6 +23,7 @@ from .conv_geometry import unpadded
 from .depthwise_sample_grads import DEPTHWISE_CONFIGS, launch_depthwise_grads
 from .dispatch import contiguous, define_op, dispatch, expect
 from .spec import (
+    FLOATING,
     TRITON_TYPES,
     Config,
     KernelSpec,
@@ -50,23 +51,24 @@ def conv_sample_grads(
 ) -> Tensor:
     """Return the rows j_NK of a convolution's J, K running over (O, kh, kw, C / groups) (equation 8; M1).
 
-    The input channel comes last, so that reads and writes of one sample's gradient are contiguous. With few positions
-    for its channels, keep input and derivatives instead (see `project_conv`).
+    The input channel comes last, so that reads and writes of one sample's row are contiguous. If the output has few
+    positions in relation to the channels, keep the input and the output gradients instead (see `project_conv`).
 
     Args:
-        x_NCHW: the input, already padded; copied unless it is channels-last.
-        g_NOHW: the derivatives with respect to the output, converted to the dtype of ``x_NCHW``; likewise.
-        kernel_size: (vertical, horizontal), as are the stride and the dilation.
-        stride: of the convolution.
-        dilation: of the convolution.
-        groups: of the convolution.
+        x_NCHW: the input, already padded; it is copied unless it is channels-last.
+        g_NOHW: the output gradients, converted to the dtype of ``x_NCHW``; they are copied unless channels-last.
+        kernel_size: the height and width of the convolution's kernel, in pixels.
+        stride: the convolution's stride, (vertical, horizontal).
+        dilation: the convolution's dilation, (vertical, horizontal).
+        groups: the number of the convolution's groups.
         config: the launch configuration of the kernel.
 
     Returns:
         j_NK, summed in float32 and stored in the dtype of ``x_NCHW``.
 
     Raises:
-        ValueError: the numbers of samples differ, or the input has too few pixels for the output.
+        ValueError: the numbers of samples differ, the input has too few pixels for the output, or there is no such
+            launch configuration.
     """
     expect("g_NOHW", g_NOHW, x_NCHW.shape[0], *g_NOHW.shape[1:])
     axes = zip(x_NCHW.shape[2:], g_NOHW.shape[2:], kernel_size, stride, dilation, strict=True)
@@ -75,7 +77,7 @@ def conv_sample_grads(
         if pixels < needed:
             raise ValueError(f"{outputs} outputs need a padded input of {needed} pixels or more, got {pixels}")
     arguments = (x_NCHW, g_NOHW, kernel_size, stride, dilation, groups)
-    return dispatch(_conv_sample_grads, cpu_conv.conv_sample_grads, config, *arguments)
+    return dispatch(_conv_sample_grads, cpu_conv.conv_sample_grads, PATCH_CONFIGS, config, *arguments)
 
 
 @triton.jit
@@ -112,12 +114,12 @@ def _patch_grads_kernel(
     tl.store(j_ptr + at, total.to(j_ptr.dtype.element_ty), mask=inside)
 
 
-# For float32, which no tensor cores multiply, and for half precision.
+# Tensor cores do not multiply float32, so it has other tiles than half precision.
 _FLOAT32 = {
     "default": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
-    "wide": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=128, num_warps=4, num_stages=3),  # several times as many inputs
-    "narrow": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=16, num_warps=4, num_stages=3),  # a first layer's few channels
-    "short": tiling(BLOCK_P=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=2),  # few positions: little padding
+    "wide": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=128, num_warps=4, num_stages=3),  # for many more inputs than outputs
+    "narrow": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=16, num_warps=4, num_stages=3),  # for the few channels of an image
+    "short": tiling(BLOCK_P=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=2),  # for few positions
 }
 _HALF = {
     "default": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
@@ -125,15 +127,15 @@ _HALF = {
     "narrow": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=16, num_warps=4, num_stages=3),
     "short": tiling(BLOCK_P=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=2),
 }
-# The default in half precision where inputs and outputs fill it.
+# In half precision this is the default for layers with more inputs and outputs than the tile above.
 _HALF_LARGE = {"default": tiling(BLOCK_P=64, BLOCK_O=128, BLOCK_I=128, num_warps=8, num_stages=3)}
 
 
 def _configs(tilings: Mapping[str, Tiling], entries: str) -> dict[str, Config]:
     return configs_of(
         tilings,
-        kernel=_patch_grads_kernel,
-        types=3 * f"{entries} " + 14 * "i32 ",
+        _patch_grads_kernel,
+        3 * f"{entries} " + 14 * "i32 ",
         unaligned=("P", "OUT_W", "KERNEL_W"),
         async_copies=True,
     )
@@ -151,15 +153,24 @@ PATCH_CONFIGS = all_configs(_CONFIGS, _LARGE_CONFIGS)
 def launch_patch_grads(
     x: Tensor, g: Tensor, taps: int, sizes: tuple[int, ...], distances: tuple[int, ...], config: str
 ) -> Tensor:
-    """Return j_NK, given the kernel's arguments from INPUTS to KERNEL_W and from step_row on."""
+    """Return j_NK.
+
+    Args:
+        x: the input, with contiguous channels.
+        g: the output gradients, with contiguous outputs.
+        taps: the number of taps.
+        sizes: the kernel's arguments (INPUTS, OUTPUTS, P, OUT_W, KERNEL_W).
+        distances: the kernel's arguments from step_row to stride_gp, in their order.
+        config: the name of the launch configuration.
+    """
     inputs, outputs = sizes[:2]
     groups = g.numel() // (g.shape[0] * outputs * sizes[2])
     j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=x.dtype, device=x.device)
-    launch = _CONFIGS[x.dtype][config]
-    if config == "default" and x.dtype in _LARGE_CONFIGS and min(inputs, outputs) > launch.block("I"):
-        launch = _LARGE_CONFIGS[x.dtype][config]
-    tiles = cdiv(inputs, launch.block("I")) * cdiv(outputs, launch.block("O"))
-    launch.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *distances)
+    chosen = _CONFIGS[x.dtype][config]
+    if config == "default" and x.dtype in _LARGE_CONFIGS and min(inputs, outputs) > chosen.block("I"):
+        chosen = _LARGE_CONFIGS[x.dtype][config]
+    tiles = cdiv(inputs, chosen.block("I")) * cdiv(outputs, chosen.block("O"))
+    chosen.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *distances)
     return j_NK
 
 
@@ -181,7 +192,7 @@ def _conv_sample_grads(
         return launch_depthwise_grads(x_NHWC, g_NHWO, kernel_size, steps, config)
     taps_down, taps_across, inputs = *kernel_size, per_pixel // groups
     if groups == 1 and dilation[1] == 1:
-        # The taps of a patch's line are adjacent in memory: as one tap with more inputs they fill a tile.
+        # Horizontally neighbouring taps are adjacent in memory. As one tap with more inputs they fill a tile.
         taps_across, inputs = 1, taps_across * inputs
     sizes = (inputs, outputs // groups, height * width, width, taps_across)
     distances = (*steps, per_sample, per_pixel // groups, g_NHWO.stride(0), outputs // groups, outputs)
@@ -198,7 +209,7 @@ def conv_example(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Any, ...]:
-    """Return arguments for an input of this shape [N, C, H, W], whose last pixels may remain unused."""
+    """Return arguments of `conv_sample_grads` for an input of this shape; no patch need cover its last pixels."""
     pixels = unpadded(stride, dilation, groups).pixels(shape[2:], kernel_size)
     x_NCHW = normal(*shape, dtype=dtype, device=device)
     g_NOHW = normal(shape[0], outputs, *pixels, dtype=dtype, device=device, seed=1)
@@ -221,7 +232,7 @@ SPECS = (
         torch_impl=cpu_conv.conv_sample_grads,
         reference=reference.conv_sample_grads,
         examples={
-            "merged rows": partial(conv_example, (3, 5, 11, 13), 7, [3, 2], [2, 1], [1, 1], 1),
+            "merged taps": partial(conv_example, (3, 5, 11, 13), 7, [3, 2], [2, 1], [1, 1], 1),
             "dilated": partial(conv_example, (2, 20, 11, 12), 9, [2, 3], [1, 2], [2, 3], 1),
             "groups": partial(conv_example, (2, 10, 9, 8), 6, [3, 3], [1, 1], [1, 1], 2),
             "large tiles": partial(conv_example, (2, 70, 5, 6), 70, [3, 3], [1, 1], [1, 1], 1),
@@ -231,5 +242,7 @@ SPECS = (
         flops=_flops,
         bytes=_bytes,
         configs=(*PATCH_CONFIGS, *DEPTHWISE_CONFIGS),
+        dtypes=FLOATING,
+        mutates=0,
     ),
 )

@@ -1,11 +1,12 @@
 """The tuned PyTorch code of the ops (`KernelSpec.torch_impl`): Gram matrices, their factorization, and products with J.
 
-It runs on CPU tensors, in float64, and with ``backend="torch"``. Every function has its op's arguments, docstring and
-result; what stands here is how it is made fast. The thresholds were measured on two cores. `cpu_conv` has the
-convolutions, `cpu_update` the updates, `reference` the definitions that all of it is tested against.
+It runs on CPU tensors, in float64, and with ``backend="torch"``. A function with the name of an op computes what the
+op's docstring says; its docstring here says how it is made fast. The thresholds were measured on two cores. `cpu_conv`
+has the convolutions and `cpu_update` the updates. All of it is tested against `reference`.
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, R pairs of a sample and a position, S
-those of a slab, K entries of a flat gradient, L Fisher blocks, T weights.
+Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; R pairs of a sample and a position, S
+those pairs in one slab of samples; K entries of a flat gradient, L Fisher blocks; B matrices of one batched product.
+The index t counts weights.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from .dispatch import widen, zeros
 
-_PAIRS_AT_ONCE = 1 << 26  # pairs of positions whose products `gram` keeps at a time
-_SLABS, _LEAST_SLAB, _LEAST_COLUMNS = 4, 64, 4096  # slabs of X in X Xᵀ; below these sizes one product is faster
-_RANGES = (16, 8, 4, 2)  # equal ranges that a large J may go in
-_LARGE = 1 << 18  # entries of J from which ranges are faster than one product
-_LEAST_BATCH = 8  # matrices from which a batched product is faster than one call each
+_PAIRS_AT_ONCE = 1 << 26  # `gram` keeps products for at most this many pairs of positions at a time
+_SLABS = 4  # X Xᵀ is computed in at most this many slabs of samples
+_LEAST_SLAB, _LEAST_COLUMNS = 64, 4096  # with fewer samples in a slab, or fewer columns, one product is faster
+_RANGES = (16, 8, 4, 2)  # a large J is divided into one of these numbers of equal ranges
+_LARGE = 1 << 18  # with fewer entries of J, one product is faster than ranges
+_LEAST_BATCH = 8  # with fewer matrices, one call for each is faster than a batched product
 
 
 def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int) -> Tensor:
@@ -34,7 +36,7 @@ def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int) -> Ten
 
 
 def _gram_of_layer(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
-    """Return (A Aᵀ) ∘ (G Gᵀ), summed over pairs of positions; a slab of samples at a time bounds the memory."""
+    """Return (A Aᵀ) ∘ (G Gᵀ), summed over pairs of positions, one slab of samples at a time to bound the memory."""
     n, groups, positions, _ = a_NGPI.shape
     if groups == positions == 1:
         a_NI, g_NO = a_NGPI.flatten(0, 2), g_NGPO.flatten(0, 2)
@@ -63,7 +65,11 @@ def _gram_of_rows(x_NK: Tensor) -> Tensor:
 
 
 def add_gram_of_rows_(k_NN: Tensor, x_NK: Tensor) -> Tensor:
-    """K += X Xᵀ. On a CPU each slab of samples stops at the diagonal: BLAS would compute the mirror image as well."""
+    """Add X Xᵀ to K.
+
+    On a CPU each slab of samples is multiplied only up to the diagonal; the other half of K is copied. One call of BLAS
+    would compute both halves.
+    """
     n, k = x_NK.shape
     slabs = min(_SLABS, n // _LEAST_SLAB)
     if slabs < 2 or k < _LEAST_COLUMNS or not x_NK.is_cpu or torch.compiler.is_compiling():
@@ -77,7 +83,7 @@ def add_gram_of_rows_(k_NN: Tensor, x_NK: Tensor) -> Tensor:
 
 
 def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor without a synchronization; a matrix that is not positive definite has the smallest pivot −1."""
+    """Factor without a synchronization; the smallest pivot of a matrix that is not positive definite is −1."""
     damped_LNN = k_LNN.clone()
     damped_LNN.diagonal(dim1=-2, dim2=-1).add_(shift_L.unsqueeze(1))
     c_LNN, info_L = torch.linalg.cholesky_ex(damped_LNN, check_errors=False)
@@ -93,7 +99,7 @@ def cholesky_inverse(c_LNN: Tensor) -> Tensor:
 
 
 def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
-    """Multiply row vectors by matrices: BLAS reaches half of the memory's speed for column vectors."""
+    """Multiply vectors by matrices from the left: matrix times vector is half as fast in BLAS."""
     return torch.bmm(torch.bmm(y_LN.unsqueeze(1), w_LNN.mT), w_LNN).squeeze(1)
 
 
@@ -101,54 +107,55 @@ def project(a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int]
     """Add up the layers' ⟨V a, g⟩."""
     y_LN = zeros(a[0], *shape)
     y = y_LN.unbind()
-    for block, a_NGPI, g_NGPO, v_OKI in zip(blocks, a, g, v, strict=True):
-        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
+    for block, a_NGPI, g_NGPO, v_OTI in zip(blocks, a, g, v, strict=True):
+        v_GOI = v_OTI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
         y[block][: len(a_NGPI)].add_(project_outer_products(widen(a_NGPI), g_NGPO, v_GOI))
     return y_LN
 
 
 def project_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
     """Return y_N with y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩."""
-    if not _is_matrix(g_NGPO):
+    if not _has_one_position(g_NGPO):
         return (torch.einsum("ngpi,goi->ngpo", a_NGPI, v_GOI) * g_NGPO).sum((1, 2, 3))
-    va_ON = v_GOI.flatten(0, 1) @ a_NGPI.flatten(0, 2).mT  # BLAS is faster in this order where samples are few
+    va_ON = v_GOI.flatten(0, 1) @ a_NGPI.flatten(0, 2).mT  # for few samples BLAS is faster in this order
     return (va_ON * g_NGPO.flatten(0, 2).mT).sum(0)
 
 
 def weighted_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     """Return Σ_np w_n g_nγp a_nγpᵀ over [G, O, I]."""
     weighted_NGPO = g_NGPO * w_N.view(-1, 1, 1, 1)
-    if not _is_matrix(g_NGPO):
+    if not _has_one_position(g_NGPO):
         return torch.einsum("ngpo,ngpi->goi", weighted_NGPO, a_NGPI)
     outputs = g_NGPO.shape[3]
     parts = 1 if torch.compiler.is_compiling() else _equal_ranges(outputs, torch.get_num_threads())
-    # A range of the outputs for every thread: BLAS divides so thin a product less well.
-    weighted_TON = weighted_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
-    return torch.bmm(weighted_TON, a_NGPI.flatten(0, 2).expand(parts, -1, -1)).view(1, outputs, -1)
+    # One range of the outputs for each thread: BLAS does not divide such a thin product well among threads.
+    weighted_BON = weighted_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
+    return torch.bmm(weighted_BON, a_NGPI.flatten(0, 2).expand(parts, -1, -1)).view(1, outputs, -1)
 
 
-def _is_matrix(g_NGPO: Tensor) -> bool:
+def _has_one_position(g_NGPO: Tensor) -> bool:
+    """Return whether G = P = 1 on a CPU, where the factors are matrices and one product of BLAS is fastest."""
     return g_NGPO.is_cpu and g_NGPO.shape[1] == g_NGPO.shape[2] == 1
 
 
 def project_rows(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
-    """Add up the products J v. Each is one pass over memory; matrices that `batches_of` finds go in one call."""
+    """Add up the products J v; one batched call multiplies all matrices that `adjacent_matrices` finds."""
     y_LN = zeros(j[0], *shape)
     y = y_LN.unbind()
-    for indices, j_TNK in batches_of(j):
-        if j_TNK is None:
+    for indices, j_BNK in adjacent_matrices(j):
+        if j_BNK is None:
             for t in indices:
                 y_N, n = y[blocks[t]], len(j[t])
                 _add_product_(y_N if n == len(y_N) else y_N[:n], widen(j[t]), v[t].reshape(-1).to(y_LN.dtype))
         else:
-            v_T1K = _stacked_vectors([v[t] for t in indices]).to(y_LN.dtype)
-            y_TN = torch.bmm(v_T1K, widen(j_TNK).mT).squeeze(1)
-            y_LN[:, : y_TN.shape[1]].index_add_(0, torch.tensor([blocks[t] for t in indices]), y_TN)
+            v_B1K = _stacked_vectors([v[t] for t in indices]).to(y_LN.dtype)
+            y_BN = torch.bmm(v_B1K, widen(j_BNK).mT).squeeze(1)
+            y_LN[:, : y_BN.shape[1]].index_add_(0, torch.tensor([blocks[t] for t in indices]), y_BN)
     return y_LN
 
 
 def _add_product_(y_N: Tensor, j_NK: Tensor, v_K: Tensor) -> None:
-    """Add J v; a large J as a batch of row vectors times ranges of its samples (see `cholesky_solve`)."""
+    """Add J v. A large J is divided into ranges of its samples, for a batched product (see `cholesky_solve`)."""
     ranges = _ranges_of(len(j_NK), j_NK)
     if ranges == 1:
         y_N.addmv_(j_NK, v_K)
@@ -156,18 +163,18 @@ def _add_product_(y_N: Tensor, j_NK: Tensor, v_K: Tensor) -> None:
         y_N.add_(torch.bmm(v_K.expand(ranges, 1, -1), j_NK.unflatten(0, (ranges, -1)).mT).flatten())
 
 
-def combinations(j: Sequence[Tensor], w: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def expansions(j: Sequence[Tensor], w: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Yield t and J_tᵀ w_t for every weight, in any order."""
-    for indices, j_TNK in batches_of(j):
-        if j_TNK is None:
-            yield from ((t, _combination(widen(j[t]), w[t])) for t in indices)
+    for indices, j_BNK in adjacent_matrices(j):
+        if j_BNK is None:
+            yield from ((t, _expansion(widen(j[t]), w[t])) for t in indices)
         else:
-            w_T1N = _stacked_vectors([w[t] for t in indices])
-            yield from zip(indices, torch.bmm(w_T1N, widen(j_TNK)).squeeze(1).unbind(), strict=True)
+            w_B1N = _stacked_vectors([w[t] for t in indices])
+            yield from zip(indices, torch.bmm(w_B1N, widen(j_BNK)).squeeze(1).unbind(), strict=True)
 
 
-def _combination(j_NK: Tensor, w_N: Tensor) -> Tensor:
-    """Return Jᵀ w; a large J as a batch of row vectors times ranges of its columns."""
+def _expansion(j_NK: Tensor, w_N: Tensor) -> Tensor:
+    """Return Jᵀ w. A large J is divided into ranges of its columns, for a batched product."""
     ranges = _ranges_of(j_NK.shape[1], j_NK)
     if ranges == 1:
         return w_N @ j_NK
@@ -181,40 +188,41 @@ def _ranges_of(size: int, j_NK: Tensor) -> int:
 
 
 def _equal_ranges(size: int, most: int) -> int:
-    """Return how many equal ranges, of at most ``most``, a dimension of this size divides into."""
+    """Return into how many equal ranges a dimension of this size divides: at most ``most``."""
     return next((ranges for ranges in _RANGES if ranges <= most and size % ranges == 0), 1)
 
 
 def _stacked_vectors(x: Sequence[Tensor]) -> Tensor:
-    """Return tensors of the same number of entries as row vectors [T, 1, K]."""
-    same = all(one.shape == x[0].shape for one in x)  # saves a call for each tensor
-    return torch.stack(list(x) if same else [one.reshape(-1) for one in x]).flatten(1).unsqueeze(1)
+    """Return tensors of the same number of entries as vectors [B, 1, K]."""
+    same = all(tensor.shape == x[0].shape for tensor in x)
+    # With equal shapes they are flattened in one call, and not one by one.
+    return torch.stack(list(x) if same else [tensor.reshape(-1) for tensor in x]).flatten(1).unsqueeze(1)
 
 
 def worth_a_batch(j: Sequence[Tensor]) -> bool:
-    """Return whether matrices of one size are faster multiplied in one call: many small ones on a CPU."""
+    """Return whether a batched product of matrices of one size is faster: if they are many and small, on a CPU."""
     return len(j) >= _LEAST_BATCH and j[0].is_cpu and j[0].numel() < _LARGE and not torch.compiler.is_compiling()
 
 
-def batches_of(j: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Tensor | None]]:
-    """Yield indices of matrices that are adjacent in memory, with the tensor that they form; the others, with None."""
+def adjacent_matrices(j: Sequence[Tensor]) -> Iterator[tuple[Sequence[int], Tensor | None]]:
+    """Yield indices of matrices that are adjacent in memory and the tensor j_BNK of them; yield the rest with None."""
     others: list[int] = []
     sizes: dict[int, list[int]] = {}
     for t, j_NK in enumerate(j):
         sizes.setdefault(j_NK.numel(), []).append(t)
     for indices in sizes.values():
         matrices = [j[t] for t in indices]
-        j_TNK = as_one_tensor(matrices) if worth_a_batch(matrices) else None
-        if j_TNK is None:
+        j_BNK = as_one_tensor(matrices) if worth_a_batch(matrices) else None
+        if j_BNK is None:
             others += indices
         else:
-            yield indices, j_TNK
+            yield indices, j_BNK
     if others:
         yield others, None
 
 
 def as_one_tensor(j: Sequence[Tensor]) -> Tensor | None:
-    """Return matrices that are adjacent in memory as a view [T, N, K] of all; None where they are not."""
+    """Return a view [B, N, K] of matrices that are adjacent in memory, or None if they are not."""
     first, last = j[0], j[-1]
     start, size = first.data_ptr(), first.nbytes
     if last.data_ptr() != start + (len(j) - 1) * size:

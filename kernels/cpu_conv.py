@@ -1,4 +1,4 @@
-"""The tuned PyTorch code of per-sample gradients, and of project for convolutions (see `cpu`).
+"""The tuned PyTorch code of the ops that compute rows of J, and of `project_conv` (see `cpu`).
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; C channels, H and W pixels; K entries
 of a flat gradient.
@@ -14,8 +14,9 @@ from torch import Tensor
 from .conv_geometry import conv_geometries, unpadded
 from .dispatch import widen, zeros
 
-_UNFOLD_BELOW = 1.75  # positions for each channel below which unfolding the input is faster (measured on two cores)
-_UNFOLDED_BYTES, _GROUPED_BYTES = 2**21, 2**22  # of unfolded inputs, or of J, that the caches of a thread hold
+_UNFOLD_BELOW = 1.75  # with fewer positions for each channel, unfolding the input is faster (measured on two cores)
+_UNFOLDED_BYTES = 2**21  # the caches of a thread hold this much of an unfolded input,
+_GROUPED_BYTES = 2**22  # or this much of J
 
 
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
@@ -26,10 +27,11 @@ def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
 def conv_sample_grads(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """Take the gradient of a convolution's weight with every sample as a group, or the product with the unfolded input.
+    """Compute the rows in one of two ways.
 
-    The unfolded input is faster with few positions for its channels. On a CPU, as many samples go together as the
-    caches hold, times the threads: the intermediate tensors then take little memory.
+    With few positions in relation to the channels, multiply the output gradients by the unfolded input. Otherwise
+    compute the weight gradient of one convolution in which every sample is a group. On a CPU, process as many samples
+    at a time as the caches of all threads hold, so that the intermediate tensors stay small.
     """
     n, outputs, height, width = g_NOHW.shape
     sizes, inputs = (kernel_size, stride, dilation, groups), x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
@@ -47,7 +49,7 @@ def conv_sample_grads(
 
 
 def _chunk(x_NCHW: Tensor, entries: int, cached_bytes: int) -> int:
-    """Return how many samples to take together if each needs so many entries."""
+    """Return how many samples to process at a time if each needs ``entries`` entries."""
     if not x_NCHW.is_cpu or torch.compiler.is_compiling():
         return len(x_NCHW)
     return max(1, cached_bytes // (entries * x_NCHW.element_size())) * torch.get_num_threads()
@@ -67,7 +69,7 @@ def _fill_from_grouped(j_NGOI: Tensor, x_NCHW: Tensor, g_NOHW: Tensor, *sizes: A
 def _grouped_grads(
     x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], stride: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    """Return the weight gradients [N O, kh, kw, C / groups] of one image whose channels are all samples' channels."""
+    """Return the weight gradients [N O, kh, kw, C / groups] of one image that has the channels of all samples."""
     (n, channels), outputs = x_NCHW.shape[:2], g_NOHW.shape[1]
     x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
@@ -77,7 +79,7 @@ def _grouped_grads(
 def project_conv(
     x: list[Tensor], g: list[Tensor], v: list[Tensor], sizes: list[int], blocks: list[int], shape: list[int]
 ) -> Tensor:
-    """Take ⟨g_n, x_n * V⟩: torch's convolution never unfolds the input."""
+    """Compute ⟨g_n, x_n * V⟩ with torch's convolution *, which does not unfold the input."""
     y_LN = zeros(x[0], *shape)
     for block, x_NCHW, g_NOHW, v_OCHW, geometry in zip(blocks, x, g, v, conv_geometries(sizes), strict=True):
         output_NOHW = geometry.convolve(widen(x_NCHW), v_OCHW.to(y_LN.dtype))

@@ -1,7 +1,7 @@
 """The tuned PyTorch code of the parameter update, and of the ops that update along (grad − Jᵀ w) / damping.
 
-Dimensions: N samples, T weights; in a parameter's view O outputs of all groups, K kernel pixels and I inputs of a
-pixel.
+Dimensions: N samples; in a parameter's view O outputs of all groups, T taps of a convolution's kernel (1 for other
+layers) and I inputs of a tap. The index t counts weights.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from .conv_geometry import conv_geometries
-from .cpu import combinations, weighted_outer_products
+from .cpu import expansions, weighted_outer_products
 from .dispatch import widen
 
-_WAITING_ENTRIES = 1 << 16  # entries of directions that wait for one fused call: as many as a cache holds
-_FUSED_DTYPES = (torch.float32, torch.float64)  # which torch's fused SGD accepts on a CPU
+_WAITING_ENTRIES = 1 << 16  # directions are collected for one fused call up to this many entries, which a cache holds
+_FUSED_DTYPES = (torch.float32, torch.float64)  # the dtypes that torch's fused SGD accepts on a CPU
 
 Tensors = list[Tensor]
 State = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The arguments of one `update_`: a parameter, its momentum, a direction, and settings."""
+"""The arguments of one `update_`: a parameter, its momentum, a direction, and settings [4]."""
 
 
 def expand_update_(
     params: Tensors, momenta: Tensors, grads: Tensors, a: Tensors, g: Tensors,
     w: Tensors, dampings: Tensors, settings: Tensors, nesterov: bool,
 ) -> None:  # fmt: skip
-    """Jᵀ w from factors."""
+    """Compute Jᵀ w from factors, and update."""
     factors = zip(a, g, _negated_ratios(w, dampings), strict=True)
     expanded = (
         (t, weighted_outer_products(widen(a_NGPI), widen(g_NGPO), u_N))
@@ -40,8 +40,8 @@ def expand_rows_update_(
     params: Tensors, momenta: Tensors, grads: Tensors, j: Tensors,
     w: Tensors, dampings: Tensors, settings: Tensors, nesterov: bool,
 ) -> None:  # fmt: skip
-    """Jᵀ w from the rows of J."""
-    expanded = combinations(j, _negated_ratios(w, dampings))
+    """Compute Jᵀ w from the rows of J, and update."""
+    expanded = expansions(j, _negated_ratios(w, dampings))
     _update_along_(params, momenta, grads, expanded, dampings, settings, nesterov)
 
 
@@ -49,7 +49,7 @@ def expand_conv_update_(
     params: Tensors, momenta: Tensors, grads: Tensors, x: Tensors, g: Tensors, sizes: list[int],
     w: Tensors, dampings: Tensors, settings: Tensors, nesterov: bool,
 ) -> None:  # fmt: skip
-    """Jᵀ w as the gradient of a convolution's weight for the output derivatives w_n g_n."""
+    """Compute Jᵀ w as the gradient of a convolution's weight for the output gradients w_n g_n, and update."""
     layers = zip(params, x, g, conv_geometries(sizes), _negated_ratios(w, dampings), strict=True)
     expanded = (
         (t, geometry.weight_grad(widen(x_NCHW), widen(g_NOHW) * u_N[:, None, None, None], weight.shape))
@@ -72,9 +72,9 @@ def _update_along_(
     settings: Sequence[Tensor],
     nesterov: bool,
 ) -> None:
-    """Update along grad / damping + Jᵀ (−w / damping), which divides J's side while it is small.
+    """Update along grad / damping + Jᵀ (−w / damping). Dividing w is cheaper than dividing Jᵀ w, which is larger.
 
-    ``expanded`` yields (t, Jᵀ (−w / damping)); each tensor is used up, and its entries are in the order of (O, K, I).
+    ``expanded`` yields (t, Jᵀ (−w / damping)) with entries in the order (O, T, I); these tensors are overwritten.
     """
     update_all_(
         (
@@ -93,7 +93,7 @@ def _direction(grad: Tensor, added: Tensor, damping: Tensor) -> Tensor:
 
 
 def update_all_(states: Iterable[State], nesterov: bool) -> None:
-    """Apply `update_` to several parameters, to the small ones in one call.
+    """Apply `update_` to several parameters; update small ones together in one call.
 
     ``states`` may compute its directions lazily: a large direction is used before the next one is computed.
     """
@@ -112,13 +112,16 @@ def update_all_(states: Iterable[State], nesterov: bool) -> None:
     _fused_updates_(waiting.values(), nesterov)
 
 
-def _fused_updates_(groups: Iterable[Sequence[State]], nesterov: bool) -> None:
-    """Apply `update_` by torch's fused SGD, in one call for each group with the same settings, if SGD has these."""
-    for group in groups:
-        params, momenta, directions, (settings, *_) = map(list, zip(*group, strict=True))
+def _fused_updates_(same_settings: Iterable[Sequence[State]], nesterov: bool) -> None:
+    """Apply `update_` with torch's fused SGD, in one call for all states with the same settings.
+
+    Without momentum, or with both kinds of weight decay, torch's SGD differs from `update_` and is not used.
+    """
+    for states in same_settings:
+        params, momenta, directions, (settings, *_) = map(list, zip(*states, strict=True))
         lr, momentum, weight_decay, shrink = settings.tolist()
         if not momentum or (weight_decay and shrink):
-            for state in group:
+            for state in states:
                 _update_(*state, nesterov)
             continue
         for param in params if shrink else ():
@@ -131,7 +134,7 @@ def _fused_updates_(groups: Iterable[Sequence[State]], nesterov: bool) -> None:
 
 def _update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
     lr, momentum, weight_decay, shrink = settings.unbind()
-    # All in place: on a CPU a temporary tensor of the parameter's size costs about five times the arithmetic.
+    # All in place: on a CPU a temporary tensor of the parameter's size takes five times as long as the arithmetic.
     momentum_buffer.mul_(momentum).add_(direction).addcmul_(param, weight_decay)
     if nesterov:
         param.mul_(1 - lr * (shrink + weight_decay)).addcmul_(direction, -lr).addcmul_(momentum_buffer, -lr * momentum)

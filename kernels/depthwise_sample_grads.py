@@ -1,6 +1,9 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Per-sample gradients of depthwise convolutions, for `conv_sample_grads`: plain sums, bound by memory traffic.
+"""Rows of J of depthwise convolutions, for `conv_sample_grads`.
+
+A depthwise convolution has no matrix product: each entry of J_n is a sum over positions, and memory traffic bounds its
+time.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, K entries of a flat gradient.
 """
@@ -42,15 +45,15 @@ def _depthwise_grads_kernel(
 
 _TILINGS = {
     "default": tiling(BLOCK_P=8, BLOCK_T=16, BLOCK_O=32),
-    "wide": tiling(BLOCK_P=8, BLOCK_T=16, BLOCK_O=64, num_warps=8),  # a whole line of memory in half precision
-    "narrow": tiling(BLOCK_P=16, BLOCK_T=16, BLOCK_O=16),  # few channels
-    "short": tiling(BLOCK_P=4, BLOCK_T=16, BLOCK_O=32),  # few positions: half the registers, so more programs at a time
+    "wide": tiling(BLOCK_P=8, BLOCK_T=16, BLOCK_O=64, num_warps=8),  # reads 128 bytes at once in half precision
+    "narrow": tiling(BLOCK_P=16, BLOCK_T=16, BLOCK_O=16),  # for few channels
+    "short": tiling(BLOCK_P=4, BLOCK_T=16, BLOCK_O=32),  # for few positions: fewer registers, so more programs
 }
 _CONFIGS = {
     dtype: configs_of(
         _TILINGS,
-        kernel=_depthwise_grads_kernel,
-        types=3 * f"{entries} " + 12 * "i32 ",
+        _depthwise_grads_kernel,
+        3 * f"{entries} " + 12 * "i32 ",
         unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
     )
     for dtype, entries in TRITON_TYPES.items()
@@ -64,9 +67,9 @@ def launch_depthwise_grads(
     """Return j_NK; ``steps`` are the distances in x between patches, then between their entries, each (row, column)."""
     n, height, width, outputs = g_NHWO.shape
     taps = kernel_size[0] * kernel_size[1]
-    launch = _CONFIGS[x_NHWC.dtype][config]
+    chosen = _CONFIGS[x_NHWC.dtype][config]
     j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
     sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
-    grid = (cdiv(outputs, launch.block("O")) * cdiv(taps, launch.block("T")), n)
-    launch.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
+    grid = (cdiv(outputs, chosen.block("O")) * cdiv(taps, chosen.block("T")), n)
+    chosen.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))
     return j_NK

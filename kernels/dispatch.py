@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from .spec import HAS_TRITON, TRITON_TYPES
+from .spec import HAS_TRITON, TRITON_TYPES, Config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,11 +21,12 @@ def define_op(
     """Register the decorated function as the op ``tengrad_triton::<its name>``.
 
     The function is the whole op: it checks its arguments and returns what `dispatch` returns. An op with neither
-    ``fake`` nor ``mutates`` is a `triton_op`: tracing enters it and records its launches. Any other is a `custom_op`,
-    opaque to tracing, as a kernel that reads tensors through their addresses has to be.
+    ``fake`` nor ``mutates`` is a `triton_op`: tracing enters it and records its launches. Any other op is a
+    `custom_op`: tracing records it as one node. A kernel that reads tensors through their addresses needs the second
+    kind, because tracing cannot follow an address.
 
     Args:
-        fake: returns an empty result for the op's arguments, from which tracing learns shape and dtype.
+        fake: a function of the op's arguments that returns an empty result, from which tracing learns shape and dtype.
         mutates: the names of the arguments that the op changes in place.
     """
 
@@ -41,15 +42,36 @@ def define_op(
     return register
 
 
-def dispatch(triton_impl: Callable[..., R], torch_impl: Callable[..., R], config: str, *arguments: Any) -> R:
-    """Launch kernels in the launch configuration ``config`` where `runs_kernel` allows it; else run PyTorch."""
+def dispatch(
+    triton_impl: Callable[..., R], torch_impl: Callable[..., R], configs: Sequence[Config], config: str, *arguments: Any
+) -> R:
+    """Run an implementation of an op: the kernels where `runs_kernel` allows them, PyTorch elsewhere.
+
+    Args:
+        triton_impl: launches the kernels.
+        torch_impl: the tuned PyTorch code.
+        configs: the launch configurations of the kernels.
+        config: the name of the one to launch in.
+        arguments: those of the op, without ``config``.
+
+    Raises:
+        ValueError: no launch configuration has the name ``config``.
+    """
+    if config != "default":
+        _expect_config(configs, config)
     if runs_kernel(*arguments):
         return triton_impl(*arguments, config=config)
     return torch_impl(*arguments)
 
 
+def _expect_config(configs: Sequence[Config], config: str) -> None:
+    names = dict.fromkeys(known.name for known in configs)
+    if config not in names:
+        raise ValueError(f"config must be one of {', '.join(map(repr, names))}, got {config!r}")
+
+
 def runs_kernel(*arguments: Any) -> bool:
-    """Return whether kernels accept the tensors among the arguments: all on a GPU, none in double precision.
+    """Return whether kernels accept the tensors among the arguments: all must be on a GPU, and none in float64.
 
     Scalars (tensors without dimensions) may have any dtype: launchers convert them.
     """
@@ -79,7 +101,7 @@ def zeros(x: Tensor, *shape: int) -> Tensor:
 
 
 def contiguous(x: Tensor) -> Tensor:
-    """Return the tensor with its entries in order; unlike the method, it takes a fake CUDA tensor without a GPU."""
+    """Return the tensor with contiguous entries; unlike `Tensor.contiguous`, this traces CUDA code without a GPU."""
     return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 

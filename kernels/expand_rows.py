@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Expand (Jᵀ w) with explicit rows of J and the update in its epilogue, all weights in one launch.
+"""Expand (Jᵀ w) from explicit rows of J, fused with the parameter update, for all weights in one launch.
 
-Dimensions: N samples, K entries of a flat gradient; in a parameter's view O outputs of all groups, K kernel pixels and
-I inputs of a pixel.
+Dimensions: N samples, K entries of a flat gradient; in a parameter's view O outputs of all groups, T taps of a
+convolution's kernel (1 for other layers) and I inputs of a tap.
 """
 
 from __future__ import annotations
@@ -15,29 +15,45 @@ from . import cpu_update, reference
 from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous
 from .pointer_table import (
     FIRST_TILE,
-    MAX_GROUP,
+    MAX_ENTRIES,
     TABLE,
     address,
     addresses,
-    batches,
     entry_at,
     fields,
-    launch_group,
+    launch_entries,
+    launches_of,
     number,
     strided,
-    strides,
 )
 from .primitives import update_entries, weighted_rows
-from .project_rows import UNITS, example_rows, unit_of_rows
-from .spec import TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
-from .update import example_numbers, example_param_dtype, example_parameters, expect_update, update_examples
+from .project_rows import ROW_UNITS, example_rows, unit_of_rows
+from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
+from .update import (
+    AFTER_UPDATE,
+    DAMPING,
+    GRAD,
+    GRAD_STRIDES,
+    MOMENTUM,
+    MOMENTUM_STRIDES,
+    PARAM,
+    PARAM_STRIDES,
+    SETTINGS,
+    W,
+    example_numbers,
+    example_param_dtype,
+    example_parameters,
+    expect_update,
+    update_columns,
+    update_examples,
+)
 
-# The fields of a weight: addresses; N; in UNITs the stride of J's rows and their length; K and I of the parameter; and
-# the strides of the first three.
 (
-    _PARAM, _MOMENTUM, _GRAD, _J, _W, _DAMPING, _SETTINGS, _SAMPLES, _ROW_STRIDE, _COLUMNS, _PIXELS, _INPUTS,
-    _PARAM_STRIDES, _MOMENTUM_STRIDES, _GRAD_STRIDES,
-) = fields(12, strides=3, after=1)  # fmt: skip
+    _J,  # address of J
+    _SAMPLES,  # N
+    _ROW_STRIDE, _COLUMNS,  # stride between the rows of J, and K: both in units of UNIT elements
+    _TAPS, _INPUTS,  # T and I of the parameter's view
+) = fields(6, after=AFTER_UPDATE)  # fmt: skip
 
 
 @define_op(mutates=("params", "momenta"))
@@ -54,21 +70,21 @@ def expand_rows_update_(
 ) -> None:
     """Apply `update_` along (grad − Jᵀ w) / damping (equation 7; M4, M5).
 
-    With one position, or a few, prefer `expand_update_` of the factors: they are smaller than J.
+    With one position, or a few, `expand_update_` is faster: the factors are smaller than J.
 
     Args:
-        params: strided views [O, K, I] of the parameters, changed in place.
-        momenta: likewise, changed in place.
-        grads: likewise.
-        j: rows [N, K] of each weight, K running over (O, K, I).
-        w: the weights w_N of the rows of each J.
+        params: strided views [O, T, I] of the parameters, changed in place.
+        momenta: the momenta, as views of the same shapes; changed in place.
+        grads: the gradients, as views of the same shapes.
+        j: rows [N, K] of each weight, K running over (O, T, I).
+        w: the coefficients w_N of the rows of each J.
         dampings: a scalar for each weight.
         settings: [lr, momentum, weight_decay, shrink] of each weight, as for `update_`.
         nesterov: as for `update_`.
         config: the launch configuration of the kernel.
 
     Raises:
-        ValueError: the shapes of a weight's tensors do not belong together.
+        ValueError: the shapes of a weight's tensors do not belong together, or there is no such launch configuration.
     """
     for param, momentum, grad, j_NK, w_N, *numbers in zip(
         params, momenta, grads, j, w, dampings, settings, strict=True
@@ -76,38 +92,38 @@ def expand_rows_update_(
         expect_update(param, momentum, grad, *numbers)
         expect("j_NK", j_NK, w_N.shape[0], param.numel())
     arguments = (params, momenta, grads, j, w, dampings, settings, nesterov)
-    dispatch(_expand_rows_update_, cpu_update.expand_rows_update_, config, *arguments)
+    dispatch(_expand_rows_update_, cpu_update.expand_rows_update_, EXPAND_ROWS_CONFIGS, config, *arguments)
 
 
 @triton.jit
 def _expand_rows_update_kernel(
     table_ptr, like_param_ptr, like_momentum_ptr, like_grad_ptr, like_j_ptr, like_w_ptr, ENTRIES,
-    UNIT: tl.constexpr, NESTEROV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, NESTEROV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Update BLOCK_K entries of one weight, counted in the order of J's columns."""
-    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_E)
     tile = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
-    param_ptr = address(table_ptr, _PARAM, entry, ENTRIES, like_param_ptr, 1)
-    momentum_ptr = address(table_ptr, _MOMENTUM, entry, ENTRIES, like_momentum_ptr, 1)
-    grad_ptr = address(table_ptr, _GRAD, entry, ENTRIES, like_grad_ptr, 1)
+    param_ptr = address(table_ptr, PARAM, entry, ENTRIES, like_param_ptr, 1)
+    momentum_ptr = address(table_ptr, MOMENTUM, entry, ENTRIES, like_momentum_ptr, 1)
+    grad_ptr = address(table_ptr, GRAD, entry, ENTRIES, like_grad_ptr, 1)
     j_ptr = address(table_ptr, _J, entry, ENTRIES, like_j_ptr, UNIT)
-    w_ptr = address(table_ptr, _W, entry, ENTRIES, like_w_ptr, 1)
-    damping_ptr = address(table_ptr, _DAMPING, entry, ENTRIES, like_w_ptr, 1)
-    settings_ptr = address(table_ptr, _SETTINGS, entry, ENTRIES, like_w_ptr, 1)
+    w_ptr = address(table_ptr, W, entry, ENTRIES, like_w_ptr, 1)
+    damping_ptr = address(table_ptr, DAMPING, entry, ENTRIES, like_w_ptr, 1)
+    settings_ptr = address(table_ptr, SETTINGS, entry, ENTRIES, like_w_ptr, 1)
     N = number(table_ptr, _SAMPLES, entry, ENTRIES)
     stride_jn = number(table_ptr, _ROW_STRIDE, entry, ENTRIES) * UNIT
     K = number(table_ptr, _COLUMNS, entry, ENTRIES) * UNIT
-    PIXELS, INPUTS = number(table_ptr, _PIXELS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
+    TAPS, INPUTS = number(table_ptr, _TAPS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
     col = tile.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     expanded = weighted_rows(j_ptr, w_ptr, col, N, K, stride_jn, BLOCK_N, BLOCK_K)
-    o = col // INPUTS // PIXELS
-    pixel = col // INPUTS % PIXELS
+    o = col // INPUTS // TAPS
+    tap = col // INPUTS % TAPS
     i = col % INPUTS
     update_entries(
         param_ptr, momentum_ptr, grad_ptr,
-        strided(table_ptr, _PARAM_STRIDES, entry, ENTRIES, o, pixel, i),
-        strided(table_ptr, _MOMENTUM_STRIDES, entry, ENTRIES, o, pixel, i),
-        strided(table_ptr, _GRAD_STRIDES, entry, ENTRIES, o, pixel, i),
+        strided(table_ptr, PARAM_STRIDES, entry, ENTRIES, o, tap, i),
+        strided(table_ptr, MOMENTUM_STRIDES, entry, ENTRIES, o, tap, i),
+        strided(table_ptr, GRAD_STRIDES, entry, ENTRIES, o, tap, i),
         col < K, expanded, damping_ptr, settings_ptr, NESTEROV,
     )  # fmt: skip
 
@@ -119,15 +135,16 @@ _TILINGS = {
 _CONFIGS = {
     (dtype, unit, nesterov): configs_of(
         _TILINGS,
-        {"UNIT": unit, "NESTEROV": nesterov, "BLOCK_T": MAX_GROUP},
-        kernel=_expand_rows_update_kernel,
-        types=f"*i64 *fp32 *fp32 *fp32 {entries} *fp32 i32",
+        _expand_rows_update_kernel,
+        f"*i64 *fp32 *fp32 *fp32 {entries} *fp32 i32",
+        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
     )
     for dtype, entries in TRITON_TYPES.items()
-    for unit in UNITS
+    for unit in ROW_UNITS
     for nesterov in (False, True)
 }
+EXPAND_ROWS_CONFIGS = (*all_configs(_CONFIGS), TABLE)
 
 
 def _expand_rows_update_(
@@ -140,30 +157,20 @@ def _expand_rows_update_(
         ((param.dtype, momentum.dtype, grad.dtype), j_NK.dtype, unit_of_rows(j_NK))
         for param, momentum, grad, j_NK in zip(params, momenta, grads, j, strict=True)
     ]
-    for (_, dtype, unit), indices in batches(keys):
-        launch = _CONFIGS[dtype, unit, nesterov][config]
-        params_, momenta_, grads_, j_, w_, dampings_, settings_ = (
-            [x[t] for t in indices] for x in (params, momenta, grads, j, w, dampings, settings)
-        )
+    for (_, dtype, unit), indices in launches_of(keys):
+        chosen = _CONFIGS[dtype, unit, nesterov][config]
+        params_, j_ = [params[t] for t in indices], [j[t] for t in indices]
         columns = {
-            _PARAM: addresses(params_),
-            _MOMENTUM: addresses(momenta_),
-            _GRAD: addresses(grads_),
+            **update_columns(indices, params, momenta, grads, w, dampings, settings, unit=1),
             _J: addresses(j_),
-            _W: addresses(w_),
-            _DAMPING: addresses(dampings_),
-            _SETTINGS: addresses(settings_),
             _SAMPLES: [len(j_NK) for j_NK in j_],
             _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
             _COLUMNS: [j_NK.shape[1] // unit for j_NK in j_],
-            _PIXELS: [param_OKI.shape[1] for param_OKI in params_],
-            _INPUTS: [param_OKI.shape[2] for param_OKI in params_],
-            **strides(_PARAM_STRIDES, params_),
-            **strides(_MOMENTUM_STRIDES, momenta_),
-            **strides(_GRAD_STRIDES, grads_),
+            _TAPS: [param_OTI.shape[1] for param_OTI in params_],
+            _INPUTS: [param_OTI.shape[2] for param_OTI in params_],
         }
-        tiles = [cdiv(j_NK.shape[1], launch.block("K")) for j_NK in j_]
-        launch_group(launch, tiles, columns, (params_[0], momenta_[0], grads_[0], j_[0], w_[0]))
+        tiles = [cdiv(j_NK.shape[1], chosen.block("K")) for j_NK in j_]
+        launch_entries(chosen, tiles, columns, [x[indices[0]] for x in (params, momenta, grads, j, w)])
 
 
 def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:
@@ -182,7 +189,8 @@ SPECS = (
         examples=update_examples(_example),
         flops=lambda params, momenta, grads, j, *_: sum(2 * x.numel() + 9 * x.shape[1] for x in j),
         bytes=lambda params, momenta, grads, j, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *j),
-        configs=(*all_configs(_CONFIGS), TABLE),
+        configs=EXPAND_ROWS_CONFIGS,
+        dtypes=FLOATING,
         mutates=2,
     ),
 )

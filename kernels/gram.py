@@ -1,6 +1,7 @@
-"""Gram matrices K[n, m] = ⟨J_n, J_m⟩ of per-sample gradients, from the factors of J or from its rows.
+"""Gram matrices K[n, m] = ⟨J_n, J_m⟩, from the factors of J (`gram`) or from its rows (`gram_rows`).
 
-The factors of all layers are ranges of columns of some matrices; `gram_ranges` computes their products in one launch.
+A layer's inputs are one matrix with a range of columns for each position, and so are its output gradients.
+`gram_ranges` multiplies the ranges of all layers in one launch.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L Fisher
 blocks.
@@ -20,20 +21,21 @@ from . import cpu, reference
 from .dispatch import contiguous, define_op, dispatch, expect, zeros
 from .factors import example_factors, expect_factors
 from .gram_ranges import PRODUCT_CONFIGS, WIDTH, Product, Range, add_products
-from .pointer_table import MAX_GROUP, batches, is_aligned
-from .spec import KernelSpec, nbytes, normal
+from .pointer_table import MAX_ENTRIES, is_aligned, launches_of
+from .spec import FLOATING, KernelSpec, nbytes, normal
 
 
 @define_op(fake=lambda a, g, blocks, count, *_: zeros(a[0], count, len(a[0]), len(a[0])))
 def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     """Return the Gram matrices k_LNN, K[n, m] = Σ_γpq ⟨a_nγp, a_mγq⟩ ⟨g_nγp, g_mγq⟩ (equations 5 and 11; M3).
 
-    The work grows with the square of P: from some dozens of positions on, `sample_grads` and `gram_rows` are cheaper.
+    The work grows with the square of P. With more than some dozens of positions, `sample_grads` followed by `gram_rows`
+    is cheaper.
 
     Args:
         a: inputs [N, G, P, I] of each layer, with one N for all.
-        g: output derivatives [N, G, P, O] of each layer.
-        blocks: the Fisher block of each layer; the Gram matrices of a block's layers add up.
+        g: output gradients [N, G, P, O] of each layer.
+        blocks: the index of each layer's Fisher block; the Gram matrices of the layers of a block are added.
         count: L, the number of blocks.
         config: the launch configuration of the kernels.
 
@@ -41,19 +43,19 @@ def gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config
         k_LNN, in the dtype of ``a``, but in float32 for half precision.
 
     Raises:
-        ValueError: there is no layer, or the shapes do not belong together.
+        ValueError: there is no layer, the shapes do not belong together, or there is no such launch configuration.
     """
     if not a:
         raise ValueError("gram needs the factors of at least one layer, got none")
     for a_NGPI, g_NGPO in zip(a, g, strict=True):
         expect("a_NGPI", a_NGPI, a[0].shape[0], *a_NGPI.shape[1:])
         expect_factors(a_NGPI, g_NGPO)
-    return dispatch(_gram, cpu.gram, config, a, g, blocks, count)
+    return dispatch(_gram, cpu.gram, PRODUCT_CONFIGS, config, a, g, blocks, count)
 
 
 def _gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     k_LNN = zeros(a[0], count, len(a[0]), len(a[0]))
-    for _, indices in batches([x.dtype for x in a], order=blocks, most=MAX_GROUP // 2):
+    for _, indices in launches_of([x.dtype for x in a], order=blocks, most=MAX_ENTRIES // 2):
         matrices: list[Tensor] = []
         products: list[Product] = []
         for t in indices:
@@ -69,7 +71,7 @@ def _gram(a: list[Tensor], g: list[Tensor], blocks: list[int], count: int, confi
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Return the tensor with a last dimension of a multiple of WIDTH entries, aligned; copy it only if it is not."""
+    """Return the tensor, aligned and with zeros up to a multiple of WIDTH in its last dimension; copy if necessary."""
     x = contiguous(x) if x.shape[-1] % WIDTH == 0 else pad(x, (0, -x.shape[-1] % WIDTH))
     return x if x.storage_offset() % WIDTH == 0 else x.clone()
 
@@ -84,11 +86,11 @@ def _pairs(groups: int, positions: int) -> Iterator[tuple[int, int]]:
 def gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     """Return the Gram matrices k_LNN, K = J Jᵀ, summed over the weights of a block (equation 5; M3).
 
-    With one position, or a few, prefer `gram` of the factors: it needs no rows.
+    With one position, or a few, `gram` is faster: it takes the factors, which are smaller than the rows.
 
     Args:
         j: rows [N, K] of each weight, with one N for all.
-        blocks: the Fisher block of each weight.
+        blocks: the index of each weight's Fisher block.
         count: L, the number of blocks.
         config: the launch configuration of the kernels.
 
@@ -96,16 +98,16 @@ def gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "def
         k_LNN, in the dtype of ``j``, but in float32 for half precision.
 
     Raises:
-        ValueError: the weights have different numbers of rows.
+        ValueError: the weights have different numbers of rows, or there is no such launch configuration.
     """
     for j_NK in j:
         expect("j_NK", j_NK, j[0].shape[0], j_NK.shape[1])
-    return dispatch(_gram_rows, cpu.gram_rows, config, j, blocks, count)
+    return dispatch(_gram_rows, cpu.gram_rows, PRODUCT_CONFIGS, config, j, blocks, count)
 
 
 def _gram_rows(j: list[Tensor], blocks: list[int], count: int, config: str = "default") -> Tensor:
     k_LNN = zeros(j[0], count, len(j[0]), len(j[0]))
-    for _, indices in batches([j_NK.dtype for j_NK in j], order=blocks):
+    for _, indices in launches_of([j_NK.dtype for j_NK in j], order=blocks):
         matrices = [j[t] if is_aligned(j[t], WIDTH) else _padded(j[t]) for t in indices]
         ranges = [Range(index, 0, 0, x.shape[1]) for index, x in enumerate(matrices)]
         products = [Product(blocks[t], columns, None) for t, columns in zip(indices, ranges, strict=True)]
@@ -143,6 +145,8 @@ SPECS = (
         flops=_gram_flops,
         bytes=lambda a, g, blocks, count: nbytes(*a, *g) + 4 * count * a[0].shape[0] ** 2,
         configs=PRODUCT_CONFIGS,
+        dtypes=FLOATING,
+        mutates=0,
     ),
     KernelSpec(
         name="gram_rows",
@@ -153,5 +157,7 @@ SPECS = (
         flops=lambda j, *_: sum(2 * x.shape[0] * x.numel() for x in j),
         bytes=lambda j, blocks, count: nbytes(*j) + 4 * count * j[0].shape[0] ** 2,
         configs=PRODUCT_CONFIGS,
+        dtypes=FLOATING,
+        mutates=0,
     ),
 )

@@ -1,9 +1,10 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Sums of (X₁ X₁ᵀ) ∘ (X₂ X₂ᵀ) over ranges of columns of some matrices, for the ops of `gram`.
+"""Sums of (X Xᵀ) ∘ (Y Yᵀ), where X and Y are ranges of columns of some matrices, for the ops of `gram`.
 
-The first kernel computes the Gram (or cross-Gram) matrices of all ranges, in chunks that fill the device; the second
-one multiplies and adds them in a fixed order. A pointer table locates the matrices (see `pointer_table`).
+The first kernel computes the Gram matrix of each range, or the product X X'ᵀ of two ranges. It divides long ranges into
+chunks, each of which is a work item, so that the device is full. The second kernel multiplies and adds the results in a
+fixed order. A table of addresses locates the matrices (see `pointer_table`).
 
 Dimensions: N samples, L Fisher blocks, W work items, M samples rounded up, Q products of two Gram matrices.
 """
@@ -11,7 +12,7 @@ Dimensions: N samples, L Fisher blocks, W work items, M samples rounded up, Q pr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -19,16 +20,23 @@ from torch import Tensor
 
 from .pointer_table import TABLE, address, addresses, fields, number, table_of, to_device
 from .primitives import load_tile
-from .spec import TRITON_TYPES, Config, all_configs, cdiv, configs_of, tiling, tl, triton
+from .spec import TRITON_TYPES, all_configs, cdiv, configs_of, single_config, tiling, tl, triton
 
-WIDTH = 8  # entries that every range is a multiple of: in half precision they are one copy of 16 bytes
-_PARTIAL_BYTES = 1 << 28  # memory that partial sums take at a time
-_PROGRAMS = 512  # programs that fill a device
-_LEAST_CHUNK = 256  # columns of a work item below which its partial sum costs more than it gains
+WIDTH = 8  # the length of every range is a multiple of this: 8 entries are 16 bytes in half precision, one copy
+_PARTIAL_BYTES = 1 << 28  # the most memory that partial sums take at a time
+_PROGRAMS = 512  # this many programs fill a device
+_LEAST_CHUNK = 256  # with fewer columns, storing a work item's partial sum costs more than the parallelism saves
 
 
 class Range(NamedTuple):
-    """Columns of a matrix: the first ones of the left and the right factor, and how many."""
+    """Two ranges of columns of a matrix X; their product is X[:, left range] X[:, right range]ᵀ.
+
+    Attributes:
+        matrix: the index of the matrix.
+        left: the first column of the left range.
+        right: the first column of the right range; equal to ``left`` for a Gram matrix.
+        length: the number of columns of each range.
+    """
 
     matrix: int
     left: int
@@ -37,14 +45,20 @@ class Range(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A term of a block's sum: the Gram matrix of a range of inputs, times that of a range of output derivatives."""
+    """A term of the sum of a Fisher block: the Gram matrix of a range of inputs, times that of output gradients.
+
+    Attributes:
+        block: the index of the Fisher block.
+        inputs: the range of inputs, or of columns of J.
+        output_grads: the range of output gradients; None for explicit rows, which have no second factor.
+    """
 
     block: int
     inputs: Range
-    derivatives: Range | None
+    output_grads: Range | None
 
 
-# The fields of a matrix: its address, and the stride of its samples in units of WIDTH entries.
+# The fields of the table: each matrix's address, and the stride between its samples in units of WIDTH entries.
 _ADDRESS, _STRIDE = fields(2)
 
 
@@ -52,15 +66,15 @@ _ADDRESS, _STRIDE = fields(2)
 def _range_gram_kernel(
     table_ptr, like_ptr, work_ptr, part_ptr, ENTRIES, N, stride_pn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """part[w] = X[:, left range] X[:, right range]ᵀ of one work item w, a `Range`."""
+    """part[w] = X[:, left range] X[:, right range]ᵀ for one tile of the work item w, which is a `Range`."""
     item = tl.program_id(0).to(tl.int64)
     matrix = tl.load(work_ptr + item * 4)
     left = tl.load(work_ptr + item * 4 + 1)
     right = tl.load(work_ptr + item * 4 + 2)
     length = tl.load(work_ptr + item * 4 + 3).to(tl.int32)
     if (left == right) & (tl.program_id(1) < tl.program_id(2)):
-        return  # a symmetric product: the second kernel reads its lower tiles only
-    # The divisibility that the work list guarantees; without it every load is a scalar one.
+        return  # the product is symmetric, and the second kernel reads only its lower tiles
+    # All ranges are multiples of WIDTH. Without this hint the compiler would load one entry at a time.
     left, right, length = tl.multiple_of(left, 8), tl.multiple_of(right, 8), tl.multiple_of(length, 8)
     x_ptr = address(table_ptr, _ADDRESS, matrix, ENTRIES, like_ptr, 8)
     stride_xn = number(table_ptr, _STRIDE, matrix, ENTRIES) * 8
@@ -72,13 +86,13 @@ def _range_gram_kernel(
         y = load_tile(x_ptr + right, m, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
     at = (item * N + n)[:, None] * stride_pn + m[None, :]
-    # Stores cover the padding too: their length is then a multiple of 16, whatever N is.
+    # The padding is stored too, so that the length of every store is a multiple of 16 for any N.
     tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < stride_pn)[None, :])
 
 
 @triton.jit
 def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
-    """Return (Σ partial Grams of inputs) ∘ (Σ partial Grams of derivatives) of one product, given its terms."""
+    """Return (Σ partial Gram matrices of inputs) ∘ (Σ partial Gram matrices of output gradients) of one product."""
     at = n.to(tl.int64)[:, None] * stride_pn + m[None, :]
     inside = (n < N)[:, None] & (m < stride_pn)[None, :]
     first, middle, last = tl.load(product_ptr), tl.load(product_ptr + 1), tl.load(product_ptr + 2)
@@ -93,7 +107,10 @@ def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, BLOCK_N: tl.constexpr):
-    """Add a block's products to one tile of K and to its mirror image; a cross-Gram counts with its transpose."""
+    """Add a block's products to one tile of K and to its mirror image.
+
+    A product of two different ranges is not symmetric; its transpose is added as well.
+    """
     block = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) < tl.program_id(2):
         return
@@ -117,8 +134,8 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, 
 # For float32, which no tensor cores multiply, and for half precision.
 _FLOAT32 = {
     "default": tiling(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),  # few samples would leave most of a tile empty
-    "deep": tiling(BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=4),  # many samples: more, shorter steps in flight
+    "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),  # for few samples, which fill a smaller tile
+    "deep": tiling(BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=4),  # for many samples: a deeper pipeline
 }
 _HALF = {
     "default": tiling(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
@@ -135,8 +152,8 @@ _RANGE_GRAM = {
     )
     for dtype, entries in TRITON_TYPES.items()
 }
-_SUM_PRODUCTS = Config(
-    kernel=_sum_products_kernel, types="*fp32 *i64 *i64 *fp32 i32 i32", constants={"BLOCK_N": 32}, unaligned=("N",)
+_SUM_PRODUCTS = single_config(
+    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=32), unaligned=("N",)
 )
 PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, TABLE)
 
@@ -145,8 +162,9 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
     """Add products to their blocks' Gram matrices k_LNN in place.
 
     Args:
-        matrices: [N, columns] each, of one dtype, with strides of samples that are multiples of WIDTH.
-        products: in ascending order of their blocks. As many go at a time as the memory for partial sums allows.
+        matrices: tensors [N, columns] of one dtype; the strides between samples are multiples of WIDTH.
+        products: the products, in ascending order of their blocks. They are computed in as many rounds as the memory
+            for partial sums requires.
         k_LNN: the sums, in float32.
         config: the name of the launch configuration.
     """
@@ -155,10 +173,10 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
     columns = {_ADDRESS: addresses(matrices), _STRIDE: [x.stride(0) // WIDTH for x in matrices]}
     table = table_of(columns, device)
     tiles, sum_tiles = cdiv(n, range_gram.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))
-    padded_n = cdiv(n, 16) * 16  # so that partial sums are stored and loaded 16 bytes at a time for any N
+    padded_n = cdiv(n, 16) * 16  # partial sums are then stored and loaded 16 bytes at a time for any N
     chunk = _chunk_size(products, n, tiles, range_gram.block("K"))
     for work, terms, begins in _rounds(products, blocks, chunk, max(1, _PARTIAL_BYTES // (4 * n * padded_n))):
-        work_W4, terms_Q4 = (to_device([x for row in rows for x in row], device).view(-1, 4) for rows in (work, terms))
+        work_W4, terms_Q4 = (to_device([*chain(*items)], device).view(-1, 4) for items in (work, terms))
         begins_L = to_device(begins, device)
         part_WNM = torch.empty(len(work), n, padded_n, dtype=torch.float32, device=device)
         grid = (len(work), tiles, tiles)
@@ -167,30 +185,31 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
 
 
 def _chunk_size(products: Sequence[Product], n: int, tiles: int, step: int) -> int:
-    """Return how many columns a work item has: enough items to fill the device, of whole steps of the kernel."""
-    ranges = [one for product in products for one in (product.inputs, product.derivatives) if one is not None]
-    total = sum(one.length for one in ranges)
+    """Return how many columns a work item has: few enough to fill the device, and a multiple of the kernel's step."""
+    ranges = [columns for _, *both in products for columns in both if columns is not None]
+    total = sum(columns.length for columns in ranges)
     return cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), step) * step
 
 
 def _rounds(
     products: Iterable[Product], blocks: int, chunk: int, slots: int
 ) -> Iterator[tuple[list[Range], list[tuple[int, int, int, bool]], list[int]]]:
-    """Yield at most ``slots`` work items (or one product's), the terms of the sums, and each block's first term.
+    """Yield the work items of each round, the terms of its sums, and each block's first term.
 
-    A term is (first item of the inputs, first item of the derivatives, end, whether its transpose counts too).
+    A round has at most ``slots`` work items, or those of a single product. A term is (first item of the inputs, first
+    item of the output gradients, end of the items, whether its transpose is added too).
     """
     work: list[Range] = []
     terms: list[tuple[int, int, int, bool]] = []
     counts = [0] * blocks
-    for block, inputs, derivatives in products:
-        left, right = _chunks(inputs, chunk), _chunks(derivatives, chunk)
-        if work and len(work) + len(left) + len(right) > slots:
+    for block, inputs, output_grads in products:
+        input_items, grad_items = _chunks(inputs, chunk), _chunks(output_grads, chunk)
+        if work and len(work) + len(input_items) + len(grad_items) > slots:
             yield work, terms, list(accumulate(counts, initial=0))
             work, terms, counts = [], [], [0] * blocks
         first = len(work)
-        work += left + right
-        terms.append((first, first + len(left), len(work), inputs.left != inputs.right))
+        work += input_items + grad_items
+        terms.append((first, first + len(input_items), len(work), inputs.left != inputs.right))
         counts[block] += 1
     yield work, terms, list(accumulate(counts, initial=0))
 

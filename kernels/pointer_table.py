@@ -1,16 +1,23 @@
 # ruff: noqa: ANN001, ANN201, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""One launch for a group of tensors, which the kernel finds through a table of their addresses and sizes.
+"""One launch for a list of tensors, which the kernel finds through a table of their addresses and sizes.
 
-The table has one column of numbers a field and one entry a tensor (or a tuple of tensors that belong together). A
-kernel's file declares its fields once, by name (`fields`): the launcher fills the columns by these names, and device
-code reads them by the same names. A change of the order invalidates Triton's cache, because the names are constants.
+An entry of the table stands for one tensor, or for several that belong together, such as a parameter and its momentum.
+A field is one number that every entry has. For example, two matrices may have this table of three fields:
 
-A small kernel writes the table. The numbers are launch arguments of it: nothing is copied from the host, and a CUDA
-graph replays the write while the tensors stay in place. Tracing cannot see through an address, so an op with such a
-table is opaque to it (`torch.library.custom_op`) and declares what it changes.
+    field      entry 0         entry 1
+    address    0x7f52c0000000  0x7f52c0040000
+    height     64              150
+    stride     128             48
 
-Dimensions: F fields, T entries, L Fisher blocks, N samples, P positions, S partial sums.
+A kernel's file declares its fields once, by name (`fields`). The launcher fills the table by these names, and device
+code reads it by the same names. The names are constants of the compiled code.
+
+A small kernel writes the table; the numbers are arguments of its launch. So nothing is copied from the host, and a CUDA
+graph can replay the write as long as the tensors keep their addresses. Tracing cannot follow an address. So an op with
+such a table is a `torch.library.custom_op`, which tracing does not enter; it declares the arguments that it changes.
+
+Dimensions: F fields, E entries, L Fisher blocks, N samples, P positions, S partial sums.
 """
 
 from __future__ import annotations
@@ -22,53 +29,52 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .spec import Config, cdiv, tl, triton
+from .spec import Config, cdiv, single_config, tiling, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
 Columns = Mapping[Any, Sequence[int]]
-"""The numbers of a table: for each field one number an entry."""
+"""The numbers of a table: for each field, its number for each entry."""
 
-MAX_GROUP = 128  # entries of one launch
-_WRITE_SIZE = 256  # numbers that one launch writes: one compiled kernel (about a second) writes every table
+MAX_ENTRIES = 128  # the most entries of one launch
+_WRITE_SIZE = 256  # every launch writes this many numbers, so that the kernel is compiled only once (about a second)
 
 
 def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
-    """Yield the indices of a table's fields: single numbers first, then sets of three strides, which take three each.
+    """Yield the indices of a table's fields: first those with a single number, then those with three strides.
 
     Args:
         singles: how many fields hold one number.
         strides: how many fields hold three strides.
-        after: how many fields the kernel's table has before these.
+        after: the index of the first of these fields: how many numbers of an entry come before them.
     """
     first = after + singles
     return map(tl.constexpr, (*range(after, first), *range(first, first + 3 * strides, 3)))
 
 
-# The fields of every tiled table come first: where an entry's programs begin in the grid, and what `add_partial_sums`
-# needs: the Fisher block, slots (partial sums of one sample and position), samples, positions, and where they begin.
-FIRST_TILE, BLOCK, SLOTS, SAMPLES, POSITIONS, FIRST_PART = fields(6)
+# FIRST_TILE is where an entry's programs begin in the grid; every table of `launch_entries` begins with it. The other
+# fields are those of `add_partial_sums`: the index of the Fisher block; SLOTS, how many partial sums one sample and
+# position has; the numbers of samples and of positions; and FIRST_PART, where the entry's partial sums begin.
+FIRST_TILE, FISHER_BLOCK, SLOTS, SAMPLES, POSITIONS, FIRST_PART = fields(6)
+AFTER_PARTIAL_SUMS = 6  # one more than the index of the last of these
 
 
 @triton.jit(do_not_specialize_on_alignment=["table_ptr"])
 def _write_kernel(values, table_ptr):
-    """Write some numbers, which `_encoded` has made large and odd."""
+    """Decode numbers from `_encoded` and write them to the table."""
     for k in tl.static_range(len(values)):
         tl.store(table_ptr + k, (values[k] >> 1) - (1 << 61))
 
 
-TABLE = Config(
-    kernel=_write_kernel,
-    types=f"{','.join(_WRITE_SIZE * ['i64'])} *i64",
-    constants={},
-    unaligned=("values", "table_ptr"),
-    num_warps=1,
+TABLE = single_config(
+    _write_kernel, f"{','.join(_WRITE_SIZE * ['i64'])} *i64", tiling(num_warps=1), unaligned=("values", "table_ptr")
 )
 
 
 def _encoded(value: int) -> int:
-    """Return a number as a large and odd one.
+    """Return a number as a large odd one.
 
-    Triton would compile a kernel for every pattern of ones, multiples of 16 and 32-bit numbers in a tuple.
+    Triton compiles a kernel again for arguments that are 1, a multiple of 16, or small enough for 32 bits. Encoded
+    numbers are none of these, so one compiled kernel writes every table.
     """
     return (value + (1 << 61) << 1) + 1
 
@@ -84,31 +90,35 @@ def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 def table_of(columns: Columns, device: torch.device) -> Tensor:
-    """Return the table fields_FT; the columns are all fields of the kernel's declaration, in any order."""
+    """Return the table fields_FE; ``columns`` has all fields that the kernel declares, in any order."""
     ordered = sorted((field.value, column) for field, column in columns.items())
     assert [index for index, _ in ordered] == list(range(len(ordered))), "a field is missing"
     return to_device([number for _, column in ordered for number in column], device).view(len(ordered), -1)
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the column of the tensors' addresses."""
+    """Return the tensors' addresses, the numbers of a field."""
     return [x.data_ptr() for x in tensors]
 
 
 def strides(field: Any, tensors: Sequence[Tensor], unit: int = 1) -> dict[Any, list[int]]:
-    """Return the columns of the tensors' first three strides, in units of so many entries."""
-    return {field + at: [x.stride(at) // unit for x in tensors] for at in range(3)}
+    """Return the columns of the tensors' first three strides, in units of ``unit`` elements."""
+    return {field + axis: [x.stride(axis) // unit for x in tensors] for axis in range(3)}
 
 
 def starts(counts: Iterable[int]) -> list[int]:
-    """Return where each of some consecutive ranges of these lengths begins."""
+    """Return where each range begins if ranges of these lengths follow one another."""
     return [*accumulate(counts, initial=0)][:-1]
 
 
-def launch_group(config: Config, tiles: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor]) -> None:
-    """Launch one kernel for a group of entries that take so many programs each.
+def launch_entries(config: Config, tiles: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor]) -> None:
+    """Launch one kernel for some entries.
 
-    ``dtype_examples`` are tensors of the dtypes that the table's addresses point to.
+    Args:
+        config: the kernel's launch configuration.
+        tiles: how many programs each entry takes.
+        columns: all fields of the kernel except FIRST_TILE.
+        dtype_examples: tensors of the dtypes that the table's addresses point to.
     """
     table = table_of({FIRST_TILE: starts(tiles), **columns}, dtype_examples[0].device)
     config.start((sum(tiles),), table, *dtype_examples, len(tiles))
@@ -117,14 +127,16 @@ def launch_group(config: Config, tiles: Sequence[int], columns: Columns, dtype_e
 def add_partial_sums(
     config: Config, slots: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor], y_LN: Tensor
 ) -> None:
-    """Launch a kernel that computes partial sums for a group of entries, and add them to their blocks' sums y_LN.
+    """Launch a kernel that computes partial sums for some entries, and add them to the sums y_LN of Fisher blocks.
+
+    A slot is one partial sum for each sample and position, for example the sum over one tile of a weight.
 
     Args:
-        config: of a kernel with as many programs an entry as the entry has slots, by blocks of (sample, position).
-        slots: partial sums of one sample and position, for each entry.
-        columns: the kernel's own fields, and BLOCK (ascending), SAMPLES and POSITIONS.
+        config: the kernel's launch configuration. Its grid is (slots of all entries, tiles of samples and positions).
+        slots: the number of slots of each entry.
+        columns: the kernel's own fields, and FISHER_BLOCK (ascending), SAMPLES and POSITIONS.
         dtype_examples: tensors of the dtypes that the table's addresses point to.
-        y_LN: the sums, changed in place; an entry with fewer samples adds to the first ones.
+        y_LN: the sums, changed in place; an entry with fewer than N samples adds to the first ones.
     """
     pairs = [n * p for n, p in zip(columns[SAMPLES], columns[POSITIONS], strict=True)]
     sizes = [count * size for count, size in zip(slots, pairs, strict=True)]
@@ -137,23 +149,23 @@ def add_partial_sums(
     ADD_PARTIAL_SUMS.start(grid, table, part_S, y_LN, len(slots), length)
 
 
-def batches(
-    keys: Sequence[Key], order: Sequence[int] | None = None, most: int = MAX_GROUP
+def launches_of(
+    keys: Sequence[Key], order: Sequence[int] | None = None, most: int = MAX_ENTRIES
 ) -> Iterator[tuple[Key, list[int]]]:
-    """Yield the indices of entries that share a launch, with their key: equal keys, and at most ``most`` entries.
+    """Yield, for each launch, its key and the indices of its entries: they have equal keys, and are at most ``most``.
 
     ``order`` sorts the entries of a launch; by default they keep their order.
     """
-    places = range(len(keys)) if order is None else sorted(range(len(keys)), key=order.__getitem__)
+    indices = range(len(keys)) if order is None else sorted(range(len(keys)), key=order.__getitem__)
     for key in dict.fromkeys(keys):
-        equal = [index for index in places if keys[index] == key]
+        equal = [index for index in indices if keys[index] == key]
         for first in range(0, len(equal), most):
             yield key, equal[first : first + most]
 
 
-def is_aligned(x: Tensor, entries: int) -> bool:
-    """Return whether the last dimension is contiguous, and begins and ends at multiples of so many entries."""
-    return x.stride(-1) == 1 and all(at % entries == 0 for at in (*x.stride()[:-1], x.shape[-1], x.storage_offset()))
+def is_aligned(x: Tensor, unit: int) -> bool:
+    """Return whether the last dimension is contiguous, and begins and ends at multiples of ``unit`` elements."""
+    return x.stride(-1) == 1 and all(size % unit == 0 for size in (*x.stride()[:-1], x.shape[-1], x.storage_offset()))
 
 
 @triton.jit
@@ -164,7 +176,7 @@ def number(table_ptr, field, entry, ENTRIES):
 
 @triton.jit
 def address(table_ptr, field, entry, ENTRIES, like_ptr, UNIT: tl.constexpr):
-    """Return a pointer of an entry, of the type of ``like_ptr`` and aligned to UNIT numbers."""
+    """Return a pointer of an entry, of the type of ``like_ptr`` and aligned to UNIT elements."""
     BYTES: tl.constexpr = UNIT * (like_ptr.dtype.element_ty.primitive_bitwidth // 8)
     return tl.multiple_of(tl.load(table_ptr + ENTRIES * field + entry).to(like_ptr.dtype), BYTES)
 
@@ -179,23 +191,23 @@ def strided(table_ptr, field, entry, ENTRIES, x, y, z):
 
 
 @triton.jit
-def entry_at(table_ptr, tile, ENTRIES, BLOCK_T: tl.constexpr):
-    """Return the entry that a program of the grid belongs to."""
-    index = tl.arange(0, BLOCK_T)
+def entry_at(table_ptr, tile, ENTRIES, BLOCK_E: tl.constexpr):
+    """Return the entry to which a program of the grid belongs."""
+    index = tl.arange(0, BLOCK_E)
     first = tl.load(table_ptr + ENTRIES * FIRST_TILE + index, mask=index < ENTRIES, other=1 << 40)
     return tl.sum((first <= tile).to(tl.int32), 0) - 1
 
 
 @triton.jit
 def _add_partial_sums_kernel(
-    table_ptr, part_ptr, y_ptr, ENTRIES, LENGTH, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
+    table_ptr, part_ptr, y_ptr, ENTRIES, LENGTH, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """y[block, n] += Σ over the entries of that block, their slots and positions, in this order."""
+    """y[block, n] += Σ over the entries of that Fisher block, their slots and their positions, in this order."""
     block = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    index = tl.arange(0, BLOCK_T)
-    blocks = tl.load(table_ptr + ENTRIES * BLOCK + index, mask=index < ENTRIES, other=-1)
-    first = tl.min(tl.where(blocks == block, index, BLOCK_T), 0)
+    index = tl.arange(0, BLOCK_E)
+    blocks = tl.load(table_ptr + ENTRIES * FISHER_BLOCK + index, mask=index < ENTRIES, other=-1)
+    first = tl.min(tl.where(blocks == block, index, BLOCK_E), 0)
     end = tl.max(tl.where(blocks == block, index + 1, 0), 0)
     at = block.to(tl.int64) * LENGTH + n
     total = tl.load(y_ptr + at, mask=n < LENGTH, other=0.0)
@@ -211,9 +223,9 @@ def _add_partial_sums_kernel(
     tl.store(y_ptr + at, total, mask=n < LENGTH)
 
 
-ADD_PARTIAL_SUMS = Config(
-    kernel=_add_partial_sums_kernel,
-    types="*i64 *fp32 *fp32 i32 i32",
-    constants={"BLOCK_T": MAX_GROUP, "BLOCK_N": 32},
+ADD_PARTIAL_SUMS = single_config(
+    _add_partial_sums_kernel,
+    "*i64 *fp32 *fp32 i32 i32",
+    tiling(BLOCK_E=MAX_ENTRIES, BLOCK_N=32),
     unaligned=("ENTRIES", "LENGTH"),
 )

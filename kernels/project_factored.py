@@ -1,13 +1,15 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Project (J v) with factored per-sample gradients, all weights in one launch; `expand_factored` has the other product.
+"""Project (J v) from factors, for all weights in one launch; `expand_factored` has the other product.
 
-With P = 1 the product reads a whole parameter, and that bounds its time; so the arithmetic is float32 for factors and
-parameters of any dtype. Half precision is widened on the host: Triton's dot takes operands of one dtype, and for sm_100
-Triton 3.7 compiles an ieee dot as a tf32 one if the kernel itself widens an operand.
+With P = 1, reading the parameter takes most of the time, so half-precision arithmetic would save little: the kernel
+computes in float32 for factors and parameters of any dtype. They are widened before the launch, for two reasons:
+Triton's dot takes operands of one dtype; and Triton 3.7 compiles an ieee dot for sm_100 as a tf32 dot if the kernel
+itself widens an operand.
 
 Dimensions: N samples, G groups, P positions, R pairs of a sample and a position, I inputs and O outputs of a group, L
-Fisher blocks; in a parameter's view O outputs of all groups, K kernel pixels and I inputs of a pixel.
+Fisher blocks; in a parameter's view O outputs of all groups, T taps of a convolution's kernel (1 for other layers) and
+I inputs of a tap.
 """
 
 from __future__ import annotations
@@ -19,31 +21,36 @@ from torch import Tensor
 
 from . import cpu, reference
 from .dispatch import define_op, dispatch, last_contiguous, widen, zeros
-from .factors import UNITS, example_layers, expect_view, product_flops, sizes_of, unit_of, view_offsets
+from .factors import FACTOR_UNITS, example_layers, expect_view, product_flops, sizes_of, unit_of, view_offsets
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
-    BLOCK,
+    AFTER_PARTIAL_SUMS,
     FIRST_PART,
     FIRST_TILE,
-    MAX_GROUP,
+    FISHER_BLOCK,
+    MAX_ENTRIES,
     POSITIONS,
     SAMPLES,
     TABLE,
     add_partial_sums,
     address,
     addresses,
-    batches,
     entry_at,
     fields,
+    launches_of,
     number,
     strided,
     strides,
 )
-from .spec import KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
+from .spec import FLOATING, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
 from .update import example_param_dtype
 
-# The fields of a weight: addresses; I of a pixel; and in UNITs I, O, and the strides of a, g and V.
-_A, _G, _V, _CHANNELS, _INPUTS, _OUTPUTS, _A_STRIDES, _G_STRIDES, _V_STRIDES = fields(6, strides=3, after=6)
+(
+    _A, _G, _V,  # addresses of the factors and of V
+    _CHANNELS,  # inputs of a tap
+    _INPUTS, _OUTPUTS,  # inputs (of all taps) and outputs of a group, in units of UNIT elements
+    _A_STRIDES, _G_STRIDES, _V_STRIDES,  # of the first three dimensions, in units of UNIT elements
+) = fields(6, strides=3, after=AFTER_PARTIAL_SUMS)  # fmt: skip
 
 
 @define_op(fake=lambda a, g, v, blocks, shape, *_: zeros(a[0], *shape))
@@ -52,13 +59,14 @@ def project(
 ) -> Tensor:
     """Return y_LN with y_n = Σ_γp g_nγpᵀ V_γ a_nγp, summed over the weights of a block (equation 6; M4).
 
-    With many positions prefer `sample_grads` once and `project_rows`: this costs 2 N P I O operations each time.
+    With many positions, `sample_grads` once and `project_rows` in every step are faster: this op takes 2 N P I O
+    operations in every step.
 
     Args:
         a: inputs [N, G, P, I] of each weight's layer.
-        g: output derivatives [N, G, P, O] of each layer.
-        v: the tensors V, as strided views [O, K, I] of the parameters' shapes.
-        blocks: the Fisher block of each weight.
+        g: output gradients [N, G, P, O] of each layer.
+        v: the tensors V, as strided views [O, T, I] of the parameters' shapes.
+        blocks: the index of each weight's Fisher block.
         shape: [L, N] of the result; a layer with fewer samples adds to the first ones.
         config: the launch configuration of the kernel.
 
@@ -66,23 +74,23 @@ def project(
         y_LN, in the dtype of ``a``, but in float32 for half precision.
 
     Raises:
-        ValueError: the shapes of a layer's tensors do not belong together.
+        ValueError: the shapes of a layer's tensors do not belong together, or there is no such launch configuration.
     """
-    for a_NGPI, g_NGPO, v_OKI in zip(a, g, v, strict=True):
-        expect_view("v_OKI", v_OKI, a_NGPI, g_NGPO)
-    return dispatch(launch_project, cpu.project, config, a, g, v, blocks, shape)
+    for a_NGPI, g_NGPO, v_OTI in zip(a, g, v, strict=True):
+        expect_view("v_OTI", v_OTI, a_NGPI, g_NGPO)
+    return dispatch(launch_project, cpu.project, PROJECT_CONFIGS, config, a, g, v, blocks, shape)
 
 
 @triton.jit
 def _project_kernel(
-    table_ptr, like_ptr, part_ptr, ENTRIES, UNIT: tl.constexpr, BLOCK_T: tl.constexpr,
+    table_ptr, like_ptr, part_ptr, ENTRIES, UNIT: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """part[slot, (n, p)] = Σ_o g[o] (V a)[o] over one tile of outputs, a chunk of inputs and one group of a weight.
 
-    Where UNIT is not 1, V is a matrix with contiguous rows.
+    If UNIT is not 1, each output's part of V is contiguous.
     """
-    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_E)
     N, P = number(table_ptr, SAMPLES, entry, ENTRIES), number(table_ptr, POSITIONS, entry, ENTRIES)
     if tl.program_id(1) * BLOCK_R < N * P:
         slot = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
@@ -115,21 +123,21 @@ def _project_kernel(
 
 _TILINGS = {
     "default": tiling(BLOCK_R=64, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=4, num_stages=3),
-    # For few samples, or for a small layer alone.
+    # For few samples, or for a single small layer.
     "small": tiling(BLOCK_R=32, BLOCK_O=32, BLOCK_I=64, CHUNK=256, num_warps=4, num_stages=3),
-    # 128 samples read V once.
+    # For many samples: 128 of them share each read of V.
     "large": tiling(BLOCK_R=128, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=8, num_stages=2),
 }
 _CONFIGS = {
     unit: configs_of(
         _TILINGS,
-        {"UNIT": unit, "BLOCK_T": MAX_GROUP},
-        kernel=_project_kernel,
-        types="*i64 *fp32 *fp32 i32",
+        _project_kernel,
+        "*i64 *fp32 *fp32 i32",
+        constants={"UNIT": unit, "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
         async_copies=unit > 1,
     )
-    for unit in UNITS
+    for unit in FACTOR_UNITS
 }
 PROJECT_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE)
 
@@ -139,29 +147,29 @@ def launch_project(
 ) -> Tensor:
     """Launch the kernels of `project`."""
     a, g = ([last_contiguous(widen(x)) for x in factors] for factors in (a, g))
-    v = [widen(v_OKI) for v_OKI in v]
+    v = [widen(v_OTI) for v_OTI in v]
     y_LN = zeros(a[0], *shape)
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
-    for unit, indices in batches(units, order=blocks):
-        launch = _CONFIGS[unit][config]
+    for unit, indices in launches_of(units, order=blocks):
+        chosen = _CONFIGS[unit][config]
         a_, g_, v_ = ([x[t] for t in indices] for x in (a, g, v))
-        sizes, chunk = sizes_of(a_, g_), int(launch.constants["CHUNK"])
-        slots = [size.groups * cdiv(size.outputs, launch.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
+        sizes, chunk = sizes_of(a_, g_), int(chosen.constants["CHUNK"])
+        slots = [size.groups * cdiv(size.outputs, chosen.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
         columns = {
-            BLOCK: [blocks[t] for t in indices],
+            FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [size.samples for size in sizes],
             POSITIONS: [size.positions for size in sizes],
             _A: addresses(a_),
             _G: addresses(g_),
             _V: addresses(v_),
-            _CHANNELS: [v_OKI.shape[2] for v_OKI in v_],
+            _CHANNELS: [v_OTI.shape[2] for v_OTI in v_],
             _INPUTS: [size.inputs // unit for size in sizes],
             _OUTPUTS: [size.outputs // unit for size in sizes],
             **strides(_A_STRIDES, a_, unit),
             **strides(_G_STRIDES, g_, unit),
             **strides(_V_STRIDES, v_, unit),
         }
-        add_partial_sums(launch, slots, columns, a_[:1], y_LN)
+        add_partial_sums(chosen, slots, columns, a_[:1], y_LN)
     return y_LN
 
 
@@ -183,5 +191,7 @@ SPECS = (
         flops=lambda a, g, *_: product_flops(a, g),
         bytes=lambda a, g, v, blocks, shape: nbytes(*a, *g, *v) + 4 * shape[0] * shape[1],
         configs=PROJECT_CONFIGS,
+        dtypes=FLOATING,
+        mutates=0,
     ),
 )

@@ -1,11 +1,12 @@
 # ruff: noqa: ANN001, ANN202  (the arguments of device code get their types at launch)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Project (J v) with explicit rows of J, all weights in one launch; `expand_rows` has the other product.
+"""Project (J v) from explicit rows of J, for all weights in one launch; `expand_rows` has the other product.
 
-Reading J once is the whole cost of each: plain sums, no tensor cores, and half-precision J takes half the time.
+Both products read J once and do little arithmetic, so memory traffic bounds their time. They use no tensor cores, and
+take half the time with J in half precision.
 
-Dimensions: N samples, K entries of a flat gradient, L Fisher blocks; in a parameter's view O outputs of all groups, K
-kernel pixels and I inputs of a pixel.
+Dimensions: N samples, K entries of a flat gradient, L Fisher blocks; in a parameter's view O outputs of all groups, T
+taps of a convolution's kernel (1 for other layers) and I inputs of a tap.
 """
 
 from __future__ import annotations
@@ -19,30 +20,36 @@ from . import cpu, reference
 from .dispatch import define_op, dispatch, expect, last_contiguous, zeros
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
-    BLOCK,
+    AFTER_PARTIAL_SUMS,
     FIRST_PART,
     FIRST_TILE,
-    MAX_GROUP,
+    FISHER_BLOCK,
+    MAX_ENTRIES,
     POSITIONS,
     SAMPLES,
     TABLE,
     add_partial_sums,
     address,
     addresses,
-    batches,
     entry_at,
     fields,
     is_aligned,
+    launches_of,
     number,
     strides,
 )
-from .spec import TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, normal, tiling, tl, triton
+from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, normal, tiling, tl, triton
 from .update import example_param_dtype, example_parameters
 
-UNITS = (8, 1)  # alignments of J that the kernels know, in entries: 16 bytes in half precision, and none
+# The kernels are compiled for a J that is aligned to 8 elements (16 bytes in half precision), or to 1.
+ROW_UNITS = (8, 1)
 
-# The fields of a weight: addresses; in UNITs the stride of J's rows and their length; K and I of V, and V's strides.
-_J, _V, _ROW_STRIDE, _COLUMNS, _PIXELS, _INPUTS, _V_STRIDES = fields(6, strides=1, after=6)
+(
+    _J, _V,  # addresses
+    _ROW_STRIDE, _COLUMNS,  # stride between the rows of J, and K: both in units of UNIT elements
+    _TAPS, _INPUTS,  # T and I of V
+    _V_STRIDES,
+) = fields(6, strides=1, after=AFTER_PARTIAL_SUMS)  # fmt: skip
 
 
 @define_op(fake=lambda j, v, blocks, shape, *_: zeros(j[0], *shape))
@@ -51,12 +58,12 @@ def project_rows(
 ) -> Tensor:
     """Return y_LN with y = J v, summed over the weights of a block (equation 6; M4).
 
-    With one position, or a few, prefer `project` of the factors: they are smaller than J.
+    With one position, or a few, `project` is faster: the factors are smaller than J.
 
     Args:
-        j: rows [N, K] of each weight, K running over (O, K, I).
-        v: the tensors v, as strided views [O, K, I] of the parameters' shapes.
-        blocks: the Fisher block of each weight.
+        j: rows [N, K] of each weight, K running over (O, T, I).
+        v: the tensors v, as strided views [O, T, I] of the parameters' shapes.
+        blocks: the index of each weight's Fisher block.
         shape: [L, N] of the result; a J with fewer rows adds to the first ones.
         config: the launch configuration of the kernel.
 
@@ -64,20 +71,20 @@ def project_rows(
         y_LN, in the dtype of ``j``, but in float32 for half precision.
 
     Raises:
-        ValueError: a J has not as many columns as its v has entries.
+        ValueError: a J does not have one column for each entry of its v, or there is no such launch configuration.
     """
-    for j_NK, v_OKI in zip(j, v, strict=True):
-        expect("j_NK", j_NK, j_NK.shape[0], v_OKI.numel())
-    return dispatch(_project_rows, cpu.project_rows, config, j, v, blocks, shape)
+    for j_NK, v_OTI in zip(j, v, strict=True):
+        expect("j_NK", j_NK, j_NK.shape[0], v_OTI.numel())
+    return dispatch(_project_rows, cpu.project_rows, PROJECT_ROWS_CONFIGS, config, j, v, blocks, shape)
 
 
 @triton.jit
 def _project_rows_kernel(
     table_ptr, like_j_ptr, like_v_ptr, part_ptr, ENTRIES,
-    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """part[chunk, n] = ⟨J_n, v⟩ over a chunk of one weight's columns, for BLOCK_R samples."""
-    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_T)
+    entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_E)
     N = number(table_ptr, SAMPLES, entry, ENTRIES)
     if tl.program_id(1) * BLOCK_R < N:
         chunk = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
@@ -85,7 +92,7 @@ def _project_rows_kernel(
         v_ptr = address(table_ptr, _V, entry, ENTRIES, like_v_ptr, 1)
         stride_jn = number(table_ptr, _ROW_STRIDE, entry, ENTRIES) * UNIT
         K = number(table_ptr, _COLUMNS, entry, ENTRIES) * UNIT
-        PIXELS, INPUTS = number(table_ptr, _PIXELS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
+        TAPS, INPUTS = number(table_ptr, _TAPS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
         stride_vo = number(table_ptr, _V_STRIDES, entry, ENTRIES)
         stride_vk = number(table_ptr, _V_STRIDES + 1, entry, ENTRIES)
         stride_vi = number(table_ptr, _V_STRIDES + 2, entry, ENTRIES)
@@ -94,7 +101,7 @@ def _project_rows_kernel(
         total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         for start in range(0, CHUNK, BLOCK_K):
             col = chunk * CHUNK + start + tl.arange(0, BLOCK_K)
-            at = col // INPUTS // PIXELS * stride_vo + col // INPUTS % PIXELS * stride_vk + col % INPUTS * stride_vi
+            at = col // INPUTS // TAPS * stride_vo + col // INPUTS % TAPS * stride_vk + col % INPUTS * stride_vi
             v = tl.load(v_ptr + at, mask=col < K, other=0.0).to(tl.float32)
             j = tl.load(j_ptr + col[None, :], mask=(n < N)[:, None] & (col < K)[None, :], other=0.0)
             total += j.to(tl.float32) * v[None, :]
@@ -109,14 +116,15 @@ _TILINGS = {
 _CONFIGS = {
     (dtype, unit): configs_of(
         _TILINGS,
-        {"UNIT": unit, "BLOCK_T": MAX_GROUP},
-        kernel=_project_rows_kernel,
-        types=f"*i64 {entries} *fp32 *fp32 i32",
+        _project_rows_kernel,
+        f"*i64 {entries} *fp32 *fp32 i32",
+        constants={"UNIT": unit, "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
     )
     for dtype, entries in TRITON_TYPES.items()
-    for unit in UNITS
+    for unit in ROW_UNITS
 }
+PROJECT_ROWS_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE)
 
 
 def _project_rows(
@@ -124,30 +132,30 @@ def _project_rows(
 ) -> Tensor:
     j = [last_contiguous(j_NK) for j_NK in j]
     y_LN = zeros(j[0], *shape)
-    keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OKI.dtype) for j_NK, v_OKI in zip(j, v, strict=True)]
-    for (dtype, unit, _), indices in batches(keys, order=blocks):
-        launch = _CONFIGS[dtype, unit][config]
+    keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OTI.dtype) for j_NK, v_OTI in zip(j, v, strict=True)]
+    for (dtype, unit, _), indices in launches_of(keys, order=blocks):
+        chosen = _CONFIGS[dtype, unit][config]
         j_, v_ = [j[t] for t in indices], [v[t] for t in indices]
         columns = {
-            BLOCK: [blocks[t] for t in indices],
+            FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [len(j_NK) for j_NK in j_],
             POSITIONS: [1] * len(indices),
             _J: addresses(j_),
             _V: addresses(v_),
             _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
             _COLUMNS: [j_NK.shape[1] // unit for j_NK in j_],
-            _PIXELS: [v_OKI.shape[1] for v_OKI in v_],
-            _INPUTS: [v_OKI.shape[2] for v_OKI in v_],
+            _TAPS: [v_OTI.shape[1] for v_OTI in v_],
+            _INPUTS: [v_OTI.shape[2] for v_OTI in v_],
             **strides(_V_STRIDES, v_),
         }
-        chunks = [cdiv(j_NK.shape[1], int(launch.constants["CHUNK"])) for j_NK in j_]
-        add_partial_sums(launch, chunks, columns, (j_[0], v_[0]), y_LN)
+        chunks = [cdiv(j_NK.shape[1], int(chosen.constants["CHUNK"])) for j_NK in j_]
+        add_partial_sums(chosen, chunks, columns, (j_[0], v_[0]), y_LN)
     return y_LN
 
 
 def unit_of_rows(j_NK: Tensor) -> int:
-    """Return the alignment of J's rows, in entries."""
-    return next(unit for unit in UNITS if is_aligned(j_NK, unit))
+    """Return the alignment of J's rows, in elements."""
+    return next(unit for unit in ROW_UNITS if is_aligned(j_NK, unit))
 
 
 def example_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -173,6 +181,8 @@ SPECS = (
         },
         flops=lambda j, v, *_: 2 * sum(j_NK.numel() for j_NK in j),
         bytes=lambda j, v, blocks, shape: nbytes(*j, *v) + 4 * shape[0] * shape[1],
-        configs=(*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE),
+        configs=PROJECT_ROWS_CONFIGS,
+        dtypes=FLOATING,
+        mutates=0,
     ),
 )

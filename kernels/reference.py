@@ -1,8 +1,8 @@
-"""The definition of every op, written to be believed: einsum and loops over materialized per-sample gradients J.
+"""The definition of every op, kept simple so that it can be checked by reading: einsum and loops over the rows of J.
 
 The kernels (`KernelSpec.triton_impl`) and the tuned PyTorch code (`KernelSpec.torch_impl`) are tested against these
-functions in float64. The package never runs them, so keep them naive: clarity is all that counts here. Every definition
-goes through the rows of J. Equations are those of the paper, labels those of docs/math.md.
+functions in float64. The package never runs them, so they need not be fast. Every definition computes the rows of J
+first. Numbers of equations are those of the paper; labels such as M1 are those of docs/math.md.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; C channels, H and W pixels, T taps of a
 convolution's kernel; K entries of a flat gradient; L Fisher blocks.
@@ -52,8 +52,8 @@ def gram(a: Tensors, g: Tensors, blocks: list[int], count: int) -> Tensor:
 def project_rows(j: Tensors, v: Tensors, blocks: list[int], shape: list[int]) -> Tensor:
     """Return y = J V, summed over the weights of a block; a shorter J adds to the first samples (equation 6, M4)."""
     y_LN = j[0].new_zeros(shape)
-    for block, j_NK, v_OKI in zip(blocks, j, v, strict=True):
-        y_LN[block, : len(j_NK)] += torch.einsum("nk,k->n", j_NK, v_OKI.flatten())
+    for block, j_NK, v_OTI in zip(blocks, j, v, strict=True):
+        y_LN[block, : len(j_NK)] += torch.einsum("nk,k->n", j_NK, v_OTI.flatten())
     return y_LN
 
 

@@ -1,4 +1,4 @@
-"""Per-sample gradients J_n = Σ_p g_np a_npᵀ of layers whose weights are used at several positions, such as tokens.
+"""Rows J_n = Σ_p g_np a_npᵀ of J, for layers that apply their weight at several positions, such as tokens.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient.
 """
@@ -13,32 +13,32 @@ from . import cpu_conv, reference
 from .conv_sample_grads import PATCH_CONFIGS, launch_patch_grads
 from .dispatch import define_op, dispatch, last_contiguous
 from .factors import example_factors, expect_factors
-from .spec import KernelSpec, nbytes
+from .spec import FLOATING, KernelSpec, nbytes
 
 
 @define_op()
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, config: str = "default") -> Tensor:
     """Return the rows j_NK of J, J_n = Σ_p g_np a_npᵀ in every group, K running over (G, O, I) (equation 8; M1).
 
-    With one position, or a few, keep the factors instead: they are smaller, and `gram` needs no J_n.
+    With one position, or a few, keep the factors instead: they are smaller than the rows, and `gram` takes them.
 
     Args:
         a_NGPI: the layer's inputs.
-        g_NGPO: the derivatives with respect to its outputs, converted to the dtype of ``a_NGPI``.
+        g_NGPO: the output gradients; they are converted to the dtype of ``a_NGPI``.
         config: the launch configuration of the kernel.
 
     Returns:
         j_NK, summed in float32 and stored in the dtype of ``a_NGPI``.
 
     Raises:
-        ValueError: the factors have different samples, groups or positions.
+        ValueError: the factors have different samples, groups or positions, or there is no such launch configuration.
     """
     expect_factors(a_NGPI, g_NGPO)
-    return dispatch(_sample_grads, cpu_conv.sample_grads, config, a_NGPI, g_NGPO)
+    return dispatch(_sample_grads, cpu_conv.sample_grads, PATCH_CONFIGS, config, a_NGPI, g_NGPO)
 
 
 def _sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, config: str = "default") -> Tensor:
-    """Launch the kernel of convolutions: a sequence is an image of one pixel's height, seen by a 1 × 1 kernel."""
+    """Launch the kernel of `conv_sample_grads`: a sequence is an image one pixel high, seen by a 1 × 1 kernel."""
     a_NGPI, g_NGPO = last_contiguous(a_NGPI), last_contiguous(g_NGPO.to(a_NGPI.dtype))
     positions, inputs = a_NGPI.shape[2:]
     sizes = (inputs, g_NGPO.shape[3], positions, positions, 1)
@@ -57,5 +57,7 @@ SPECS = (
         flops=lambda a_NGPI, g_NGPO: 2 * a_NGPI.numel() * g_NGPO.shape[3],
         bytes=lambda a_NGPI, g_NGPO: nbytes(a_NGPI, g_NGPO) + nbytes(a_NGPI) // a_NGPI.shape[2] * g_NGPO.shape[3],
         configs=PATCH_CONFIGS,
+        dtypes=FLOATING,
+        mutates=0,
     ),
 )

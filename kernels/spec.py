@@ -1,4 +1,4 @@
-"""What tests, benchmarks and the tuner know of an op (`KernelSpec`), and how its kernels are launched (`Config`).
+"""The description of an op for tests, benchmarks and the tuner (`KernelSpec`), and launch configurations (`Config`).
 
 Triton is optional: without it the kernels are defined and never launched, and every op runs its PyTorch implementation.
 """
@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +32,22 @@ Constants = Mapping[str, int | bool]
 Example = Callable[[torch.dtype, torch.device], tuple[Any, ...]]
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+FLOATING = tuple(TRITON_TYPES)
+"""The dtypes that most kernels accept."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One way to compile and launch a kernel. Launchers use no other, so the tests compile what runs.
+    """One way to compile and launch a kernel: a launch configuration.
+
+    Every launch goes through a `Config` that its `KernelSpec` lists, so the tests compile exactly what runs.
 
     Attributes:
         kernel: the function that `triton.jit` returned.
         types: Triton's type names of the arguments that are not constexpr, in their order, separated by spaces.
         constants: the constexpr arguments.
-        unaligned: the arguments that are not multiples of 16 even at sizes where speed matters.
+        unaligned: the arguments that need not be multiples of 16, even where speed matters; all others are compiled as
+            multiples of 16.
         num_warps: warps of a program.
         num_stages: stages of the software pipeline.
         async_copies: whether the loads must compile to asynchronous copies of 16 bytes on CUDA.
@@ -51,14 +57,14 @@ class Config:
     kernel: Any
     types: str
     constants: Constants
-    unaligned: Sequence[str] = ()
-    num_warps: int = 4
-    num_stages: int = 2
-    async_copies: bool = False
-    name: str = "default"
+    unaligned: Sequence[str]
+    num_warps: int
+    num_stages: int
+    async_copies: bool
+    name: str
 
     def block(self, dimension: str) -> int:
-        """Return how many entries of a dimension one program covers."""
+        """Return BLOCK_<dimension>: how many entries of a dimension one program covers."""
         return int(self.constants[f"BLOCK_{dimension}"])
 
     def launch(self, grid: tuple[int, ...], *arguments: Tensor | int) -> None:
@@ -75,7 +81,13 @@ class Config:
 
 
 class Tiling(NamedTuple):
-    """How a kernel divides its work: constexpr sizes by name, warps of a program and stages of its pipeline."""
+    """The part of a launch configuration that tuning varies.
+
+    Attributes:
+        sizes: the constexpr sizes by name, such as BLOCK_N.
+        num_warps: warps of a program.
+        num_stages: stages of the software pipeline.
+    """
 
     sizes: Constants
     num_warps: int
@@ -83,28 +95,48 @@ class Tiling(NamedTuple):
 
 
 def tiling(num_warps: int = 4, num_stages: int = 2, **sizes: int) -> Tiling:
-    """Return a row of a kernel's table of launch configurations."""
+    """Return a `Tiling`; ``sizes`` are the constexpr sizes by name."""
     return Tiling(sizes, num_warps, num_stages)
 
 
-def configs_of(tilings: Mapping[str, Tiling], constants: Constants | None = None, **common: Any) -> dict[str, Config]:
-    """Return launch configurations by name: each tiling with the constants and the other fields that all share."""
+def configs_of(
+    tilings: Mapping[str, Tiling],
+    kernel: Any,
+    types: str,
+    *,
+    constants: Constants = MappingProxyType({}),
+    unaligned: Sequence[str] = (),
+    async_copies: bool = False,
+) -> dict[str, Config]:
+    """Return a kernel's launch configurations by name: one for each tiling. The other arguments are common to all.
+
+    Args:
+        tilings: the tilings by the names of the configurations.
+        kernel: as for `Config`.
+        types: as for `Config`.
+        constants: the constexpr arguments that are not in the tilings.
+        unaligned: as for `Config`.
+        async_copies: as for `Config`.
+    """
     return {
-        name: Config(
-            constants={**(constants or {}), **sizes}, num_warps=num_warps, num_stages=num_stages, name=name, **common
-        )
+        name: Config(kernel, types, {**constants, **sizes}, unaligned, num_warps, num_stages, async_copies, name)
         for name, (sizes, num_warps, num_stages) in tilings.items()
     }
 
 
+def single_config(kernel: Any, types: str, chosen: Tiling, unaligned: Sequence[str] = ()) -> Config:
+    """Return the only launch configuration of a kernel; its name is ``"default"``."""
+    return configs_of({"default": chosen}, kernel, types, unaligned=unaligned)["default"]
+
+
 def all_configs(*tables: Mapping[Any, Mapping[str, Config]]) -> tuple[Config, ...]:
-    """Return the configurations of tables that are keyed by a variant of the kernel, then by name."""
+    """Return all configurations of some tables; a table has the variants of a kernel as keys, and then the names."""
     return tuple(config for table in tables for by_name in table.values() for config in by_name.values())
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """An op of this package: its three implementations, inputs to try them with, and what they cost.
+    """An op of this package: its three implementations, example arguments, and costs.
 
     All implementations take the op's arguments except ``config``, which only ``triton_impl`` takes.
 
@@ -113,9 +145,9 @@ class KernelSpec:
         triton_impl: launches the kernels.
         torch_impl: the tuned PyTorch code that runs on CPU tensors, in float64 and with ``backend="torch"``.
         reference: the definition (see `reference`), for tests only.
-        examples: functions of a dtype and a device that return arguments, by the name of the case.
-        flops: counts the arithmetic operations that the mathematics needs, given the arguments.
-        bytes: counts the bytes that must be read or written at least once, given the arguments.
+        examples: for each case, by its name, a function of a dtype and a device that returns arguments of the op.
+        flops: a function of the arguments that returns how many arithmetic operations the mathematics needs.
+        bytes: a function of the arguments that returns how many bytes must be read or written at least once.
         configs: every launch configuration of every kernel that ``triton_impl`` launches.
         dtypes: the dtypes that the kernels accept.
         mutates: how many of the first arguments the op changes in place; such an op returns nothing.
@@ -129,8 +161,8 @@ class KernelSpec:
     flops: Callable[..., int]
     bytes: Callable[..., int]
     configs: Sequence[Config]
-    dtypes: Sequence[torch.dtype] = tuple(TRITON_TYPES)
-    mutates: int = 0
+    dtypes: Sequence[torch.dtype]
+    mutates: int
 
     @property
     def config_names(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The inverse of batched Cholesky factors, and the solution of linear systems with it.
 
-Dimensions: L matrices, N rows of a matrix, T diagonal tiles, B rows of a tile.
+Dimensions: L matrices of size N × N, T diagonal tiles of size B × B.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from . import cpu, reference
 from .cholesky import TILE, batch_examples, gram_example, is_small
 from .dispatch import contiguous, define_op, expect, last_contiguous
 from .primitives import load_tile
-from .spec import Config, KernelSpec, cdiv, nbytes, normal, tl, triton
+from .spec import KernelSpec, cdiv, nbytes, normal, single_config, tiling, tl, triton
 
 
 @define_op()
 def cholesky_inverse(c_LNN: Tensor) -> Tensor:
-    """Return w_LNN = C⁻¹ of lower factors; `cholesky_solve` then takes two matrix-vector products (M5)."""
+    """Return w_LNN = C⁻¹ of lower factors c_LNN; with it `cholesky_solve` is two matrix-vector products (M5)."""
     return (_cholesky_inverse if is_small(c_LNN, c_LNN) else cpu.cholesky_inverse)(c_LNN)
 
 
@@ -44,7 +44,7 @@ def _invert_tiles_kernel(c_ptr, t_ptr, N, stride_cl, stride_cn, BLOCK: tl.conste
 
 @triton.jit
 def _invert_kernel(c_ptr, t_ptr, w_ptr, N, stride_cl, stride_cn, BLOCK: tl.constexpr):
-    """Compute one block of columns of W from the top down, reading finished rows back from the output."""
+    """Compute one tile of columns of W from top to bottom; each tile reads the ones above it from the output."""
     matrix = tl.program_id(0).to(tl.int64)
     c_ptr += matrix * stride_cl
     t_ptr += matrix * tl.num_programs(1) * BLOCK * BLOCK
@@ -65,11 +65,11 @@ def _invert_kernel(c_ptr, t_ptr, w_ptr, N, stride_cl, stride_cn, BLOCK: tl.const
         tile = tl.load(t_ptr + start * BLOCK + b[:, None] * BLOCK + b[None, :])
         w = tl.dot(tile, rest, input_precision="ieee")
         tl.store(w_ptr + n[:, None] * N + m[None, :], w, mask=(n < N)[:, None] & (m < N)[None, :])
-        tl.debug_barrier()  # the rows below read what other threads have just stored
+        tl.debug_barrier()  # the tiles below read what other threads have just stored
 
 
-_INVERT_TILES = Config(kernel=_invert_tiles_kernel, types="*fp32 *fp32 i32 i32 i32", constants={"BLOCK": TILE})
-_INVERT = Config(kernel=_invert_kernel, types="*fp32 *fp32 *fp32 i32 i32 i32", constants={"BLOCK": TILE})
+_INVERT_TILES = single_config(_invert_tiles_kernel, "*fp32 *fp32 i32 i32 i32", tiling(BLOCK=TILE))
+_INVERT = single_config(_invert_kernel, "*fp32 *fp32 *fp32 i32 i32 i32", tiling(BLOCK=TILE))
 
 
 def _cholesky_inverse(c_LNN: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
     """Return z_LN = (K + shift I)⁻¹ y = Wᵀ (W y), given the inverse factors w_LNN (M5).
 
     Raises:
-        ValueError: y_LN does not have one vector of N entries a matrix.
+        ValueError: y_LN does not have one vector of N entries for each matrix.
     """
     expect("y_LN", y_LN, *w_LNN.shape[:2])
     return (_cholesky_solve if is_small(w_LNN, y_LN) else cpu.cholesky_solve)(w_LNN, y_LN)
@@ -96,7 +96,7 @@ def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
 
 @triton.jit
 def _solve_kernel(w_ptr, y_ptr, z_ptr, N, stride_wl, stride_wn, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Take both products in one pass over W, which uses each block of its rows twice, the second time transposed."""
+    """Compute z = Wᵀ (W y) in one pass over W: every tile that is read is used in both products."""
     matrix = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     y = tl.load(y_ptr + matrix * N + cols, mask=cols < N, other=0.0)
@@ -108,10 +108,13 @@ def _solve_kernel(w_ptr, y_ptr, z_ptr, N, stride_wl, stride_wn, BLOCK_R: tl.cons
     tl.store(z_ptr + matrix * N + cols, z, mask=cols < N)
 
 
-# Each for matrices of at most so many rows.
+# A configuration is for matrices whose size N is at most its key.
 _SOLVE = {
-    128: Config(_solve_kernel, "*fp32 *fp32 *fp32 i32 i32 i32", {"BLOCK_R": 32, "BLOCK_N": 128}, num_warps=4),
-    512: Config(_solve_kernel, "*fp32 *fp32 *fp32 i32 i32 i32", {"BLOCK_R": 16, "BLOCK_N": 512}, num_warps=8),
+    most: single_config(_solve_kernel, "*fp32 *fp32 *fp32 i32 i32 i32", chosen)
+    for most, chosen in (
+        (128, tiling(BLOCK_R=32, BLOCK_N=128, num_warps=4)),
+        (512, tiling(BLOCK_R=16, BLOCK_N=512, num_warps=8)),
+    )
 }
 
 
@@ -144,6 +147,7 @@ SPECS = (
         bytes=lambda c_LNN: 2 * nbytes(c_LNN),
         configs=(_INVERT_TILES, _INVERT),
         dtypes=(torch.float32,),
+        mutates=0,
     ),
     KernelSpec(
         name="cholesky_solve",
@@ -155,5 +159,6 @@ SPECS = (
         bytes=lambda w_LNN, y_LN: nbytes(w_LNN, y_LN, y_LN),
         configs=tuple(_SOLVE.values()),
         dtypes=(torch.float32,),
+        mutates=0,
     ),
 )

@@ -1,11 +1,14 @@
-"""The parameter update, and what the ops share whose kernels apply it: a step reads and writes each parameter once.
+"""The parameter update, and what the ops share that compute Jᵀ w and apply the update in the same kernel.
 
-Dimensions: N samples; in a parameter's view O outputs of all groups, K kernel pixels and I inputs of a pixel.
+Such an op reads and writes each parameter once in a step.
+
+Dimensions: N samples; in a parameter's view O outputs of all groups, T taps of a convolution's kernel (1 for other
+layers) and I inputs of a tap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +17,15 @@ from torch import Tensor
 
 from .cpu_update import update_all_
 from .dispatch import expect
+from .pointer_table import addresses, fields, strides
 from .spec import Example, normal
+
+# The fields that every table of an op with an update has after FIRST_TILE: addresses, and the strides of three of them.
+(
+    PARAM, MOMENTUM, GRAD, W, DAMPING, SETTINGS,
+    PARAM_STRIDES, MOMENTUM_STRIDES, GRAD_STRIDES,
+) = fields(6, strides=3, after=1)  # fmt: skip
+AFTER_UPDATE = 16  # one more than the index of the last of these
 
 
 def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings: Tensor, nesterov: bool) -> None:
@@ -26,7 +37,7 @@ def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings:
     Args:
         param: θ, of any shape.
         momentum_buffer: m, of the parameter's shape.
-        direction: of the parameter's shape.
+        direction: the direction of the step, of the parameter's shape.
         settings: [lr, momentum, weight_decay, shrink] as one tensor, so that a learning-rate schedule recompiles
             nothing. ``shrink`` is the decoupled weight decay, ``weight_decay`` the coupled one.
         nesterov: whether the step looks ahead by the momentum.
@@ -35,19 +46,43 @@ def update_(param: Tensor, momentum_buffer: Tensor, direction: Tensor, settings:
 
 
 def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, damping: Tensor, settings: Tensor) -> None:
-    """Raise ValueError unless momentum and gradient have the parameter's shape, and the numbers theirs."""
-    expect("momentum_OKI", momentum_buffer, *param.shape)
-    expect("grad_OKI", grad, *param.shape)
+    """Raise ValueError unless momentum and gradient have the parameter's shape, damping [] and settings [4]."""
+    expect("momentum_OTI", momentum_buffer, *param.shape)
+    expect("grad_OTI", grad, *param.shape)
     expect("damping", damping)
     expect("settings", settings, 4)
 
 
+def update_columns(
+    indices: Sequence[int],
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    w: Sequence[Tensor],
+    dampings: Sequence[Tensor],
+    settings: Sequence[Tensor],
+    unit: int,
+) -> dict[Any, list[int]]:
+    """Return the table's columns of the fields above for the weights ``indices``, with strides in units of ``unit``."""
+    columns: dict[Any, list[int]] = {}
+    for field, tensors in ((W, w), (DAMPING, dampings), (SETTINGS, settings)):
+        columns[field] = addresses(tensors[t] for t in indices)
+    for field, field_of_strides, tensors in (
+        (PARAM, PARAM_STRIDES, params),
+        (MOMENTUM, MOMENTUM_STRIDES, momenta),
+        (GRAD, GRAD_STRIDES, grads),
+    ):
+        chosen = [tensors[t] for t in indices]
+        columns |= {field: addresses(chosen), **strides(field_of_strides, chosen, unit)}
+    return columns
+
+
 def example_parameters(
-    o: int, k: int, i: int, device: torch.device, dtype: torch.dtype = torch.float32
+    o: int, t: int, i: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """Return a parameter, its momentum and its gradient, with the strides of a convolution's weight."""
-    tensors = [normal(o, i, k, dtype=dtype, device=device, seed=seed) for seed in (3, 4, 5)]
-    return [x_OIK.mT for x_OIK in tensors]
+    tensors = [normal(o, i, t, dtype=dtype, device=device, seed=seed) for seed in (3, 4, 5)]
+    return [x_OIT.mT for x_OIT in tensors]
 
 
 def example_numbers(n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

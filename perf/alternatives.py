@@ -61,8 +61,8 @@ def _project_by_product(
     a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int]
 ) -> Tensor:  # fmt: skip
     y_LN = a[0].new_zeros(shape)
-    for block, a_NGPI, g_NGPO, v_OKI in zip(blocks, a, g, v, strict=True):
-        v_GOI = v_OKI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
+    for block, a_NGPI, g_NGPO, v_OTI in zip(blocks, a, g, v, strict=True):
+        v_GOI = v_OTI.reshape(g_NGPO.shape[1], g_NGPO.shape[3], -1).to(y_LN.dtype)
         y_LN[block, : len(a_NGPI)] += ((a_NGPI @ v_GOI.mT) * g_NGPO).sum((1, 2, 3))
     return y_LN
 

@@ -70,7 +70,7 @@ class PaperNGD:
             (record,) = self._capture.records
             calls = {name: calls[0] for name, calls in record.calls.items()}
             self._captured = {
-                name: self._refresh(self._layers[name], call.inputs(name), call.scaled_grads())
+                name: self._refresh(self._layers[name], call.inputs(name), call.scaled_grads(1))
                 for name, call in calls.items()
             }
         for name, captured in self._captured.items():

@@ -124,7 +124,7 @@ def _conv_update(n: int, channels: int, side: int, device: torch.device) -> tupl
     return *state, *_convolution(n, channels, side, device), _PADDED, *tail
 
 
-_PADDED = ConvGeometry(padding=(1, 1)).numbers
+_PADDED = ConvGeometry((1, 1), (1, 1), (1, 1), 1).numbers
 
 # Layers of 3C1F at N = 128, and sizes that fill a GPU.
 _FC, _CONV = (128, 1, 1, 10368, 500), (128, 128 * 9 * 128)

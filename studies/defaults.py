@@ -59,7 +59,7 @@ def _measure(store: runs.Store, data: Path, only: tuple[ProblemName, ...]) -> No
     console = Console()
     machine = describe(torch.device("cpu"))  # asked once: the commit must be that of the loaded code
     with warnings.catch_warnings(), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        warnings.filterwarnings("ignore", message="no exact rule covers")  # the page names these parameters
+        warnings.filterwarnings("ignore", message="no exact rows for")  # the page names these parameters
         for stage, name in itertools.product(runs.STAGES, only):
             missing = [case for case in dict.fromkeys(stage(name, store)) if store.run(case) is None]
             for case in progress.track(missing, description=f"{name}, {stage.__name__}"):

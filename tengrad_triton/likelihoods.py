@@ -24,7 +24,7 @@ FISHERS: tuple[Fisher, ...] = ("sampled", "empirical", "exact")
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """The distribution of the targets that the model's output stands for.
+    """The distribution of the targets, whose parameters are the model's output, such as logits or means.
 
     The rows of J of the sampled Fisher are the derivatives of `nll` at targets from `sample`.
     """
@@ -34,14 +34,14 @@ class Likelihood(Protocol):
 
         Args:
             output: what the model returned, detached: for the likelihoods here a tensor [N, …].
-            generator: draws the targets. It is on the device of the model's parameters.
+            generator: the random number generator that draws the targets, on the device of the model's parameters.
 
         Returns:
             Targets in the form that `nll` expects.
 
         Raises:
-            TypeError: the output is not a tensor. (The likelihoods here raise this; your own need not.)
-            ValueError: the output has a shape that does not fit the likelihood. (Likewise.)
+            TypeError: the output is not a tensor. The likelihoods here raise this; your own need not.
+            ValueError: the output has a shape that does not fit the likelihood. Again, your own need not raise this.
         """
 
     def nll(self, output: Any, target: Any) -> Tensor:
@@ -58,7 +58,7 @@ class Likelihood(Protocol):
 
 @runtime_checkable
 class HasHessianFactor(Protocol):
-    """A likelihood for ``fisher="exact"``: it has rows without drawing labels."""
+    """A likelihood for ``fisher="exact"``, which computes rows without drawing labels."""
 
     def hessian_factor(self, output: Tensor) -> Tensor:
         """Return a factor of the Hessian of each sample's own loss with respect to its output (docs/math.md, M9).
@@ -97,13 +97,14 @@ class Reparametrized:
 class Categorical(Reparametrized):
     """One label for each sample, or one for each token; the loss is `torch.nn.functional.cross_entropy`.
 
-    The output is logits: [N, C], or with tokens [N, C, T, …] or [N, T, C]. With tokens the loss is a mean over the M of
-    them that count. A sample's own loss is then N / M times the sum over its tokens. Their draws are independent, so
-    derivatives scaled by (N / M)^½ have its Hessian on average (docs/math.md, M9).
+    The output is logits: [N, C], or with tokens [N, C, T, …] or [N, T, C]. With tokens the loss is a mean over the M
+    tokens that count, so a sample's own loss is N / M times the sum over its tokens. The labels of the tokens are drawn
+    independently. So if the derivatives are multiplied by (N / M)^½, the mean of their outer products over the draws is
+    the Hessian of the sample's own loss (docs/math.md, M9).
 
     Args:
-        dim: the dimension of the classes where there are tokens: 1 as in `cross_entropy` ([N, C, T, …]), or -1 for the
-            output of a language model ([N, T, C]). None for one label a sample.
+        dim: the dimension of the classes if there are tokens: 1 as in `cross_entropy` ([N, C, T, …]), or -1 for the
+            output of a language model ([N, T, C]). None for one label for each sample.
         ignore_index: the label that marks tokens which do not count.
 
     Attributes:
@@ -123,7 +124,8 @@ class Categorical(Reparametrized):
     @override
     def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
         expected = (
-            "logits of shape [N, C] (with a label a token: Categorical(dim=-1) for [N, T, C], dim=1 for [N, C, T])"
+            "logits of shape [N, C] (with one label for each token use Categorical(dim=-1) for [N, T, C], or dim=1 for "
+            "[N, C, T])"
         )
         _check_output(output, "categorical", expected, dims=self._dims)
         return torch.empty_like(output, dtype=torch.float32).exponential_(generator=generator)
@@ -135,7 +137,7 @@ class Categorical(Reparametrized):
 
     @override
     def nll(self, output: Tensor, target: Tensor) -> Tensor:
-        # No ignore_index here: a drawn label may equal it, and the token weights already say which tokens count.
+        # Without ignore_index, which a drawn label may equal: the weights ω are 0 for tokens that do not count.
         losses = F.cross_entropy(output.movedim(self.dim, 1), target, reduction="none")
         return (losses * self._root_weights(losses)).sum()
 
@@ -155,7 +157,7 @@ class Categorical(Reparametrized):
         return s_RNCT.reshape(-1, *shape).movedim(2, self.dim + 1 if self.dim > 0 else self.dim)
 
     def _root_weights(self, like: Tensor) -> Tensor | float:
-        """Return √ω: (N / M)^½ for the tokens that count and 0 for the others; one number where all count."""
+        """Return √ω: (N / M)^½ for tokens that count and 0 for the others; a single number if all tokens count."""
         if self.target is None:
             return float(like.shape[0] / like.numel()) ** 0.5
         counts = (self.target != self.ignore_index).view_as(like).to(like)
@@ -194,8 +196,8 @@ class Gaussian(Reparametrized):
 class Bernoulli(Reparametrized):
     """Yes-or-no outputs, D for each sample; the loss is `torch.nn.functional.binary_cross_entropy_with_logits`.
 
-    The output is logits [N, …]. The loss is a mean over the D outputs, so the derivatives are scaled by D^-½. The mean
-    of their outer products is then the Gauss-Newton matrix of the loss (docs/math.md, M2).
+    The output is logits [N, …]. The loss is a mean over the D outputs, so the derivatives are multiplied by D^-½. The
+    mean of their outer products over the draws is then the Gauss-Newton matrix of the loss (docs/math.md, M2).
 
     Raises:
         TypeError: on sampling, if the output is not a tensor.

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-# Of these the result depends on a matrix's inverse, which multiplies the rounding errors by its condition.
+# The results of these depend on a matrix's inverse, which multiplies the rounding errors by the matrix's condition.
 FACTORIZATIONS = ("cholesky", "cholesky_inverse")
 
 
@@ -22,11 +22,11 @@ def in_double(arguments):
     return map_floats(torch.Tensor.double, arguments)
 
 
-def run(row, function, arguments):
-    """What a function returns or, where the row says so, what it changes, as a list."""
-    changed = map_floats(_same_layout, arguments[: row.mutates])
-    result = function(*changed, *arguments[row.mutates :])
-    return tree_leaves(changed if row.mutates else result)
+def run(spec, function, arguments):
+    """What a function returns or, if the spec says so, what it changes, as a list."""
+    changed = map_floats(_same_layout, arguments[: spec.mutates])
+    result = function(*changed, *arguments[spec.mutates :])
+    return tree_leaves(changed if spec.mutates else result)
 
 
 def _same_layout(x):
@@ -38,18 +38,19 @@ def error(results, truth):
     return math.hypot(*((x.double() - y).norm().item() for x, y in zip(results, truth, strict=True)))
 
 
-def assert_is_definition(row, function, arguments):
+def assert_is_definition(spec, function, arguments):
     """In double precision a function differs from the definition by rounding only.
 
-    Both round after every operation. So either's error is at most as many units of rounding, of the result's size, as
-    there are operations for each entry of the result: and, of a factorization, times the condition of its matrix.
+    Both round after every operation. So the error of each is at most as many units of rounding, of the result's size,
+    as there are operations for each entry of the result. For a factorization, the condition of its matrix multiplies
+    this.
     """
     arguments = in_double(arguments)
-    truth = run(row, row.reference, arguments)
-    results = run(row, function, arguments)
+    truth = run(spec, spec.reference, arguments)
+    results = run(spec, function, arguments)
     assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in truth]
-    operations = row.flops(*arguments) / sum(x.numel() for x in truth)
-    condition = torch.linalg.cond(arguments[0]).max().item() if row.name in FACTORIZATIONS else 1
+    operations = spec.flops(*arguments) / sum(x.numel() for x in truth)
+    condition = torch.linalg.cond(arguments[0]).max().item() if spec.name in FACTORIZATIONS else 1
     size = math.hypot(*(x.norm().item() for x in truth))
     assert error(results, truth) <= 2 * operations * condition * torch.finfo(torch.float64).eps * size
 

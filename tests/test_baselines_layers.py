@@ -70,7 +70,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:no exact rule covers")
+@pytest.mark.filterwarnings("ignore:no exact rows for")
 @pytest.mark.parametrize("case", OTHERS)
 @pytest.mark.parametrize("make", [KFAC, EKFAC, KBFGS, KBFGSL])
 def test_every_layer_is_stepped_and_what_has_no_factors_is_named(make, case):

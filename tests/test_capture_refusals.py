@@ -1,4 +1,4 @@
-"""Parameters without rows take the plain SGD step, and inputs and outputs that do not fit are errors."""
+"""Parameters without rows take the SGD step, and inputs and outputs that do not fit are errors."""
 
 import copy
 
@@ -44,7 +44,7 @@ def instance_forward():
     return model
 
 
-# A model, the parameters that must take the plain SGD step, and a part of the reason that the warning gives.
+# A model, the parameters that must take the SGD step, and a part of the reason that the warning gives.
 UNCOVERED = {
     "own forward": (lambda: nn.Sequential(cases.OwnForward(4, 3)), ["0.weight", "0.bias"], "its own forward"),
     "forward replaced on the instance": (instance_forward, ["0.weight", "0.bias"], "its own forward"),
@@ -94,7 +94,7 @@ def test_what_no_rule_covers_takes_the_plain_sgd_step(case):
 
 
 def test_unsupported_error_refuses_at_the_constructor():
-    with pytest.raises(ValueError, match=r"no exact rule covers 0 \(OwnForward has its own forward\)"):
+    with pytest.raises(ValueError, match=r"no exact rows for 0 \(OwnForward has its own forward\)"):
         TENGraD(nn.Sequential(cases.OwnForward(4, 3)), unsupported="error")
 
 

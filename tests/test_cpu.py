@@ -17,7 +17,7 @@ cpu, cpu_conv, cpu_update, conv_sample_grads, spec = (
     for name in ("cpu", "cpu_conv", "cpu_update", "conv_sample_grads", "spec")
 )
 CPU = torch.device("cpu")
-ROWS = {row.name: row for row in kernels.SPECS}
+SPECS = {op.name: op for op in kernels.SPECS}
 LEAST_BATCH = cpu._LEAST_BATCH
 
 
@@ -44,7 +44,7 @@ def project_rows(j, blocks=None, shape=None):
 
 
 def expand_rows(j, settings=(0.1, 0.9, 0.01, 0.0), nesterov=False, own=False, by=torch.clone):
-    """``own``: whether every weight has settings of its own."""
+    """``own``: whether every weight has its own settings tensor."""
     state, w, dampings = weights_for(j, by)
     numbers = torch.tensor(settings, dtype=torch.float64)
     return *state, j, w, dampings, [numbers.clone() if own else numbers for _ in j], nesterov
@@ -78,9 +78,9 @@ def every_second(x):
     return torch.stack([x, x], -1)[..., 0]
 
 
-# Numbers of rows and of columns that divide into ranges, and ones that don't; the first is too small to be worth it.
+# Sizes of J that divide into equal ranges, and sizes that do not; the first is too small for ranges.
 SIZES = [(5, 7), (32, 1 << 14), (33, 1 << 14), (32, (1 << 14) + 1), (33, (1 << 14) + 1)]
-# Of X in X Xᵀ: the first two are too small for slabs of rows.
+# Sizes of X in X Xᵀ; the first two are too small for slabs of samples.
 SLABS = [(127, 4096), (128, 4095), (128, 4096), (131, 4097), (515, 4098)]
 FACTORS = [(9, groups, p, 4, outputs) for groups, p in ((1, 1), (1, 3), (2, 1), (2, 3)) for outputs in (5, 6, 8)]
 SMALL = {
@@ -142,8 +142,8 @@ IN_PARTS = [case for case in CASES if case.startswith(("conv_sample_grads", "pro
 
 @pytest.mark.parametrize("case", CASES)
 def test_tuned_code_is_the_definition(case):
-    row = ROWS[case.partition("-")[0]]
-    assert_is_definition(row, row.torch_impl, CASES[case]())
+    op = SPECS[case.partition("-")[0]]
+    assert_is_definition(op, op.torch_impl, CASES[case]())
 
 
 @pytest.mark.parametrize("case", IN_PARTS)
@@ -159,8 +159,8 @@ def test_tuned_code_in_parts_is_the_definition(case, threads, set_threads, monke
 @pytest.mark.parametrize("case", ["groups and positions", "one position"])
 def test_gram_in_slabs_of_samples_is_the_definition(case, monkeypatch):
     monkeypatch.setattr(cpu, "_PAIRS_AT_ONCE", 1000)
-    row = ROWS["gram"]
-    assert_is_definition(row, row.torch_impl, row.examples[case](torch.float32, CPU))
+    op = SPECS["gram"]
+    assert_is_definition(op, op.torch_impl, op.examples[case](torch.float32, CPU))
 
 
 def test_a_gram_matrix_is_added_to_what_is_there():
@@ -175,9 +175,9 @@ def test_projections_of_a_block_leave_the_rest_alone():
     assert y_LN[1, 32:].eq(0).all()
 
 
-def test_combinations_of_all_weights_are_there_once():
+def test_expansions_of_all_weights_are_there_once():
     j = SMALL["a batch and others"]()
-    assert sorted(t for t, _ in cpu.combinations(j, [normal(len(x)) for x in j])) == list(range(len(j)))
+    assert sorted(t for t, _ in cpu.expansions(j, [normal(len(x)) for x in j])) == list(range(len(j)))
 
 
 def test_matrices_out_of_order_are_no_batch():
@@ -216,7 +216,7 @@ def rows_of_biases(optimizer: TENGraD) -> list[PerSample]:
 
 @pytest.mark.usefixtures("_in_double")
 def test_a_refresh_lays_small_rows_of_one_size_side_by_side():
-    """The step is that of rows which lie apart, also after a checkpoint has put them where they are."""
+    """The step equals that with rows which are not adjacent in memory, also after a checkpoint was loaded."""
     models = [deep() for _ in range(3)]
     together, apart, resumed = (TENGraD(model, seed=0, refresh_every=10) for model in models)
     for model, optimizer in zip(models, (together, apart, resumed), strict=True):

@@ -131,10 +131,10 @@ def test_a_layer_carries_one_hook_while_its_calls_are_captured():
 
 # Settings, and why a refresh with them takes the plain step.
 SETTINGS = {
-    "exact": ({"fisher": "exact"}, "one row a sample"),
-    "several draws": ({"fisher_samples": 2}, "one row a sample"),
-    "some rows": ({"fisher_rows": 3}, "one row a sample"),
-    "a history": ({"history": 2}, "one row a sample"),
+    "exact": ({"fisher": "exact"}, "one row for each sample"),
+    "several draws": ({"fisher_samples": 2}, "one row for each sample"),
+    "some rows": ({"fisher_rows": 3}, "one row for each sample"),
+    "a history": ({"history": 2}, "one row for each sample"),
     "adapted damping": ({"damping": LevenbergMarquardt(), "trust_region": None}, "compares losses"),
     "compressed": ({"representation": "compressed"}, "depends on the data"),
 }
@@ -155,7 +155,7 @@ def test_a_likelihood_that_keeps_the_targets_is_named():
     likelihood.target = y
     step = compile_train_step(model, F.cross_entropy, TENGraD(model, likelihood=likelihood), backend="aot_eager")
     step(torch.randn(SAMPLES, 4), y)
-    assert "a batch's target" in step.why_plain
+    assert "labels of one batch" in step.why_plain
 
 
 class Looking(nn.Linear):

@@ -32,27 +32,27 @@ elsewhere = pytest.mark.skipif(INTERPRETED, reason="needs no kernel")
 # Half-precision parameters among half-precision inputs are slow: other rows have the ones and the others.
 CASES = [
     pytest.param(
-        *(row, example, dtype),
-        id=f"{row.name}-{name}-{str(dtype).removeprefix('torch.')}",
+        *(spec, example, dtype),
+        id=f"{spec.name}-{name}-{str(dtype).removeprefix('torch.')}",
         marks=[pytest.mark.slow] if (name, dtype) == ("half-precision parameters", HALF) else [],
     )
-    for row in SPECS
-    for name, example in row.examples.items()
-    for dtype in row.dtypes
+    for spec in SPECS
+    for name, example in spec.examples.items()
+    for dtype in spec.dtypes
     if dtype in (torch.float32, HALF)
 ]
 IN_CONFIGS = [
     pytest.param(
-        *(row, config, example, dtype),
-        id=f"{row.name}-{config}-{name}-{str(dtype).removeprefix('torch.')}",
+        *(spec, config, example, dtype),
+        id=f"{spec.name}-{config}-{name}-{str(dtype).removeprefix('torch.')}",
         marks=[] if at == 0 and dtype == HALF else [pytest.mark.slow],
     )
-    for row in SPECS
-    for config in row.config_names
-    for at, (name, example) in enumerate(row.examples.items())
+    for spec in SPECS
+    for config in spec.config_names
+    for at, (name, example) in enumerate(spec.examples.items())
     for dtype in (torch.float32, HALF)
 ]
-ROWS = [pytest.param(row, id=row.name) for row in SPECS]
+EACH_SPEC = [pytest.param(spec, id=spec.name) for spec in SPECS]
 
 
 # What runs under the interpreter, in halves of about the same length, which two workers take at once.
@@ -115,15 +115,15 @@ def _strided(x):
     return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
 
 
-def _kernel(row):
+def _kernel(spec):
     """The op itself where its tensors can be on a GPU, else the part of it that launches."""
-    return getattr(kernels, row.name) if HARDWARE else row.triton_impl
+    return getattr(kernels, spec.name) if HARDWARE else spec.triton_impl
 
 
-def _assert_as_exact_as_torch(row, arguments, results, dtype):
+def _assert_as_exact_as_torch(spec, arguments, results, dtype):
     """The error is at most twice that of torch in the same dtype, or of merely rounding the exact result to it."""
-    exact = run(row, row.reference, in_double(arguments))
-    torchs = run(row, row.torch_impl, arguments)
+    exact = run(spec, spec.reference, in_double(arguments))
+    torchs = run(spec, spec.torch_impl, arguments)
     assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in torchs]
     of_torch = error([x.to(dtype) for x in torchs], exact)
     of_rounding = error([truth.to(x.dtype) for truth, x in zip(exact, torchs, strict=True)], exact)
@@ -132,64 +132,64 @@ def _assert_as_exact_as_torch(row, arguments, results, dtype):
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("row", "example", "dtype"), CASES)
-def test_kernel_is_as_exact_as_torch(row, example, dtype):
+@pytest.mark.parametrize(("spec", "example", "dtype"), CASES)
+def test_kernel_is_as_exact_as_torch(spec, example, dtype):
     arguments = example(dtype, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, run(row, _kernel(row), arguments), dtype)
+    _assert_as_exact_as_torch(spec, arguments, run(spec, _kernel(spec), arguments), dtype)
 
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize(("row", "config", "example", "dtype"), IN_CONFIGS)
-def test_kernel_is_as_exact_in_every_configuration(row, config, example, dtype):
+@pytest.mark.parametrize(("spec", "config", "example", "dtype"), IN_CONFIGS)
+def test_kernel_is_as_exact_in_every_configuration(spec, config, example, dtype):
     arguments = example(dtype, DEVICE)
-    _assert_as_exact_as_torch(row, arguments, run(row, partial(_kernel(row), config=config), arguments), dtype)
+    _assert_as_exact_as_torch(spec, arguments, run(spec, partial(_kernel(spec), config=config), arguments), dtype)
 
 
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("row", ROWS)
-def test_kernel_takes_any_strides(row):
-    arguments = map_floats(_strided, next(iter(row.examples.values()))(torch.float32, DEVICE))
-    # The parameters must stay views of the poisoned memory, so that the launcher meets their strides.
-    result = _kernel(row)(*arguments)
-    outputs = tree_leaves(arguments[: row.mutates] or result)
-    original = next(iter(row.examples.values()))(torch.float32, DEVICE)
-    _assert_as_exact_as_torch(row, original, outputs, torch.float32)
+@pytest.mark.parametrize("spec", EACH_SPEC)
+def test_kernel_takes_any_strides(spec):
+    arguments = map_floats(_strided, next(iter(spec.examples.values()))(torch.float32, DEVICE))
+    # The parameters must stay views of the poisoned memory, so that the launcher gets their strides.
+    result = _kernel(spec)(*arguments)
+    outputs = tree_leaves(arguments[: spec.mutates] or result)
+    original = next(iter(spec.examples.values()))(torch.float32, DEVICE)
+    _assert_as_exact_as_torch(spec, original, outputs, torch.float32)
 
 
 @elsewhere
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("spec", EACH_SPEC)
 @pytest.mark.parametrize("configured", [False, True])
-def test_op_traces_to_its_torch_code_on_a_cpu(row, configured):
+def test_op_traces_to_its_torch_code_on_a_cpu(spec, configured):
     torch._dynamo.reset()
-    op = getattr(kernels, row.name)
-    op = partial(op, config=row.config_names[0]) if configured and row.config_names else op
-    arguments = next(iter(row.examples.values()))(torch.float32, torch.device("cpu"))
-    traced = run(row, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
-    for result, of_torch in zip(traced, run(row, row.torch_impl, arguments), strict=True):
+    op = getattr(kernels, spec.name)
+    op = partial(op, config=spec.config_names[0]) if configured and spec.config_names else op
+    arguments = next(iter(spec.examples.values()))(torch.float32, torch.device("cpu"))
+    traced = run(spec, torch.compile(op, fullgraph=True, backend="aot_eager"), arguments)
+    for result, of_torch in zip(traced, run(spec, spec.torch_impl, arguments), strict=True):
         torch.testing.assert_close(result, of_torch, rtol=0, atol=0)
 
 
 @elsewhere
-@pytest.mark.parametrize("row", ROWS)
-def test_op_is_its_definition_in_double_precision(row):
-    for example in row.examples.values():
-        assert_is_definition(row, getattr(kernels, row.name), example(torch.float32, DEVICE))
+@pytest.mark.parametrize("spec", EACH_SPEC)
+def test_op_is_its_definition_in_double_precision(spec):
+    for example in spec.examples.values():
+        assert_is_definition(spec, getattr(kernels, spec.name), example(torch.float32, DEVICE))
 
 
 @elsewhere
-@pytest.mark.parametrize("row", ROWS)
-def test_costs_are_counted_for_every_example(row):
-    for example in row.examples.values():
+@pytest.mark.parametrize("spec", EACH_SPEC)
+def test_costs_are_counted_for_every_example(spec):
+    for example in spec.examples.values():
         arguments = example(torch.float32, DEVICE)
         tensors = [x for x in tree_leaves(arguments) if torch.is_tensor(x)]
-        assert row.flops(*arguments) >= max(x.numel() for x in tensors)
-        assert row.bytes(*arguments) >= 4 * max(x.numel() for x in tensors)
+        assert spec.flops(*arguments) >= max(x.numel() for x in tensors)
+        assert spec.bytes(*arguments) >= 4 * max(x.numel() for x in tensors)
 
 
 def _fast(name):
-    return next(_kernel(row) for row in SPECS if row.name == name)
+    return next(_kernel(spec) for spec in SPECS if spec.name == name)
 
 
 @on_kernels
@@ -200,7 +200,7 @@ def test_gram_is_symmetric_and_positive_semidefinite(n):
     (k_NN,) = _fast("gram")([a], [g], [0], 1)
     assert torch.equal(k_NN, k_NN.mT)
     eigenvalues = torch.linalg.eigvalsh(k_NN.double())
-    # Every entry is a float32 rounding of a positive semidefinite matrix's, with N of them in a row.
+    # Every entry is a float32 rounding of a positive semidefinite matrix's; each eigenvalue sums over N of them.
     assert eigenvalues[0] >= -n * torch.finfo(torch.float32).eps * eigenvalues[-1]
 
 
@@ -219,10 +219,10 @@ def test_gram_is_the_gram_of_the_sample_grads():
 @on_kernels
 @pytest.mark.usefixtures("poisoned")
 def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
-    row = next(row for row in SPECS if row.name == "gram")
-    arguments = row.examples["groups and positions"](torch.float32, DEVICE)
+    spec = next(spec for spec in SPECS if spec.name == "gram")
+    arguments = spec.examples["groups and positions"](torch.float32, DEVICE)
     monkeypatch.setattr(gram_ranges, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
-    _assert_as_exact_as_torch(row, arguments, run(row, _kernel(row), arguments), torch.float32)
+    _assert_as_exact_as_torch(spec, arguments, run(spec, _kernel(spec), arguments), torch.float32)
 
 
 @on_kernels
@@ -263,3 +263,12 @@ def test_ops_reject_shapes_that_do_not_belong_together():
         kernels.gram([], [], [], 0)
     with pytest.raises(ValueError, match="4 outputs need a padded input of 9 pixels or more, got 8"):
         kernels.conv_sample_grads(torch.ones(1, 1, 8, 9), torch.ones(1, 1, 4, 4), [3, 3], [2, 2], [1, 1], 1)
+
+
+@elsewhere
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=spec.name) for spec in SPECS if spec.config_names])
+def test_op_rejects_an_unknown_configuration(spec):
+    arguments = next(iter(spec.examples.values()))(torch.float32, DEVICE)
+    names = ", ".join(map(repr, ("default", *spec.config_names)))
+    with pytest.raises(ValueError, match=f"^config must be one of {names}, got 'fastest'$"):
+        getattr(kernels, spec.name)(*arguments, config="fastest")

@@ -64,7 +64,7 @@ def counts(make, depth, options, monkeypatch):
             return woodbury.factor(*args, **kwargs)
 
     monkeypatch.setattr(refresh, "factor", counted)
-    monkeypatch.setattr(jacobian, "worth_a_batch", lambda alike: False)  # which only a CPU does
+    monkeypatch.setattr(jacobian, "worth_a_batch", lambda matrices: False)  # batched products are used on a CPU only
     for _ in range(2):
         F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long)).backward()
         with Counting() as stepping:

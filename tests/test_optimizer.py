@@ -215,7 +215,7 @@ def test_representation_by_hand():
     assert (chosen["0.weight"], chosen["4.weight"], chosen["6.weight"]) == ("factored", "factored", "per_sample")
 
 
-# The analytic rule: sizes (N, G, P, I, O) and the cheaper representation at a refresh in 100 steps, and at each step.
+# The cost model: sizes (N, G, P, I, O) and the cheaper representation at a refresh in 100 steps, and at each step.
 
 
 def tokens_model():

@@ -6,7 +6,7 @@ import one_step
 import pytest
 import torch
 import torch.nn.functional as F
-from small_conv import batch, small_model, take_steps
+from small_conv import batch, flat, small_model, take_steps
 from torch import nn
 
 from tengrad_triton import Categorical, TENGraD
@@ -76,6 +76,23 @@ def test_a_bad_added_group_is_not_added():
     take_steps(model, optimizer, 0, 1)
 
 
+def test_a_group_that_does_not_fit_the_blocks_leaves_the_optimizer_as_it_was():
+    model = small_model()
+    optimizer = TENGraD(model, model[6].parameters(), blocks="network", refresh_every=3)
+    take_steps(model, optimizer, 0, 3)
+    with pytest.raises(ValueError, match="need one damping"):
+        optimizer.add_param_group({"params": model[4].parameters(), "damping": 0.5})
+    take_steps(model, optimizer, 3, 7)  # its hooks are still there
+
+
+def test_a_group_may_be_empty():
+    model, twin = small_model(), small_model()
+    optimizer = TENGraD(model, [{"params": list(model.parameters())}, {"params": []}], seed=0)
+    take_steps(model, optimizer, 0, 2)
+    take_steps(twin, TENGraD(twin, seed=0), 0, 2)
+    assert torch.equal(flat(model), flat(twin))
+
+
 def test_frozen_parameters_and_parameters_of_no_module():
     model = small_model()
     model[0].requires_grad_(False)
@@ -129,7 +146,7 @@ BAD_CONTROLS = {
     "no such module": (
         {"blocks": [["7"]]},
         ValueError,
-        r"blocks names '7', where no block is; there are '0', '3', '5'",
+        r"blocks names '7', but no such module has parameters: use names of layers \('0', '3', '5'\)",
     ),
     "a module twice": ({"blocks": [["0", "3"], ["3"]]}, ValueError, "blocks names '3' more than once"),
     "an empty list": ({"blocks": [[]]}, ValueError, "lists of modules' names"),

@@ -1,4 +1,4 @@
-"""The baselines: Kronecker-factored natural gradients and quasi-Newton steps, over the same capture as TENGraD."""
+"""The baselines: Kronecker-factored natural gradients and quasi-Newton steps, with the same capture as TENGraD."""
 
 from tengrad_triton.baselines.ekfac import EKFAC
 from tengrad_triton.baselines.kbfgs import KBFGS, KBFGSL

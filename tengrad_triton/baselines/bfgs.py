@@ -2,7 +2,7 @@
 
 A pair holds a change s of the variables and the change y of the gradient that it caused.
 
-Dimensions: G groups, O entries of s and y, M pairs kept, I columns that the inverse is applied to.
+Dimensions: G groups, O entries of s and y, M pairs, I columns of the matrix that H is multiplied by.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DenseInverse(Inverse):
         """Return (I − ρ s yᵀ) H (I − ρ y sᵀ) + ρ s sᵀ with ρ = 1 / sᵀ y; a group without sᵀ y > 0 keeps its H."""
         is_positive_G, sy_G = _inner_products(s_GO, y_GO)
         hy_GO = (self.h_GOO @ y_GO[..., None])[..., 0]
-        # A matrix plus its transpose is what the formula adds to H: equal bits on both sides of the diagonal.
+        # The added terms are written as X + Xᵀ, so that H stays exactly symmetric.
         u_GO = ((1 + (y_GO * hy_GO).sum(1) / sy_G) / 2 / sy_G)[:, None] * s_GO - hy_GO / sy_G[:, None]
         half_GOO = s_GO[:, :, None] * u_GO[:, None, :]
         h_GOO = torch.where(is_positive_G[:, None, None], self.h_GOO + half_GOO + half_GOO.mT, self.h_GOO)
@@ -61,14 +61,14 @@ class DenseInverse(Inverse):
 class LimitedMemoryInverse(Inverse):
     """H of the last M pairs, starting from I: H = Qᵀ Q + Tᵀ D T with Q = I − Y T.
 
-    Both terms are positive semidefinite as they stand, in any precision. Source: theorem 2.2 of Byrd, Nocedal and
-    Schnabel 1994, with its terms gathered into squares.
+    Both terms are squares, so they are positive semidefinite in any precision. Source: theorem 2.2 of Byrd, Nocedal and
+    Schnabel 1994, rearranged into these squares.
 
     Attributes:
-        s_GMO: s of the pairs, the oldest first; 0 for a pair that is not there yet or has no sᵀ y > 0.
+        s_GMO: s of the pairs, the oldest first; 0 for pairs that do not exist yet, and for pairs without sᵀ y > 0.
         y_GMO: y of the pairs, likewise.
         t_GMO: T = R⁻¹ Sᵀ, where R is the upper triangle of Sᵀ Y with its diagonal.
-        d_GM: the diagonal of D, which is sᵀ y of each pair, and 1 where s and y are 0.
+        d_GM: the diagonal of D: sᵀ y of each pair, or 1 if its s and y are 0.
     """
 
     s_GMO: Tensor
@@ -96,14 +96,14 @@ class LimitedMemoryInverse(Inverse):
             for kept, new in ((self.s_GMO, s_GO), (self.y_GMO, y_GO))
         )
         d_GM = torch.cat([self.d_GM[:, 1:], sy_G[:, None]], 1)
-        # In double precision: nearly parallel pairs make the triangle ill-conditioned.
+        # Double precision, because nearly parallel pairs make the triangle ill-conditioned.
         r_GMM = torch.triu((s_GMO @ y_GMO.mT).double(), 1) + torch.diag_embed(d_GM.double())
         t_GMO = torch.linalg.solve_triangular(r_GMM, s_GMO.double(), upper=True).to(s_GMO.dtype).contiguous()
         return LimitedMemoryInverse(s_GMO, y_GMO, t_GMO, d_GM)
 
 
 def _inner_products(s_GO: Tensor, y_GO: Tensor) -> tuple[Tensor, Tensor]:
-    """Return in which groups sᵀ y > 0, and sᵀ y, with 1 in place of it in the other groups."""
+    """Return in which groups sᵀ y > 0, and sᵀ y itself, replaced by 1 in the other groups."""
     sy_G = (s_GO * y_GO).sum(1)
     is_positive_G = (sy_G > 0) & sy_G.isfinite()
     return is_positive_G, torch.where(is_positive_G, sy_G, 1.0)
@@ -131,7 +131,7 @@ def double_damping(inverse: Inverse, s_GO: Tensor, y_GO: Tensor, mu_1: float, mu
 
 
 def _theta(sy_G: Tensor, mu: float, full_G: Tensor) -> Tensor:
-    """Return the largest θ ≤ 1 with θ sᵀy + (1 − θ) full ≥ μ full."""
+    """Return the largest θ ≤ 1 for which θ sᵀy + (1 − θ) full ≥ μ full."""
     is_short_G = sy_G < mu * full_G
     gap_G = torch.where(is_short_G, full_G - sy_G, 1.0)
     return torch.where(is_short_G, (1 - mu) * full_G / gap_G, 1.0)

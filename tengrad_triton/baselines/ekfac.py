@@ -1,4 +1,4 @@
-"""EKFAC: the eigenbasis of K-FAC's factors, with second moments measured in it (docs/math.md, M15).
+"""EKFAC: the eigenbasis of K-FAC's factors, and the gradients' second moments in it (docs/math.md, M15).
 
 Dimensions: N samples, G groups, P positions, O outputs and I inputs of a group (see `kronecker`).
 """
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
-from tengrad_triton.baselines.curvature import Curvature
-from tengrad_triton.baselines.factors import chunks
+from tengrad_triton.baselines.batch_factors import chunks
 from tengrad_triton.baselines.fisher_factors import BothSides, FisherFactorOptimizer
 from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch
+from tengrad_triton.baselines.kronecker_curvature import KroneckerCurvature
 from tengrad_triton.baselines.linalg import by_size, eigenbasis
 from tengrad_triton.baselines.settings import FactorSettings, document
 from tengrad_triton.optim.validation import check_count
@@ -33,7 +33,7 @@ class EkfacState:
         basis_a_GII: U_A, the eigenvectors of A as columns.
         basis_g_GOO: U_Γ, the eigenvectors of Γ as columns.
         scale_GOI: S, the second moments.
-        damping: α, one number.
+        damping: α, as a 0-dim tensor.
     """
 
     a_GII: Tensor
@@ -50,7 +50,7 @@ class EkfacState:
 
     @property
     def representation(self) -> str:
-        """Return what is kept, for the summary."""
+        """Return a description of the state, for the summary."""
         return f"eigenbasis {self.g_GOO.shape[1]} x {self.a_GII.shape[1]}"
 
 
@@ -58,8 +58,8 @@ class EkfacState:
 class EKFAC(FisherFactorOptimizer[EkfacState]):
     """Eigenvalue-corrected K-FAC (George, Laurent, Bouthillier, Ballas, Vincent 2018).
 
-    F ≈ U diag(S) Uᵀ for every layer, with U the eigenvectors of K-FAC's A ⊗ Γ and S = E[(U_Γᵀ J_n U_A)²], of all
-    diagonals in that basis the nearest to F (docs/math.md, M15):
+    F ≈ U diag(S) Uᵀ for every layer, where the columns of U are the eigenvectors of K-FAC's A ⊗ Γ, and S is
+    E[(U_Γᵀ J_n U_A)²]. No other diagonal matrix in that basis is nearer to F (docs/math.md, M15):
 
         d = U_Γ ((U_Γᵀ ∇L U_A) / (S + α)) U_Aᵀ + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
 
@@ -70,7 +70,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
         refresh_every: steps from one eigendecomposition of the factors to the next, or a function of the step; 100 by
             default.
         rescale_every: steps from one measurement of the second moments to the next; 20 by default. In one basis they
-            keep ``stat_decay`` of their past at each measurement; a new basis starts them anew.
+            are running means with the decay ``stat_decay``; a new basis begins with new ones.
         {factors}
     """
 
@@ -95,10 +95,11 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
         return self._inversion_is_due() or self._rescaling_is_due() or self._factors_are_due()
 
     def _rescaling_is_due(self) -> bool:
+        """Whether the next step measures the second moments."""
         return self._age % self._rescale_every == 0
 
     @override
-    def _refreshed(self) -> tuple[Curvature[EkfacState], int]:
+    def _refreshed(self) -> tuple[KroneckerCurvature[EkfacState], int]:
         batches = self._gather()
         with phase("curvature"):
             self._follow_schedules()
@@ -112,12 +113,12 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
                 scale_GOI = self._scale(batch, basis, None if new_basis else previous[layer].scale_GOI)
                 damping = scale_GOI.new_full((), self._group_of(layer)["damping"])
                 states[layer] = EkfacState(*factors[layer], *basis, scale_GOI, damping)
-            return Curvature(states, count, self._failures_with(failures)), 0 if new_basis else self._age
+            return KroneckerCurvature(states, count, self._failures_with(failures)), 0 if new_basis else self._age
 
     def _factors(
         self, batches: Sequence[LayerBatch], previous: Mapping[KroneckerLayer, EkfacState], new_basis: bool
     ) -> tuple[BothSides, int]:
-        """Return the running A and Γ, with this step's batch where that is due, and how many they have taken in."""
+        """Return the running A and Γ, with this step's batch if that is due, and the number of their batches."""
         before = self._curvature
         if before is None or new_basis or self._factors_are_due():
             return self._running_factors(batches, previous)
@@ -126,7 +127,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
     def _bases(
         self, factors: BothSides, previous: Mapping[KroneckerLayer, EkfacState], new_basis: bool
     ) -> tuple[BothSides, Tensor]:  # fmt: skip
-        """Return U_A and U_Γ of every layer, and how many factorizations failed."""
+        """Return U_A and U_Γ of each layer, and how many eigendecompositions failed."""
         if not new_basis:
             kept = {layer: (state.basis_a_GII, state.basis_g_GOO) for layer, state in previous.items()}
             return kept, torch.zeros((), dtype=torch.long, device=self._generator.device)
@@ -134,7 +135,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
         return dict(zip(factors, zip(found[::2], found[1::2], strict=True), strict=True)), failures
 
     def _scale(self, batch: LayerBatch, basis: tuple[Tensor, Tensor], past_GOI: Tensor | None) -> Tensor:
-        """Return S: the batch's own second moments in a new basis, and in an old one a running mean with its past."""
+        """Return S: this batch's second moments in a new basis, a running mean with ``past_GOI`` in an old one."""
         if past_GOI is not None and not self._rescaling_is_due():
             return past_GOI
         own_GOI = second_moments(batch, *basis)
@@ -146,7 +147,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
 
 
 def second_moments(batch: LayerBatch, basis_a_GII: Tensor, basis_g_GOO: Tensor) -> Tensor:
-    """Return s_GOI = Σ_n (U_Γᵀ J_n U_A)² / N, entry by entry, with J_n of weight and bias together.
+    """Return s_GOI = Σ_n (U_Γᵀ J_n U_A)² / N, squared entry by entry, where J_n belongs to weight and bias together.
 
     Source: George et al. 2018.
     """
@@ -157,7 +158,7 @@ def second_moments(batch: LayerBatch, basis_a_GII: Tensor, basis_g_GOO: Tensor) 
         inputs = a_NGPI.shape[3]
         a_GNPI = a_NGPI.transpose(0, 1) @ basis_a_GII[:, None, :inputs]
         if batch.layer.bias is not None:
-            a_GNPI += basis_a_GII[:, None, inputs:]  # the share of the constant input 1
+            a_GNPI += basis_a_GII[:, None, inputs:]  # the term of the constant input 1
         g_GNPO = g_NGPO.transpose(0, 1) @ basis_g_GOO[:, None]
         if a_GNPI.shape[2] == 1:  # the square of one outer product is the outer product of the squares
             own_GOI = g_GNPO[:, :, 0].square().mT @ a_GNPI[:, :, 0].square()

@@ -1,4 +1,4 @@
-"""What K-FAC and EKFAC share: running Kronecker factors of every layer's Fisher block (docs/math.md, M15).
+"""The base class of K-FAC and EKFAC: running Kronecker factors of each layer's Fisher block (docs/math.md, M15).
 
 Dimensions: G groups, O outputs and I inputs of a group (see `kronecker`).
 """
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from tengrad_triton.baselines.base import KroneckerOptimizer
-from tengrad_triton.baselines.curvature import Curvature, LayerState
-from tengrad_triton.baselines.factors import input_factor, output_factor
+from tengrad_triton.baselines.batch_factors import input_factor, output_factor
 from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch
+from tengrad_triton.baselines.kronecker_curvature import KroneckerCurvature, LayerState
 from tengrad_triton.baselines.settings import Common, check_running_factors, fisher_options
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.likelihoods import Fisher, Likelihood
 
 BothSides = dict[KroneckerLayer, tuple[Tensor, Tensor]]
-"""A matrix of the input side [G, I, I] and one of the output side [G, O, O], for every layer."""
+"""For each layer, a matrix of the input side [G, I, I] and one of the output side [G, O, O]."""
 
 
 class FactorState(LayerState, Protocol):
-    """A layer's state that has both running factors."""
+    """A layer's state with both running factors."""
 
     @property
     def g_GOO(self) -> Tensor:
@@ -36,7 +36,7 @@ F = TypeVar("F", bound=FactorState)
 
 
 class FisherFactorOptimizer(KroneckerOptimizer[F]):
-    """An optimizer with F ≈ A ⊗ Γ for every layer; a subclass says how F is inverted.
+    """An optimizer with F ≈ A ⊗ Γ for every layer. A subclass defines how F is inverted.
 
     Its arguments are those of `KFAC`.
     """
@@ -62,8 +62,8 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
         super().__init__(model, params, lr, refresh_every=refresh_every, fisher=options, **common)
 
     @abstractmethod
-    def _refreshed(self) -> tuple[Curvature[F], int]:
-        """Return the curvature with the batches since the last step taken in, and its age in steps."""
+    def _refreshed(self) -> tuple[KroneckerCurvature[F], int]:
+        """Return the curvature, updated by the batches since the last step, and its age in steps."""
 
     @override
     def _why_closure(self) -> str | None:
@@ -76,7 +76,7 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
     @override
     def _take_step(
         self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
-    ) -> tuple[Curvature[F], int]:
+    ) -> tuple[KroneckerCurvature[F], int]:
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed()
@@ -84,24 +84,24 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
         return curvature, age
 
     def _inversion_is_due(self) -> bool:
-        """Whether the next step inverts the running factors anew."""
-        return self._curvature is None or self._age >= self._interval()
+        """Whether the next step inverts the running factors."""
+        return self._curvature_is_outdated()
 
     def _factors_are_due(self) -> bool:
-        """Whether the next step takes its batch into the running factors, although it may not invert them."""
+        """Whether the next step adds its batch to the running factors, even if it does not invert them."""
         return self._factors_every is not None and self._steps % self._factors_every == 0
 
     def _running_factors(
         self, batches: Sequence[LayerBatch], previous: Mapping[KroneckerLayer, F]
     ) -> tuple[BothSides, int]:
-        """Return the running A and Γ with this step's batch taken in, and how many batches they have taken in."""
-        count = 1 if self._curvature is None else self._curvature.batches + 1
+        """Return the running A and Γ, to which this step's batch is added, and the number of their batches."""
+        count = self._batch_count()
         weight = 1 - min(1 - 1 / count, self._stat_decay)
         running = {}
         for batch in batches:
             a_GII, g_GOO = input_factor(batch), output_factor(batch)
-            past = previous.get(batch.layer)
-            if past is not None:
-                a_GII, g_GOO = past.a_GII.lerp(a_GII, weight), past.g_GOO.lerp(g_GOO, weight)
+            old = previous.get(batch.layer)
+            if old is not None:
+                a_GII, g_GOO = old.a_GII.lerp(a_GII, weight), old.g_GOO.lerp(g_GOO, weight)
             running[batch.layer] = (a_GII, g_GOO)
         return running, count

@@ -1,4 +1,4 @@
-"""K-BFGS and K-BFGS(L): how the inverse of the output side is kept (docs/math.md, M15)."""
+"""K-BFGS and K-BFGS(L), which differ in how they store the inverse of the output side (docs/math.md, M15)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from tengrad_triton.optim.validation import check_count
 class KBFGS(QuasiNewton[DenseInverse]):
     """Kronecker-factored BFGS (Goldfarb, Ren and Bahamou 2020, algorithm 4).
 
-    The Hessian's block of a layer is close to A ⊗ G, with A = Σ_p a aᵀ and G the mean Hessian of the loss with respect
-    to the outputs at one position. BFGS updates keep H_a ≈ (A + √α I)⁻¹ and H_g ≈ G⁻¹ (docs/math.md, M15):
+    A layer's block of the Hessian is approximated by A ⊗ B. A is a running mean of mean_n Σ_p a aᵀ, and B is the mean
+    Hessian of the loss with respect to the outputs at one position. BFGS updates compute H_a ≈ (A + √α I)⁻¹ and
+    H_g ≈ B⁻¹ (docs/math.md, M15):
 
         d = H_g ∇L H_a + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
 
-    The pair of H_g is the change of the mean output and of its derivative in a step, on the same batch. So a step that
-    refreshes needs ``step(closure)`` and evaluates the closure once more after the update: the gradients are then those
-    after the step, and what a forward changes (running statistics, random numbers) changes twice. The pair of H_a is
-    s = H_a ā and y = (A + √α I) s.
+    The pair (s, y) of H_g is measured on one batch: s is the change of the layer's mean output in a step, and y is the
+    change of the loss's derivative with respect to it. So a step that refreshes needs ``step(closure)``, and evaluates
+    the closure once more after the update. Afterwards ``.grad`` holds the gradients after the step, and running
+    statistics and the random state have advanced twice. The pair of H_a is s = H_a ā and y = (A + √α I) s.
 
-    The paper averages gradients before it preconditions them; here the momentum comes afterwards, as in `TENGraD`. With
-    constant H the two are the same. Linear layers and convolutions are preconditioned, but no transposed convolution.
+    The paper averages gradients before it preconditions them; here the momentum follows, as in `TENGraD`. With constant
+    H_a and H_g both are the same. Linear layers and convolutions are preconditioned, but not transposed convolutions.
     The loss must be a mean over the samples.
 
     Args:
@@ -39,7 +40,8 @@ class KBFGS(QuasiNewton[DenseInverse]):
         {common}
         refresh_every: steps from one update of the inverses to the next, or a function of the step; 1 by default and
             in the paper.
-        stat_decay: the share of their past that the running A, s and y keep at an update, in [0, 1); 0.9 by default.
+        stat_decay: the decay of the running A, s and y, in [0, 1): the weight of their old value at an update; 0.9 by
+            default.
     """
 
     state_key = "kbfgs"
@@ -57,9 +59,9 @@ class KBFGS(QuasiNewton[DenseInverse]):
 
 @document
 class KBFGSL(QuasiNewton[LimitedMemoryInverse]):
-    """`KBFGS` with H_g in limited memory (Goldfarb, Ren and Bahamou 2020): the last pairs on top of I.
+    """`KBFGS` with H_g in limited memory (Goldfarb, Ren and Bahamou 2020): H_g is computed from I and the last pairs.
 
-    H_a, the step, and what the loss and the closure must be are as in `KBFGS`.
+    H_a, the step, and the requirements on the loss and the closure are the same as in `KBFGS`.
 
     Args:
         {model}
@@ -67,8 +69,9 @@ class KBFGSL(QuasiNewton[LimitedMemoryInverse]):
         {common}
         refresh_every: steps from one update of the inverses to the next, or a function of the step; 1 by default and
             in the paper.
-        stat_decay: the share of their past that the running A, s and y keep at an update, in [0, 1); 0.9 by default.
-        memory: how many pairs are kept, at least 1; 100 by default.
+        stat_decay: the decay of the running A, s and y, in [0, 1): the weight of their old value at an update; 0.9 by
+            default.
+        memory: the number of pairs, at least 1; 100 by default.
     """
 
     state_key = "kbfgsl"

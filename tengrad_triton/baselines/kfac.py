@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tengrad_triton.baselines.curvature import Curvature
 from tengrad_triton.baselines.fisher_factors import FisherFactorOptimizer
+from tengrad_triton.baselines.kronecker_curvature import KroneckerCurvature
 from tengrad_triton.baselines.linalg import add_to_diagonal, by_size, inverse
 from tengrad_triton.baselines.settings import document
 from tengrad_triton.profiling import phase
@@ -26,8 +26,8 @@ class KfacState:
     Attributes:
         a_GII: the running A.
         g_GOO: the running Γ.
-        inverse_a_GII: (A + π √α I)⁻¹ as of the last inversion.
-        inverse_g_GOO: (Γ + √α / π I)⁻¹ as of the last inversion.
+        inverse_a_GII: (A + π √α I)⁻¹, computed at the last inversion.
+        inverse_g_GOO: (Γ + √α / π I)⁻¹, computed at the last inversion.
     """
 
     a_GII: Tensor
@@ -41,7 +41,7 @@ class KfacState:
 
     @property
     def representation(self) -> str:
-        """Return what is kept, for the summary."""
+        """Return a description of the state, for the summary."""
         return f"factors {self.g_GOO.shape[1]} x {self.a_GII.shape[1]}"
 
 
@@ -49,15 +49,15 @@ class KfacState:
 class KFAC(FisherFactorOptimizer[KfacState]):
     """Kronecker-factored approximate curvature (Martens and Grosse 2015; convolutions: Grosse and Martens 2016).
 
-    F ≈ A ⊗ Γ for every layer, weight and bias together, with running means of A = Σ_p a aᵀ and Γ = g gᵀ (docs/math.md,
-    M15):
+    F ≈ A ⊗ Γ for every layer, weight and bias together. A and Γ are running means over batches, of mean_n Σ_p a aᵀ and
+    of mean_np g gᵀ (docs/math.md, M15):
 
         d = (Γ + √α / π I)⁻¹ ∇L (A + π √α I)⁻¹ + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
 
     Args:
         {model}
-        damping: α > 0, or a function of the step; 0.03 by default. It is split over the two factors by
-            π² = (tr A / I) / (tr Γ / O), and read when they are inverted.
+        damping: α > 0, or a function of the step; 0.03 by default. It is divided between the two factors
+            by π² = (tr A / I) / (tr Γ / O), and read when they are inverted.
         {common}
         refresh_every: steps from one inversion of the factors to the next, or a function of the step; 100 by default.
         {factors}
@@ -71,7 +71,7 @@ class KFAC(FisherFactorOptimizer[KfacState]):
         return self._inversion_is_due() or self._factors_are_due()
 
     @override
-    def _refreshed(self) -> tuple[Curvature[KfacState], int]:
+    def _refreshed(self) -> tuple[KroneckerCurvature[KfacState], int]:
         batches, before = self._gather(), self._curvature
         with phase("curvature"):
             previous = self._previous(batches)
@@ -81,7 +81,7 @@ class KFAC(FisherFactorOptimizer[KfacState]):
                     layer: replace(state, a_GII=running[layer][0], g_GOO=running[layer][1])
                     for layer, state in previous.items()
                 }
-                return Curvature(kept, count, before.failures), self._age
+                return KroneckerCurvature(kept, count, before.failures), self._age
             self._follow_schedules()
             pairs = [damped(*factors, self._group_of(layer)["damping"]) for layer, factors in running.items()]
             inverses, failures = by_size(inverse, [factor for pair in pairs for factor in pair])
@@ -89,7 +89,7 @@ class KFAC(FisherFactorOptimizer[KfacState]):
                 layer: KfacState(*factors, *inverses[2 * index : 2 * index + 2])
                 for index, (layer, factors) in enumerate(running.items())
             }
-            return Curvature(states, count, self._failures_with(failures)), 0
+            return KroneckerCurvature(states, count, self._failures_with(failures)), 0
 
     @override
     def _state_of(self, tensors: dict[str, Any]) -> KfacState:

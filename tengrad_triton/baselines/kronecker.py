@@ -1,7 +1,7 @@
 """Which layers have Kronecker factors, and the matrix that such a layer's weight and bias form together.
 
 Dimensions: N samples, G groups, P positions (pixels or tokens), K entries of a flat gradient, O outputs of a group, and
-I inputs of a group. Where a layer has a bias, I counts the constant input 1 that the bias multiplies (the homogeneous
+I inputs of a group. If a layer has a bias, I also counts the constant input 1 that the bias multiplies (the homogeneous
 coordinate), which comes last.
 """
 
@@ -21,7 +21,7 @@ from tengrad_triton.layers import Contribution, OuterProducts, PerSampleGrads, m
 
 @dataclass(frozen=True)
 class KroneckerLayer:
-    """A weight whose gradients are sums of outer products, and the bias that is added to its outputs.
+    """A weight whose gradients are sums of outer products, and the bias of the same layer, if there is one.
 
     Attributes:
         module: the name of the module that owns both.
@@ -44,19 +44,19 @@ class KroneckerLayer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def to_matrix(self, tensors: Mapping[str, Tensor], groups: int, dtype: torch.dtype) -> Tensor:
-        """Return v_GOI, the matrix of parameter-shaped tensors, which are given by the parameters' names."""
-        weight_OKI = matrix_view(tensors[self.weight])
-        parts = [weight_OKI.reshape(groups, weight_OKI.shape[0] // groups, -1)]
+        """Return v_GOI, the matrix of tensors in the parameters' shapes, which are given by the parameters' names."""
+        weight_OTI = matrix_view(tensors[self.weight])
+        parts = [weight_OTI.reshape(groups, weight_OTI.shape[0] // groups, -1)]
         if self.bias is not None:
             parts.append(tensors[self.bias].reshape(groups, -1, 1))
         return torch.cat(parts, 2).to(dtype)
 
     def from_matrix(self, v_GOI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of which `to_matrix` makes ``v_GOI``, each with shape and dtype of that in ``like``."""
+        """Return the tensors whose `to_matrix` is ``v_GOI``, with the shapes and dtypes of the tensors in ``like``."""
         tensors = {label: torch.empty_like(like[label]) for label in self.labels}
-        weight_OKI = matrix_view(tensors[self.weight])
-        inputs = weight_OKI.shape[1] * weight_OKI.shape[2]
-        weight_OKI.copy_(v_GOI[..., :inputs].reshape(weight_OKI.shape))
+        weight_OTI = matrix_view(tensors[self.weight])
+        inputs = weight_OTI.shape[1] * weight_OTI.shape[2]
+        weight_OTI.copy_(v_GOI[..., :inputs].reshape(weight_OTI.shape))
         if self.bias is not None:
             tensors[self.bias].copy_(v_GOI[..., inputs].reshape(tensors[self.bias].shape))
         return tensors
@@ -64,11 +64,11 @@ class KroneckerLayer:
 
 @dataclass(frozen=True)
 class LayerBatch:
-    """What the calls of one step contribute to a layer.
+    """The contributions of one step's calls to a layer.
 
     Attributes:
         layer: the layer.
-        micro_batches: the outer products of its weight, a list for each micro-batch, an entry for each call in it.
+        micro_batches: for each micro-batch, the contribution of each call to the rows of the weight.
     """
 
     layer: KroneckerLayer
@@ -81,15 +81,15 @@ class LayerBatch:
 
 
 def layer_batches(contributions: Contributions, known: Sequence[KroneckerLayer]) -> list[LayerBatch]:
-    """Return every layer that has Kronecker factors, with what the calls of a step contribute to it.
+    """Return each layer that has Kronecker factors, with the contributions of a step's calls to it.
 
-    A weight has Kronecker factors if all its calls contribute `OuterProducts` of one size. The bias that is named after
-    it joins it if `_bias_of` confirms that the two belong together.
+    A weight has Kronecker factors if all its calls contribute `OuterProducts` of one size. The bias with the matching
+    name belongs to the same layer if `_bias_of` confirms it.
 
     Args:
-        contributions: of one step.
-        known: the layers found before. Each is found again as it is, as long as its parameters take part: a layer must
-            not change because a batch happens to have zero gradients.
+        contributions: the contributions of one step.
+        known: the layers found at earlier steps. They stay the same while their parameters take part, so that a batch
+            with zero gradients does not change them.
     """
     found, known_by_name = [], {layer.name: layer for layer in known}
     for module, by_label in contributions.by_layer.items():
@@ -104,7 +104,7 @@ def layer_batches(contributions: Contributions, known: Sequence[KroneckerLayer])
 
 
 def _sizes(call: Contribution) -> tuple[int, int, int] | None:
-    """Return G, O and K; None for what is no outer product."""
+    """Return G, O and K, or None if the call contributes no outer products."""
     return (call.g_NGPO.shape[1], call.outputs, call.entries) if isinstance(call, OuterProducts) else None
 
 
@@ -113,10 +113,13 @@ def _outer_products(calls: Sequence[Contribution]) -> list[OuterProducts]:
 
 
 def _bias_of(label: str, by_label: Mapping[str, MicroBatches]) -> str | None:
-    """Return the name of the bias that belongs to a weight: its J_n is Σ_p g_np with the g of the weight.
+    """Return the name of the bias that belongs to a weight, or None.
 
-    A bias whose name fits may still not belong to the weight: where layers with biases of their own share the weight,
-    and in a transposed convolution, where the derivatives of the output are a and not g.
+    A bias belongs to the weight if its J_n is Σ_p g_np with the g of the weight. In two cases a bias has the matching
+    name but does not belong to the weight:
+
+    - Several layers share the weight, and each has a bias of its own.
+    - The layer is a transposed convolution: the output gradients are a there, not g.
     """
     name = label.replace("weight", "bias")
     if name == label or name not in by_label:
@@ -128,7 +131,7 @@ def _bias_of(label: str, by_label: Mapping[str, MicroBatches]) -> str | None:
         return None
     j_NK = torch.stack(explicit).sum(0)
     sum_NK, size_NK = _sum_over_positions(g), _sum_over_positions([g_NGPO.abs() for g_NGPO in g])
-    # The square root of the precision is far above rounding and far below another quantity. NaN refuses nothing.
+    # √eps is far above rounding errors and far below the difference of unrelated numbers. NaN counts as equal.
     differs = (j_NK - sum_NK).abs() > torch.finfo(j_NK.dtype).eps ** 0.5 * size_NK
     return None if differs.any() else name
 

@@ -1,6 +1,6 @@
-"""Inverses and eigenvectors of many small symmetric matrices, those of one size in one call.
+"""Inverses and eigenvectors of many small symmetric matrices. Matrices of one size are computed in one call.
 
-Dimensions: B matrices of a stack, G groups of a layer, I rows and columns of a matrix.
+Dimensions: B matrices of a stack, G groups of a layer, I the size of a matrix.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 Factorize = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""A function from a stack of matrices m_BII to a stack of the same shape, and a boolean [B]: which of them failed."""
+"""A function from a stack of matrices m_BII to a stack of the same shape, and a boolean [B] that marks failures."""
 
 
 def by_size(factorize: Factorize, matrices: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return ``factorize`` of every matrix, and how many of them failed; matrices of one size go in one call.
+    """Return ``factorize`` of each matrix, and how many of them failed. Matrices of one size are joined in one call.
 
     Args:
-        factorize: applied once for every size.
-        matrices: stacks m_GII, whose G and I may differ from one to the next.
+        factorize: called once for each size.
+        matrices: stacks m_GII, whose G and I may be different.
     """
     results: list[Tensor] = [torch.empty(0)] * len(matrices)
     failures = torch.zeros((), dtype=torch.long)
@@ -34,10 +34,10 @@ def by_size(factorize: Factorize, matrices: Sequence[Tensor]) -> tuple[list[Tens
 
 
 def inverse(m_BII: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the inverses of positive definite matrices, and which of them rounding has made indefinite.
+    """Return the inverses of positive definite matrices, and which matrices rounding has made indefinite.
 
-    The inverse of an indefinite matrix is replaced by I / trace. No eigenvalue exceeds the trace, so a step along the
-    replacement is in no direction longer than the true one.
+    The inverse of an indefinite matrix is replaced by I / trace. No eigenvalue exceeds the trace, so no component of a
+    step is longer with the replacement than with the inverse.
     """
     factor_BII, info_B = torch.linalg.cholesky_ex(m_BII)
     failed_B = info_B != 0
@@ -53,13 +53,13 @@ def eigenbasis(m_BII: Tensor) -> tuple[Tensor, Tensor]:
     """
     failed_B = ~m_BII.isfinite().flatten(1).all(1)
     safe_BII = m_BII.masked_fill(failed_B[:, None, None], 0.0)
-    if m_BII.device.type == "cpu":  # LAPACK's single precision raises, or returns NaN, where the rank is low
+    if m_BII.device.type == "cpu":  # in single precision LAPACK raises or returns NaN for matrices of low rank
         safe_BII = safe_BII.double()
     return torch.linalg.eigh(safe_BII).eigenvectors.to(m_BII.dtype), failed_B
 
 
 def add_to_diagonal(m_GII: Tensor, shift_G: Tensor) -> Tensor:
-    """Return M + shift I of every group."""
+    """Return M + shift I for each group."""
     sum_GII = m_GII.clone()
     sum_GII.diagonal(dim1=1, dim2=2).add_(shift_G[:, None])
     return sum_GII

@@ -1,4 +1,4 @@
-"""What K-BFGS and K-BFGS(L) share: Kronecker factors of the inverse Hessian, updated by BFGS (docs/math.md, M15).
+"""The base class of K-BFGS and K-BFGS(L): Kronecker factors of the inverse Hessian, by BFGS (docs/math.md, M15).
 
 Dimensions: G groups, O outputs and I inputs of a group (see `kronecker`).
 """
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import Unpack, override
 
 from tengrad_triton.baselines.base import KroneckerOptimizer
+from tengrad_triton.baselines.batch_factors import input_factor, mean_input_and_grad
 from tengrad_triton.baselines.bfgs import DenseInverse, LimitedMemoryInverse, double_damping
-from tengrad_triton.baselines.curvature import Curvature
-from tengrad_triton.baselines.factors import input_factor, means
 from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch
+from tengrad_triton.baselines.kronecker_curvature import KroneckerCurvature
 from tengrad_triton.baselines.linalg import add_to_diagonal, by_size, inverse
 from tengrad_triton.baselines.settings import Common, fisher_options
 from tengrad_triton.curvature.target import Target
@@ -26,7 +26,7 @@ from tengrad_triton.optim.validation import check_range
 from tengrad_triton.profiling import phase
 
 H = TypeVar("H", DenseInverse, LimitedMemoryInverse)
-_MU_1 = 0.2  # of the double damping
+_MU_1 = 0.2  # μ₁ of the double damping
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class KbfgsState(Generic[H]):
     """The running A of a layer, the inverses of both sides, and the running pair of the output side.
 
     Attributes:
-        a_GII: A = Σ_p a aᵀ.
+        a_GII: the running mean of mean_n Σ_p a aᵀ.
         input_side: H_a ≈ (A + √α I)⁻¹.
         output_side: H_g, the inverse of the loss's mean Hessian with respect to the outputs at one position.
         s_GO: the running mean of the change of the mean output in a step.
-        y_GO: the running mean of the change of the loss's derivative with respect to it.
+        y_GO: the running mean of the change of the loss's derivative with respect to the mean output.
     """
 
     a_GII: Tensor
@@ -53,7 +53,7 @@ class KbfgsState(Generic[H]):
 
     @property
     def representation(self) -> str:
-        """Return what is kept, for the summary."""
+        """Return a description of the state, for the summary."""
         outputs = str(self.s_GO.shape[1])
         if isinstance(self.output_side, LimitedMemoryInverse):
             outputs = f"{self.output_side.d_GM.shape[1]} pairs of {outputs}"
@@ -62,12 +62,12 @@ class KbfgsState(Generic[H]):
 
 @dataclass(frozen=True)
 class Means:
-    """Means over the samples and positions of a batch, of one layer.
+    """Means over the samples and positions of a batch, for one layer.
 
     Attributes:
         a_GI: the mean input ā.
         g_GO: the mean derivative ḡ of the loss with respect to the output.
-        z_GO: the mean output z̄ = W ā, with the layer's parameters at that time.
+        z_GO: the mean output z̄ = W ā, computed with the parameters of that batch.
     """
 
     a_GI: Tensor
@@ -76,7 +76,7 @@ class Means:
 
 
 class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
-    """An optimizer with an inverse Hessian H_a ⊗ H_g for every layer; a subclass says how H_g is kept.
+    """An optimizer with an inverse Hessian H_a ⊗ H_g for every layer. A subclass defines how H_g is stored.
 
     Its arguments are those of `KBFGS`.
     """
@@ -93,7 +93,9 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
     ) -> None:
         check_range("stat_decay", stat_decay, 0.0, below=1.0)
         self._stat_decay = stat_decay
-        gradients = fisher_options("empirical", "categorical", 1)  # of the loss itself: no label is drawn
+        gradients = fisher_options(
+            "empirical", "categorical", 1
+        )  # the derivatives of the loss itself: no label is drawn
         super().__init__(model, params, lr, refresh_every=refresh_every, fisher=gradients, **common)
 
     @abstractmethod
@@ -102,7 +104,7 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
 
     @override
     def _supports(self, layer: KroneckerLayer) -> bool:
-        # `transposed` is torch's attribute of transposed convolutions, whose a are derivatives and make no output.
+        # torch sets `transposed` for transposed convolutions. Their a are output gradients, so W ā is no mean output.
         return not getattr(self._params_of(layer).layer, "transposed", False)
 
     @override
@@ -111,22 +113,22 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
             return None
         return (
             f"{type(self).__name__} compares a batch's derivatives before and after the step: call step(closure), "
-            "which clears the gradients, runs forward and backward, and returns the loss"
+            "where the closure clears the gradients, runs forward and backward, and returns the loss"
         )
 
     @override
     def _refresh_is_due(self) -> bool:
-        return self._curvature is None or self._age >= self._interval()
+        return self._curvature_is_outdated()
 
     @override
     def _take_step(
         self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
-    ) -> tuple[Curvature[KbfgsState[H]], int]:
+    ) -> tuple[KroneckerCurvature[KbfgsState[H]], int]:
         curvature = self._curvature
         if curvature is not None and not self._refresh_is_due():
             self._update_targets(curvature, targets, None)
             return curvature, self._age
-        assert closure is not None  # `_why_closure` has asked for it
+        assert closure is not None  # `step` has raised otherwise
         curvature, before = self._with_input_factors()
         self._update_targets(curvature, targets, None)
         self._capture.forget()
@@ -134,21 +136,21 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
             closure()
         batches = self._gather()
         with phase("curvature"):
-            after = self._means(batches)
+            after = self._means_of(batches)
             states = {
                 layer: self._updated(layer, state, before[layer], after[layer]) if layer in after else state
                 for layer, state in curvature.layers.items()
             }
         return replace(curvature, layers=states), 0
 
-    def _with_input_factors(self) -> tuple[Curvature[KbfgsState[H]], dict[KroneckerLayer, Means]]:
-        """Return the curvature with the A of the captured batches taken in, and the means of these batches."""
+    def _with_input_factors(self) -> tuple[KroneckerCurvature[KbfgsState[H]], dict[KroneckerLayer, Means]]:
+        """Return the curvature, with the A of the captured batches added, and the means of these batches."""
         batches = self._gather()
         with phase("curvature"):
             self._follow_schedules()
-            previous, before = self._previous(batches), self._means(batches)
+            previous, before = self._previous(batches), self._means_of(batches)
             factors = {batch.layer: input_factor(batch) for batch in batches}
-            begun, failures = self._initial_states(
+            initial, failures = self._initial_states(
                 {layer: a_GII for layer, a_GII in factors.items() if layer not in previous}, before
             )
             weight = 1 - self._stat_decay
@@ -156,12 +158,11 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
                 layer: replace(state, a_GII=state.a_GII.lerp(factors[layer], weight))
                 for layer, state in previous.items()
             }
-            states = {layer: begun[layer] if layer in begun else averaged[layer] for layer in factors}
-            count = 1 if self._curvature is None else self._curvature.batches + 1
-            return Curvature(states, count, self._failures_with(failures)), before
+            states = {layer: initial[layer] if layer in initial else averaged[layer] for layer in factors}
+            return KroneckerCurvature(states, self._batch_count(), self._failures_with(failures)), before
 
     def _initial_states(
-        self, factors: Mapping[KroneckerLayer, Tensor], means_of: Mapping[KroneckerLayer, Means]
+        self, factors: Mapping[KroneckerLayer, Tensor], means: Mapping[KroneckerLayer, Means]
     ) -> tuple[dict[KroneckerLayer, KbfgsState[H]], Tensor]:
         """Return states with H_a = (A + √α I)⁻¹ and H_g = I for the given A, and how many factorizations failed."""
         shifted = [
@@ -171,15 +172,15 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
         inverses, failures = by_size(inverse, shifted)
         states = {}
         for (layer, a_GII), h_GII in zip(factors.items(), inverses, strict=True):
-            zeros_GO = torch.zeros_like(means_of[layer].g_GO)
+            zeros_GO = torch.zeros_like(means[layer].g_GO)
             states[layer] = KbfgsState(a_GII, DenseInverse(h_GII), self._identity(zeros_GO), zeros_GO, zeros_GO)
         return states, failures
 
-    def _means(self, batches: Sequence[LayerBatch]) -> dict[KroneckerLayer, Means]:
-        """Return the means of every layer, its output made with the present parameters."""
+    def _means_of(self, batches: Sequence[LayerBatch]) -> dict[KroneckerLayer, Means]:
+        """Return the means of each layer; its mean output is computed with the present parameters."""
         found = {}
         for batch in batches:
-            a_GI, g_GO = means(batch)
+            a_GI, g_GO = mean_input_and_grad(batch)
             parameters = self._params_of(batch.layer).parameters
             tensors = {label: parameters[label].detach() for label in batch.layer.labels}
             w_GOI = batch.layer.to_matrix(tensors, len(a_GI), a_GI.dtype)

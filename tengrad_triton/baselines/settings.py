@@ -1,4 +1,4 @@
-"""The settings that all baselines share: their types, their defaults, their documentation and their validation."""
+"""The settings that several baselines have: their types, defaults, documentation and validation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final, TypedDict, TypeVar
 from tengrad_triton.likelihoods import FISHERS, Fisher, Likelihood, likelihood_of
 from tengrad_triton.optim.damping import Schedule
 from tengrad_triton.optim.options import Unsupported, check_fisher
-from tengrad_triton.optim.validation import check_bound, check_count, check_range
+from tengrad_triton.optim.validation import check_bound, check_choice, check_count, check_range
 
 T = TypeVar("T", bound=type)
 
@@ -62,36 +62,36 @@ params: parameters or groups of them; all of the model's by default. Groups may 
 lr: the learning rate, a number or a 0-dim tensor.
 """
 _COMMON = f"""
-momentum: of the momentum buffer, in [0, 1); {DEFAULTS["momentum"]} by default.
+momentum: the momentum μ, in [0, 1); {DEFAULTS["momentum"]} by default.
 nesterov: whether to look ahead along the momentum; {DEFAULTS["nesterov"]} by default.
 weight_decay: λ ≥ 0, added to the preconditioned gradient as λ θ; {DEFAULTS["weight_decay"]:g} by default.
-decoupled_weight_decay: shrink θ by 1 − lr λ instead; {DEFAULTS["decoupled_weight_decay"]} by default.
-maximize: ascend; {DEFAULTS["maximize"]} by default.
-unsupported: what happens to parameters without Kronecker factors: ``"sgd"`` (the default) gives them the plain SGD
+decoupled_weight_decay: whether to multiply θ by 1 − lr λ instead; {DEFAULTS["decoupled_weight_decay"]} by default.
+maximize: whether to maximize the loss instead of minimizing it; {DEFAULTS["maximize"]} by default.
+unsupported: how parameters without Kronecker factors are treated: ``"sgd"`` (the default) gives them the SGD
     step, with one warning; ``"error"`` raises `ValueError`, at construction or at the first refresh.
-seed: of the generator that draws labels, where any are drawn; torch's initial seed by default.
+seed: the seed of the generator that draws labels; torch's initial seed by default.
 """
 _FACTORS = """
-factors_every: steps from one batch that the running factors take in to the next; None for those of
-    ``refresh_every`` (the default).
-stat_decay: the share of their past that the running factors keep when they take in a batch, in [0, 1); 0.95 by
-    default. When they take in the k-th batch it is 1 − 1/k at most, so that the first batches count alike.
-kl_clip: κ > 0, in units of the loss: all preconditioned gradients d are scaled down by one factor where
-    Σ lr² ⟨d, ∇L⟩ would exceed it; 1e-3 by default, None for no bound.
+factors_every: every how many steps a batch is added to the running factors; by default None, which adds one at each
+    refresh only.
+stat_decay: the decay of the running factors, in [0, 1): the weight of their old value when a batch is added; 0.95 by
+    default. At the k-th batch the weight is at most 1 − 1/k, so that the first batches have equal weight.
+kl_clip: κ > 0, in units of the loss, a bound on Σ lr² ⟨d, ∇L⟩ with the preconditioned gradients d. If the sum would
+    exceed it, all d are multiplied by the same number below 1. 1e-3 by default, None for no bound.
 fisher: ``"sampled"`` (the default), ``"exact"`` or ``"empirical"``, as in `TENGraD`.
 likelihood: ``"categorical"`` (the default), ``"gaussian"``, ``"bernoulli"`` or an object, as in `TENGraD`.
-fisher_samples: labels drawn for each sample; 1 by default.
+fisher_samples: the number of labels drawn for each sample; 1 by default.
 """
 _RAISES = """
 Raises:
     ValueError: a setting is out of range or unknown; the message says which, and what was expected.
-    TypeError: a setting has the wrong type, or there is no such setting.
+    TypeError: a setting has the wrong type, or is unknown.
 """
 _SHARED = {"{model}": _MODEL, "{common}": _COMMON, "{factors}": _FACTORS}
 
 
 def document(cls: T) -> T:
-    """Complete a class's docstring: `{model}`, `{common}` and `{factors}` become the arguments that classes share."""
+    """Replace `{model}`, `{common}` and `{factors}` in a class's docstring by the texts of the common arguments."""
     if cls.__doc__ is not None:  # python -OO drops docstrings
         text = inspect.cleandoc(cls.__doc__)
         for placeholder, arguments in _SHARED.items():
@@ -101,14 +101,14 @@ def document(cls: T) -> T:
 
 
 def with_defaults(optimizer: str, common: Common) -> dict[str, Any]:
-    """Return all common settings of a baseline, those that are given and defaults for the rest.
+    """Return all common settings of a baseline: the given ones, and defaults for the others.
 
     Args:
-        optimizer: the name of its class, for the error message.
-        common: those that are given.
+        optimizer: the name of the baseline's class, for the error message.
+        common: the given settings.
 
     Raises:
-        TypeError: there is no such setting.
+        TypeError: a setting is unknown.
         ValueError: ``unsupported`` is unknown.
     """
     unknown = sorted(common.keys() - DEFAULTS.keys())
@@ -118,18 +118,18 @@ def with_defaults(optimizer: str, common: Common) -> dict[str, Any]:
             f"{', '.join(DEFAULTS)}"
         )
     settings = {**DEFAULTS, **common}
-    _check_choice("unsupported", settings["unsupported"], ("sgd", "error"))
+    check_choice("unsupported", settings["unsupported"], ("sgd", "error"))
     return settings
 
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """Which derivatives the factors are made of; `TENGraD` says what each choice means.
+    """Which derivatives the factors are computed from; the docstring of `TENGraD` explains the choices.
 
     Attributes:
         fisher: the kind of the Fisher matrix.
-        likelihood: from which labels are drawn.
-        fisher_samples: how many labels are drawn for each sample.
+        likelihood: the distribution from which labels are drawn.
+        fisher_samples: the number of labels drawn for each sample.
     """
 
     fisher: Fisher
@@ -145,7 +145,7 @@ def fisher_options(fisher: Fisher, likelihood: str | Likelihood, fisher_samples:
         TypeError: one has the wrong type, or the likelihood lacks what ``fisher`` needs.
     """
     check_count("fisher_samples", fisher_samples)
-    _check_choice("fisher", fisher, FISHERS)
+    check_choice("fisher", fisher, FISHERS)
     options = FisherOptions(fisher, likelihood_of(likelihood), fisher_samples)
     check_fisher(options.fisher, options.likelihood, options.fisher_samples)
     return options
@@ -156,8 +156,3 @@ def check_running_factors(factors_every: Any, stat_decay: Any, kl_clip: Any) -> 
     check_count("factors_every", factors_every, optional=True)
     check_range("stat_decay", stat_decay, 0.0, below=1.0)
     check_bound("kl_clip", kl_clip)
-
-
-def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -1,6 +1,6 @@
-"""What one forward and backward pass of the model leaves behind for the rows of J.
+"""Capture: what one forward and backward pass of the model records for the rows of J.
 
 In the order of a step: `hooks` watch the forward; a `record` stores every layer call; `attribution` finds the
-parameters that these calls do not account for; `output_grads` (sampled and exact Fisher) or `loss_grads` (empirical
-Fisher) add the derivatives with respect to the layers' outputs; `explicit_rows` finds the rows that no rule describes.
+parameters whose rows do not follow from these calls; `output_grads` (sampled and exact Fisher) or `loss_grads`
+(empirical Fisher) add the output gradients; `explicit_rows` finds the rows of parameters without a rule.
 """

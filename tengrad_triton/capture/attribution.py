@@ -1,8 +1,8 @@
 """Attribution: which parameters get their rows from the recorded calls of their layers.
 
-A parameter does if these calls are all uses of it and keep the samples apart. A rule, or a rerun of the layer, then
-turns the calls into its rows. The other parameters are unattributed: their rows need the whole graph, or they take the
-plain SGD step.
+The calls give a parameter's rows if they are its only uses and do not mix samples. A rule, or a rerun of the layer,
+then computes the rows from the calls. The other parameters are unattributed: their rows need the whole graph, or they
+take the SGD step.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from tengrad_triton.capture.record import Record
 from tengrad_triton.layers import graph_counts_calls, mixes_samples
 
 _MIXING = "its outputs for one sample reach the losses of other samples"
-_IRREPRODUCIBLE = "its module computes something else when it is run again: it is random, has a state, or mixes samples"
+_IRREPRODUCIBLE = (
+    "its module computes something else when it is run again, because it is random, has a state, or mixes samples: "
+    "register a rule"
+)
 
 
 class Attribution:
-    """Finds the unattributed parameters of each forward, and remembers what it has learned about the layers.
+    """Finds the unattributed parameters of each forward, and stores which layers and parameters failed a check.
 
     Args:
         layers: the captured layers, by name.
-        detached_statistics: set for the backward passes of the checks.
+        detached_statistics: a flag that is set for the backward passes of the checks.
         max_parameter_bytes: the most bytes that the rows of one parameter without a rule may take.
     """
 
@@ -53,7 +56,8 @@ class Attribution:
     def unattributed(self, record: Record) -> list[Tensor]:
         """Return the unattributed parameters whose rows a pass through the graph can find, within the memory allowed.
 
-        A pass with detached statistics goes around the batch norm, so it cannot find the rows of its parameters.
+        A pass with detached statistics bypasses the batch norm, so it cannot find the rows of the batch norm's own
+        parameters.
         """
         return [
             parameter
@@ -64,28 +68,28 @@ class Attribution:
         ]
 
     def rerun_layers(self, record: Record) -> dict[str, dict[str, Tensor]]:
-        """Return the layers to run again, by name, and for each the parameters whose rows that gives."""
+        """Return, for each layer to run again, the parameters whose rows this gives, by name within the layer."""
         parameters = {
             name: {
-                label: p
-                for label, p in captured.parameters.items()
+                parameter_name: p
+                for parameter_name, p in captured.parameters.items()
                 if p.requires_grad and id(p) not in record.unattributed
             }
             for name, captured in self.layers.items()
-            if captured.rerun and name in record.calls
+            if not captured.has_rule and name in record.calls
         }
         return {name: named for name, named in parameters.items() if named}
 
     def mark_irreproducible(self, record: Record, parameter: Tensor) -> None:
-        """Make a parameter unattributed, now and in later forwards: its module, run again, is another function."""
+        """Make a parameter unattributed, now and later, because running its module again gave other gradients."""
         self._irreproducible.add(id(parameter))
         record.unattributed[id(parameter)] = _IRREPRODUCIBLE
 
     def _check_mixing(self, record: Record, results: Sequence[Tensor]) -> None:
         """Find the layers that mix samples, once for every new combination of output shapes.
 
-        The output of a position table, with as many positions as samples, has the shape of a batch; this check tells
-        the two apart.
+        The output of a table with as many positions as samples has the shape of a batch, but each of its vectors
+        reaches the losses of all samples.
         """
         shapes = tuple((name, *(call.output_shape for call in calls)) for name, calls in record.calls.items())
         if shapes not in self._checked_shapes:
@@ -104,7 +108,14 @@ class Attribution:
         return owners
 
     def _why_unattributed(self, record: Record, parameter: Tensor, owners: Sequence[str], edges: int) -> str | None:
-        """Return why calls of its owners do not give a parameter's rows; ``edges`` of the graph end in it."""
+        """Return why calls of its owners do not give a parameter's rows, or None if they do.
+
+        Args:
+            record: the forward.
+            parameter: the parameter.
+            owners: the names of the layers whose calls use it.
+            edges: how many edges of the graph end in it.
+        """
         unbatched = [record.unbatched[name] for name in owners if name in record.unbatched]
         if unbatched:
             return unbatched[0]
@@ -112,10 +123,10 @@ class Attribution:
         calls = sum(len(record.calls.get(name, [])) for name in owners)
         if edges and not calls:
             return "its layer is not called"
-        if not any(captured.rerun for captured in layers):
+        if all(captured.has_rule for captured in layers):
             outside = edges > calls and all(graph_counts_calls(captured.layer) for captured in layers)
             return "it is used outside of its layer too" if outside else None
-        if not all(captured.rerun for captured in layers):
+        if any(captured.has_rule for captured in layers):
             return "it is shared between a layer with a rule and one without"
         return _IRREPRODUCIBLE if id(parameter) in self._irreproducible else self._why_too_large(record, parameter)
 

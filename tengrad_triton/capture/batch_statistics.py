@@ -1,8 +1,8 @@
-"""Detached batch statistics: a backward pass through a batch norm that keeps the samples apart.
+"""Detached batch statistics: a backward pass through a batch norm that does not mix samples.
 
 In training, the statistics of a batch norm depend on all samples of the batch. The gradient of the loss goes through
-them, as torch defines it. A row of J must be one sample's own, so the passes that make rows take the statistics for
-constants. A function at the output of the batch norm sends each backward pass the one way or the other.
+them, as torch defines it. A row of J belongs to one sample, so the backward passes that compute rows treat the
+statistics as constants. A function at the output of the batch norm can do both; a flag decides for each backward pass.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class _DetachedStatistics(torch.autograd.Function):
 
 
 def with_detached_statistics(x: Tensor, y: Tensor, scale: Tensor, detached: ScopedFlag) -> Tensor:
-    """Return ``y``, with a second derivative to choose from.
+    """Return ``y`` with a backward pass that the flag ``detached`` switches between two derivatives.
 
     Args:
         x: the input of a batch norm, [N, C, *].
         y: its output.
         scale: the derivative of ``y`` with respect to ``x`` for constant statistics, [1, C, 1, …].
-        detached: while it is set, backward passes go to ``x`` with the factor ``scale``; otherwise they go through the
-            batch norm, statistics included.
+        detached: while it is set, the gradient of ``x`` is ``scale`` times that of ``y``. Otherwise the backward pass
+            goes through the batch norm and its statistics.
     """
     out: Tensor = _DetachedStatistics.apply(x, y, scale, detached)
     return out

@@ -1,4 +1,4 @@
-"""From a model to its layers, to the layers whose calls are recorded, and to the blocks of the Fisher matrix.
+"""The layers of a model, the layers whose calls are recorded, and the blocks of the Fisher matrix.
 
 A layer here is a module together with the parameters that it owns directly. A parameter of several modules belongs to
 the first of them. A block of the Fisher matrix is one layer, or several layers that are solved together (docs/math.md,
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tengrad_triton.layers import call_parameters, is_uncalled, require_exact_gradient, why_no_rule
+from tengrad_triton.layers import call_parameters, is_uncalled, owned_parameters, require_exact_gradient, why_no_rule
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class LayerParams:
     Attributes:
         name: the module's name in the model.
         layer: the module itself.
-        parameters: by their names within the module.
+        parameters: the parameters, by their names within the module.
         group: the index of the optimizer's parameter group that all of them are in.
-        why_sgd: why they take the plain SGD step, or None if they have rows.
+        why_sgd: why they take the SGD step, or None if they have rows.
     """
 
     name: str
@@ -39,8 +39,8 @@ class LayerParams:
         """Return the names of the parameters that require gradients at present."""
         return [name for name, parameter in self.parameters.items() if parameter.requires_grad]
 
-    def label(self, parameter: str) -> str:
-        """Return the name in the model of ``parameter``, a name within the layer."""
+    def full_name_of(self, parameter: str) -> str:
+        """Return the name in the model of the parameter whose name within the layer is ``parameter``."""
         return full_name(self.name, parameter)
 
 
@@ -50,14 +50,14 @@ def full_name(layer: str, parameter: str) -> str:
 
 
 BlocksChoice = Literal["layer", "network"] | Sequence[Sequence[str]]
-"""Which layers form a block (M11): each its own, all one, or those of each list, where a name includes submodules."""
+"""Which layers form a block (M11): each layer, all layers, or those of each list. A name includes submodules."""
 
 
 def fisher_blocks_of(choice: BlocksChoice, layers: Sequence[LayerParams], names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the names of the layers that form each block, by the name of the block.
+    """Return, for each block by its name, the names of its layers.
 
     Args:
-        choice: which layers form a block; a layer in no list is a block of its own.
+        choice: which layers form a block; a layer in no list is a block by itself.
         layers: all layers of the model.
         names: the layers with rows; the others are left out.
 
@@ -68,20 +68,21 @@ def fisher_blocks_of(choice: BlocksChoice, layers: Sequence[LayerParams], names:
         return {name: [name] for name in names}
     if choice == "network":
         return {"network": list(names)} if names else {}
-    known = [layer.name for layer in layers]
-    lists = [[name for entry in group for name in known if _is_inside(name, entry)] for group in choice]
-    unknown = [entry for group in choice for entry in group if not any(_is_inside(name, entry) for name in known)]
+    all_names = [layer.name for layer in layers]
+    lists = [[name for entry in entries for name in all_names if _is_inside(name, entry)] for entries in choice]
+    unknown = [entry for entries in choice for entry in entries if not any(_is_inside(n, entry) for n in all_names)]
     if unknown:
         raise ValueError(
-            f"blocks names {', '.join(map(repr, unknown))}, where no block is; there are {', '.join(map(repr, known))}"
+            f"blocks names {', '.join(map(repr, unknown))}, but no such module has parameters: use names of layers "
+            f"({', '.join(map(repr, all_names))}) or of modules that contain them"
         )
-    twice = [name for name, count in Counter(name for group in lists for name in group).items() if count > 1]
+    twice = [name for name, count in Counter(name for block in lists for name in block).items() if count > 1]
     if twice:
         raise ValueError(f"blocks names {', '.join(map(repr, twice))} more than once: put each into one list only")
-    present = [[name for name in group if name in names] for group in lists]
-    listed = {name for group in lists for name in group}
+    with_rows = [[name for name in block if name in names] for block in lists]
+    listed = {name for block in lists for name in block}
     alone = {name: [name] for name in names if name not in listed}
-    return {" + ".join(entries): group for entries, group in zip(choice, present, strict=True) if group} | alone
+    return {" + ".join(entries): block for entries, block in zip(choice, with_rows, strict=True) if block} | alone
 
 
 def _is_inside(name: str, module: str) -> bool:
@@ -94,39 +95,37 @@ class CapturedLayer:
 
     Attributes:
         layer: the module.
-        parameters: the parameters that its calls use, by their names within it. Of two modules that share a parameter,
-            both have it here, although it belongs to one of them.
-        rerun: whether no rule describes the layer, so that its rows come from running it again.
+        parameters: the parameters that its calls use, by their names within it. If two modules share a parameter, both
+            have it here; `LayerParams` has it only for the first one, which owns it.
+        has_rule: whether a rule covers the layer. If not, its rows come from running it again.
     """
 
     layer: nn.Module
     parameters: Mapping[str, Tensor]
-    rerun: bool
+    has_rule: bool
 
 
 def find_captured_layers(model: nn.Module, layers: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
-    """Return the layers whose calls use parameters that have rows, their own or those of another layer, by name."""
-    covered = {p for layer in layers if layer.why_sgd is None for p in layer.parameters.values()}
+    """Return, by name, the layers whose calls use parameters with rows, even if another layer owns these."""
+    with_rows = {p for layer in layers if layer.why_sgd is None for p in layer.parameters.values()}
     modules, captured = dict(model.named_modules()), {}
     for name, module in modules.items():
         used = {} if is_uncalled(name, modules) else call_parameters(module)
-        parameters = {label: p for label, p in used.items() if p in covered}
+        parameters = {parameter_name: p for parameter_name, p in used.items() if p in with_rows}
         if parameters:
-            captured[name] = CapturedLayer(module, parameters, why_no_rule(module) is not None)
+            captured[name] = CapturedLayer(module, parameters, why_no_rule(module) is None)
     return captured
 
 
 def find_layer_params(
-    model: nn.Module, groups: Sequence[Mapping[str, Any]], explicit: bool = False
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], *, rows_without_rule: bool
 ) -> list[LayerParams]:
-    """Return every layer that owns parameters of ``groups``, and one more for each group's other parameters.
-
-    A parametrized layer owns the parameters of its parametrizations.
+    """Return every layer that owns parameters of ``groups``, and an entry for each group's parameters without a layer.
 
     Args:
         model: the model itself, not compiled.
         groups: the optimizer's parameter groups.
-        explicit: whether parameters that no rule describes have rows; otherwise they take the plain SGD step.
+        rows_without_rule: whether parameters that no rule covers have rows; otherwise they take the SGD step.
 
     Raises:
         ValueError: a module's parameters are in different groups, or an option of a module makes its gradient differ
@@ -134,46 +133,36 @@ def find_layer_params(
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
     modules = dict(model.named_modules())
-    why_uncovered = {} if explicit else _uncovered(modules)
+    why_uncovered = {} if rows_without_rule else _uncovered(modules)
     layers = []
     for name, module in modules.items():
-        own = {label: p for label, p in _owned(name, module, modules).items() if p in group_of}
-        if not own:
+        owned = {key: p for key, p in owned_parameters(name, modules).items() if p in group_of}
+        if not owned:
             continue
         require_exact_gradient(name, module)
-        indices = {group_of.pop(p) for p in set(own.values())}
+        indices = {group_of.pop(p) for p in set(owned.values())}
         if len(indices) > 1:
             raise ValueError(
-                f"{', '.join(own)} of {name or type(module).__name__!r} are in different parameter groups; they form "
+                f"{', '.join(owned)} of {name or type(module).__name__!r} are in different parameter groups; they form "
                 "one block of the Fisher matrix: put them into one group"
             )
-        why = next((why_uncovered[p] for p in own.values() if p in why_uncovered), None)
-        layers.append(LayerParams(name, module, own, indices.pop(), why))
+        why = next((why_uncovered[p] for p in owned.values() if p in why_uncovered), None)
+        layers.append(LayerParams(name, module, owned, indices.pop(), why))
     return layers + _params_of_no_module(model, group_of)
 
 
 def _params_of_no_module(model: nn.Module, group_of: Mapping[nn.Parameter, int]) -> list[LayerParams]:
-    """Return an entry for each group's parameters that are none of the model's."""
+    """Return an entry for each group that has parameters which the model does not contain."""
     layers = []
     for index in set(group_of.values()):
         parameters = [p for p, group in group_of.items() if group == index]
-        labels = {str(k): parameter for k, parameter in enumerate(parameters)}
-        layers.append(LayerParams(f"group {index}", model, labels, index, "not a parameter of the model"))
+        named = {str(k): parameter for k, parameter in enumerate(parameters)}
+        layers.append(LayerParams(f"group {index}", model, named, index, "not a parameter of the model"))
     return layers
 
 
-def _owned(name: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters that a module owns directly, each under one name only."""
-    if is_uncalled(name, modules):
-        parametrization = name.rpartition(".")[0].endswith("parametrizations")
-        return {} if parametrization else dict(module.named_parameters(recurse=False))
-    owned = {label: p for label, p in call_parameters(module).items() if not label.startswith("out_proj.")}
-    labels = {p: label for label, p in reversed(owned.items())}
-    return {label: p for label, p in owned.items() if labels[p] == label}
-
-
 def _uncovered(modules: Mapping[str, nn.Module]) -> dict[nn.Parameter, str]:
-    """Return why no rule covers a parameter, for each parameter that some layer without a rule uses."""
+    """Return, for each parameter that a layer without a rule uses, why no rule covers that layer."""
     why: dict[nn.Parameter, str] = {}
     for name, module in modules.items():
         reason = None if is_uncalled(name, modules) else why_no_rule(module)

@@ -1,13 +1,13 @@
-"""Explicit rows: the rows of parameters that no rule describes.
+"""The explicit rows of parameters without a rule.
 
-Three ways, each slower and more general than the one before:
+There are three ways to find them, each slower and more general than the one before:
 
 1. run the layer again for each of its recorded calls (`rerun`);
 2. run the whole model again, for parameters that are used outside of calls of their layers;
-3. take one backward pass for each sample through the graph of the forward, which is always right.
+3. take one backward pass for each sample through the graph of the forward, which is exact for any model.
 
-The first two are right only if the module computes the same function again, without randomness, state or mixed samples.
-So the sum of the rows is compared with the gradient that autograd computes, and where they differ the next way follows.
+The first two are exact only if the module computes the same function again and does not mix samples. So the sum of the
+rows is compared with the gradient that autograd computes. If the two differ, the third way is taken.
 """
 
 from __future__ import annotations
@@ -21,12 +21,8 @@ from tengrad_triton.capture.attribution import Attribution
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rerun import backward_rows, rerun_rows, sums_to
 
-_RERUN_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-)  # raised where torch.func cannot transform
+# torch.func raises these for operations that it cannot transform.
+_RERUN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
 
 
 class ExplicitRows:
@@ -34,7 +30,7 @@ class ExplicitRows:
 
     Args:
         model: the model itself, not compiled.
-        attribution: says which parameters need which way.
+        attribution: knows which layers to run again and which parameters are unattributed.
         include_unattributed: whether to find rows of unattributed parameters; otherwise they take the SGD step.
     """
 
@@ -42,10 +38,10 @@ class ExplicitRows:
         self._model = model
         self._attribution = attribution
         self._include_unattributed = include_unattributed
-        self._only_by_graph: set[int] = set()  # ids of parameters for which running the model again was wrong
+        self._only_by_graph: set[int] = set()  # ids of parameters for which way 2 failed
 
     def rerun_parameters(self, record: Record) -> list[Tensor]:
-        """Return the parameters whose rows come from running their layer again, one entry for each layer using them."""
+        """Return the parameters whose rows come from running a layer again, once for each layer that uses them."""
         return [p for named in self._attribution.rerun_layers(record).values() for p in named.values()]
 
     def unattributed(self, record: Record) -> list[Tensor]:
@@ -53,19 +49,19 @@ class ExplicitRows:
         return self._attribution.unattributed(record) if self._include_unattributed else []
 
     def fill_by_layer(self, record: Record) -> list[Tensor]:
-        """Fill in rows by running layers again; return the parameters for which that gave something else.
+        """Fill in rows by running layers again; return the parameters whose rows did not sum to their gradient.
 
-        The record has output gradients and gradient sums by now.
+        The record must have its output gradients and gradient sums.
         """
         rows: dict[Tensor, list[Tensor]] = {}
         for name, parameters in self._attribution.rerun_layers(record).items():
             layer = self._attribution.layers[name].layer
             try:
-                found = rerun_rows(layer, parameters, record.calls[name], record.samples)
+                found = rerun_rows(layer, parameters, record.calls[name], record.samples, scale=1)
             except _RERUN_ERRORS:
                 found = {}
-            for label, parameter in parameters.items():
-                rows.setdefault(parameter, []).extend([found[label]] if label in found else [])
+            for name_within, parameter in parameters.items():
+                rows.setdefault(parameter, []).extend([found[name_within]] if name_within in found else [])
         irreproducible = []
         for parameter, parts in rows.items():
             expected = record.gradient_sums.get(id(parameter))
@@ -80,9 +76,10 @@ class ExplicitRows:
     def fill_unattributed(
         self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> None:
-        """Fill in rows of ``parameters`` by running the model again or, where that is wrong, from the graph.
+        """Fill in rows of ``parameters`` by running the model again or, if that is not exact, from the graph.
 
-        ``cotangents`` are the derivatives of the samples' losses with respect to ``results``, what the model returned.
+        ``cotangents`` are the derivatives of the samples' losses with respect to ``results``, the tensors that the
+        model returned.
         """
         if not parameters:
             return
@@ -99,14 +96,14 @@ class ExplicitRows:
     def _by_model(
         self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
     ) -> dict[int, Tensor]:
-        """Return the rows for which running the model again gave the right sum, by the parameter's id."""
+        """Run the model again; return, by the parameter's id, the rows that sum to the parameter's gradient."""
         named = {name: p for name, p in self._model.named_parameters() if any(p is other for other in parameters)}
         sums = torch.autograd.grad(
             results, list(named.values()), cotangents, retain_graph=True, materialize_grads=True, allow_unused=True
         )
         call = LayerCall.with_grads(record.call, list(cotangents), returns_tensor=False, samples_second=False)
         try:
-            rows = rerun_rows(self._model, named, [call], record.samples)
+            rows = rerun_rows(self._model, named, [call], record.samples, scale=1)
         except _RERUN_ERRORS:
             return {}
         pairs = zip(named.items(), sums, strict=True)

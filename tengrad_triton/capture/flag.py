@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class ScopedFlag:
-    """A flag that several objects read and that is set within ``with flag.set():`` only."""
+    """A flag that several objects share. It is set only within ``with flag.set():``."""
 
     def __init__(self) -> None:
         self.is_set = False

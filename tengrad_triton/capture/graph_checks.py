@@ -1,4 +1,4 @@
-"""Checks on the graph behind a forward's output: which layers mix samples, and which leaves the graph reaches.
+"""Checks on the autograd graph of a forward: which layers mix samples, and in which leaf tensors the graph ends.
 
 Dimensions: N samples.
 """
@@ -17,18 +17,18 @@ from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.layers import samples_dim
 
 CheckedCall = tuple[str, LayerCall, GradientEdge]
-"""The name of a layer, one of its calls, and where the output of that call is in the graph."""
+"""The name of a layer, one of its calls, and the edge of the graph at the output of that call."""
 
 
 def mixing_layers(record: Record, results: Sequence[Tensor], layers: Mapping[str, CapturedLayer]) -> set[str]:
     """Return the names of the layers whose outputs for one sample reach the losses of other samples.
 
-    Two backward passes decide: one from random cotangents, one from the same cotangents times a weight w_n for each
-    sample. Where an output for sample n reaches the loss of sample n only, its derivative in the second pass is w_n
-    times that in the first.
+    Two backward passes decide. The first starts from random cotangents (derivatives with respect to ``results``), the
+    second from the same cotangents multiplied by a number w_n for each sample n. If an output for sample n reaches only
+    the loss of sample n, its derivative in the second pass is w_n times that in the first.
 
     Args:
-        record: the forward, before its edges are released.
+        record: the record of the forward, before its edges are released.
         results: the tensors that the model returned and that require gradients.
         layers: the captured layers, by name.
     """
@@ -38,18 +38,18 @@ def mixing_layers(record: Record, results: Sequence[Tensor], layers: Mapping[str
     if not checked or not results:
         return set()
     generator = torch.Generator().manual_seed(0)
-    weights_N = torch.rand(record.samples, generator=generator).to(results[0]) + 0.5
+    multipliers_N = torch.rand(record.samples, generator=generator).to(results[0]) + 0.5
     cotangents = [torch.randn(result.shape, generator=generator).to(result) for result in results]
-    weighted = [weights_N.view(-1, *(1 for _ in c.shape[1:])) * c for c in cotangents]
+    multiplied = [multipliers_N.view(-1, *(1 for _ in c.shape[1:])) * c for c in cotangents]
     size = torch.stack([c.norm() for c in cotangents]).norm()
-    plain, own = (_grad_norms(results, checked, layers, c) for c in (cotangents, weighted))
+    first, second = (_grad_norms(results, checked, layers, c) for c in (cotangents, multiplied))
     mixing = set()
-    for (name, _, _), norm_N, own_N in zip(checked, plain, own, strict=True):
-        if len(norm_N) != record.samples:  # an output without a batch is not mistaken for one with a batch
+    for (name, _, _), first_N, second_N in zip(checked, first, second, strict=True):
+        if len(first_N) != record.samples:  # the output has no batch dimension, which `locate_samples` has reported
             continue
-        # Equal to half the digits; differences that are tiny beside the cotangents are rounding.
-        eps, expected_N = torch.finfo(norm_N.dtype).eps, norm_N * weights_N.to(norm_N.dtype)
-        if (own_N - expected_N).norm() > eps**0.5 * expected_N.norm() + eps**0.75 * size.to(norm_N.dtype):
+        # The tolerance is sqrt(eps) of the norm, plus eps^0.75 of the cotangents for derivatives that are nearly zero.
+        eps, expected_N = torch.finfo(first_N.dtype).eps, first_N * multipliers_N.to(first_N.dtype)
+        if (second_N - expected_N).norm() > eps**0.5 * expected_N.norm() + eps**0.75 * size.to(first_N.dtype):
             mixing.add(name)
     return mixing
 
@@ -60,7 +60,7 @@ def _grad_norms(
     layers: Mapping[str, CapturedLayer],
     cotangents: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return, for each call, the norm [N] over each sample of the derivative with respect to its output."""
+    """Return, for each call, the norms [N] of the derivatives with respect to its output for each sample."""
     edges = [edge for _, _, edge in checked]
     grads = torch.autograd.grad(results, edges, cotangents, retain_graph=True, allow_unused=True)
     norms = []
@@ -72,7 +72,7 @@ def _grad_norms(
 
 
 def leaves_reached(outputs: Sequence[Tensor]) -> Counter[int]:
-    """Count how many edges of the graph behind ``outputs`` end in each leaf tensor, by the leaf's id."""
+    """Count how many edges of the graph of ``outputs`` end in each leaf tensor, by the leaf's id."""
     reached: Counter[int] = Counter()
     seen, stack = set(), [output.grad_fn for output in outputs]
     while stack:

@@ -1,18 +1,19 @@
 """Hooks on a model that record, while a refresh is due, every layer's inputs and output gradients.
 
-What happens in a forward and a backward, in this order:
+In a forward and a backward, this happens in this order:
 
 1. `_before_model` opens a `Record`, unless gradients are disabled or the forward is one of our own.
 2. `_before_layer` stores the random number generator's state for layers whose rule repeats their dropout.
-3. `_after_batch_norm` adds the backward pass with detached statistics behind a batch norm in training.
-4. `_after_layer` adds a `LayerCall` to the record: the inputs, and where the outputs are in the graph.
-5. `_after_model` checks the attribution of the parameters. Then `OutputGrads` takes the output gradients, or
-   `LossGrads` attaches the hooks that keep those of the caller's loss. From here on only the graph of the output
-   holds the record, so a forward without a backward leaves nothing behind.
+3. `_after_batch_norm` adds a backward pass with detached statistics to the output of a batch norm in training.
+4. `_after_layer` adds a `LayerCall` to the record: the inputs, and the edges of the outputs in the graph.
+5. `_after_model` finds the unattributed parameters: there are none in a model of `nn.Linear` layers. New shapes of the
+   layers' outputs take two backward passes here. Then `OutputGrads` computes the output gradients, or `LossGrads`
+   attaches hooks that copy those of the caller's loss. From here on only the graph of the output refers to the record,
+   so the record of a forward without a backward is freed together with its graph.
 6. `_backward_reached` runs when the caller's backward begins, and moves the record to `Capture.records`.
 
-A later `Capture.complete` finds the rows that need the whole backward. Copies and pickles of the model carry hooks that
-do nothing.
+After the backward, `Capture.find_remaining_rows` finds the rows that need all of it. The hooks of copies and pickles of
+the model do nothing.
 """
 
 from __future__ import annotations
@@ -55,26 +56,27 @@ from tengrad_triton.profiling import phase
 
 
 class Capture:
-    """Records the forwards of a model that a backward follows, by hooks on the model and its layers.
+    """Records every forward of a model that is followed by a backward, by hooks on the model and its layers.
 
     Args:
         model: the module that the training loop calls, compiled or not.
         layers: the layers to record, by name, and the parameters whose rows their calls give.
-        fisher: ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output, by one more
-            backward pass that computes no parameter's gradient; ``"exact"``: derivatives for every column of the
-            likelihood's Hessian factor; ``"empirical"``: derivatives of the caller's loss.
+        fisher: the rows of J. ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output;
+            they take one more backward pass. ``"exact"``: derivatives for every column of the likelihood's Hessian
+            factor. ``"empirical"``: derivatives of the caller's loss.
         likelihood: the distribution from which labels are drawn.
-        generator: draws the labels.
-        on_forward: called when a forward begins that may be recorded: a bound method, whose object is not kept alive.
-        draws: labels drawn for each sample.
-        max_factor_bytes: the most bytes that the exact Hessian factor may take.
+        generator: the random number generator that draws the labels.
+        on_forward: a bound method that is called when a recorded forward begins, or None. Only a weak reference to its
+            object is kept.
+        draws: how many labels are drawn for each sample.
+        max_hessian_factor_bytes: the most bytes that the exact Hessian factor may take.
         max_parameter_bytes: the most bytes that the rows of one parameter without a rule may take.
-        include_unattributed: whether to find the rows of parameters that are used outside of calls of their layers.
+        include_unattributed: whether to find the rows of unattributed parameters.
 
     Attributes:
-        layers: as given.
-        records: the recorded forwards that a backward has reached, in order. A forward with several rows for each
-            sample leaves one record a row.
+        layers: the argument ``layers``.
+        records: the recorded forwards that a backward has reached, in the order of the backwards. If a sample has
+            several rows, its forward has one record for each of them.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Capture:
         *,
         on_forward: Callable[[], None] | None = None,
         draws: int = 1,
-        max_factor_bytes: float = math.inf,
+        max_hessian_factor_bytes: float = math.inf,
         max_parameter_bytes: float = math.inf,
         include_unattributed: bool = False,
     ) -> None:
@@ -104,7 +106,7 @@ class Capture:
         if fisher == "empirical":
             self._grads = LossGrads(rows, self._detached_statistics, self._suspended)
         else:
-            sampling = (likelihood, generator, draws, max_factor_bytes)
+            sampling = (likelihood, generator, draws, max_hessian_factor_bytes)
             self._grads = OutputGrads(fisher, *sampling, rows, self._detached_statistics)
         self._open: Record | None = None  # of the forward that is running
         self._handles: list[RemovableHandle] = []
@@ -117,7 +119,7 @@ class Capture:
         return bool(self._handles)
 
     def arm(self) -> None:
-        """Put the hooks on the model, those on layers before everyone else's."""
+        """Attach the hooks. Hooks on layers run before other hooks of the same layer."""
         if self.armed:
             return
         pre, post = _Hook(self._before_model), _Hook(self._after_model)
@@ -136,7 +138,7 @@ class Capture:
             self._handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
     def disarm(self) -> None:
-        """Take the hooks off the model and forget what was recorded."""
+        """Remove the hooks and forget what was recorded."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._open = [], None
@@ -148,17 +150,20 @@ class Capture:
             record.clear()
         self.records.clear()
 
-    def complete(self) -> None:
-        """Find the rows that need the whole backward; call this once after the backward and before reading records."""
+    def find_remaining_rows(self) -> None:
+        """Find the rows that need the whole backward; call this once after it and before reading ``records``.
+
+        Only the empirical Fisher has such rows, for parameters without a rule.
+        """
         with self._suspended.set():
             for record in self.records:
-                self._grads.after_backward(record)
+                self._grads.find_remaining_rows(record)
 
     @property
     def scale(self) -> int:
-        """Return the factor that makes the output gradients those of each sample's own loss.
+        """Return the number by which to multiply the output gradients to get those of each sample's own loss.
 
-        The caller's loss is a mean, so for the empirical Fisher it is the number of samples of all forwards together.
+        The caller's loss is a mean. So for the empirical Fisher this is the number of samples of all forwards together.
         """
         return sum(record.samples for record in self.records) if self._fisher == "empirical" else 1
 
@@ -190,12 +195,13 @@ class Capture:
         record, outputs = self._open, tensors_in(y)
         if record is None or not any(output.requires_grad for output in outputs):
             return None
-        # An in-place operation on a view would rewrite the graph behind the recorded edge; on a clone it cannot.
+        # An in-place operation on a view would change the graph at the recorded edge. On a clone it does not.
         has_views = any(output._is_view() for output in outputs)
         returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         call, samples_second = Call(args, kwargs, self._rng_states.pop(name, None)), False
-        if not self.layers[name].rerun:
+        if self.layers[name].has_rule:
+            # For a layer whose output has the samples first, this is (None, False).
             why_not, samples_second = locate_samples(layer, outputs[0], record.samples, self._sequence_first)
             if why_not:
                 record.unbatched[name] = why_not
@@ -212,13 +218,13 @@ class Capture:
         with self._suspended.set(), phase("capture"):
             self._attribution.check(record, results)
             self._grads.after_forward(record, output, results)
-        # From here on the graph alone holds the record, until a backward reaches it.
+        # From here on only the graph refers to the record, until a backward reaches it.
         results[0].register_hook(lambda grad: self._backward_reached(record))
 
     def _backward_reached(self, record: Record) -> None:
         if self.armed and not record.backward_seen:
             record.backward_seen = True
-            self.records += [record, *record.extra_draws]
+            self.records += [record, *record.extra_records]
 
 
 def _check_batch(record: Record, output: Tensor) -> None:
@@ -233,7 +239,7 @@ def _check_batch(record: Record, output: Tensor) -> None:
 
 
 class _Hook:
-    """A hook that does nothing on copies and pickles of the model, and does not keep its object alive."""
+    """A hook that keeps only a weak reference to its object, and does nothing on copies and pickles of the model."""
 
     def __init__(self, method: Callable[..., Any], *bound: Any) -> None:
         self._method = weakref.WeakMethod(method)

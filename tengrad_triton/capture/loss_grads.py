@@ -1,7 +1,7 @@
-"""Output gradients of the empirical Fisher: they come with the backward of the caller's own loss.
+"""Output gradients of the empirical Fisher: the backward of the caller's own loss computes them.
 
-Hooks copy them into the record as that backward passes. Two cases need a backward pass of our own, which starts from
-the loss's derivative with respect to the model's output: detached batch statistics, and unattributed parameters.
+Hooks copy them into the record while that backward runs. Two cases need a backward pass of our own: detached batch
+statistics, and unattributed parameters. It starts from the derivative of the loss with respect to the model's output.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tengrad_triton.capture.record import LayerCall, Record
 
 
 class LossGrads:
-    """Has the backward of the caller's loss fill in the output gradients of a record.
+    """Fills in the output gradients of a record while the backward of the caller's loss runs.
 
     Args:
-        explicit_rows: finds the rows that no rule describes.
-        detached_statistics: set during our own backward passes.
-        suspended: set during our own passes, so that no hook takes them for the caller's.
+        explicit_rows: finds the rows of parameters without a rule.
+        detached_statistics: a flag that is set during our own backward passes.
+        suspended: a flag that is set during our own passes, so that the hooks ignore them.
     """
 
     def __init__(self, explicit_rows: ExplicitRows, detached_statistics: ScopedFlag, suspended: ScopedFlag) -> None:
@@ -41,15 +41,15 @@ class LossGrads:
         if record.mixes_samples or unattributed:
             self._start_own_pass_at(results[0], record, unattributed)
 
-    def after_backward(self, record: Record) -> None:
-        """Fill in the rows that come from running layers again: the output gradients for that are there now."""
+    def find_remaining_rows(self, record: Record) -> None:
+        """Fill in the rows that come from running layers again, which needs the output gradients of the backward."""
         self._explicit_rows.fill_by_layer(record)
 
     def _start_own_pass_at(self, output: Tensor, record: Record, unattributed: Sequence[Tensor]) -> None:
-        """Have our own backward passes run when the caller's backward reaches the model's output."""
+        """Attach a hook that runs our own backward passes when the caller's backward reaches the model's output."""
 
         def hook(grad: Tensor) -> None:
-            handle.remove()  # our own passes start here too
+            handle.remove()  # otherwise our own passes, which start here, would call this hook again
             record.paused = True
             with self._suspended.set(), self._detached_statistics.set():
                 if record.mixes_samples:
@@ -61,26 +61,26 @@ class LossGrads:
 
 
 def _keep_output_grads(record: Record) -> None:
-    """Have the next backward leave the derivative with respect to every layer output in the record."""
+    """Attach hooks by which the next backward stores the output gradients of every layer in the record."""
 
-    def keep(call: LayerCall, place: int, index: int) -> Callable[[Any], None]:
+    def storing_hook(call: LayerCall, place: int, index: int) -> Callable[[Any], None]:
         def hook(grads: Any) -> None:
             grad = grads[index]
             if grad is not None and not record.paused:
-                # Not a detached alias: autograd may overwrite a gradient tensor to which it has the only reference.
-                own = grad.detach() if grad.requires_grad else grad
+                # Store the tensor itself: autograd may overwrite a gradient to which only an alias refers.
+                constant = grad.detach() if grad.requires_grad else grad
                 before = call.output_grads[place]
-                call.output_grads[place] = own if before is None else before + own
+                call.output_grads[place] = constant if before is None else before + constant
 
         return hook
 
     for call, place, edge in record.outputs_in_graph():
-        edge.node.register_prehook(keep(call, place, edge.output_nr))
+        edge.node.register_prehook(storing_hook(call, place, edge.output_nr))
     record.release_edges()
 
 
 def _keep_gradient_sum(record: Record, parameter: Tensor) -> None:
-    """Have the next backward leave the parameter's gradient in the record."""
+    """Attach a hook by which the next backward stores the parameter's gradient in the record."""
 
     def hook(grad: Tensor) -> None:
         handle.remove()
@@ -90,7 +90,7 @@ def _keep_gradient_sum(record: Record, parameter: Tensor) -> None:
 
 
 def _fill_output_grads(record: Record, output: Tensor, grad: Tensor) -> None:
-    """Take one backward pass from the derivative ``grad`` with respect to ``output``."""
+    """Fill in all output gradients by one backward pass from ``grad``, the derivative with respect to ``output``."""
     outputs = record.outputs_in_graph()
     edges = [edge for _, _, edge in outputs]
     grads = torch.autograd.grad(output, edges, grad, retain_graph=True, allow_unused=True)

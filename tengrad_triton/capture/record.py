@@ -1,4 +1,4 @@
-"""What was seen of one forward: every call of every layer, and the derivatives with respect to its outputs."""
+"""The record of one forward: every call of every layer, and its output gradients."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class LayerCall:
     """One call of a layer.
 
     Attributes:
-        call: its arguments, detached.
-        edges: where each tensor that it returned is in the graph; None where there is no gradient or no use for one.
+        call: the arguments, detached from the graph.
+        edges: for each tensor that it returned, the tensor's edge in the graph; None if it has none or needs none.
         returns_tensor: whether it returned a tensor, rather than a tuple or another structure.
-        samples_second: whether the samples are in the second dimension where the layer's rule expects the first.
-        output_shape: the shape of the first tensor that it returned; empty where that is not known.
-        output_grads: the derivative of each sample's loss with respect to each tensor that it returned; None where
+        samples_second: whether the samples are in the second dimension although the layer's rule expects the first.
+        output_shape: the shape of the first tensor that it returned; empty if it is not known.
+        output_grads: for each tensor that it returned, the derivative of each sample's loss with respect to it; None if
             there is none, or none yet.
         versions: the version counters of its input tensors at the time of the call. Compiled code has none.
     """
@@ -37,7 +37,7 @@ class LayerCall:
 
     @classmethod
     def of_forward(cls, call: Call, returned: Any, samples_second: bool) -> LayerCall:
-        """Return a call whose output gradients are still to come."""
+        """Return a call without output gradients, which a later backward pass will add."""
         outputs = tensors_in(returned)
         edges = [get_gradient_edge(y) if y.requires_grad else None for y in outputs]
         no_grads: list[Tensor | None] = [None] * len(outputs)
@@ -48,7 +48,7 @@ class LayerCall:
     def with_grads(
         cls, call: Call, output_grads: list[Tensor | None], returns_tensor: bool, samples_second: bool
     ) -> LayerCall:
-        """Return a call whose output gradients are known, so that it needs no place in a graph."""
+        """Return a call whose output gradients are known, so that it needs no edges."""
         no_edges: list[GradientEdge | None] = [None] * len(output_grads)
         return cls(call, no_edges, returns_tensor, samples_second, (), output_grads, _versions(call))
 
@@ -62,7 +62,7 @@ class LayerCall:
         return any(grad is not None for grad in self.output_grads)
 
     def inputs(self, name: str) -> Tensor | Call:
-        """Return the input of the layer's rule: the one tensor, or the whole call where the layer takes several.
+        """Return the input for the layer's rule: a tensor, or the whole call if the layer takes several tensors.
 
         Raises:
             RuntimeError: a tensor was modified in place since the call. The error names the layer as ``name``.
@@ -75,42 +75,45 @@ class LayerCall:
         tensors = tensors_in((self.call.args, self.call.kwargs))
         if len(tensors) > 1 or self.call.rng is not None:
             return self.call
-        return tensors[0].transpose(0, 1) if self.samples_second else tensors[0]
+        return self._samples_first(tensors[0])
 
-    def scaled_grads(self, scale: int = 1) -> Tensor | list[Tensor | None]:
+    def scaled_grads(self, scale: int) -> Tensor | list[Tensor | None]:
         """Return the output gradients times ``scale`` as the layer's rule expects them: one tensor, or a list."""
         grads = self.output_grads
         if scale != 1:
             grads = [None if grad is None else scale * grad for grad in grads]
         if not self.returns_tensor or grads[0] is None:
             return grads
-        return grads[0].transpose(0, 1) if self.samples_second else grads[0]
+        return self._samples_first(grads[0])
+
+    def _samples_first(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self.samples_second else x
 
 
 def _versions(call: Call) -> list[int]:
-    if torch.compiler.is_compiling():  # a compiled graph writes to no tensor in place, and knows no versions
+    if torch.compiler.is_compiling():  # a compiled graph changes no input in place and has no versions
         return []
     return [tensor._version for tensor in tensors_in((call.args, call.kwargs))]
 
 
 @dataclass
 class Record:
-    """One forward of the model: every call of every layer in it, and the derivatives for one row of each sample.
+    """One forward of the model: every call of every layer, and the output gradients for one row of each sample.
 
     Attributes:
         samples: N, the number of samples; −1 until it is known.
-        call: the arguments of the model, detached.
+        call: the arguments of the model, detached from the graph.
         calls: the calls of each layer, by the layer's name.
-        layers_with_grads: the names of the layers of which some call had output gradients.
-        unbatched: for each layer whose calls do not have the samples as their batch: why, by the layer's name.
-        unattributed: for each parameter that is used in other ways than by calls of its layers: why, by its id.
-        per_sample_grads: the rows [N, …] of parameters that no rule describes, by the parameter's id.
-        gradient_sums: the sum over the samples of such a parameter's rows, as autograd computes it, by its id.
+        layers_with_grads: the names of the layers that had output gradients for at least one call.
+        unbatched: for each layer whose calls do not have one entry for each sample, by name, the reason.
+        unattributed: for each parameter whose rows do not follow from calls of its layers, by id, the reason.
+        per_sample_grads: the rows [N, …] of parameters without a rule, by the parameter's id.
+        gradient_sums: for each such parameter, by id, the sum of its rows over the samples, as autograd computes it.
         backward_seen: whether a backward pass of the caller's loss has reached the model's output.
         paused: whether the hooks on output gradients ignore the present backward pass, which is one of our own.
-        used_backward_per_sample: whether some rows took one backward pass for each sample.
+        used_backward_per_sample: whether some rows needed one backward pass for each sample.
         mixes_samples: whether some layer's output for one sample depends on other samples.
-        extra_draws: the same forward with the derivatives of each further row of a sample.
+        extra_records: further records of the same forward, one for each further row of a sample.
     """
 
     samples: int
@@ -125,7 +128,7 @@ class Record:
     paused: bool
     used_backward_per_sample: bool
     mixes_samples: bool
-    extra_draws: list[Record]
+    extra_records: list[Record]
 
     @classmethod
     def of_forward(cls, samples: int, call: Call) -> Record:
@@ -133,15 +136,15 @@ class Record:
         return cls(
             samples, call, calls={}, layers_with_grads=set(), unbatched={}, unattributed={}, per_sample_grads={},
             gradient_sums={}, backward_seen=False, paused=False, used_backward_per_sample=False, mixes_samples=False,
-            extra_draws=[],
+            extra_records=[],
         )  # fmt: skip
 
-    def extra_draw(self) -> Record:
-        """Return the same forward without derivatives, to be filled with those of a further row of each sample."""
+    def for_another_row(self) -> Record:
+        """Return a record of the same forward without output gradients, for a further row of each sample."""
         calls = {name: [call.without_grads() for call in calls] for name, calls in self.calls.items()}
         return replace(
             self, calls=calls, layers_with_grads=set(), per_sample_grads={}, gradient_sums={}, backward_seen=False,
-            paused=False, used_backward_per_sample=False, extra_draws=[],
+            paused=False, used_backward_per_sample=False, extra_records=[],
         )  # fmt: skip
 
     def all_calls(self) -> list[LayerCall]:
@@ -159,7 +162,7 @@ class Record:
             call.edges = [None] * len(call.edges)
 
     def clear(self) -> None:
-        """Drop all tensors. Needed where the graph of an output that still exists holds the record itself."""
+        """Drop all tensors. This matters if an output of the model still exists, whose graph refers to the record."""
         self.call = Call(())
-        for held in (self.calls, self.extra_draws, self.per_sample_grads, self.gradient_sums):
-            held.clear()
+        for collection in (self.calls, self.extra_records, self.per_sample_grads, self.gradient_sums):
+            collection.clear()

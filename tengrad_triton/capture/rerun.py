@@ -1,7 +1,7 @@
-"""Rows by running a module again under `torch.func`, and rows by one backward pass for each sample.
+"""Rows from running a module again under `torch.func`, and rows from one backward pass for each sample.
 
-Running a module again costs a forward and a backward of that module. It gives the right rows only if the module
-computes the same function again, so the caller compares their sum with the gradient that autograd computed (`sums_to`).
+Running a module again costs a forward and a backward of that module. The rows are exact only if the module computes the
+same function again, so the caller compares their sum with the gradient that autograd computed (`sums_to`).
 
 Dimensions: N samples, R cotangents; "j_N…" is [N, *parameter.shape].
 """
@@ -21,21 +21,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.layers import tensors_in
 
-_CHUNK_BYTES = 256 * 2**20  # of rows that one `vmap` computes
-_SAMPLES_PER_PASS = 16  # whose backward passes are batched into one
+_CHUNK_BYTES = 256 * 2**20  # one `vmap` computes rows of at most this size
+_SAMPLES_PER_PASS = 16  # the backward passes of this many samples are batched into one
 
 
 def rerun_rows(
-    layer: nn.Module, parameters: Mapping[str, Tensor], calls: Sequence[LayerCall], samples: int, scale: int = 1
+    layer: nn.Module, parameters: Mapping[str, Tensor], calls: Sequence[LayerCall], samples: int, scale: int
 ) -> dict[str, Tensor]:
     """Return the rows j_N… of parameters, summed over the calls of their layer, by vector-Jacobian products.
 
     Args:
         layer: the layer to run again.
-        parameters: those to find the rows of, by their names within ``layer``.
+        parameters: the parameters whose rows to find, by their names within ``layer``.
         calls: recorded calls of the layer; calls without output gradients are left out.
         samples: N.
-        scale: multiplies the output gradients.
+        scale: a factor that multiplies the output gradients.
 
     Raises:
         RuntimeError: `torch.func` cannot transform what the layer does.
@@ -76,8 +76,8 @@ def _rows_of_call(
 
 @contextmanager
 def ignore_vmap_warning() -> Iterator[None]:
-    """Ignore torch's warning that `vmap` loops over an operation for which it has no batching rule."""
-    if torch.compiler.is_compiling():  # a trace cannot change warning filters; its caller does
+    """Ignore torch's warning that `vmap` runs an operation in a loop because it cannot batch it."""
+    if torch.compiler.is_compiling():  # traced code cannot change warning filters; its caller does
         yield
         return
     with warnings.catch_warnings():
@@ -86,7 +86,10 @@ def ignore_vmap_warning() -> Iterator[None]:
 
 
 def sums_to(rows_N: Tensor, total: Tensor) -> bool:
-    """Whether rows sum to a gradient to half the digits: rounding is far below that, another function far above."""
+    """Whether the sum of the rows equals a gradient within sqrt(eps), relative to the rows' norms.
+
+    Rounding errors are much smaller, and the gradient of another function differs much more.
+    """
     size = rows_N.flatten(1).norm(dim=1).sum()
     off = (rows_N.sum(0) - total).norm()
     return bool(off <= torch.finfo(rows_N.dtype).eps ** 0.5 * size)
@@ -95,12 +98,12 @@ def sums_to(rows_N: Tensor, total: Tensor) -> bool:
 def backward_rows(
     outputs: Sequence[Tensor], cotangents: Sequence[Tensor], parameters: Sequence[Tensor], samples: int
 ) -> list[Tensor]:
-    """Return the rows j_N… of parameters by backward passes through the graph behind ``outputs``, one for each sample.
+    """Return the rows j_N… of parameters by backward passes through the graph of ``outputs``, one for each sample.
 
     Args:
         outputs: the tensors [N, …] at which the passes start.
-        cotangents: the derivative of the samples' losses with respect to each output, shaped like it.
-        parameters: those to find the rows of.
+        cotangents: for each output, the derivatives [N, …] of the samples' losses with respect to it.
+        parameters: the parameters whose rows to find.
         samples: N.
     """
     rows: list[list[Tensor]] = [[] for _ in parameters]
@@ -108,9 +111,9 @@ def backward_rows(
         chosen = range(first, min(samples, first + _SAMPLES_PER_PASS))
         masked = [torch.stack([_only_sample(cotangent, n) for n in chosen]) for cotangent in cotangents]
         for grads in batched_grads(outputs, parameters, masked):
-            for row, parameter, grad in zip(rows, parameters, grads, strict=True):
-                row.append(torch.zeros_like(parameter) if grad is None else grad.detach())
-    return [torch.stack(row) for row in rows]
+            for found, parameter, grad in zip(rows, parameters, grads, strict=True):
+                found.append(torch.zeros_like(parameter) if grad is None else grad.detach())
+    return [torch.stack(found) for found in rows]
 
 
 def _only_sample(cotangent: Tensor, sample: int) -> Tensor:
@@ -127,16 +130,16 @@ def batched_grads(
 
     Args:
         outputs: the tensors at which the backward passes start.
-        inputs: tensors or edges of the graph.
+        inputs: tensors or edges of the graph, with respect to which the derivatives are taken.
         cotangents: for each output, R cotangents [R, *output.shape].
     """
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
     try:
         with ignore_vmap_warning():
             batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
-    except RuntimeError:  # an operation cannot be batched, or there is too little memory: one pass after the other
-        for row in zip(*cotangents, strict=True):
-            yield torch.autograd.grad(outputs, inputs, row, **options)
+    except RuntimeError:  # an operation cannot be batched, or memory is too small: take one pass after the other
+        for single in zip(*cotangents, strict=True):
+            yield torch.autograd.grad(outputs, inputs, single, **options)
         return
     for index in range(len(cotangents[0])):
         yield [None if grads is None else grads[index] for grads in batched]

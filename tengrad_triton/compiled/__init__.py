@@ -1,1 +1,1 @@
-"""The training step as compiled graphs."""
+"""The training step as two compiled functions: one refreshes the curvature, one reuses it."""

@@ -1,8 +1,8 @@
-"""Capture under `torch.func`: every layer's input is recorded, and a perturbation of zero is added to its output.
+"""Capture under `torch.func`: each layer's input is recorded, and a perturbation of zero is added to its output.
 
-The derivative with respect to the perturbation is the derivative with respect to the output. This works under
-`torch.func` transforms and in one compiled graph, where hooks on gradients do not. Layers with uncalled linear layers
-get perturbations at each of those.
+The derivative with respect to the perturbation is the output gradient. This works under `torch.func` transforms and in
+one compiled graph, where hooks on gradients do not work. A layer with uncalled linear layers gets one perturbation for
+each of these.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tengrad_triton.layers import (
 )
 
 CallTensors = Mapping[str, Sequence[Mapping[str, Tensor]]]
-"""For every call of every layer, tensors by place: perturbations of the outputs, derivatives with respect to them, or
-the tensors among the arguments."""
+"""For each call of each layer, tensors by their places: perturbations of its outputs, output gradients, or the tensors
+among its arguments."""
 
 
 class FunctionalCapture:
@@ -39,7 +39,7 @@ class FunctionalCapture:
     Args:
         model: the module that will be called.
         layers: the layers to record, by name.
-        samples_second: for each call of these layers, whether the samples are the second dimension.
+        samples_second: for each call of these layers, whether the second dimension counts the samples.
     """
 
     def __init__(
@@ -50,55 +50,55 @@ class FunctionalCapture:
         self._mixing = [module for module in model.modules() if mixes_samples(module)]
         tapped = {name: _TappedForward(self, name, layer) for name, layer in layers.items() if has_uncalled(layer)}
         others = {name: module for name, module in model.named_modules() if is_unrolled(module) and name not in tapped}
-        self.tapped = frozenset(tapped)
+        self.tapped_names = frozenset(tapped)
         """The names of the layers whose perturbations belong to uncalled linear layers."""
         self._forwards = [*tapped.values(), *(_TappedForward(self, name, module) for name, module in others.items())]
         self._perturbations: CallTensors = {}
         self._tensors: dict[str, list[Mapping[str, Tensor]]] = {}
-        self._other_arguments: dict[str, list[Any]] = {}  # of every recorded call
+        self._other_arguments: dict[str, list[Any]] = {}  # for each recorded call: the rest of its arguments
         self.detach_statistics = False
         """Whether batch statistics are constants in the present forward."""
 
     def start(self, perturbations: CallTensors, detach_statistics: bool) -> None:
-        """Begin a forward with these perturbations."""
+        """Begin a forward with these perturbations; ``detach_statistics`` makes batch statistics constants in it."""
         self._perturbations, self.detach_statistics = perturbations, detach_statistics
         self._tensors = {name: [] for name in perturbations}
         self._other_arguments = {name: [] for name in perturbations}
 
     def stop(self) -> dict[str, list[Mapping[str, Tensor]]]:
-        """End the forward and return the tensors among the arguments of every call."""
+        """End the forward, and return the tensors among the arguments of each call."""
         tensors, self._tensors, self._perturbations, self.detach_statistics = self._tensors, {}, {}, False
         return tensors
 
     @contextmanager
     def attached(self, records: bool) -> Iterator[None]:
         """Prepare the model for tracing; with ``records``, attach a hook to every layer to be recorded."""
-        forwards = [one for one in self._forwards if records or is_unrolled(one.layer)]
+        forwards = [forward for forward in self._forwards if records or is_unrolled(forward.layer)]
         fast = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
             # torch's fast path for evaluation has no derivative, and tracing does not see that one is needed.
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            if any(is_unrolled(one.layer) for one in forwards):
+            if any(is_unrolled(forward.layer) for forward in forwards):
                 stack.enter_context(torch._dynamo.config.patch(allow_rnn=True))
-            for one in forwards:
-                one.layer.forward = one
-                stack.callback(delattr, one.layer, "forward")
-            for layer, hook in self._hooks().items() if records else []:  # before the hooks of others
+            for forward in forwards:
+                forward.layer.forward = forward
+                stack.callback(delattr, forward.layer, "forward")
+            for layer, hook in self._hooks().items() if records else []:  # to run before the user's hooks
                 stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
     def _hooks(self) -> dict[nn.Module, _HookChain]:
-        """Return one hook for each layer: its statistics are detached first, then its call is recorded."""
+        """Return one hook for each layer, which first detaches its batch statistics, and then records its call."""
         parts: dict[nn.Module, list[Callable[..., Any]]] = {layer: [_DetachStatistics(self)] for layer in self._mixing}
         for name, layer in self._hooked.items():
             parts.setdefault(layer, []).append(_RecordCall(self, name))
         return {layer: _HookChain(hooks) for layer, hooks in parts.items()}
 
-    # Called by a traced forward
+    # Methods for a traced forward
 
     def perturbations_of(self, name: str) -> Mapping[str, Tensor] | None:
-        """Return the perturbations of a layer's present call; None where it is not recorded."""
+        """Return the perturbations of a layer's present call, or None if the call is not recorded."""
         if name not in self._perturbations or not torch.is_grad_enabled():
             return None
         return self._perturbations[name][len(self._tensors[name])]
@@ -108,10 +108,10 @@ class FunctionalCapture:
         self._tensors[name].append(tensors)
         self._other_arguments[name].append(other_arguments)
 
-    # Called after it
+    # A method for after the forward
 
     def layer_calls(self, name: str, tensors: CallTensors, grads: CallTensors) -> list[LayerCall]:
-        """Return the calls of a layer with the derivatives with respect to its outputs."""
+        """Return the calls of a layer with their output gradients."""
         calls = []
         of_calls = (self._other_arguments[name], tensors[name], grads[name], self._samples_second[name])
         for (leaves, structure, outputs), own, by_place, second in zip(*of_calls, strict=True):
@@ -163,7 +163,7 @@ class _TappedForward:
         self._capture, self._name, self.layer = capture, name, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if first_tensor(args, kwargs).dim() != 3:  # no batch
+        if first_tensor(args, kwargs).dim() != 3:  # the input has no batch dimension: torch's own forward handles it
             return type(self.layer).forward(self.layer, *args, **kwargs)
         perturbations = self._capture.perturbations_of(self._name)
         tap, weights = Tap(perturbations), dict(self.layer.named_parameters(remove_duplicate=False))
@@ -174,7 +174,7 @@ class _TappedForward:
 
 
 class _DetachStatistics:
-    """A hook that makes a layer's batch statistics constants, in forwards that detach them."""
+    """A hook that makes a layer's batch statistics constants, if the present forward detaches them."""
 
     def __init__(self, capture: FunctionalCapture) -> None:
         self._capture = capture
@@ -184,4 +184,4 @@ class _DetachStatistics:
             return None
         x = first_tensor(args, kwargs)
         scaled = x * statistics_scale(layer, x)
-        return scaled + (y - scaled).detach()  # the value is y, the derivative is the scale
+        return scaled + (y - scaled).detach()  # its value is y, and its derivative with respect to x is the scale

@@ -1,4 +1,4 @@
-"""The two graphs of a compiled step: pure functions of tensors, except for the parameters that they update in place."""
+"""The two functions that a compiled step is traced from. They update parameters, buffers and momenta in place."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from tengrad_triton.layers import Call, mixes_samples
 from tengrad_triton.likelihoods import Reparametrized
 
 Named = Mapping[str, Tensor]
+"""Tensors by the names of parameters or buffers in the model."""
 STATIC_SETTINGS = ("nesterov", "spring", "maximize")
-"""The settings of a parameter group that a graph takes as constants."""
+"""The settings of a parameter group that are constants in a compiled function."""
 LossFn = Callable[[Any, Any], Tensor]
 ForwardPass = tuple[Tensor, Callable[..., Any], CallTensors]
-"""A forward's output, its pullback to derivatives with respect to (parameters, perturbations), and recorded tensors."""
+"""A forward's output; the function from the derivative with respect to the output to those with respect to (parameters,
+perturbations); and the recorded tensors."""
 
 
 class StepState(NamedTuple):
-    """What a step reads and writes in place, by the parameters' names in the model; ``settings`` by group."""
+    """The tensors that a step reads and updates in place; ``settings`` has one for each parameter group."""
 
     parameters: Named
     buffers: Named
@@ -41,25 +43,25 @@ class StepState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Graphs:
-    """Everything that a step takes for granted.
+class StepFunctions:
+    """The functions `reuse` and `refresh`, and the constants on which the compiled code is specialized.
 
     Attributes:
         model: the module, called with its parameters replaced.
         loss_fn: returns a scalar mean over the samples, from the model's output and the target.
-        layers: of the optimizer.
+        layers: the optimizer's layers.
         captured: the layers whose calls contribute rows.
-        names: each parameter's name in the model, by its layer's name and its name within that.
+        names: each parameter's name in the model, by its layer's name and its own name within that layer.
         trained: the names of the parameters that get a gradient.
-        likelihood: draws the labels of the Fisher matrix; None for the empirical one.
+        likelihood: draws the labels of the Fisher matrix; None for the empirical Fisher matrix.
         choices: every weight's representation and kernels.
         groups: the `STATIC_SETTINGS` of each parameter group.
-        blocks: which layers are solved together.
-        trust_region: the bound on a step's squared Fisher norm, if there is one.
+        blocks: the names of each Fisher block's layers.
+        trust_region: the bound on a step's squared Fisher norm; None for no bound.
         relative_damping: whether dampings are in units of the blocks' mean squared row norms.
-        ops: the ops for every combination of kernel overrides in ``choices``, and for none.
+        ops: the ops for each combination of kernel overrides in ``choices``, and for no overrides.
         capture: records and perturbs the captured layers.
-        spec: what to record.
+        spec: which calls `refresh` perturbs and records.
     """
 
     model: nn.Module
@@ -79,7 +81,7 @@ class Graphs:
     spec: TraceSpec
 
     def reuse(self, state: StepState, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
-        """Take a step with the present curvature; return the loss."""
+        """Take a step with the present curvature ``packed``; return the loss."""
         output, pull, _ = self._forward(state, {}, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, _ = pull(grad_output)
@@ -98,18 +100,18 @@ class Graphs:
         y: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take a step with the curvature of this batch; return the loss and the packed curvature."""
-        x = x.clone()  # the curvature may keep it, and the training loop may write its next batch there
+        x = x.clone()  # the curvature may keep x, and the training loop may write its next batch into the same tensor
         forward = self._forward(state, perturbations, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(forward[0], y)
         grads, by_perturbation = forward[1](grad_output)
-        # Where samples mix, rows come from a second forward, in which batch statistics are constants.
+        # If the model mixes samples, the rows come from a second forward, in which batch statistics are constants.
         mixes = any(mixes_samples(module) for module in self.model.modules())
         of_rows = self._forward(state, perturbations, x, detach_statistics=True) if mixes else forward
         scale = len(x)  # the loss is a mean, but a row is the gradient of one sample's own loss
         if self.likelihood is not None and noise is not None:
             target = self.likelihood.from_noise(of_rows[0], noise)
             grad_output, scale = grad(self.likelihood.nll)(of_rows[0], target), 1
-        if mixes or scale == 1:
+        if mixes or noise is not None:
             _, by_perturbation = of_rows[1](grad_output)
         contributions = self._contributions(of_rows[2], by_perturbation, grad_output, scale, x)
         jacobians = jacobians_of(contributions, self.choices, self.ops.__getitem__)
@@ -122,16 +124,16 @@ class Graphs:
     def _contributions(
         self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Tensor
     ) -> Contributions:
-        """Return what the recorded calls contribute to the rows of every layer in a block."""
+        """Return the contributions of the recorded calls, for each layer of a Fisher block."""
 
         def pairs_of(name: str) -> Pairs:
-            if name in self.capture.tapped:
+            if name in self.capture.tapped_names:
                 scaled = [{linear: scale * g for linear, g in by.items()} for by in by_perturbation[name]]
                 return [pair for pair in zip(tensors[name], scaled, strict=True) if pair[1]]
             calls = self._calls(name, tensors, by_perturbation)
             return [(call.inputs(name), call.scaled_grads(scale)) for call in calls]
 
-        with_rule = {name: self.captured[name] for name in tensors if not self.captured[name].rerun}
+        with_rule = {name: self.captured[name] for name in tensors if self.captured[name].has_rule}
         explicit = self._rows_of_reruns(tensors, by_perturbation, scale, len(x))
         explicit |= self._rows_of_model(x, grad_output, scale)
         by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, len(x))
@@ -150,11 +152,11 @@ class Graphs:
     def _rows_of_reruns(
         self, tensors: CallTensors, by_perturbation: CallTensors, scale: int, samples: int
     ) -> dict[int, Tensor]:
-        """Return the rows of layers without a rule, by the parameter's id: each is run again under `torch.func`."""
+        """Return the rows of layers without a rule, by the parameter's id: each layer is run again in `torch.func`."""
         rows: dict[int, Tensor] = {}
         for name in tensors:
             layer = self.captured[name]
-            if layer.rerun:
+            if not layer.has_rule:
                 wanted = {
                     label: p
                     for label, p in layer.parameters.items()
@@ -167,7 +169,7 @@ class Graphs:
         return rows
 
     def _rows_of_model(self, x: Tensor, grad_output: Tensor, scale: int) -> dict[int, Tensor]:
-        """Return the rows of parameters that are also used outside of their layers' calls, by the parameter's id."""
+        """Return the rows of `TraceSpec.from_model`, by the parameter's id. The whole model is run again."""
         parameters = self.spec.from_model
         if not parameters:
             return {}
@@ -176,12 +178,12 @@ class Graphs:
         return {id(parameters[name]): own for name, own in rows.items()}
 
     def _forward(self, state: StepState, perturbations: CallTensors, x: Tensor, detach_statistics: bool) -> ForwardPass:
-        """Call the model. A forward with detached statistics is a second one and changes no buffer."""
+        """Call the model. A forward with detached statistics is a second one, so it does not update buffers."""
         trained = {name: state.parameters[name].detach() for name in self.trained}
         frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}
 
         def forward(trained: Named, perturbations: CallTensors) -> tuple[Tensor, Any]:
-            # A transform cannot write into a tensor from outside, such as BatchNorm's averages: it gets copies.
+            # A function under a transform cannot write into tensors from outside, such as BatchNorm's running means.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
             self.capture.start(perturbations, detach_statistics)
             output = functional_call(self.model, {**frozen, **trained, **buffers}, (x,))

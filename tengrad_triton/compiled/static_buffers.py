@@ -12,25 +12,25 @@ T = TypeVar("T")
 
 
 def mark_static(tensors: Any) -> None:
-    """Promise `torch.compile` that nested tensors keep their addresses, where CUDA graphs read them."""
+    """Tell `torch.compile` that nested tensors keep their addresses, so that CUDA graphs need not copy them."""
     for tensor in tree_leaves(tensors):
         if isinstance(tensor, Tensor):
             torch._dynamo.mark_static_address(tensor)
 
 
 class StaticBuffers:
-    """Buffers for nested tensors that are replaced now and then by others of the same shapes."""
+    """Buffers for nested tensors, which each refresh replaces by others, mostly of the same shapes."""
 
     def __init__(self) -> None:
         self._leaves: list[Any] = []
         self._key: Any = None
 
     def update(self, nested: T) -> T:
-        """Copy the values into the buffers and return these; where a shape or a number differs, make new buffers."""
+        """Copy the values into the buffers and return the buffers. If a shape or a number differs, make new buffers."""
         leaves, structure = tree_flatten(nested)
         key = structure, [_signature(leaf) for leaf in leaves]
         if key != self._key:
-            self._leaves = []  # frees their memory before the new ones take theirs
+            self._leaves = []  # frees the old buffers before the new ones are allocated
             self._leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self._key = key
             mark_static(self._leaves)

@@ -1,4 +1,4 @@
-"""Trace specification from one eager refresh: which derivatives a graph takes, or why there can be no graph."""
+"""The trace specification, made from one refresh of the plain step; or the reason why a refresh cannot be compiled."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from tengrad_triton.optim.step_access import StepAccess
 
 @dataclass(frozen=True)
 class TraceSpec:
-    """What a graph of a refresh takes for granted.
+    """What a compiled refresh takes over from one refresh of the plain step.
 
     Attributes:
-        perturbations: zeros for each layer and each of its calls, at the outputs whose derivatives are needed.
-        samples_second: for each of these calls, whether the samples are the second dimension.
-        unattributed: the ids of parameters whose rows are not those of their layers' calls.
-        from_model: those of them whose rows come from running the whole model again, by their names in the model.
+        perturbations: zeros for each layer and each of its calls, at the outputs whose output gradients are needed.
+        samples_second: for each of these calls, whether the second dimension counts the samples.
+        unattributed: the ids of unattributed parameters.
+        from_model: the unattributed parameters whose rows come from running the whole model again, by their names in
+            the model.
     """
 
     perturbations: CallTensors
@@ -43,34 +44,46 @@ class TraceSpec:
     from_model: Mapping[str, Tensor]
 
 
+SpecOrReason = TraceSpec | str
+"""The specification of a compiled refresh, or the reason why refreshes are not compiled."""
+NOT_SEEN = "no refresh was seen yet"
 NO_CAPTURE = TraceSpec({}, {}, frozenset(), {})
-"""The specification of a graph that reuses the curvature: it captures nothing."""
+"""The specification if refreshes are not compiled: nothing is captured."""
 
 
 def why_not_compiled(access: StepAccess) -> str | None:
-    """Return which setting only the plain step supports, if there is one."""
+    """Return why the optimizer's settings need the plain step for a refresh, or None if they do not."""
     options = access.options
     several = options.fisher == "exact" or options.fisher_samples > 1
     if several or options.fisher_rows is not None or options.history > 1:
-        return "a graph has one row a sample: fisher='exact', fisher_samples, fisher_rows and history have others"
+        return (
+            "a compiled refresh has exactly one row for each sample: use fisher='sampled' or 'empirical' without "
+            "fisher_samples, fisher_rows and history"
+        )
     if options.fisher == "sampled" and not isinstance(options.likelihood, Reparametrized):
-        return "the likelihood is no Reparametrized: a graph needs its random numbers as an input"
+        return (
+            f"{type(options.likelihood).__name__} is not a subclass of Reparametrized, but a compiled refresh draws "
+            "labels by noise() and from_noise()"
+        )
     if options.fisher == "sampled" and getattr(options.likelihood, "target", None) is not None:
-        return "the likelihood has a batch's target, which a graph would keep"
+        return "the likelihood holds the labels of one batch, which would become constants of a compiled refresh"
     if access.adapts:
-        return "damping='lm' compares losses"
+        return "damping='lm' compares losses before and after the step, which a compiled refresh does not support"
     if any(choice.representation == "compressed" for choice in access.choices().values()):
-        return "the rank of a compressed J depends on the data"
+        return "the size of a compressed J depends on the data, but a compiled refresh has fixed sizes"
     return None
 
 
-def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn.Module) -> TraceSpec | str:
-    """Return the specification of a refresh that captured ``record``, or why no graph can compute it."""
+def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn.Module) -> SpecOrReason:
+    """Return the specification of a refresh that captured ``record``, or why it cannot be compiled."""
     modules = list(model.modules())
     if record.used_backward_per_sample:
-        return "some rows take one backward pass for each sample"
+        return "some rows take one backward pass for each sample, which is not compiled"
     if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
-        return "where samples mix, rows take a second forward, and dropout would drop other units in it"
+        return (
+            "the model has batch norm and dropout: batch norm needs a second forward for the rows, in which "
+            "dropout would drop other units"
+        )
     perturbations, samples_second = {}, {}
     for name, calls in record.calls.items():
         layer = layers[name]
@@ -86,7 +99,7 @@ def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn
 
 
 def _perturbations(layer: nn.Module, call: LayerCall) -> dict[str, Tensor]:
-    """Return zeros, expanded from one number, by the places where a graph adds them to a call's outputs."""
+    """Return zeros for a call's outputs, by their places; each is expanded from one number to save memory."""
     if not call.has_grads:
         return {}
     if not has_uncalled(layer):

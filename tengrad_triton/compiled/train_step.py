@@ -1,8 +1,8 @@
 """The training step as one compiled function: forward, capture, backward, refresh or reuse, update.
 
-There are two graphs; Python chooses between them. One reuses the curvature, one refreshes it. Both run the plain
-loop's mathematics on the same parts (contributions, Jacobians, Woodbury, update rule), with `torch.func.vjp` in place
-of hooks and autograd's graph.
+There are two compiled functions: one reuses the curvature, the other one refreshes it. Python chooses between them.
+Both compute the same as the plain step with the same parts (contributions, Jacobians, Woodbury, update), but they use
+`torch.func.vjp` instead of hooks and autograd's graph.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ from torch._dynamo.exc import TorchDynamoException
 
 from tengrad_triton.capture.rerun import ignore_vmap_warning
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
-from tengrad_triton.compiled.graphs import STATIC_SETTINGS, Graphs, LossFn, StepState
+from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions, StepState
 from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
-from tengrad_triton.compiled.trace_spec import NO_CAPTURE, TraceSpec, trace_spec_of, why_not_compiled
+from tengrad_triton.compiled.trace_spec import (
+    NO_CAPTURE,
+    NOT_SEEN,
+    SpecOrReason,
+    TraceSpec,
+    trace_spec_of,
+    why_not_compiled,
+)
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.optim.tengrad import TENGraD
+from tengrad_triton.optim.validation import check_loss
 
 logger = logging.getLogger(__name__)
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -36,24 +44,24 @@ _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 def compile_train_step(
     model: nn.Module, loss_fn: LossFn, optimizer: TENGraD, *, mode: str | None = None, backend: str = "inductor"
 ) -> TrainStep:
-    """Return ``train_step(x, y) -> loss``, which does what the plain loop does for one batch, as one compiled graph.
+    """Return ``train_step(x, y) -> loss``, which does what the plain loop does for one batch, as one compiled function.
 
-    The first step is one of the plain loop and tells the graphs their shapes. The graph that reuses the curvature is
-    compiled at the next step, the one that refreshes it at the next refresh. Model, optimizer and ``state_dict`` stay
-    ordinary: plain and compiled steps can follow each other in any order. A batch of another size takes the plain step,
-    and so does a refresh that no graph can compute; ``train_step.why_plain`` says why.
+    The first step is a plain step, which shows the sizes of all tensors. The function that reuses the curvature is
+    compiled at the next step, the function that refreshes it at the next refresh. Model, optimizer and ``state_dict``
+    stay ordinary: plain and compiled steps can follow each other in any order. A batch of another size takes the plain
+    step, and so does a refresh that cannot be compiled; ``train_step.why_plain`` says why.
 
     Args:
-        model: takes ``x``; the optimizer's own model.
+        model: the optimizer's model, which takes ``x``.
         loss_fn: takes the model's output and ``y``; returns a scalar mean over the samples.
-        optimizer: of that model.
-        mode: of `torch.compile`. With ``"reduce-overhead"``, which replays CUDA graphs, J keeps its address, and each
-            refresh copies the new one there.
-        backend: of `torch.compile`.
+        optimizer: the optimizer of that model.
+        mode: the mode of `torch.compile`. With ``"reduce-overhead"``, which replays CUDA graphs, J keeps its address:
+            each refresh copies the new J into the old tensors.
+        backend: the backend of `torch.compile`.
 
     Raises:
         ValueError: the optimizer belongs to another model.
-        TypeError: it is no `TENGraD`.
+        TypeError: the optimizer is not a `TENGraD`.
     """
     if not isinstance(optimizer, TENGraD):
         raise TypeError(
@@ -67,31 +75,31 @@ def compile_train_step(
 
 @dataclass(frozen=True)
 class CompiledSteps:
-    """The graphs, and what they take for granted.
+    """The compiled functions, and the batch and the specification that they were made for.
 
     Attributes:
         batch: the shapes and dtypes of x and y.
         output: a tensor like the model's output, to draw noise for.
-        spec: what a graph of the refresh records; or why there is none, empty until a refresh was seen.
-        graphs: the functions behind the compiled ones.
-        reuse: compiled `Graphs.reuse`.
-        refresh: compiled `Graphs.refresh`.
+        spec: the specification of the refresh, or why refreshes are not compiled.
+        functions: the functions before their compilation.
+        reuse: the compiled `StepFunctions.reuse`.
+        refresh: the compiled `StepFunctions.refresh`.
     """
 
     batch: Any
     output: Tensor
-    spec: TraceSpec | str
-    graphs: Graphs
+    spec: SpecOrReason
+    functions: StepFunctions
     reuse: Callable[..., Any]
     refresh: Callable[..., Any]
 
 
 @dataclass
 class _FirstEvaluation:
-    """What the first evaluation of a plain step's closure showed."""
+    """The first evaluation of a plain step's closure; ``trained`` names the parameters with a gradient."""
 
     output: Tensor
-    spec: TraceSpec | str
+    spec: SpecOrReason
     trained: frozenset[str]
 
 
@@ -99,7 +107,7 @@ class TrainStep:
     """A training step, made by `compile_train_step`; call it with a batch.
 
     Attributes:
-        why_plain: why refreshes take the plain step; None where they are compiled.
+        why_plain: why refreshes take the plain step; None if they are compiled.
     """
 
     def __init__(self, loss_fn: LossFn, access: StepAccess, mode: str | None, backend: str) -> None:
@@ -110,7 +118,7 @@ class TrainStep:
         self._buffered: Curvature | None = None  # the curvature whose tensors are in the buffers
         self._steps: CompiledSteps | None = None
         self._warned = False
-        self._untraceable: str | None = None
+        self._untraceable: str | None = None  # why the refresh could not be traced
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Take one step with a batch; return its loss, a scalar, from before the step.
@@ -145,31 +153,31 @@ class TrainStep:
 
     @property
     def why_plain(self) -> str | None:
-        """Return why refreshes take the plain step; None where they are compiled."""
+        """Return why refreshes take the plain step; None if they are compiled."""
         if self._untraceable is not None or self._steps is None:
             return self._untraceable or "no step was taken yet"
         spec = self._steps.spec
-        return (spec or "no refresh was seen yet") if isinstance(spec, str) else None
+        return spec if isinstance(spec, str) else None
 
     def _plain_from_now_on(self, error: Exception, x: Tensor, y: Tensor) -> Tensor:
-        self._untraceable = f"it cannot be traced in one graph: {error}"
+        self._untraceable = f"the refresh cannot be traced in one graph: {error}"
         first_line = self._untraceable.splitlines()[0]
-        warnings.warn(f"refreshes take the plain step ({first_line}): why_plain says more", stacklevel=3)
+        warnings.warn(f"refreshes take the plain step ({first_line}); see train_step.why_plain", stacklevel=3)
         return self._plain(x, y)
 
     def _is_from_batches_of(self, samples: int, curvature: Curvature) -> bool:
-        """Whether batches of this size leave such a curvature; any other size would be compiled for again."""
+        """Whether the number of rows fits batches of this size. Any other number would trigger a recompilation."""
         return curvature.rows % samples == 0 or curvature.rows == self._access.options.fisher_rows
 
     def _fits(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> bool:
-        """Whether the graphs are for batches like this one; warns once where they are not."""
+        """Whether the compiled functions are for batches like this one; warns once if they are not."""
         batch = _signature(x, y)
         if batch != steps.batch and not self._warned:
             self._warned = True
             warnings.warn(f"compiled for {steps.batch}: a batch of {batch} takes the plain step", stacklevel=3)
         return batch == steps.batch
 
-    # The plain step, which tells the graphs what they take for granted
+    # The plain step, from which the compiled functions are made
 
     def _plain(self, x: Tensor, y: Tensor) -> Tensor:
         before, first = self._steps, None
@@ -181,10 +189,10 @@ class TrainStep:
             output = self._model(x)
             loss = self._loss_fn(output, y)
             if before is None and first is None:
-                _check_loss(self._loss_fn, output, y, loss)
+                check_loss(self._loss_fn, output, y, loss)
             loss.backward()
             if first is None:
-                spec = self._trace_spec() if wants_spec else ""
+                spec = self._trace_spec() if wants_spec else NOT_SEEN
                 trained = frozenset(name for name, p in self._model.named_parameters() if p.grad is not None)
                 first = _FirstEvaluation(output.detach(), spec, trained)
             return loss.detach()
@@ -195,36 +203,36 @@ class TrainStep:
         spec = why_not_compiled(self._access) or seen.spec
         if before is None or (wants_spec and isinstance(spec, TraceSpec)):
             self._compile(x, y, spec, seen)
-        elif wants_spec and spec:
+        elif wants_spec and spec != NOT_SEEN:
             self._steps = replace(before, spec=spec)
         return loss
 
-    def _trace_spec(self) -> TraceSpec | str:
-        """Return the specification of the forward and backward just captured; an empty string where there were none."""
+    def _trace_spec(self) -> SpecOrReason:
+        """Return the specification of the forward and backward that were just captured, or why there is none."""
         capture = self._access.capture
         if len(capture.records) != 1:
-            return "the model is called several times a step" if capture.records else ""
+            return "the model is called several times in each step" if capture.records else NOT_SEEN
         with torch.no_grad():
-            capture.complete()
+            capture.find_remaining_rows()
         return trace_spec_of(capture.records[0], capture.layers, self._model)
 
-    def _compile(self, x: Tensor, y: Tensor, spec: TraceSpec | str, first: _FirstEvaluation) -> None:
-        graphs = self._graphs(first.trained, spec if isinstance(spec, TraceSpec) else NO_CAPTURE)
-        # A refresh returns new tensors, so there is nothing to capture and replay.
-        refresh = torch.compile(graphs.refresh, mode=None if self._buffers else self._mode, **self._compile_options)
-        reuse = torch.compile(graphs.reuse, mode=self._mode, **self._compile_options)
-        self._steps = CompiledSteps(_signature(x, y), first.output, spec, graphs, reuse, refresh)
+    def _compile(self, x: Tensor, y: Tensor, spec: SpecOrReason, first: _FirstEvaluation) -> None:
+        functions = self._functions(first.trained, spec if isinstance(spec, TraceSpec) else NO_CAPTURE)
+        # CUDA graphs are not used for refreshes, because a refresh returns new tensors.
+        refresh = torch.compile(functions.refresh, mode=None if self._buffers else self._mode, **self._compile_options)
+        reuse = torch.compile(functions.reuse, mode=self._mode, **self._compile_options)
+        self._steps = CompiledSteps(_signature(x, y), first.output, spec, functions, reuse, refresh)
         logger.info("compiled for %s; refreshes: %s", self._steps.batch, self.why_plain or "compiled")
         if self._buffers:
             mark_static(self._state(self._steps))
 
-    def _graphs(self, trained: frozenset[str], spec: TraceSpec) -> Graphs:
+    def _functions(self, trained: frozenset[str], spec: TraceSpec) -> StepFunctions:
         access, options, choices = self._access, self._access.options, self._access.choices()
         names = {parameter: name for name, parameter in self._model.named_parameters()}
         layers = [layer for layer in access.layers if all(p in names for p in layer.parameters.values())]
         captured = access.capture.layers
         sampled = options.fisher == "sampled" and isinstance(options.likelihood, Reparametrized)
-        return Graphs(
+        return StepFunctions(
             model=self._model,
             loss_fn=self._loss_fn,
             layers=layers,
@@ -248,18 +256,18 @@ class TrainStep:
 
     def _state(self, steps: CompiledSteps) -> StepState:
         parameters = dict(self._model.named_parameters())
-        momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.graphs.trained}
+        momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.functions.trained}
         return StepState(parameters, dict(self._model.named_buffers()), momenta, self._access.settings())
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> Tensor:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))
-        with steps.graphs.capture.attached(records=False):
+        with steps.functions.capture.attached(records=False):
             loss = steps.reuse(self._state(steps), pack_curvature(curvature), x, y)
         self._access.advance(curvature, self._access.age)
         return loss
 
     def _in_buffers(self, curvature: Curvature) -> Curvature:
-        """Return the curvature in static buffers where a graph is replayed, and itself elsewhere."""
+        """Return the curvature in static buffers if CUDA graphs are replayed, or else the curvature itself."""
         if self._buffers is None or curvature is self._buffered:
             return curvature
         packed = self._buffers.update(pack_curvature(curvature))
@@ -267,13 +275,13 @@ class TrainStep:
         return self._buffered
 
     def _compiled_refresh(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> Tensor:
-        access, graphs, before = self._access, steps.graphs, self._access.generator.get_state()
-        noise = None if graphs.likelihood is None else graphs.likelihood.noise(steps.output, access.generator)
+        access, functions, before = self._access, steps.functions, self._access.generator.get_state()
+        noise = None if functions.likelihood is None else functions.likelihood.noise(steps.output, access.generator)
         access.release()
-        numbers = access.dampings_and_failures(graphs.blocks)
+        numbers = access.dampings_and_failures(functions.blocks)
         try:
-            with graphs.capture.attached(records=True), ignore_vmap_warning():
-                loss, packed = steps.refresh(self._state(steps), graphs.spec.perturbations, *numbers, noise, x, y)
+            with functions.capture.attached(records=True), ignore_vmap_warning():
+                loss, packed = steps.refresh(self._state(steps), functions.spec.perturbations, *numbers, noise, x, y)
         except TorchDynamoException:
             access.generator.set_state(before)
             raise
@@ -283,16 +291,3 @@ class TrainStep:
 
 def _signature(x: Tensor, y: Tensor) -> Any:
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in (x, y))
-
-
-def _check_loss(loss_fn: LossFn, output: Tensor, y: Tensor, loss: Tensor) -> None:
-    """Raise unless the loss is a scalar that doubling the batch does not change."""
-    if loss.dim() != 0:
-        raise ValueError(f"loss_fn must return a scalar mean over the samples, got shape {tuple(loss.shape)}")
-    with torch.no_grad():
-        doubled = loss_fn(torch.cat([output, output]), torch.cat([y, y]))
-    if not torch.isclose(doubled, loss, rtol=1e-2):
-        raise ValueError(
-            f"loss_fn must return a mean over the samples: it gave {loss.item():.4g} for a batch and "
-            f"{doubled.item():.4g} for the same batch twice"
-        )

@@ -109,7 +109,7 @@ def gather(
             "the curvature is due for a refresh, but there was no forward and backward of the model since the last "
             "step: call model(inputs) itself, with gradients enabled, before loss.backward() and optimizer.step()"
         )
-    capture.complete()  # finds further rows for the empirical Fisher; there are none for the others
+    capture.find_remaining_rows()  # of the empirical Fisher; the others have theirs since the forward
     batches = [_of_record(capture, record, release_calls) for record in capture.records]
     found: dict[str, Mapping[str, MicroBatches]] = {}
     missing: dict[str, str] = {}
@@ -133,7 +133,7 @@ def _of_record(capture: Capture, record: Record, release_calls: bool) -> ById:
     for name, layer in capture.layers.items():
         if any(call.has_grads for call in calls_of.get(name, [])):
             record.layers_with_grads.add(name)
-        if layer.rerun or name in record.unbatched:
+        if not layer.has_rule or name in record.unbatched:
             calls_of.pop(name, None)
         else:
             with_rule[name] = layer

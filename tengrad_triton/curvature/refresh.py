@@ -19,7 +19,7 @@ from tengrad_triton.curvature.geometry import Geometry, geometry_of
 from tengrad_triton.curvature.jacobian import Factored, PerSample
 from tengrad_triton.curvature.products import Jacobian, Jacobians, LayerJacobian
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
-from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical_rows
+from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
 from tengrad_triton.profiling import phase
 
 
@@ -127,7 +127,7 @@ def jacobian_of(batches: MicroBatches, representation: Representation, ops: Ops)
 
 
 def _explicit_rows(call: Contribution, ops: Ops) -> Tensor:
-    return canonical_rows(call.j_NK) if isinstance(call, PerSampleGrads) else call.sample_grads(ops)
+    return flatten_rows(call.j_NK) if isinstance(call, PerSampleGrads) else call.sample_grads(ops)
 
 
 def _sum(rows: Sequence[Tensor]) -> Tensor:

@@ -114,13 +114,14 @@ class GroupSettings:
 
     def of(self, group: Mapping[str, Any]) -> Tensor:
         """Return the group's present numbers on its device, in float64 for float64 parameters and else in float32."""
-        decay, lr, first = group["weight_decay"], group["lr"], group["params"][0]
+        decay, lr = group["weight_decay"], group["lr"]
+        device = next((p.device for p in group["params"]), torch.device("cpu"))  # a group may be empty
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
         momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's momentum is part of the gradient
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
-        if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, first.device):
-            self._tensor, self._numbers = torch.zeros(4, dtype=dtype, device=first.device), (0.0,) * 4
+        if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, device):
+            self._tensor, self._numbers = torch.zeros(4, dtype=dtype, device=device), (0.0,) * 4
         for index, (old, new) in enumerate(zip(self._numbers, numbers, strict=True)):
             if old != new:
                 self._tensor[index].fill_(new)

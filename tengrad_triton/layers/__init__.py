@@ -1,7 +1,7 @@
 """Layer types and their rules. A rule brings the calls of one layer type to the canonical form.
 
 Nothing outside of this package knows layer types. A file holds the rules of one family of layers. `contribution`
-defines what every rule returns; `traits` says what is known about a layer before it is called.
+defines what every rule returns; `traits` has the properties that follow from a layer's type and options.
 """
 
 from tengrad_triton.layers import (  # importing them registers their rules
@@ -24,8 +24,8 @@ from tengrad_triton.layers.contribution import (
     PerSampleGrads,
     arguments,
     canonical,
-    canonical_rows,
     first_tensor,
+    flatten_rows,
     matrix_view,
     tensors_in,
 )
@@ -40,6 +40,7 @@ from tengrad_triton.layers.traits import (
     locate_samples,
     may_draw_random_numbers,
     may_mix_samples,
+    owned_parameters,
     require_exact_gradient,
     rule_reads_values,
     samples_dim,
@@ -62,13 +63,13 @@ __all__ = [
     "attention",
     "call_parameters",
     "canonical",
-    "canonical_rows",
     "conv",
     "dense",
     "draws_random_numbers",
     "drops_out",
     "embedding",
     "first_tensor",
+    "flatten_rows",
     "forward_with_taps",
     "graph_counts_calls",
     "has_uncalled",
@@ -80,6 +81,7 @@ __all__ = [
     "may_mix_samples",
     "mixes_samples",
     "norm",
+    "owned_parameters",
     "recurrent",
     "replay_rng",
     "require_exact_gradient",

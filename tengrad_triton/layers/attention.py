@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: its projections are uncalled linear layers.
+"""The rule of `nn.MultiheadAttention`, whose projections are uncalled linear layers (see `uncalled`).
 
 Dimensions: N samples, T queries, S keys, E features, P positions, G groups, I inputs and O outputs of a group.
 """
@@ -38,7 +38,7 @@ def _(layer: nn.MultiheadAttention, weights: Weights, named_args: dict[str, Any]
 
 
 def _swap_batch_first(layer: nn.MultiheadAttention, x: Tensor) -> Tensor:
-    """Exchange the first two dimensions where the layer has the batch first: inside, the sequence is first."""
+    """Exchange the first two dimensions if the layer has the batch first: attention is computed sequence first."""
     return x.transpose(0, 1) if layer.batch_first else x
 
 
@@ -95,7 +95,7 @@ def _(layer: nn.MultiheadAttention, inputs: UncalledTensors, grads: UncalledTens
 
 
 def _input_weight_grads(layer: nn.MultiheadAttention, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, Contribution]:
-    """Return the contributions to the weights of queries, keys and values, from (input, derivative) for each."""
+    """Return the contributions to the weights of queries, keys and values, from the inputs and gradients of each."""
     if layer.in_proj_weight is None:
         return {f"{name}_proj_weight": weight_grads(x, g) for name, (x, g) in zip("qkv", pairs, strict=True)}
     positions = max(g.shape[1] for _, g in pairs)

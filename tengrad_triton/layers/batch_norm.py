@@ -1,4 +1,6 @@
-"""Batch norm: which statistics it uses, and whether they make samples depend on each other.
+"""Batch norm: which statistics it uses, and whether it mixes samples.
+
+A layer mixes samples if its output for one sample depends on other samples.
 
 Dimensions: N samples, C channels; a * stands for any further dimensions.
 """
@@ -20,14 +22,14 @@ def statistics(layer: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mixes_samples(layer: nn.Module) -> bool:
-    """Whether the output for one sample depends on other samples: so it is for a batch norm with batch statistics."""
+    """Whether the layer is a batch norm that uses the statistics of the batch in its present mode."""
     return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
 def statistics_scale(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return the derivative of a batch norm's output with respect to ``x`` [N, C, *], its statistics held constant.
+    """Return the derivative of a batch norm's output with respect to its input ``x`` [N, C, *], at fixed statistics.
 
-    That derivative is weight / standard deviation: one number a channel, returned as [1, C, 1, …].
+    For each channel this is weight / standard deviation. The result has the shape [1, C, 1, …].
     """
     assert isinstance(layer, _BatchNorm)
     _, inverse_C = statistics(layer, x)

@@ -1,10 +1,11 @@
-"""The canonical form: what one call of a layer contributes to the per-sample gradients of its parameters.
+"""The canonical form: what one call of a layer contributes to J_n, the row of sample n, of each of its parameters.
 
 A rule brings each layer type to one of three forms: outer products, embedding gradients or per-sample gradients. Code
 outside of this package sees these forms and no layer types.
 
 Dimensions: N samples, G groups, P positions (pixels or tokens; 1 for a plain linear layer), I inputs and O outputs of a
-group, K entries of a flat gradient; V rows of an embedding table, D entries of such a row; C channels, H and W pixels.
+group, K entries of a flat gradient; V vectors of an embedding table, D entries of such a vector; C channels, H and W
+pixels; T taps (pixels) of a convolution's kernel.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from tengrad_triton.kernels.conv_geometry import ConvGeometry, conv_geometries
 
 @dataclass(frozen=True)
 class ConvInput:
-    """The input of a convolution in place of its windows a_NGPI, I = (kernel height, kernel width, C / groups).
+    """The input of a convolution, from which the patches a_NGPI follow, I = (kernel height, kernel width, C / groups).
 
-    Unfolding repeats each pixel once for every window that contains it. A kernel that reads the windows directly from
-    ``x_NCHW`` avoids that memory; `unfold` makes the windows where no kernel does.
+    A patch is the part of the input that one output position multiplies. Unfolding the input into patches repeats each
+    pixel once for every patch that contains it. Ops that read the patches directly from ``x_NCHW`` save that memory;
+    `unfold` returns the patches for all other code.
 
     Attributes:
-        x_NCHW: the input [N, C, H, W]. Padding with other values than zeros has been added to it already.
+        x_NCHW: the input [N, C, H, W]. It already includes padding with values other than zeros.
         kernel_size: height and width of the kernel, in pixels.
         geometry: stride, zero padding, dilation and groups.
     """
@@ -41,11 +43,11 @@ class ConvInput:
     geometry: ConvGeometry
 
     def unfold(self) -> Tensor:
-        """Return a_NGPI: the entries of every window."""
+        """Return a_NGPI: the entries of every patch."""
         return self.geometry.unfold(self.x_NCHW, self.kernel_size)
 
     def pack(self) -> dict[str, Any]:
-        """Return the fields as tensors and plain numbers, from which `unpack` makes an equal object."""
+        """Return the fields as tensors and numbers, from which `unpack` makes an equal object."""
         return {"x_NCHW": self.x_NCHW, "kernel_size": self.kernel_size, "geometry": self.geometry.numbers}
 
     @staticmethod
@@ -55,23 +57,23 @@ class ConvInput:
 
     @property
     def inputs(self) -> int:
-        """Return I, the number of entries of a window in one group."""
+        """Return I, the number of entries of a patch in one group."""
         return self.kernel_size[0] * self.kernel_size[1] * self.x_NCHW.shape[1] // self.geometry.groups
 
 
 @dataclass(frozen=True)
 class OuterProducts:
-    """J_n = Σ_p g_np a_npᵀ in every group: the per-sample gradients of a weight that multiplies P positions.
+    """The rows J_n = Σ_p g_np a_npᵀ, in every group, of a weight that multiplies P positions.
 
     Equation: docs/math.md, M1. Source: the TENGraD paper, equation 8 and Lemma 1.
 
     Attributes:
         a: the inputs a_NGPI of the weight, [N, G, P, I], or the `ConvInput` that unfolds to them.
-        g_NGPO: derivatives [N, G, P, O] of each sample's own loss with respect to the layer's output. The loss is the
-            sample's own, not its share of a mean over the batch.
+        g_NGPO: the output gradients [N, G, P, O]: derivatives of each sample's own loss, which is not divided by the
+            size of the batch, with respect to the layer's output.
 
-    The entries of J_n are in the order (G, O, I). That is the order of the weight itself, except for a convolution,
-    whose input channel comes last here and before the kernel's pixels in the weight.
+    The entries of J_n are in the order (G, O, I), which is also that of `matrix_view`. The weight itself has this
+    order, except for a convolution: its input channel comes last in J_n, but before the taps in the weight.
     """
 
     a: Tensor | ConvInput
@@ -89,7 +91,7 @@ class OuterProducts:
         return self.g_NGPO.shape[1] * self.outputs * inputs
 
     def sample_grads(self, ops: Any = kernels) -> Tensor:
-        """Return the explicit per-sample gradients j_NK, computed by the operations of ``ops``."""
+        """Return the explicit rows j_NK, computed by the ops that ``ops`` has as attributes."""
         if not isinstance(self.a, ConvInput):
             return ops.sample_grads(self.a, self.g_NGPO)
         geometry = self.a.geometry
@@ -97,22 +99,22 @@ class OuterProducts:
         return ops.conv_sample_grads(geometry.padded(self.a.x_NCHW), self.g_NOHW(self.a), *sizes)
 
     def g_NOHW(self, conv_input: ConvInput) -> Tensor:
-        """Return the derivatives as an image [N, G·O, H, W] over the output pixels of the convolution."""
+        """Return the output gradients as an image [N, G·O, H, W] of the convolution's output pixels."""
         g_NOP = self.g_NGPO.mT.reshape(len(self.g_NGPO), -1, self.g_NGPO.shape[2])
         return g_NOP.unflatten(2, conv_input.geometry.pixels(conv_input.x_NCHW.shape[2:], conv_input.kernel_size))
 
 
 @dataclass(frozen=True)
 class EmbeddingGrads:
-    """J_n = Σ_p e_i g_npᵀ with i = ids_NP[n, p]: the per-sample gradients of an embedding table [V, D].
+    """The rows J_n = Σ_p e_i g_npᵀ, with i = ids_NP[n, p], of an embedding table [V, D].
 
-    Position p of sample n reads row i of the table, so only these rows of J_n differ from zero. e_i is the i-th unit
-    vector of length V; it is never formed. Equation: docs/math.md, M1.
+    Position p of sample n reads vector i of the table, so J_n is zero for all vectors that sample n does not read. e_i
+    is the i-th unit vector of length V; it is never formed. Equation: docs/math.md, M1.
 
     Attributes:
-        ids_NP: which row of the table each position reads: integers [N, P] from 0 to V − 1.
-        g_NPD: derivatives [N, P, D] of each sample's own loss with respect to the row that was read.
-        num_embeddings: V, the number of rows of the table.
+        ids_NP: the index of the vector that each position reads: integers [N, P] from 0 to V − 1.
+        g_NPD: derivatives [N, P, D] of each sample's own loss with respect to the vector that was read.
+        num_embeddings: V, the number of vectors of the table.
     """
 
     ids_NP: Tensor
@@ -125,23 +127,24 @@ class EmbeddingGrads:
         return self.num_embeddings * self.g_NPD.shape[2]
 
     def sample_grads(self, ops: Any = kernels) -> Tensor:
-        """Return the explicit per-sample gradients j_NK. ``ops`` is not used: no kernel does this."""
+        """Return the explicit rows j_NK. No op computes them, so ``ops`` is unused."""
         return self.sample_grads_between(0, self.num_embeddings).flatten(1)
 
     def sample_grads_between(self, first: int, end: int) -> Tensor:
-        """Return j_NVD restricted to the table's rows ``first`` to ``end`` − 1."""
+        """Return j_NVD restricted to the table's vectors ``first`` to ``end`` − 1."""
         n, _, entries = self.g_NPD.shape
         inside = (self.ids_NP >= first) & (self.ids_NP < end)
-        slot_NP = torch.where(inside, self.ids_NP - first, end - first)  # all others share one slot, dropped below
-        samples_N1 = torch.arange(n, device=slot_NP.device)[:, None]
+        # Positions that read other vectors add to one more vector at the end, which is dropped.
+        place_NP = torch.where(inside, self.ids_NP - first, end - first)
+        samples_N1 = torch.arange(n, device=place_NP.device)[:, None]
         j = self.g_NPD.new_zeros(n * (end - first + 1), entries)
-        j.index_add_(0, (samples_N1 * (end - first + 1) + slot_NP).flatten(), self.g_NPD.flatten(0, 1))
+        j.index_add_(0, (samples_N1 * (end - first + 1) + place_NP).flatten(), self.g_NPD.flatten(0, 1))
         return j.view(n, end - first + 1, entries)[:, :-1]
 
 
 @dataclass(frozen=True)
 class PerSampleGrads:
-    """J_n itself: the per-sample gradients of a bias, an elementwise scale or any other parameter (docs/math.md, M1).
+    """The rows J_n themselves: of a bias, an elementwise scale or any other parameter (docs/math.md, M1).
 
     Attributes:
         j_NK: derivatives of each sample's own loss with respect to the parameter: [N, *parameter.shape], or [N, K]
@@ -168,8 +171,8 @@ class Call:
 
     Attributes:
         args: the positional arguments, with their tensors detached from the graph.
-        kwargs: the keyword arguments, likewise.
-        rng: the state of the random number generator before the call, for layers that draw from it; None for others.
+        kwargs: the keyword arguments, with their tensors detached.
+        rng: the state of the random number generator before the call, for layers that draw random numbers; else None.
     """
 
     args: tuple[Any, ...]
@@ -219,12 +222,15 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
 
 
 def matrix_view(parameter: Tensor) -> Tensor:
-    """Return a view [O, K, I] of a parameter-shaped tensor in the canonical order: outputs, kernel pixels, inputs."""
+    """Return a view [O, T, I] of a parameter-shaped tensor: outputs, taps of a convolution's kernel (else 1), inputs.
+
+    This is the order of the entries of J_n (see `OuterProducts`).
+    """
     if parameter.dim() < 2:
         return parameter.view(-1, 1, 1)
     return parameter.unsqueeze(1) if parameter.dim() == 2 else parameter.view(*parameter.shape[:2], -1).mT
 
 
-def canonical_rows(j_NK: Tensor) -> Tensor:
+def flatten_rows(j_NK: Tensor) -> Tensor:
     """Return rows [N, *parameter.shape] flattened to [N, K], with the K entries in the order of `matrix_view`."""
     return (j_NK.flatten(3).mT if j_NK.dim() > 3 else j_NK).flatten(1)

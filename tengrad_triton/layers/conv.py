@@ -1,4 +1,6 @@
-"""Convolutions, and transposed convolutions, which exchange the roles of input and output derivative.
+"""Convolutions and transposed convolutions.
+
+In a transposed convolution the input and the output gradients exchange their roles.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, C channels; a * stands for the pixels.
 """
@@ -18,10 +20,10 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-def windows(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | ConvInput:
-    """Return the inputs a_NGPI of a convolution's weight: the windows of ``x`` [N, C, *] after padding with zeros.
+def patches_of(layer: Any, x: Tensor, padding: Sequence[int]) -> Tensor | ConvInput:
+    """Return the inputs a_NGPI of a convolution's weight: the patches of ``x`` [N, C, *] after padding with zeros.
 
-    Windows in one or two dimensions stay a `ConvInput`, which a kernel reads without unfolding it.
+    In one or two dimensions the result is a `ConvInput`, from which ops read the patches directly.
     """
     kernel_size, stride, dilation = (tuple(size) for size in (layer.kernel_size, layer.stride, layer.dilation))
     if x.dim() == 5:
@@ -52,7 +54,7 @@ def _unfolded(
     return a.flatten(2 + dims).flatten(2, 1 + dims)
 
 
-def _grouped(g: Tensor, groups: int) -> Tensor:
+def _in_groups(g: Tensor, groups: int) -> Tensor:
     """Return ``g`` [N, G·O, *] as g_NGPO."""
     return g.reshape(len(g), groups, g.shape[1] // groups, -1).mT
 
@@ -68,26 +70,27 @@ def _bias_grads(grad_y: Tensor) -> PerSampleGrads:
 
 @canonical.register
 def _(layer: Convolution, x: Tensor, grad_y: Tensor) -> Canonical:
-    # torch stores here what "same", "valid" and numbers mean, in the order of F.pad: last dimension first
+    # torch has resolved the padding to numbers, in the order of F.pad: last dimension first.
     around = list(layer._reversed_padding_repeated_twice)
     if layer.padding_mode == "zeros" and around[::2] == around[1::2]:
-        a = windows(layer, x, around[::-2])
+        a = patches_of(layer, x, around[::-2])
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        a = windows(layer, F.pad(x, around, mode=mode), [0] * len(layer.kernel_size))
-    return {"weight": OuterProducts(a, _grouped(grad_y, layer.groups)), "bias": _bias_grads(grad_y)}
+        a = patches_of(layer, F.pad(x, around, mode=mode), [0] * len(layer.kernel_size))
+    return {"weight": OuterProducts(a, _in_groups(grad_y, layer.groups)), "bias": _bias_grads(grad_y)}
 
 
 @canonical.register
 def _(layer: Transposed, x: Tensor, grad_y: Tensor) -> Canonical:
-    # The layer is the transpose of a convolution that maps y to x: grad_y gives its windows, and x its derivatives.
+    # The layer is the transpose of a convolution from y to x. So grad_y gives that convolution's patches, and x is in
+    # the place of its output gradients.
     padding = [p for p in reversed(_numbers(layer.padding)) for _ in range(2)]
     padded = F.pad(grad_y, padding)
     axes = zip(x.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
     covered = [(pixels - 1) * step + gap * (size - 1) + 1 for pixels, size, step, gap in axes]
-    for axis, pixels in enumerate(covered):  # no window covers the pixels that output_padding adds
+    for axis, pixels in enumerate(covered):  # no patch has the pixels that output_padding adds
         padded = padded.narrow(2 + axis, 0, pixels)
     return {
-        "weight": OuterProducts(windows(layer, padded, [0] * len(covered)), _grouped(x, layer.groups)),
+        "weight": OuterProducts(patches_of(layer, padded, [0] * len(covered)), _in_groups(x, layer.groups)),
         "bias": _bias_grads(grad_y),
     }

@@ -1,5 +1,7 @@
 """Layers whose weights multiply features: Linear and Bilinear.
 
+`OuterProducts(a [N, 1, P, I], g [N, 1, P, O])` stands for the rows J_n = Σ_p g_np a_npᵀ of a weight [O, I].
+
 Dimensions: N samples, P positions, I inputs, O outputs.
 """
 
@@ -12,12 +14,12 @@ from tengrad_triton.layers.contribution import Call, Canonical, OuterProducts, P
 
 
 def weight_grads(a: Tensor, g: Tensor) -> OuterProducts:
-    """Return the contribution to a weight [O, I] that maps inputs ``a`` [N, …, I]; ``g`` [N, …, O] are derivatives."""
+    """Return the contribution to a weight [O, I] from inputs ``a`` [N, …, I] and output gradients ``g`` [N, …, O]."""
     return OuterProducts(a.reshape(len(a), 1, -1, a.shape[-1]), g.reshape(len(g), 1, -1, g.shape[-1]))
 
 
 def bias_grads(g: Tensor) -> PerSampleGrads:
-    """Return the contribution to a bias [O] from derivatives ``g`` [N, …, O]: Σ_p g_np."""
+    """Return the contribution to a bias [O] from output gradients ``g`` [N, …, O]: Σ_p g_np."""
     return PerSampleGrads(g.reshape(len(g), -1, g.shape[-1]).sum(1))
 
 
@@ -29,6 +31,6 @@ def _(layer: nn.Linear, x: Tensor, grad_y: Tensor) -> Canonical:
 @canonical.register
 def _(layer: nn.Bilinear, x: Call, grad_y: Tensor) -> Canonical:
     first, second = arguments(layer, x).values()
-    # The canonical order of the weight [O, I₁, I₂] has the features of the first input last.
+    # `matrix_view` of the weight [O, I₁, I₂] has the features of the first input last.
     pairs = torch.einsum("...j,...i->...ji", second, first).flatten(-2)
     return {"weight": weight_grads(pairs, grad_y), "bias": bias_grads(grad_y)}

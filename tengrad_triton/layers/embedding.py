@@ -1,6 +1,6 @@
-"""Embedding tables. No rule forms a one-hot vector or anything else of the vocabulary's size.
+"""Embedding tables. No rule forms a one-hot vector or another tensor of the vocabulary's size.
 
-Dimensions: N samples or bags, P positions, D entries of a row of the table; B ids of all bags together.
+Dimensions: N samples or bags, P positions, D entries of a vector of the table; B ids of all bags together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tengrad_triton.layers.contribution import Canonical, EmbeddingGrads, Inputs
 
 
 def _table_grads(layer: nn.Embedding | nn.EmbeddingBag, ids_NP: Tensor, g_NPD: Tensor) -> EmbeddingGrads:
-    """Return the contribution to the table; its row at ``padding_idx`` gets no gradient."""
+    """Return the contribution to the table; its vector at ``padding_idx`` gets no gradient."""
     if layer.padding_idx is not None:
         g_NPD = g_NPD.masked_fill((ids_NP == layer.padding_idx)[..., None], 0)
     return EmbeddingGrads(ids_NP, g_NPD, layer.num_embeddings)
@@ -47,7 +47,7 @@ def _(layer: nn.EmbeddingBag, x: Inputs, grad_y: Tensor) -> Canonical:
 def _padded_bags(
     layer: nn.EmbeddingBag, ids_B: Tensor, offsets: Tensor, weights_B: Tensor | None, bags: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Pad bags of different sizes to P positions; return ids, weights, and a mask of the positions within their bag."""
+    """Pad bags of different sizes to P positions; return ids, weights, and a mask that is False for padding."""
     starts_N = offsets[:bags]
     sizes_N = torch.cat([starts_N[1:], starts_N.new_tensor([len(ids_B)])]) - starts_N
     if layer.include_last_offset:
@@ -59,11 +59,11 @@ def _padded_bags(
 
 
 def why_not_exact(layer: nn.Embedding | nn.EmbeddingBag) -> str | None:
-    """Return which option makes the table's gradient differ from the derivative of the loss, or None if none does."""
+    """Return why the table's gradient is not the derivative of the loss: the option and its remedy; or None."""
     if layer.sparse:
         return "sparse=True, but the natural gradient needs a dense gradient: use sparse=False"
     if layer.max_norm is not None:
-        return f"max_norm={layer.max_norm}, which rewrites rows of the table in the forward pass: use max_norm=None"
+        return f"max_norm={layer.max_norm}, which rewrites vectors of the table in the forward pass: use max_norm=None"
     if layer.scale_grad_by_freq:
         return "scale_grad_by_freq=True, whose gradient is not the derivative of the loss: use scale_grad_by_freq=False"
     return None

@@ -1,6 +1,6 @@
 """Elementwise scales: normalization layers and PReLU.
 
-J_n = Σ_p g_np ∘ x̂_np has as many entries as there are features, so it is stored as it is (docs/math.md, M1).
+J_n = Σ_p g_np ∘ x̂_np has one entry for each feature, so it is stored explicitly (docs/math.md, M1).
 
 Dimensions: N samples, C channels; a * stands for any further dimensions.
 """
@@ -23,7 +23,7 @@ def _sum_to_shape(g: Tensor, shape: tuple[int, ...]) -> PerSampleGrads:
 
 
 def _sum_to_channels(g: Tensor) -> PerSampleGrads:
-    """Sum ``g`` [N, C, *] over what follows the channels."""
+    """Sum ``g`` [N, C, *] over the dimensions after the channels."""
     return PerSampleGrads(g.flatten(2).sum(2) if g.dim() > 2 else g)
 
 

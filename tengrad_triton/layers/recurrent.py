@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU: unrolled over time, each step is two or three uncalled linear layers and a cell.
+"""RNN, LSTM and GRU: each time step is two or three uncalled linear layers and a cell, which has no parameters.
 
 Dimensions: N samples, T time steps, I inputs, H units, O gate inputs (the numbers before the gates' nonlinearities).
 """
@@ -26,12 +26,12 @@ from tengrad_triton.layers.uncalled import (
 
 
 @dataclass
-class Direction:
-    """One layer of the stack in one direction.
+class TimeDirection:
+    """One layer of the stack in one direction of time.
 
     Attributes:
-        suffix: ends the names of its parameters, such as ``l0`` or ``l0_reverse``.
-        reverse: whether it goes through the sequence from the end.
+        suffix: the suffix of its parameters' names, such as ``l0`` or ``l0_reverse``.
+        reverse: whether it goes through the sequence from its end to its start.
         weights: the parameters of the whole stack.
         tap: called for each uncalled linear layer at each step.
     """
@@ -84,7 +84,7 @@ def _(layer: nn.RNN | nn.LSTM | nn.GRU, weights: Weights, named_args: dict[str, 
     for depth in range(layer.num_layers):
         sides = []
         for reverse, ending in enumerate(directions):
-            direction = Direction(f"l{depth}{ending}", bool(reverse), weights, tap)
+            direction = TimeDirection(f"l{depth}{ending}", bool(reverse), weights, tap)
             side, end = _run(layer, direction, xs, starts[depth * len(directions) + reverse])
             sides.append(side)
             ends.append(end)
@@ -97,7 +97,7 @@ def _(layer: nn.RNN | nn.LSTM | nn.GRU, weights: Weights, named_args: dict[str, 
 
 
 def _starts(layer: nn.RNNBase, x_TNI: Tensor, hx: Any) -> list[tuple[Tensor, ...]]:
-    """Return the initial state of every layer and direction, from the call or zero."""
+    """Return the initial state of every layer and direction: that of the call, or zeros."""
     sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if isinstance(layer, nn.LSTM) else 1]
     number = layer.num_layers * (2 if layer.bidirectional else 1)
     given = [hx] if isinstance(hx, Tensor) else hx
@@ -106,7 +106,7 @@ def _starts(layer: nn.RNNBase, x_TNI: Tensor, hx: Any) -> list[tuple[Tensor, ...
 
 
 def _run(
-    layer: nn.RNNBase, direction: Direction, xs: list[Tensor], state: tuple[Tensor, ...]
+    layer: nn.RNNBase, direction: TimeDirection, xs: list[Tensor], state: tuple[Tensor, ...]
 ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Return the outputs of one layer in one direction at every step, and its final state."""
     cell, outputs = _cell_of(layer), []

@@ -1,4 +1,4 @@
-"""What is known about a layer from its type and options: whether a rule covers it, and what its calls account for."""
+"""Properties of a layer that follow from its type and options, such as whether a rule covers it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tengrad_triton.layers.embedding import why_not_exact
 _SEQUENTIAL = (nn.MultiheadAttention, nn.RNNBase)
 _POINTWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 _HARMLESS_OVERRIDES = frozenset({"extra_repr", "reset_parameters", "__init__", "__repr__"})
+_PARAMETRIZATIONS, _OUT_PROJ = "parametrizations", "out_proj"  # names of uncalled submodules
 
 
 def why_no_rule(layer: nn.Module) -> str | None:
@@ -40,7 +41,7 @@ def require_exact_gradient(name: str, layer: nn.Module) -> None:
     """Check that the gradient torch computes for a layer's parameters is the derivative of the loss.
 
     Raises:
-        ValueError: an option of the layer makes it something else; the message names the option and its remedy.
+        ValueError: an option of the layer makes it differ; the message names the option and its remedy.
     """
     if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and (why := why_not_exact(layer)):
         raise ValueError(f"{name or type(layer).__name__} has {why}")
@@ -51,22 +52,40 @@ def call_parameters(layer: nn.Module) -> Mapping[str, nn.Parameter]:
 
     These are the layer's own and those of submodules that it uses without calling them.
     """
-    own = dict(layer.named_parameters(recurse=False, remove_duplicate=False))
-    uncalled = [("parametrizations", module) for name, module in layer.named_children() if name == "parametrizations"]
+    direct = dict(layer.named_parameters(recurse=False, remove_duplicate=False))
+    uncalled = [(name, module) for name, module in layer.named_children() if name == _PARAMETRIZATIONS]
     if isinstance(layer, nn.MultiheadAttention):
-        uncalled.append(("out_proj", layer.out_proj))
-    return own | {f"{prefix}.{name}": p for prefix, module in uncalled for name, p in module.named_parameters()}
+        uncalled.append((_OUT_PROJ, layer.out_proj))
+    return direct | {f"{prefix}.{name}": p for prefix, module in uncalled for name, p in module.named_parameters()}
+
+
+def owned_parameters(name: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the parameters that a module owns, each under one name only, by their names within the module.
+
+    A module owns the parameters that it holds directly. A parametrized module also owns those of its parametrizations.
+
+    Args:
+        name: the module's name.
+        modules: all modules of the model, by name.
+    """
+    module = modules[name]
+    if is_uncalled(name, modules):
+        parametrization = name.rpartition(".")[0].endswith(_PARAMETRIZATIONS)
+        return {} if parametrization else dict(module.named_parameters(recurse=False))
+    owned = {key: p for key, p in call_parameters(module).items() if not key.startswith(f"{_OUT_PROJ}.")}
+    first_names = {p: key for key, p in reversed(owned.items())}
+    return {key: p for key, p in owned.items() if first_names[p] == key}
 
 
 def is_uncalled(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a module's parent uses its parameters without calling it; ``modules`` are all of the model, by name."""
-    parent, _, own = name.rpartition(".")
-    attention = own == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention)
+    """Whether a module's parent uses its parameters without calling it; ``modules`` are those of the model, by name."""
+    parent, _, last = name.rpartition(".")
+    attention = last == _OUT_PROJ and isinstance(modules.get(parent), nn.MultiheadAttention)
     return attention or isinstance(modules[name], ParametrizationList)
 
 
 def has_uncalled(layer: nn.Module) -> bool:
-    """Whether the layer's rule needs the inputs and output derivatives of uncalled linear layers."""
+    """Whether the layer's rule needs the inputs and output gradients of uncalled linear layers."""
     return isinstance(layer, _SEQUENTIAL) and why_no_rule(layer) is None
 
 
@@ -76,7 +95,7 @@ def is_unrolled(layer: nn.Module) -> bool:
 
 
 def samples_dim(layer: nn.Module) -> int:
-    """Return which dimension of a layer's inputs and outputs counts the samples: 0, or 1 with the sequence first."""
+    """Return which dimension of a layer's inputs and outputs counts the samples: 0, or 1 if the sequence is first."""
     return 1 if isinstance(layer, _SEQUENTIAL) and not layer.batch_first else 0
 
 
@@ -87,11 +106,12 @@ def locate_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bo
         layer: the layer that was called.
         y: the first tensor that it returned.
         samples: N, the number of samples of the model's input.
-        sequence_first: whether some layer of the model has the sequence first; layers between such have it too.
+        sequence_first: whether some layer of the model takes [sequence, samples, …]. Pointwise layers, such as Linear,
+            may then get this order too.
 
     Returns:
-        Why the samples are not where the layer's rule needs them, or None; and whether they are in the second
-        dimension where the rule expects the first.
+        why_not: why the samples are not in a dimension that the layer's rule can use, or None if they are.
+        samples_second: whether they are in the second dimension although the rule expects the first.
     """
     if isinstance(layer, _SEQUENTIAL):
         dim = samples_dim(layer)
@@ -107,17 +127,17 @@ def locate_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bo
 
 
 def may_mix_samples(layer: nn.Module) -> bool:
-    """Whether the layer is a batch norm that a rule covers: it mixes samples when it uses the batch's statistics."""
+    """Whether the layer is a batch norm that a rule covers, and so mixes samples in some of its modes."""
     return isinstance(layer, _BatchNorm) and why_no_rule(layer) is None
 
 
 def may_draw_random_numbers(layer: nn.Module) -> bool:
-    """Whether a call of the layer in training mode draws random numbers, which its rule has to draw again."""
+    """Whether a call of the layer in training mode draws random numbers that its rule has to draw again."""
     return isinstance(layer, _SEQUENTIAL) and layer.dropout > 0
 
 
 def draws_random_numbers(layer: nn.Module) -> bool:
-    """Whether a call of the layer in its present mode draws random numbers, which its rule has to draw again."""
+    """Whether a call of the layer in its present mode draws random numbers that its rule has to draw again."""
     return may_draw_random_numbers(layer) and layer.training
 
 
@@ -127,17 +147,20 @@ def drops_out(layer: nn.Module) -> bool:
 
 
 def rule_reads_values(layer: nn.Module, call: Call) -> bool:
-    """Whether the layer's rule reads numbers out of the tensors of ``call``, which a compiled graph cannot do."""
+    """Whether the layer's rule reads values from the tensors of ``call``, which a compiled graph cannot do."""
     return isinstance(layer, nn.EmbeddingBag) and first_tensor(call.args, call.kwargs).dim() == 1
 
 
 def graph_counts_calls(layer: nn.Module) -> bool:
-    """Whether autograd's graph has one edge to each parameter a call, so that more edges mean uses outside of calls."""
+    """Whether each call adds one edge to autograd's graph for each parameter.
+
+    If the graph has more edges that end in a parameter than its layer has calls, the parameter is used elsewhere too.
+    """
     return not isinstance(layer, _SEQUENTIAL)
 
 
 def summary_note(layer: nn.Module) -> str:
-    """Return what `TENGraD.summary` notes about the layer's rows of J, or an empty string."""
+    """Return the note of `TENGraD.summary` about the layer's rows, or an empty string."""
     why = why_no_rule(layer)
     if why is not None:
         return f"explicit ({why})"

@@ -1,14 +1,14 @@
-"""Attention and recurrent layers contain linear layers that they apply without calling a module.
+"""Uncalled linear layers: attention and recurrent layers apply linear layers without calling a module.
 
-No hook sees such an uncalled linear layer. `forward_with_taps` therefore computes the whole layer again from its parts
-and passes the input and the output of each uncalled linear layer to a tap. Two callers need that:
+No hook sees an uncalled linear layer. `forward_with_taps` therefore computes the whole layer step by step and passes
+the input and the output of each uncalled linear layer to a `Tap`. Two callers need that:
 
 - after a forward, `rerun_with_taps` repeats the call with the same random numbers, and autograd gives the derivatives
   with respect to the tapped outputs;
-- in a compiled step the tapped forward replaces the layer's own, and the tap adds perturbations, with respect to which
-  the derivatives are taken.
+- in a compiled step the forward with taps replaces the layer's own, and the tap adds perturbations; the derivatives
+  with respect to them are the output gradients.
 
-Dimensions: C calls of an uncalled linear layer in one call of its parent, for example one a time step.
+Dimensions: C calls of an uncalled linear layer in one call of its parent, for example one for each time step.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tengrad_triton.layers.contribution import Call, Canonical, Inputs, argument
 Weights = Mapping[str, Tensor]
 """A layer's parameters, by their names within it."""
 UncalledTensors = Mapping[str, Tensor]
-"""For each uncalled linear layer, by its name: its inputs, or the derivatives with respect to its outputs, [C, …]."""
+"""For each uncalled linear layer, by its name: its inputs [C, …], or its output gradients [C, …]."""
 
 
 class Tap:
     """Stores the inputs and outputs of uncalled linear layers, by name and in the order of their calls.
 
     Args:
-        perturbations: tensors [C, …] that are added to the outputs, by name; none by default.
+        perturbations: tensors [C, …] to add to the outputs, by name; None adds nothing.
     """
 
     def __init__(self, perturbations: UncalledTensors | None = None) -> None:
@@ -43,7 +43,7 @@ class Tap:
         self.outputs: dict[str, list[Tensor]] = {}
 
     def __call__(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Store one call, ``x`` to ``y``, and return ``y`` plus the perturbation of that call."""
+        """Store one call, from input ``x`` to output ``y``; return ``y`` plus the perturbation of that call."""
         inputs = self._inputs.setdefault(name, [])
         if name in self._perturbations:
             y = y + self._perturbations[name][len(inputs)]
@@ -85,7 +85,7 @@ def canonical_from_uncalled(layer: nn.Module, inputs: UncalledTensors, grads: Un
     Args:
         layer: an attention or recurrent layer.
         inputs: the inputs of its uncalled linear layers.
-        grads: the derivatives with respect to the outputs of its uncalled linear layers.
+        grads: the output gradients of its uncalled linear layers.
     """
     raise TypeError(f"canonical_from_uncalled expects a layer with uncalled linear layers, got {type(layer).__name__}")
 
@@ -93,19 +93,20 @@ def canonical_from_uncalled(layer: nn.Module, inputs: UncalledTensors, grads: Un
 def canonical_of_call(layer: nn.Module, x: Any, grad_y: Any) -> Canonical:
     """Return what one call of a layer with uncalled linear layers contributes to its parameters.
 
-    ``x`` and ``grad_y`` are the arguments of `canonical`, or, from a compiled step, those of `canonical_from_uncalled`.
+    Outside of a compiled step, ``x`` and ``grad_y`` are the arguments of `canonical`, and the call is computed again. A
+    compiled step has taps in its forward and passes two mappings, the arguments of `canonical_from_uncalled`.
     """
-    tapped = not isinstance(x, (Tensor, Call))
-    inputs, grads = (x, grad_y) if tapped else rerun_with_taps(layer, x, grad_y)
+    has_tapped = not isinstance(x, (Tensor, Call))
+    inputs, grads = (x, grad_y) if has_tapped else rerun_with_taps(layer, x, grad_y)
     return canonical_from_uncalled(layer, inputs, grads)
 
 
 def rerun_with_taps(
     layer: nn.Module, x: Inputs, output_grads: list[Tensor | None]
 ) -> tuple[UncalledTensors, UncalledTensors]:
-    """Repeat a call; return the inputs of the uncalled linear layers and the derivatives with respect to their outputs.
+    """Repeat a call; return the inputs and the output gradients of its uncalled linear layers.
 
-    ``output_grads`` are the derivatives with respect to the tensors that the call returned, None for those without.
+    ``output_grads`` are the derivatives with respect to the tensors that the call returned; None where there is none.
     """
     call, tap = x if isinstance(x, Call) else Call((x,)), _DifferentiableTap()
     like = first_tensor(call.args, call.kwargs)

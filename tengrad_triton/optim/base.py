@@ -1,6 +1,6 @@
-"""What all optimizers with a captured curvature share: groups, schedules, capture, targets and state.
+"""The base class of all optimizers in this package: parameter groups, schedules, capture, targets and state.
 
-The kind of curvature and the step along it are a subclass's: `TENGraD`, or the baselines' `KroneckerOptimizer`.
+Its subclasses, `TENGraD` and the baselines' `KroneckerOptimizer`, define the curvature and the step along it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing_extensions import override
 from tengrad_triton.capture.blocks import LayerParams, find_layer_params
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import GroupSettings, Target, targets_of
-from tengrad_triton.optim.damping import LevenbergMarquardt, Schedule, rule_of
+from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.validation import check_group, check_model, check_refresh_every
@@ -29,17 +29,17 @@ C = TypeVar("C")
 
 
 class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
-    """An optimizer with a curvature C that the batches of some steps give, and that serves the steps in between.
+    """An optimizer that computes a curvature C from the batches of some steps, and uses it in the steps between.
 
-    A subclass says when a capture is due, which curvature it makes, how a step goes along it, and how it is packed.
+    A subclass defines when a capture is due, how the curvature is computed, how a step uses it, and how it is packed.
 
     Args:
         model: the module that the training loop calls.
         params: parameters or groups of them; all of the model's by default.
         defaults: the settings of a group that has none of its own.
         refresh_every: steps from one refresh to the next, or a function of the step.
-        unsupported: what parameters get that no rule covers.
-        seed: of the generator that draws labels; torch's initial seed by default.
+        unsupported: how parameters without a rule are treated.
+        seed: the seed of the generator that draws labels; torch's initial seed by default.
     """
 
     state_key: ClassVar[str]
@@ -64,10 +64,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._seed = torch.initial_seed() if seed is None else seed
         self._generator = torch.Generator(next(model.parameters()).device)
         self._generator.manual_seed(self._seed)
-        self._steps = 0  # taken so far
-        self._age = 0  # steps taken with the present curvature
+        self._steps = 0  # the number of steps taken so far
+        self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
-        self._damping_rules: list[Schedule | LevenbergMarquardt | None] = []  # by group
+        self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
         self._group_settings: dict[int, GroupSettings] = {}
         self._warned: set[str] = set()
         self._layers: list[LayerParams] = []
@@ -78,23 +78,23 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     @abstractmethod
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
-        """Return the capture of what these layers need; raises `ValueError` where their groups do not fit together."""
+        """Return the capture for these layers; raises `ValueError` if the settings of their groups contradict."""
 
     @abstractmethod
-    def _check_group(self, group: Mapping[str, Any], rule: Schedule | LevenbergMarquardt | None) -> None:
-        """Reject a group that `check_group` accepts and this optimizer cannot honour; ``rule`` is the damping's."""
+    def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
+        """Raise if this optimizer does not support a group's settings; ``schedule`` is the one of its damping."""
 
     @abstractmethod
     def _why_closure(self) -> str | None:
-        """Return why the next step needs a closure, or None where it does not."""
+        """Return why the next step needs a closure, or None if it needs none."""
 
     @abstractmethod
     def _refresh_is_due(self) -> bool:
-        """Whether the next step reads what a forward and a backward leave in the capture."""
+        """Whether the next step needs the capture of a forward and a backward."""
 
     @abstractmethod
     def _take_step(self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any) -> tuple[C, int]:
-        """Update the targets; return the curvature used, and how many steps were taken with it before this one."""
+        """Update the targets; return the curvature used, and the number of steps taken with it before this one."""
 
     @abstractmethod
     def _packed(self, curvature: C) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     @abstractmethod
     def _unpacked(self, packed: Mapping[str, Any]) -> C:
-        """Return the curvature that `_packed` described; raises `ValueError` if it is another model's."""
+        """Return the curvature that `_packed` stored; raises `ValueError` if it belongs to another model."""
 
     @abstractmethod
     def summary(self) -> Summary:
@@ -118,65 +118,70 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        rule, group["damping"] = rule_of(group["damping"])
+        schedule, group["damping"] = schedule_of(group["damping"])
         try:
-            self._check_group(group, rule)
-            if callable(rule):
-                group["damping"] = rule(self._steps)
+            self._check_group(group, schedule)
+            if callable(schedule):
+                group["damping"] = schedule(self._steps)
             check_group(group)
             if self._built:
                 self._rebuild()
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._damping_rules.append(rule)
+        self._damping_schedules.append(schedule)
 
     def _rebuild(self) -> None:
-        """Find the layers of all parameters, and have the next step refresh."""
-        layers = find_layer_params(self._module, self.param_groups, self._unsupported == "explicit")
+        """Find the layers of all parameters. The next step then refreshes the curvature."""
+        layers = find_layer_params(self._module, self.param_groups, rows_without_rule=self._unsupported == "explicit")
         self._report_uncovered({layer.name: layer.why_sgd for layer in layers if layer.why_sgd})
+        capture = self._new_capture(layers)
         if self._built:
             self.close()
-        self._capture = self._new_capture(layers)
+        self._capture = capture
         self._layers, self._curvature, self._built = layers, None, True
         self._capture.arm()
 
     def _report_uncovered(self, uncovered: Mapping[str, str]) -> None:
-        """Warn once of every layer without rows, given by name with the reason; an error if ``unsupported`` says so."""
+        """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.
+
+        Args:
+            uncovered: for each of these layers, by its name, why it has no rows.
+        """
         news = {name: why for name, why in uncovered.items() if name not in self._warned}
         if not news:
             return
         listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in news.items())
         if self._unsupported == "error":
-            raise ValueError(f"no exact rule covers {listed}; with unsupported='sgd' they take the plain SGD step")
+            raise ValueError(f"no exact rows for {listed}; with unsupported='sgd' their parameters take the SGD step")
         self._warned.update(news)
-        warnings.warn(f"no exact rule covers {listed}: their parameters take the plain SGD step", stacklevel=3)
+        warnings.warn(f"no exact rows for {listed}: their parameters take the SGD step", stacklevel=3)
 
     def close(self) -> None:
-        """Take all hooks off the model. A step that is due for a refresh raises `RuntimeError` from then on."""
+        """Remove all hooks from the model. From then on, a step that is due for a refresh raises `RuntimeError`."""
         self._capture.disarm()
 
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and drop what was captured of the batches that they came from."""
+        """Reset the gradients, and drop the captured tensors of their batches."""
         self._capture.forget()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
-        """Take one step; refresh the curvature first where that is due. Without any gradient nothing happens.
+        """Take one step, after a refresh of the curvature if one is due. Without any gradient, nothing changes.
 
         Args:
             closure: zeroes the gradients, evaluates the model, calls backward and returns the loss.
 
         Returns:
-            what the closure returned.
+            the closure's result, or None without a closure.
 
         Raises:
             RuntimeError: a refresh is due, but there was no forward and backward of the model since the last step; or
-                the step needs a closure, and there is none. Parameters and state are as before the call, as after any
-                other error.
+                the step needs a closure, and there is none. After this or any other error, parameters and state are
+                the same as before the call.
         """
         if closure is None and (why := self._why_closure()) is not None:
             raise RuntimeError(why)
@@ -190,20 +195,25 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         return loss
 
     def _advance(self, curvature: C, age: int) -> None:
-        """Count a step that was taken with ``curvature``; leave the hooks only where the next one refreshes."""
+        """Count a step that was taken with ``curvature``; attach the hooks if the next step refreshes."""
         if age == 0:
             logger.debug("step %d refreshed the curvature", self._steps)
         self._curvature, self._age, self._steps = curvature, age + 1, self._steps + 1
         self._rearm()
 
-    def _interval(self) -> int:
-        """Return how many steps the present curvature serves."""
+    def _present_interval(self) -> int:
+        """Return ``refresh_every``, evaluated at the present step if it is a function."""
         every = self.refresh_every
         if callable(every):
             check_refresh_every(every := every(self._steps))
         return every
 
+    def _curvature_is_outdated(self) -> bool:
+        """Whether there is no curvature, or the present interval of steps was taken with it."""
+        return self._curvature is None or self._age >= self._present_interval()
+
     def _rearm(self) -> None:
+        """Drop the captured tensors, and attach the hooks if the next step refreshes, or else remove them."""
         self._capture.forget()
         if self._refresh_is_due():
             self._capture.arm()
@@ -212,13 +222,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     def _follow_schedules(self) -> None:
         """Set every group's damping to what its schedule returns at this step."""
-        for group, rule in zip(self.param_groups, self._damping_rules, strict=True):
-            if callable(rule):
-                group["damping"] = rule(self._steps)
+        for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
+            if callable(schedule):
+                group["damping"] = schedule(self._steps)
                 check_group(group)
 
     def _targets(self) -> list[Target]:
-        """Return every parameter that has a gradient."""
+        """Return a target for each parameter that has a gradient."""
 
         def tensors_of(layer: LayerParams, label: str) -> tuple[Tensor, Tensor, Tensor] | None:
             parameter = layer.parameters[label]
@@ -227,7 +237,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         return targets_of(self._layers, self.param_groups, self._settings(), tensors_of)
 
     def _settings(self) -> list[Tensor]:
-        """Return the groups' present [lr, momentum, weight_decay, shrink], a tensor each."""
+        """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
         known = self._group_settings
         return [known.setdefault(index, GroupSettings()).of(group) for index, group in enumerate(self.param_groups)]
 
@@ -239,11 +249,12 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's entries, and under `state_key` the curvature, its age and the state of the generator."""
+        """Return torch's entries, and under `state_key` the curvature, its age and the generator's state."""
         own = {
             "steps": self._steps,
             "age": self._age,
             "refresh_every": None if callable(self.refresh_every) else self.refresh_every,
+            "seed": self._seed,
             "generator": self._generator.get_state(),
             "curvature": None if self._curvature is None else self._packed(self._curvature),
         }
@@ -251,14 +262,15 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken, also between two refreshes.
+        """Continue from the step at which `state_dict` was called, also between two refreshes.
 
         Raises:
-            ValueError: the state is of another model or another optimizer; nothing has changed then.
+            ValueError: the state belongs to another model or another optimizer; nothing has changed then.
         """
         if self.state_key not in state_dict:
             expected = f"a state_dict of {type(self).__name__}, with the key {self.state_key!r}"
             raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
+        self._check_momenta(state_dict)
         saved = state_dict[self.state_key]
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)
@@ -270,5 +282,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):
             self.refresh_every = saved["refresh_every"]
+        self._seed = saved["seed"]
         self._generator.set_state(saved["generator"].cpu())
         self._rearm()
+
+    def _check_momenta(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise unless every saved momentum fits its parameter: the update would write past a smaller one."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for parameter, index in zip(parameters, indices, strict=False):  # torch compares their numbers
+            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if saved is not None and saved.shape != parameter.shape:
+                raise ValueError(
+                    f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}: it was saved for another model"
+                )

@@ -1,4 +1,4 @@
-"""Damping that changes: by a schedule, or by Levenberg and Marquardt's rule."""
+"""Damping that changes during training: by a function of the step, or by the method of Levenberg and Marquardt."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Schedule = Callable[[int], float]
-"""A function from the number of steps taken to the damping."""
+"""A function from the number of steps taken so far to the damping."""
 
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """Damping that adapts itself at every refresh (Martens 2010, section 4.1; docs/math.md, M8).
+    """Damping that is adapted at every refresh (Martens 2010, section 4.1; docs/math.md, M8).
 
-    ρ = ΔL / ΔM compares how a step changed the loss with the change that the quadratic model predicted. Where ρ > 3/4
-    the setting ``damping`` is multiplied by ``decrease``; where ρ < 1/4, or is no number, by ``increase``. The new
-    damping holds from the next refresh on.
+    ρ = ΔL / ΔM is the ratio of a step's actual change of the loss, ΔL, and the change ΔM that the quadratic model
+    predicted. If ΔM < 0 and ρ > 3/4, the setting ``damping`` is multiplied by ``decrease``. If ΔM ≥ 0, ρ < 1/4 or ρ is
+    not a number, it is multiplied by ``increase``. The new damping takes effect at the next refresh.
 
     Args:
         start: the first damping, positive.
-        decrease: the factor after a well predicted step, in (0, 1].
-        increase: the factor after a badly predicted step, at least 1.
+        decrease: the multiplier after a well predicted step, in (0, 1].
+        increase: the multiplier after a badly predicted step, at least 1.
         least: the smallest damping.
         most: the largest damping.
 
@@ -43,7 +43,7 @@ class LevenbergMarquardt:
             raise ValueError(f"expected 0 < decrease <= 1 <= increase, got {self.decrease} and {self.increase}")
 
     def adapted(self, damping: float, actual: float, predicted: float) -> float:
-        """Return the damping after a step that changed the loss by ``actual`` where ``predicted`` was expected."""
+        """Return the damping after a step that changed the loss by ``actual``, when ``predicted`` was expected."""
         ratio = actual / predicted if predicted else math.nan
         if ratio > 0.75 and predicted < 0:
             return max(self.least, self.decrease * damping)
@@ -53,14 +53,17 @@ class LevenbergMarquardt:
 
 
 Damping = float | Schedule | Literal["lm"] | LevenbergMarquardt
+"""The setting ``damping`` of `TENGraD`."""
+DampingSchedule = Schedule | LevenbergMarquardt
+"""How a damping changes during training."""
 
 
-def rule_of(damping: Any) -> tuple[Schedule | LevenbergMarquardt | None, Any]:
-    """Return the rule by which a group's damping changes, or None, and the value that the group starts with.
+def schedule_of(damping: Any) -> tuple[DampingSchedule | None, Any]:
+    """Return the schedule of a setting ``damping``, or None for a constant, and the group's first damping.
 
-    A schedule is that value itself until it is evaluated at the present step.
+    If the setting is a function, the second result is that function too: the caller evaluates it.
     """
-    rule = LevenbergMarquardt() if isinstance(damping, str) and damping == "lm" else damping
-    if isinstance(rule, LevenbergMarquardt):
-        return rule, rule.start
-    return (rule, rule) if callable(rule) else (None, damping)
+    schedule = LevenbergMarquardt() if isinstance(damping, str) and damping == "lm" else damping
+    if isinstance(schedule, LevenbergMarquardt):
+        return schedule, schedule.start
+    return (schedule, schedule) if callable(schedule) else (None, damping)

@@ -1,4 +1,4 @@
-"""The settings of `TENGraD` that are not a parameter group's, validated once."""
+"""The settings of `TENGraD` that do not belong to a parameter group, validated once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tengrad_triton.capture.blocks import BlocksChoice
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, Representation
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
-from tengrad_triton.optim.validation import check_bound, check_count, is_number
+from tengrad_triton.optim.validation import check_bound, check_choice, check_count, is_number
 from tengrad_triton.tuning.plan import Plan
 from tengrad_triton.tuning.plan_file import load
 
@@ -24,7 +24,7 @@ _ALLOWED = {"fisher": FISHERS, "unsupported": ("explicit", "sgd", "error"), "bac
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of `TENGraD` that are not a parameter group's; its docstring says what each means."""
+    """The settings of `TENGraD` that do not belong to a parameter group; its docstring explains each of them."""
 
     fisher: Fisher
     likelihood: Likelihood
@@ -42,12 +42,12 @@ class Options:
     relative_damping: bool
 
     def choose(self, geometries: Mapping[str, Geometry], refresh_every: int) -> dict[str, Choice]:
-        """Return every weight's choice: as given, else by the plan, else by the analytic rule."""
+        """Return every weight's choice: by the user if given, else by the plan, else by the cost model."""
         given = None if self.representation == "auto" else self.representation
         choices = self.plan.choose(geometries, given, refresh_every, self.max_bytes)
         if self.history == 1:
             return choices
-        # A plan may choose the compressed form, which keeps no rows for the history.
+        # A plan may choose a compressed J, which has lost the rows that a history needs.
         return {
             name: Choice("per_sample", ()) if c.representation == "compressed" else c for name, c in choices.items()
         }
@@ -61,8 +61,7 @@ def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str |
         TypeError: a setting has the wrong type.
     """
     for name, allowed in _ALLOWED.items():
-        if options[name] not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {options[name]!r}")
+        check_choice(name, options[name], allowed)
     for name in ("fisher_samples", "history", "fisher_rows"):
         check_count(name, options[name], optional=name == "fisher_rows")
     _check_blocks(options["blocks"])
@@ -82,7 +81,7 @@ def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str |
 
 
 def check_fisher(fisher: Fisher, likelihood: Likelihood, fisher_samples: int) -> None:
-    """Raise unless the likelihood can give the rows that ``fisher`` asks for, that many for each sample."""
+    """Raise unless the likelihood supports ``fisher``, with ``fisher_samples`` draws for each sample."""
     if fisher_samples > 1 and fisher != "sampled":
         raise ValueError(
             f"fisher_samples={fisher_samples} draws labels, but fisher={fisher!r} draws none: use fisher='sampled'"
@@ -90,14 +89,14 @@ def check_fisher(fisher: Fisher, likelihood: Likelihood, fisher_samples: int) ->
     if fisher == "exact" and not isinstance(likelihood, HasHessianFactor):
         raise TypeError(
             "fisher='exact' needs a likelihood with hessian_factor(output), the columns of a factor of its Hessian; "
-            f"{type(likelihood).__name__} has none: use fisher='sampled', or add it"
+            f"{type(likelihood).__name__} has none: use fisher='sampled', or add that method"
         )
 
 
 def _check_history(history: int, representation: Any) -> None:
     given = representation.values() if isinstance(representation, Mapping) else [representation]
     if history > 1 and "compressed" in given:
-        raise ValueError(f"history={history} keeps rows, but 'compressed' keeps none: choose one of the two")
+        raise ValueError(f"history={history} needs older rows, which 'compressed' drops: choose one of the two")
 
 
 def _check_blocks(blocks: Any) -> None:
@@ -111,7 +110,5 @@ def _check_blocks(blocks: Any) -> None:
 
 
 def _check_representation(representation: Any) -> None:
-    known = ("auto", *REPRESENTATIONS)
     for value in representation.values() if isinstance(representation, Mapping) else [representation]:
-        if value not in known:
-            raise ValueError(f"representation must be one of {', '.join(map(repr, known))}, got {value!r}")
+        check_choice("representation", value, ("auto", *REPRESENTATIONS))

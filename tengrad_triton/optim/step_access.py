@@ -1,4 +1,4 @@
-"""The one place where a compiled step meets the inner state of its optimizer."""
+"""The access of a compiled step to the private state of `TENGraD`. No other module uses it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from tengrad_triton.optim.tengrad import TENGraD
 
 
 class StepAccess:
-    """What a step reads of a `TENGraD`, and the few ways in which it changes it.
+    """The members of a `TENGraD` that a compiled step reads, and the methods by which it changes them.
 
-    Everything is read anew at each access: `TENGraD.add_param_group` and `TENGraD.load_state_dict` replace parts.
+    Each access reads the optimizer again, because `TENGraD.add_param_group` and `TENGraD.load_state_dict` replace some
+    of these objects.
     """
 
     def __init__(self, optimizer: TENGraD) -> None:
@@ -38,7 +39,7 @@ class StepAccess:
 
     @property
     def capture(self) -> Capture:
-        """Return the capture of the plain loop."""
+        """Return the capture of the plain step."""
         return self._optimizer._capture
 
     @property
@@ -48,12 +49,12 @@ class StepAccess:
 
     @property
     def options(self) -> Options:
-        """Return the settings that are not a group's."""
+        """Return the settings that do not belong to a group."""
         return self._optimizer._options
 
     @property
     def adapts(self) -> bool:
-        """Whether a damping adapts itself."""
+        """Whether some group's damping is adapted by `LevenbergMarquardt`."""
         return self._optimizer.adapts
 
     @property
@@ -73,7 +74,7 @@ class StepAccess:
 
     @property
     def age(self) -> int:
-        """Return how many steps were taken with the present curvature."""
+        """Return the number of steps taken with the present curvature."""
         return self._optimizer._age
 
     @property
@@ -82,11 +83,11 @@ class StepAccess:
         return self._optimizer._refresh_is_due()
 
     def choices(self) -> dict[str, Choice]:
-        """Return how J of every preconditioned parameter is stored at present, by the parameter's name."""
+        """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""
         return self._optimizer.choices()
 
     def settings(self) -> list[Tensor]:
-        """Return every group's [lr, momentum, weight_decay, shrink], in tensors that keep their addresses."""
+        """Return each group's [lr, momentum, weight_decay, shrink], as a tensor that keeps its address."""
         return self._optimizer._settings()
 
     def momentum_of(self, parameter: Tensor) -> Tensor:
@@ -94,25 +95,25 @@ class StepAccess:
         return self._optimizer._momentum_of(parameter)
 
     def dampings_and_failures(self, blocks: FisherBlocks) -> tuple[Tensor, Tensor]:
-        """Return the damping of every block at this step, and how many of its factorizations have failed."""
+        """Return for each block its damping ε at this step, and how many of its factorizations have failed."""
         return self._optimizer._damping_of(blocks), failures_of(list(blocks), self.curvature)
 
     def plain_step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Take the optimizer's own step."""
+        """Take the plain step, which is not compiled."""
         loss = self._optimizer.step(closure)
         assert loss is not None  # the closure returns one
         return loss
 
     def zero_grad(self) -> None:
-        """Reset the gradients and drop what was captured."""
+        """Reset the gradients, and drop the captured tensors."""
         self._optimizer.zero_grad()
 
     def detach_hooks(self) -> None:
-        """Take the plain loop's hooks off the model: the graphs capture by themselves."""
+        """Remove the hooks of the plain step from the model: the compiled functions capture without them."""
         self._optimizer.close()
 
     def attach_hooks_if_due(self) -> None:
-        """Put them back where the next step refreshes."""
+        """Attach the hooks of the plain step if the next step refreshes."""
         self._optimizer._rearm()
 
     def release(self) -> None:
@@ -120,5 +121,5 @@ class StepAccess:
         self._optimizer._release()
 
     def advance(self, curvature: Curvature, age: int) -> None:
-        """Count a step that was taken with ``curvature``, after ``age`` steps with it."""
+        """Count a step with ``curvature``, which was the curvature of ``age`` steps before."""
         self._optimizer._advance(curvature, age)

@@ -1,4 +1,4 @@
-"""What an optimizer does with every parameter: a table to print, and its entries to read."""
+"""The summary of an optimizer: one entry for each parameter, printable as a table."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class ParameterSummary:
     """How one parameter is preconditioned.
 
     Attributes:
-        parameter: its name in the model.
-        shape: of the parameter.
-        block: the name of its Fisher block; ``"-"`` where it takes the plain SGD step, ``"."`` for the model itself.
+        parameter: the parameter's name in the model.
+        shape: the parameter's shape.
+        block: the name of its Fisher block; ``"-"`` if it takes the SGD step, ``"."`` for the model itself.
         representation: how its J is stored, with notes; or why there is none.
-        kernels: the kernels of its products; ``name:torch`` or ``name:config`` where a plan overrides one.
-        bytes: what is kept of it between refreshes.
+        kernels: the kernels of its products; ``name:torch`` or ``name:config`` if a plan overrides one.
+        bytes: the memory, in bytes, of its J between refreshes.
     """
 
     parameter: str
@@ -36,7 +36,7 @@ class ParameterSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """An entry for every parameter; ``print`` shows them as a table.
+    """One entry for each parameter; ``print`` shows them as a table.
 
     Attributes:
         parameters: the entries, in the order of the layers.
@@ -48,12 +48,12 @@ class Summary:
 
     def __str__(self) -> str:
         titles = tuple(field.name for field in fields(ParameterSummary))
-        lines = [titles, *(tuple(str(cell) for cell in astuple(one)) for one in self.parameters)]
+        lines = [titles, *(tuple(str(cell) for cell in astuple(entry)) for entry in self.parameters)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
         text = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
-        total = sum(one.bytes for one in self.parameters)
+        total = sum(entry.bytes for entry in self.parameters)
         text.append(f"{len(self.parameters)} parameters, {total / 2**20:.1f} MiB kept between refreshes")
         if self.failures:
             text.append(f"{self.failures} factorizations failed: the damping of those blocks was raised")
@@ -61,30 +61,35 @@ class Summary:
 
 
 def summarize(layers: Sequence[LayerParams], curvature: Curvature | None) -> Summary:
-    """Return the summary of ``layers`` under the present curvature, if there is one yet."""
+    """Return the summary of ``layers`` with the present curvature, which is None before the first refresh."""
     entries = tuple(_entry(layer, label, curvature) for layer in layers for label in layer.parameters)
     return Summary(entries, 0 if curvature is None else int(curvature.failures_L.sum()))
 
 
 def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
-    """Return how J of every preconditioned parameter is stored, by the parameter's name."""
+    """Return how the J of each preconditioned parameter is stored, by the parameter's name."""
     jacobians = {} if curvature is None else curvature.jacobians
     return {
-        full_name(name, label): Choice(one.representation, one.ops.kernel_overrides)
+        full_name(name, label): Choice(jacobian.representation, jacobian.ops.kernel_overrides)
         for name, layer in jacobians.items()
-        for label, one in layer.items()
+        for label, jacobian in layer.items()
     }
 
 
+def sgd_entry(parameter: str, shape: tuple[int, ...], why: str) -> ParameterSummary:
+    """Return the entry of a parameter that takes the SGD step, with the reason."""
+    return ParameterSummary(parameter, shape, "-", f"sgd ({why})", "update_", 0)
+
+
 def _entry(layer: LayerParams, label: str, curvature: Curvature | None) -> ParameterSummary:
-    name, shape = layer.label(label), tuple(layer.parameters[label].shape)
+    name, shape = layer.full_name_of(label), tuple(layer.parameters[label].shape)
     if layer.why_sgd is not None:
-        return ParameterSummary(name, shape, "-", f"sgd ({layer.why_sgd})", "update_", 0)
+        return sgd_entry(name, shape, layer.why_sgd)
     if curvature is None or curvature.is_released:
         return ParameterSummary(name, shape, layer.name or ".", "chosen at the next refresh", "-", 0)
     jacobian = curvature.jacobians.get(layer.name, {}).get(label)
     if jacobian is None:
-        return ParameterSummary(name, shape, "-", "sgd (not part of the last refresh)", "update_", 0)
+        return sgd_entry(name, shape, "not part of the last refresh")
     block = next(block for block, names in curvature.blocks.items() if layer.name in names)
     reduced = isinstance(jacobian, PerSample) and jacobian.row_kind == "parameters"
     notes = (summary_note(layer.layer), "as many rows as parameters" if reduced else "")
@@ -93,6 +98,6 @@ def _entry(layer: LayerParams, label: str, curvature: Curvature | None) -> Param
 
 
 def _kernels(jacobian: Jacobian) -> Iterable[str]:
-    """Return the usual kernel of each product, and every overridden kernel with its implementation."""
+    """Return the kernel of each product, and for each overridden kernel the implementation in its place."""
     usual = {name: name for name, *_ in jacobian.product_kernels.values()}
     return (usual | implementation_names(jacobian.ops.kernel_overrides)).values()

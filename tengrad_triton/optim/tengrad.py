@@ -1,4 +1,4 @@
-"""TENGraD as a torch optimizer: its settings, its refresh and its step."""
+"""The optimizer `TENGraD`: its settings, its refresh and its step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tengrad_triton.curvature.target import Target, fill_on_device
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import Damping, LevenbergMarquardt, Schedule
+from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt
 from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.options import RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
@@ -37,12 +37,12 @@ PAPER: Mapping[str, Any] = {
 class TENGraD(CurvatureOptimizer[Curvature]):
     """Natural gradient descent with exact Fisher blocks (Soori et al. 2021), at close to the cost of SGD.
 
-    Every layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity, from the
-    per-sample gradients J of the N samples of one batch:
+    Each layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity. The rows of J
+    are the gradients of the N samples of one batch:
 
         d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
 
-    J and the factored N×N matrices are refreshed every ``refresh_every`` steps and reused in between (docs/math.md).
+    J and the factored N×N matrices are computed every ``refresh_every`` steps and reused in between (docs/math.md).
     The defaults train without tuning on the models of docs/defaults.md; `TENGraD.paper` has the paper's settings.
 
     Args:
@@ -52,22 +52,22 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             ``damping``, ``momentum``, ``nesterov``, ``spring``, ``weight_decay``, ``decoupled_weight_decay`` and
             ``maximize``; a layer's parameters must share a group.
         lr: the learning rate, a number or a 0-dim tensor.
-        damping: ε > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`), which adapts it to how well the
-            quadratic model predicted each refreshing step. ``"lm"`` needs ``step(closure)``, evaluates the closure once
-            more at each refresh, and wants ``trust_region=None``: a step that a region shortens is predicted well at
-            any damping. The damping is read when the curvature is refreshed.
+        damping: ε > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`), which adapts ε to how well the
+            quadratic model predicted each refreshing step. ``"lm"`` needs ``step(closure)``, and evaluates the closure
+            once more at each refresh. It also needs ``trust_region=None``, because steps that a trust region has
+            shortened are predicted well at any damping. The damping is read when the curvature is refreshed.
         relative_damping: whether α = ε max(1, trace(F)) with the F of each block, so that one ε suits every layer, loss
             and model; otherwise α = ε.
-        momentum: of the momentum buffer, in [0, 1).
-        nesterov: whether to look ahead along the momentum; by default where there is one, and no SPRING.
+        momentum: the momentum μ, in [0, 1).
+        nesterov: whether to look ahead along the momentum; by default True with momentum and without SPRING.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1), in place of momentum: it keeps the part of
             the last direction that is orthogonal to the present rows (docs/math.md, M13).
         weight_decay: λ ≥ 0; added to the natural gradient as λ θ.
-        decoupled_weight_decay: shrink θ by 1 − lr λ instead.
-        maximize: ascend.
-        trust_region: κ > 0, in units of the loss: all natural gradients are scaled down by one factor where the step's
-            squared Fisher norm, Σ lr² dᵀ (F + α I) d over all blocks with the lr of each parameter's group, would be
-            larger (M14). None for no bound.
+        decoupled_weight_decay: whether to multiply θ by 1 − lr λ instead.
+        maximize: whether to maximize the loss instead of minimizing it.
+        trust_region: κ > 0, in units of the loss, a bound on the step's squared Fisher norm, Σ lr² dᵀ (F + α I) d over
+            all blocks with the lr of each parameter's group. If the norm would exceed it, all natural gradients are
+            multiplied by the same number below 1 (M14). None for no bound.
         refresh_every: steps from one refresh of the curvature to the next, or a function of the step; by default
             `Growing`, which refreshes more often at first.
         fisher: ``"sampled"`` (labels drawn from the model's own distribution: the Fisher matrix), ``"exact"`` (a row
@@ -76,29 +76,33 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         likelihood: ``"categorical"``, ``"gaussian"``, ``"bernoulli"``, or an object with ``sample(output, generator)``
             and ``nll(output, target)``, and ``hessian_factor(output)`` for the exact Fisher matrix; the empirical one
             needs none.
-        fisher_samples: labels drawn for each sample.
-        fisher_rows: the most rows that a refresh uses; more are sampled down to it, which leaves F unbiased.
+        fisher_samples: the number of labels drawn for each sample.
+        fisher_rows: the most rows that a refresh uses. If there are more, this number of them is drawn at random, so F
+            is unbiased.
         history: the number of refreshes whose rows are kept; F is the mean over all of them.
         blocks: ``"layer"``, a block for the parameters that each module owns directly; ``"network"``, one for all
             parameters; or lists of modules' names, a block for each list.
-        representation: ``"auto"`` (per weight, by the analytic rule), ``"factored"``, ``"per_sample"``,
-            ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of these four.
-        unsupported: what happens to parameters that no rule covers, or that are used outside of their layers:
-            ``"explicit"`` computes their rows by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives
-            them the plain SGD step, with one warning; ``"error"`` raises `ValueError`.
+        representation: how J is stored: ``"auto"`` (for each weight, by the plan or the cost model), ``"factored"``,
+            ``"per_sample"``, ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of
+            these four.
+        unsupported: how parameters without a rule, or used outside of their layers, are treated: ``"explicit"``
+            computes their rows by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD
+            step, with one warning; ``"error"`` raises `ValueError`.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
-        plan: the plan that `autotune` returned, or the path of the file that it wrote; the analytic rule decides for
-            weights that it does not know.
-        max_bytes: the memory, in bytes, that the stored J may take where representations are chosen automatically. It
-            also bounds the output gradients of the exact Fisher matrix, and the rows of each parameter without a rule.
-            On a GPU, and with less than the default, a refresh drops captured tensors as it goes: after a refresh that
-            failed, repeat the forward and backward.
-        tol: of ``"compressed"``: the relative error α ‖Δd‖ / ‖∇L‖ that dropping directions of J may cause (M7).
-        seed: of the generators that draw labels and rows; torch's initial seed by default.
+        plan: the plan that `autotune` returned, or the path of the file that it wrote; for weights that it does not
+            contain, the cost model decides.
+        max_bytes: the memory, in bytes, for those J whose representation is chosen automatically. It also bounds the
+            output gradients of the exact Fisher matrix, and the rows of each parameter without a rule.
+        tol: the largest relative error α ‖Δd‖ / ‖∇L‖ of a ``"compressed"`` J (M7).
+        seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message says which, and what was expected.
         TypeError: a setting has the wrong type.
+
+    Note:
+        On a GPU, or with a smaller ``max_bytes`` than the default, a refresh frees captured tensors before it ends. If
+        such a refresh raises, repeat the forward and backward before the next step.
     """
 
     state_key = "tengrad"
@@ -157,12 +161,6 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its parameters take part from the next step on, which refreshes the curvature.
-
-        Raises:
-            ValueError: a setting is out of range, or the group splits a layer's parameters; nothing has changed then.
-            TypeError: a setting has the wrong type; nothing has changed then.
-        """
         group = {**self.defaults, **param_group}
         if group["nesterov"] is None:
             param_group = {**param_group, "nesterov": bool(group["momentum"]) and not group["spring"]}
@@ -178,12 +176,12 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         release = self._release if o.history == 1 else None
         explicit = o.unsupported == "explicit"
         return Capture(
-            self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples, max_factor_bytes=o.max_bytes,
-            max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
+            self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples,
+            max_hessian_factor_bytes=o.max_bytes, max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
         )  # fmt: skip
 
     def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:
-        """Raise unless all layers of a block have the same damping."""
+        """Raise unless all layers of each block have the same damping."""
         group_of = {layer.name: layer.group for layer in layers}
         for block, names in blocks.items():
             dampings = {self.param_groups[group_of[name]]["damping"] for name in names}
@@ -195,16 +193,18 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @property
     def adapts(self) -> bool:
-        """Whether a damping adapts itself, so that steps need a closure."""
-        return any(isinstance(rule, LevenbergMarquardt) for rule in self._damping_rules)
+        """Whether some group's damping is adapted by `LevenbergMarquardt`, which needs a closure."""
+        return any(isinstance(schedule, LevenbergMarquardt) for schedule in self._damping_schedules)
 
     @override
-    def _check_group(self, group: Mapping[str, Any], rule: Schedule | LevenbergMarquardt | None) -> None:
-        """Accept every rule of the damping."""
+    def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
+        """Accept every group: `TENGraD` supports all settings."""
 
     @override
     def _why_closure(self) -> str | None:
-        why = "damping='lm' compares losses: call step(closure), where the closure returns the loss of the batch"
+        why = (
+            "damping='lm' compares losses before and after a step: call step(closure), where closure() returns the loss"
+        )
         return why if self.adapts else None
 
     @override
@@ -235,24 +235,25 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         self._capture.disarm()
         with torch.enable_grad():
             actual = _number(closure()) - _number(loss)
-        for group, rule in zip(self.param_groups, self._damping_rules, strict=True):
-            if isinstance(rule, LevenbergMarquardt):
+        for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
+            if isinstance(schedule, LevenbergMarquardt):
                 sign = -1 if group["maximize"] else 1
-                group["damping"] = rule.adapted(group["damping"], sign * actual, predicted)
+                group["damping"] = schedule.adapted(group["damping"], sign * actual, predicted)
 
     def _release(self) -> None:
-        """Free J before the forward of a refresh: no step will use it, and the new J needs the memory."""
+        """Free J before the forward of a refresh: no further step uses it, and the new J needs the memory."""
         if self._curvature is not None:
             self._curvature = self._curvature.released()
 
     @override
     def _refresh_is_due(self) -> bool:
-        return self._curvature is None or self._curvature.is_released or self._age >= self._interval()
+        is_released = self._curvature is not None and self._curvature.is_released
+        return is_released or self._curvature_is_outdated()
 
     def _refreshed(self) -> Curvature:
         """Return the curvature of the batches since the last step."""
         o, every = self._options, self.refresh_every
-        steps = every.most if isinstance(every, Growing) else self._interval()
+        steps = every.most if isinstance(every, Growing) else self._present_interval()
         options = RefreshOptions(
             fisher_rows=o.fisher_rows,
             history=o.history,
@@ -269,7 +270,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         return refresh(self._capture, self._layers, options, self._curvature, row_generator)
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
-        """Return the damping of every block at this step, on the device."""
+        """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
         self._check_dampings(blocks, self._layers)
         group_of = {layer.name: layer.group for layer in self._layers}
@@ -285,15 +286,14 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         return unpack_curvature(packed, self._layers, self._ops_for)
 
     def choices(self) -> dict[str, Choice]:
-        """Return how J of every preconditioned parameter is stored at present, by the parameter's name."""
+        """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""
         return choices_of(self._curvature)
 
     @override
     def summary(self) -> Summary:
-        """Return an entry for every parameter: its block, representation, kernels and bytes; printable as a table."""
         return summarize(self._layers, self._curvature)
 
 
 def _number(loss: Any) -> float:
-    """Return what a closure returned, which may still carry its graph."""
+    """Return a closure's loss as a number; a tensor may still have a graph."""
     return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 INFINITY = float("inf")
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a number; True and False are none."""
+    """Whether a setting is a number. True and False do not count as numbers."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -31,13 +32,19 @@ def check_bound(name: str, value: Any) -> None:
 
 
 def check_count(name: str, value: Any, optional: bool = False) -> None:
-    """Raise unless a setting is a whole number of at least 1; None is accepted where it is optional."""
+    """Raise unless a setting is a whole number of at least 1, or None if it is optional."""
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise unless a setting is one of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_model(model: Any) -> None:
@@ -49,7 +56,7 @@ def check_model(model: Any) -> None:
 
 
 def check_refresh_every(steps: Any) -> None:
-    """Raise unless this is a number of steps."""
+    """Raise unless ``refresh_every`` is a whole number of at least 1 step."""
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"refresh_every must be a whole number of steps or a function of the step, got {steps!r}")
     if steps < 1:
@@ -84,3 +91,16 @@ def _check_lr(lr: Any) -> None:
         check_range("lr", lr, 0.0)
     elif lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
+
+
+def check_loss(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, y: Tensor, loss: Tensor) -> None:
+    """Raise unless the loss is a scalar that does not change when the batch is doubled."""
+    if loss.dim() != 0:
+        raise ValueError(f"loss_fn must return a scalar mean over the samples, got shape {tuple(loss.shape)}")
+    with torch.no_grad():
+        doubled = loss_fn(torch.cat([output, output]), torch.cat([y, y]))
+    if not torch.isclose(doubled, loss, rtol=1e-2):
+        raise ValueError(
+            f"loss_fn must return a mean over the samples: it gave {loss.item():.4g} for a batch and "
+            f"{doubled.item():.4g} for the same batch twice"
+        )

@@ -1,1 +1,1 @@
-"""The choice of representation and kernels for each weight: analytic rule, measurements, and the file of them."""
+"""The choice of representation and kernels for each weight: by a cost model or by measurements, and the plan file."""

@@ -1,7 +1,7 @@
 """Measure, on this device, every choice for every weight of a model: each representation with each kernel.
 
-A candidate runs its refresh and its step once, with kernels that store their arguments. Then each of these calls is
-timed with every implementation that is exact enough.
+For each candidate, one refresh and one step run with ops that record their arguments. Then each recorded call is timed
+with every implementation that is exact enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tengrad_triton.tuning.measure import kernel_seconds, median_seconds
 from tengrad_triton.tuning.plan import Measured, Plan
 
 EXACT: tuple[Representation, ...] = ("factored", "per_sample")
-TOL, DAMPING = 0.01, 0.1
+TOL, DAMPING = 0.01, 0.1  # the default ``tol`` of `TENGraD`, and the ``damping`` of `TENGraD.paper`
 Progress = Callable[[int, int, str], None]
 
 
@@ -50,25 +50,25 @@ def autotune(
     path: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Measure every weight's candidates on the model's device, and keep them in the device's plan file.
+    """Measure the candidates of every weight on the model's device, and save the times in the device's plan file.
 
-    A forward and a backward of a copy of the model give the layers' real inputs and output gradients.
+    One forward and one backward of a copy of the model give the layers' inputs and output gradients.
 
     Args:
-        model: as it will be trained.
-        example_input: a batch of the size that it will be trained with.
-        loss_fn: returns a scalar from the output, whose value does not matter; the mean of squares by default.
-        representations: the ones to measure. ``"per_sample_bf16"`` rounds J; ``"compressed"`` drops those directions of
-            this batch's J that ``tol`` allows; the others are exact.
-        tol: of ``"compressed"``, as it will be trained with.
-        damping: as it will be trained with; the number of directions that ``tol`` drops depends on it.
+        model: the model to tune for, in the mode and dtype of the training.
+        example_input: an input of the batch size of the training.
+        loss_fn: returns any scalar of the output, because its value does not matter; the mean of squares by default.
+        representations: the representations to measure. ``"factored"`` and ``"per_sample"`` are exact.
+            ``"per_sample_bf16"`` rounds J, and ``"compressed"`` drops the part of J that ``tol`` allows (M7).
+        tol: the setting ``tol`` of the training, which only ``"compressed"`` uses.
+        damping: α of the training; the size of a ``"compressed"`` J depends on it.
         seconds: the time, in seconds, for each kernel of each candidate, shared by its implementations. Compiling takes
             additional time.
-        path: of the plan file; by default the device's own in the user's cache folder.
-        progress: called with (weights done, weights in all, the name of the next one).
+        path: the path of the plan file; by default the device's file in the user's cache folder.
+        progress: called with (the number of measured weights, the number of all weights, the next weight's name).
 
     Returns:
-        the plan file's whole plan, for ``TENGraD(plan=…)``.
+        the whole plan of the plan file, for ``TENGraD(plan=…)``.
 
     Raises:
         ValueError: there is no weight to tune.
@@ -92,13 +92,13 @@ def autotune(
         parameter = dict(twin.named_parameters())[name].detach()
         candidate = partial(_measured, name, by_weight[name], parameter, seconds, (tol, damping))
         measured = {representation: candidate(representation) for representation in representations}
-        entries[key] = {representation: one for representation, one in measured.items() if one is not None}
+        entries[key] = {representation: times for representation, times in measured.items() if times is not None}
     plan = Plan({key: entry for key, entry in entries.items() if entry})
     return plan_file.save(plan, Path(path) if path is not None else plan_file.default_path(device), device)
 
 
 def _contributions(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> Contributions:
-    layers = find_layer_params(model, [{"params": list(model.parameters())}])
+    layers = find_layer_params(model, [{"params": list(model.parameters())}], rows_without_rule=False)
     captured = find_captured_layers(model, layers)
     capture = Capture(model, captured, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
     capture.arm()
@@ -116,7 +116,7 @@ def _measured(
     accuracy: tuple[float, float],
     representation: Representation,
 ) -> Measured | None:
-    """Return a candidate's times; None, with a warning, where it cannot run."""
+    """Return a candidate's times, or None, with a warning, if it cannot run."""
     try:
         calls, nbytes, others = _kernel_calls(batches, representation, parameter, accuracy)
         times = {kernel: kernel_seconds(kernel, args, seconds) for kernel, args in calls.items()}
@@ -125,21 +125,21 @@ def _measured(
         return Measured(times, nbytes)
     except (RuntimeError, ValueError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"{name}: {representation} is left out: {reason}", stacklevel=3)
+        warnings.warn(f"{representation} of {name} is not measured: {reason}", stacklevel=3)
         return None
 
 
 def _kernel_calls(
     batches: MicroBatches, representation: Representation, parameter: Tensor, accuracy: tuple[float, float]
 ) -> tuple[dict[str, tuple[Any, ...]], int, dict[str, Callable[[], Any]]]:
-    """Return the arguments of each kernel in a refresh and a step, the bytes stored, and a refresh's other work."""
+    """Return the arguments of each kernel call, the bytes stored, and other calls of a refresh to be timed."""
     calls: dict[str, tuple[Any, ...]] = {}
     others: dict[str, Callable[[], Any]] = {}
 
     def storing(spec: kernels.KernelSpec) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             calls[spec.name] = args
-            return spec.torch_impl(*args)  # runs everywhere
+            return spec.torch_impl(*args)  # the implementation that runs on every device
 
         return call
 

@@ -19,10 +19,11 @@ from tengrad_triton import kernels
 
 
 def kernel_seconds(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:
-    """Return the median seconds of one call, by implementation.
+    """Return the median seconds of one call with each implementation.
 
-    On a GPU these are ``"torch"``, ``"triton"`` and the names of the other launch configurations, except those that
-    fail or are less exact than PyTorch; a ``"triton"`` that does takes infinitely long. On a CPU there is ``"torch"``.
+    On a GPU the implementations are ``"torch"``, ``"triton"`` and the names of the other launch configurations, except
+    those that fail or are less exact than PyTorch. If ``"triton"`` is such a one, its time is infinite. On a CPU there
+    is only ``"torch"``.
     """
     spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
     on_gpu = _device_of(args).type == "cuda"
@@ -37,7 +38,7 @@ def _device_of(args: tuple[Any, ...]) -> torch.device:
 
 
 def median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
-    """Return the median seconds of a call, repeated for about so many seconds."""
+    """Return the median seconds of a call, which is repeated for about ``seconds``."""
     if on_gpu:  # do_bench clears the L2 cache, as the rest of a training step does
         do_bench = importlib.import_module("triton.testing").do_bench
         return float(do_bench(call, warmup=25, rep=1e3 * seconds, return_mode="median")) / 1e3
@@ -53,7 +54,8 @@ def median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> flo
 def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
     """Return the op in each launch configuration whose error is at most twice PyTorch's, both against float64.
 
-    Any other one is dropped with a warning, also where it does not compile or needs more than the device has.
+    Any other configuration is dropped with a warning. So is one that does not compile, or that needs more shared memory
+    or registers than the device has.
     """
     op, error = getattr(kernels, spec.name), _error_of(spec, args)
     allowed, passed = 2 * error(spec.torch_impl), {}
@@ -67,14 +69,14 @@ def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> di
         if found <= allowed:
             passed[name] = call
         else:
-            warnings.warn(f"{spec.name} ({name}) is less exact than PyTorch here: it is dropped", stacklevel=6)
+            warnings.warn(f"{spec.name} ({name}) is dropped: its error is more than twice PyTorch's", stacklevel=6)
     return passed
 
 
 def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
     """Return a function from an implementation to its error against PyTorch in float64.
 
-    The naive definition would materialize the J of large layers.
+    The op's definition is not the reference here, because it would form the explicit rows of large layers.
     """
 
     def outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:

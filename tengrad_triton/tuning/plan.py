@@ -1,4 +1,7 @@
-"""The choice for every weight: by measurement where there is a plan, else by the analytic rule."""
+"""The choice for every weight: by its measurements if a plan contains them, else by the cost model.
+
+The cost model estimates the time of a step in flops: a weight gets explicit rows if that makes steps cheaper.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ from tengrad_triton.curvature.choices import STEP_KERNELS, Choice, Representatio
 from tengrad_triton.curvature.geometry import Geometry
 
 MAX_BYTES = 4 * 2**30
-_FASTER = 0.97  # of the default's time; what is slower than this may only be faster by the noise of a timing
+_FASTER = 0.97  # another choice than the default needs less than this share of its time; smaller gains may be noise
 
 Given = Representation | Mapping[str, Representation] | None
-"""The representation that a user gave for all weights, or for some by their names."""
+"""The representation that the user chose: one for all weights, or one for each of some weights, by their names."""
 
 
-def choose(
+def representations_by_cost(
     geometries: Mapping[str, Geometry], given: Given, max_bytes: int, refresh_every: int
 ) -> dict[str, Representation]:
-    """Return the representation of every weight by the analytic rule, except where one is given.
+    """Return the representation of every weight by the cost model, except for those that are given.
 
-    The rule stores J_n where a step takes less time with it, including the step's share of a refresh. Where that takes
-    more than ``max_bytes`` in all, weights change to their smaller representation until it fits, first those that lose
-    the least time for each byte. A step gets slower then, and stays exact.
+    The cost model chooses ``per_sample`` if a step costs less with it, including the step's share of a refresh.
+    If the chosen representations take more than ``max_bytes`` together, weights change to their smaller representation
+    until they fit, first those that add the fewest flops for each byte. Steps are then slower, but still exact.
     """
     by_user = dict.fromkeys(geometries, given) if isinstance(given, str) else dict(given or {})
     chosen: dict[str, Representation] = {
@@ -56,24 +59,25 @@ class Measured:
     """One representation of one geometry, measured on one device.
 
     Attributes:
-        seconds: the time of every kernel that it takes, by implementation: ``"torch"``, ``"triton"`` (infinite where it
-            failed), or the name of another launch configuration.
-        bytes: the bytes stored.
+        seconds: for each kernel that the representation needs, its time with each implementation: ``"torch"``,
+            ``"triton"`` (infinite if it failed), or the name of another launch configuration.
+        bytes: the bytes that J takes.
     """
 
     seconds: Mapping[str, Mapping[str, float]]
     bytes: int
 
     def per_step(self, refresh_every: int) -> float:
-        """Return the seconds that a step takes with the fastest implementations, and its share of a refresh."""
+        """Return the seconds of a step with the fastest implementations, including the step's share of a refresh."""
         best = {kernel: times[_fastest_implementation(times)] for kernel, times in self.seconds.items()}
         return sum(t if kernel in STEP_KERNELS else t / refresh_every for kernel, t in best.items())
 
     @property
     def kernel_overrides(self) -> tuple[str, ...]:
-        """Return the kernels for which another implementation than Triton's default is faster, as in `Choice`."""
+        """Return the kernels that another implementation than Triton's default computes faster, as in `Choice`."""
         fastest = {k: _fastest_implementation(times) for k, times in self.seconds.items() if "triton" in times}
-        return tuple(sorted(k if one == "torch" else f"{k}:{one}" for k, one in fastest.items() if one != "triton"))
+        others = {k: name for k, name in fastest.items() if name != "triton"}
+        return tuple(sorted(k if name == "torch" else f"{k}:{name}" for k, name in others.items()))
 
 
 def _fastest_implementation(times: Mapping[str, float]) -> str:
@@ -83,7 +87,7 @@ def _fastest_implementation(times: Mapping[str, float]) -> str:
 
 
 Measurements = Mapping[Representation, Measured]
-"""The representations of one geometry that were measured."""
+"""The measured representations of one geometry."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Plan:
     """Measurements of one device, made by `autotune`.
 
     Attributes:
-        entries: for each geometry, by its key, the representations that were measured.
+        entries: for each geometry, by its key, the measured representations.
     """
 
     entries: Mapping[str, Measurements]
@@ -99,22 +103,22 @@ class Plan:
     def choose(
         self, geometries: Mapping[str, Geometry], given: Given, refresh_every: int, max_bytes: int
     ) -> dict[str, Choice]:
-        """Return the choice for every weight that makes steps fastest within the memory.
+        """Return for every weight the choice with which steps are fastest and J fits into ``max_bytes``.
 
-        Where a geometry was not measured, the analytic rule decides. Where the fastest representations take more than
-        ``max_bytes`` in all, weights change to a smaller one until it fits, first those that lose the least time for
-        each byte.
+        If a geometry was not measured, the cost model decides. If the fastest representations take more than
+        ``max_bytes`` together, weights change to a smaller representation until they fit, first those that lose the
+        least time for each byte.
 
         Args:
-            geometries: the sizes of every weight, by name.
-            given: representations that the user gave.
-            refresh_every: the steps that share a refresh.
+            geometries: the sizes of every weight, by the weight's name.
+            given: the representations that the user chose.
+            refresh_every: the number of steps that share the time of a refresh.
             max_bytes: the memory for J, in bytes.
 
         Warns:
             UserWarning: J takes more than ``max_bytes`` even in the smallest measured representations.
         """
-        best = choose(geometries, given, max_bytes, refresh_every)
+        best = representations_by_cost(geometries, given, max_bytes, refresh_every)
         known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
         fixed = {name for name in geometries if given is not None and (isinstance(given, str) or name in given)}
         for name, measured in known.items():
@@ -122,27 +126,27 @@ class Plan:
                 best[name] = _fastest(measured, best[name], refresh_every)
 
         def used() -> int:
-            return sum(_stored(geometries[name], known[name], one) for name, one in best.items())
+            return sum(_stored(geometries[name], known[name], chosen) for name, chosen in best.items())
 
         while used() > max_bytes and (moves := self._moves(known, best, fixed, refresh_every)):
             _, name, smaller = min(moves)
             best[name] = smaller
         if used() > max_bytes and len(fixed) < len(geometries):
             warnings.warn(
-                f"J takes {used():,} bytes at least, and max_bytes is {max_bytes:,}: fewer rows (fisher_rows), rounded "
-                "or compressed ones (representation) take less",
+                f"J takes at least {used():,} bytes, but max_bytes is {max_bytes:,}: use fewer rows (fisher_rows=), or "
+                "rounded or compressed rows (representation=)",
                 stacklevel=2,
             )
         return {
-            name: Choice(one, known[name][one].kernel_overrides if one in known[name] else ())
-            for name, one in best.items()
+            name: Choice(chosen, known[name][chosen].kernel_overrides if chosen in known[name] else ())
+            for name, chosen in best.items()
         }
 
     @staticmethod
     def _moves(
         known: Mapping[str, Measurements], best: Mapping[str, Representation], fixed: set[str], refresh_every: int
     ) -> list[tuple[float, str, Representation]]:
-        """Return every change to a smaller representation, with the seconds that it costs for each byte it saves."""
+        """Return every change of a weight to a smaller representation, with the seconds lost for each byte saved."""
         moves = []
         for name, measured in known.items():
             if name in fixed or best[name] not in measured:
@@ -155,15 +159,16 @@ class Plan:
         return moves
 
 
-def _fastest(measured: Measurements, by_rule: Representation, refresh_every: int) -> Representation:
-    """Return the representation with the fastest mean step; the rule's unless another one is clearly faster."""
-    times = {name: one.per_step(refresh_every) for name, one in measured.items()}
+def _fastest(measured: Measurements, by_cost: Representation, refresh_every: int) -> Representation:
+    """Return the representation with the fastest mean step; ``by_cost`` unless another one is clearly faster."""
+    times = {name: candidate.per_step(refresh_every) for name, candidate in measured.items()}
     fastest = min(times, key=times.__getitem__)
-    stays = by_rule in times and times[fastest] >= _FASTER * times[by_rule]
-    return by_rule if stays else fastest
+    stays = by_cost in times and times[fastest] >= _FASTER * times[by_cost]
+    return by_cost if stays else fastest
 
 
 def _stored(geometry: Geometry, measured: Measurements, chosen: Representation) -> int:
+    """Return the bytes of one weight's J: as measured, or else as its geometry says."""
     if chosen in measured:
         return measured[chosen].bytes
     return geometry.factored_bytes if chosen == "factored" else geometry.per_sample_bytes

@@ -1,4 +1,4 @@
-"""The plan of a device as a file: written atomically, merged under a lock, used only on the same kind of device."""
+"""The plan file of a device: written atomically, merged under a lock, and used only on the same kind of device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = 3
 
 
 def header_of(device: torch.device) -> dict[str, Any]:
-    """Return what has to be the same where a measurement is used: schema, kernels, versions and device."""
+    """Return what must be equal when a plan is measured and when it is used: schema, kernels, versions and device."""
     sources = sorted(Path(kernels.__file__).parent.glob("*.py"))
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     header: dict[str, Any] = {
@@ -42,7 +42,7 @@ def header_of(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """Return the CPU's model, which Python does not know on Linux: there it comes from /proc/cpuinfo."""
+    """Return the CPU's model. On Linux it comes from /proc/cpuinfo, because `platform` does not report it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -58,7 +58,7 @@ def default_path(device: torch.device) -> Path:
 
 
 def load(path: Path, device: torch.device) -> Plan:
-    """Return the plan in a file; where it cannot be used here, an empty plan, with one warning that says why.
+    """Return the plan in a file. If it cannot be used here, return an empty plan, with one warning that says why.
 
     A damaged file is renamed to ``*.damaged``; a file for another device, version or kernels stays as it is.
     """
@@ -68,7 +68,7 @@ def load(path: Path, device: torch.device) -> Plan:
         content = json.loads(path.read_text(encoding="utf-8"))
         found, expected = content["header"], header_of(device)
         entries = {
-            key: {name: Measured(**one) for name, one in candidates.items()}
+            key: {name: Measured(**measured) for name, measured in candidates.items()}
             for key, candidates in content["entries"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -84,22 +84,24 @@ def load(path: Path, device: torch.device) -> Plan:
 
 
 def save(plan: Plan, path: Path, device: torch.device) -> Plan:
-    """Merge a plan into a file, where its measurements replace older ones; return the merged plan.
+    """Merge a plan into a file, in which its measurements replace older ones; return the merged plan.
 
-    Where the file cannot be written, the plan is returned as it is, with one warning.
+    If the file cannot be written, return the plan itself, with one warning.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             merged = Plan({**load(path, device).entries, **plan.entries})
-            entries = {key: {name: asdict(one) for name, one in found.items()} for key, found in merged.entries.items()}
+            entries = {
+                key: {name: asdict(m) for name, m in measured.items()} for key, measured in merged.entries.items()
+            }
             content = {"header": header_of(device), "driver": _driver(device), "entries": entries}
             temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
-            logger.info("kept %d geometries in %s", len(entries), path)
+            logger.info("saved %d geometries in %s", len(entries), path)
     except OSError as error:
-        warnings.warn(f"the plan is not kept: {path}: {error}", stacklevel=2)
+        warnings.warn(f"the plan is not saved in {path}: {error}", stacklevel=2)
         return plan
     return merged
 
@@ -108,10 +110,10 @@ def _set_aside(path: Path, error: Exception) -> None:
     aside = path.with_suffix(".damaged")
     try:
         os.replace(path, aside)
-        where = f"set aside as {aside.name}"
+        renamed = f"renamed to {aside.name}"
     except OSError:
-        where = "left where it is"
-    warnings.warn(f"{path} is damaged ({error}), {where}: tuning starts anew", stacklevel=3)
+        renamed = "could not be renamed"
+    warnings.warn(f"{path} is ignored, because it is damaged ({error}); {renamed}", stacklevel=3)
 
 
 def _triton_version() -> str | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
 from rich.console import Console
 
+from tengrad_triton import __version__
 from tengrad_triton.recipes.cli import autotune as plans
 from tengrad_triton.recipes.cli import report as pages
 from tengrad_triton.recipes.cli import train as runs
@@ -217,7 +217,7 @@ def parse(arguments: list[str], config: tuple[Dict, ...] = ()) -> Command | None
         suppress_keyboard_interrupt=False,
         help_format="plaintext",
     )
-    app.version = version("tengrad-triton")
+    app.version = __version__
     for command in COMMANDS.values():
         app.command(command)
     try:

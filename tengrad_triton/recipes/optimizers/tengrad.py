@@ -35,7 +35,7 @@ class TengradSettings:
     representation: Literal["auto"] | Representation = "auto"
     "How a layer's curvature is stored."
     plan: ResolvedExistingFile | None = None
-    "Plan file of tengrad-triton autotune; the analytic rule chooses if not given."
+    "Plan file of tengrad-triton autotune; the cost model chooses if not given."
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return TENGraD over all parameters."""

@@ -1,9 +1,9 @@
-"""The representation that the analytic rule chooses, within a memory budget."""
+"""The representation that the cost model chooses, within a memory budget."""
 
 import pytest
 
 from tengrad_triton.curvature.geometry import Geometry
-from tengrad_triton.tuning.plan import Plan, choose, total_bytes
+from tengrad_triton.tuning.plan import Plan, representations_by_cost, total_bytes
 
 GEOMETRIES = {
     "3c1f convolution": ((128, 1, 784, 1152, 128), "per_sample", "per_sample"),
@@ -17,10 +17,13 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("layer", GEOMETRIES)
-def test_analytic_rule(layer):
+def test_cost_model(layer):
     sizes, *expected = GEOMETRIES[layer]
     geometry = Geometry(*sizes, itemsize=4, factored_bytes=0, layout="dense")
-    chosen = [choose({layer: geometry}, None, max_bytes=2**60, refresh_every=every)[layer] for every in (100, 1)]
+    chosen = [
+        representations_by_cost({layer: geometry}, None, max_bytes=2**60, refresh_every=every)[layer]
+        for every in (100, 1)
+    ]
     assert chosen == expected
 
 
@@ -29,26 +32,30 @@ def test_memory_budget_is_respected_where_factors_are_smaller():
         "big": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense"),
         "small": Geometry(8, 1, 100, 20, 20, 4, factored_bytes=1000, layout="dense"),
     }
-    plenty = choose(geometries, None, max_bytes=10**6, refresh_every=100)
+    plenty = representations_by_cost(geometries, None, max_bytes=10**6, refresh_every=100)
     assert plenty == {"big": "per_sample", "small": "per_sample"}
-    tight = choose(geometries, None, max_bytes=20_000, refresh_every=100)
+    tight = representations_by_cost(geometries, None, max_bytes=20_000, refresh_every=100)
     assert tight == {"big": "factored", "small": "per_sample"}
     assert total_bytes(geometries, tight) <= 20_000
     # Rows save ever more arithmetic for their bytes the more positions there are, so these keep theirs the longest.
     few, many = (Geometry(8, 1, p, 50, 50, 4, factored_bytes=1000, layout="dense") for p in (50, 500))
-    assert choose({"few": few, "many": many}, None, 100_000, 100) == {"few": "factored", "many": "per_sample"}
-    assert choose(geometries, "per_sample", max_bytes=0, refresh_every=100) == plenty  # by hand is by hand
+    mixed = representations_by_cost({"few": few, "many": many}, None, max_bytes=100_000, refresh_every=100)
+    assert mixed == {"few": "factored", "many": "per_sample"}
+    by_hand = representations_by_cost(geometries, "per_sample", max_bytes=0, refresh_every=100)
+    assert by_hand == plenty
 
 
 def test_memory_budget_is_respected_where_rows_are_smaller():
     wide = {"wide": Geometry(128, 1, 16, 4608, 512, 4, factored_bytes=1_300_000_000, layout="dense")}
-    assert choose(wide, None, max_bytes=2**60, refresh_every=1) == {"wide": "factored"}  # no way to K is dearer
-    assert choose(wide, None, max_bytes=1_250_000_000, refresh_every=1) == {"wide": "per_sample"}
+    assert representations_by_cost(wide, None, max_bytes=2**60, refresh_every=1) == {
+        "wide": "factored"
+    }  # no way to K is dearer
+    assert representations_by_cost(wide, None, max_bytes=1_250_000_000, refresh_every=1) == {"wide": "per_sample"}
 
 
 def test_a_budget_that_nothing_exact_fits_is_said():
     geometries = {"w": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense")}
-    with pytest.warns(UserWarning, match=r"J takes 1,000 bytes at least, and max_bytes is 10: fewer rows"):
+    with pytest.warns(UserWarning, match=r"J takes at least 1,000 bytes, but max_bytes is 10: use fewer rows"):
         assert Plan({}).choose(geometries, None, 1, max_bytes=10)["w"].representation == "factored"
 
 

@@ -1,7 +1,7 @@
-"""The Kronecker factors that one batch gives a layer, and the means of what its calls saw (docs/math.md, M15).
+"""The Kronecker factors of a layer from one batch, and its mean input and output gradient (docs/math.md, M15).
 
 Dimensions: N samples, G groups, P positions (pixels or tokens), R = N P positions of all samples, O outputs and I
-inputs of a group, the constant 1 included where there is a bias (see `kronecker`).
+inputs of a group, including the constant 1 of a bias (see `kronecker`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from tengrad_triton.baselines.kronecker import LayerBatch
 from tengrad_triton.layers import ConvInput, OuterProducts
 
-_CHUNK_BYTES = 256 * 2**20  # of unfolded inputs at a time
+_CHUNK_BYTES = 256 * 2**20  # the memory for the inputs that are unfolded at a time
 
 
 def input_factor(batch: LayerBatch) -> Tensor:
@@ -30,7 +30,7 @@ def input_factor(batch: LayerBatch) -> Tensor:
         total_GII = total_GII.add_(own_GII) if samples else own_GII
         samples, positions = samples + len(a_NGPI), positions + a_NGPI.shape[0] * a_NGPI.shape[2]
     if batch.layer.bias is not None:
-        sum_G1I = positions * means(batch)[0][:, None]
+        sum_G1I = positions * mean_input_and_grad(batch)[0][:, None]
         total_GII = torch.cat([torch.cat([total_GII, sum_G1I[..., :-1].mT], 2), sum_G1I], 1)
     return total_GII / samples
 
@@ -43,9 +43,9 @@ def output_factor(batch: LayerBatch) -> Tensor:
     return torch.stack([_sum_of_squares(call.g_NGPO) for call in batch.calls]).sum(0) / _positions(batch)
 
 
-def means(batch: LayerBatch) -> tuple[Tensor, Tensor]:
+def mean_input_and_grad(batch: LayerBatch) -> tuple[Tensor, Tensor]:
     """Return the means of a_np and g_np over samples and positions: [G, I] and [G, O]."""
-    # Unfolding is linear, so that the sum of all images can be unfolded in place of the images.
+    # Unfolding is linear: the unfolded sum of all images is the sum of the unfolded images.
     summed = [
         replace(call.a, x_NCHW=call.a.x_NCHW.sum(0, True)).unfold() if isinstance(call.a, ConvInput) else call.a
         for call in batch.calls
@@ -56,13 +56,13 @@ def means(batch: LayerBatch) -> tuple[Tensor, Tensor]:
 
 
 def chunks(batch: LayerBatch, entries: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield a_NGPI, without the constant 1, and g_NGPO of some samples at a time, which bounds memory.
+    """Yield a_NGPI, without the constant 1, and g_NGPO for some samples at a time, to bound the memory.
 
     The positions of a micro-batch's calls are joined along P.
 
     Args:
-        batch: of one layer.
-        entries: how many numbers the caller forms for each sample, if they are more than those of a and g.
+        batch: the calls of one layer.
+        entries: how many numbers the caller computes for each sample; 0 if they are fewer than those of a and g.
     """
     for calls in batch.micro_batches:
         g_NGPO = calls[0].g_NGPO
@@ -72,20 +72,20 @@ def chunks(batch: LayerBatch, entries: int) -> Iterator[tuple[Tensor, Tensor]]:
         numbers = max(entries, groups * positions * (inputs + outputs))
         size = max(1, _CHUNK_BYTES // (numbers * g_NGPO.element_size()))
         for start in range(0, len(g_NGPO), size):
-            some = slice(start, start + size)
-            a, g = [_unfolded(call, some) for call in calls], [call.g_NGPO[some] for call in calls]
+            samples = slice(start, start + size)
+            a, g = [_unfolded(call, samples) for call in calls], [call.g_NGPO[samples] for call in calls]
             yield (a[0], g[0]) if len(calls) == 1 else (torch.cat(a, 2), torch.cat(g, 2))
 
 
 def _unfolded(call: OuterProducts, samples: slice) -> Tensor:
-    """Return a_NGPI of some samples."""
+    """Return a_NGPI of the given samples."""
     if isinstance(call.a, ConvInput):
         return replace(call.a, x_NCHW=call.a.x_NCHW[samples]).unfold()
     return call.a[samples]
 
 
 def _positions(batch: LayerBatch) -> int:
-    """Return R."""
+    """Return R, the number of positions of all samples and calls."""
     return sum(call.g_NGPO.shape[0] * call.g_NGPO.shape[2] for call in batch.calls)
 
 

@@ -1,4 +1,4 @@
-"""The curvature of the baselines: a state for every layer, the step along it, and its form in a checkpoint.
+"""The curvature of the baselines: one state for each layer, the step along them, and their form in a checkpoint.
 
 Dimensions: G groups, O outputs and I inputs of a group (see `kronecker`).
 """
@@ -20,15 +20,15 @@ from tengrad_triton.profiling import phase
 
 
 class LayerState(Protocol):
-    """What is kept of one layer: a frozen dataclass of tensors, and of further dataclasses of tensors."""
+    """The state of one layer: a frozen dataclass, whose fields are tensors or further dataclasses of tensors."""
 
     @property
     def a_GII(self) -> Tensor:
-        """Return the running input factor A, which every baseline keeps."""
+        """Return the running input factor A, which is part of every baseline's state."""
 
     @property
     def representation(self) -> str:
-        """Return what is kept, for the summary."""
+        """Return a description of the state, for the summary."""
 
     def solve(self, v_GOI: Tensor) -> Tensor:
         """Return the preconditioned gradient [G, O, I]."""
@@ -38,13 +38,13 @@ S = TypeVar("S", bound=LayerState)
 
 
 @dataclass(frozen=True)
-class Curvature(Generic[S]):
-    """What a refresh leaves behind for the steps until the next one.
+class KroneckerCurvature(Generic[S]):
+    """What a refresh computes, and the steps until the next one use.
 
     Attributes:
-        layers: every layer that has Kronecker factors, and its state.
-        batches: how many batches the running factors have taken in.
-        failures: how many factorizations have failed so far, a whole number on the device.
+        layers: each layer that has Kronecker factors, with its state.
+        batches: how many batches the running factors contain.
+        failures: how many factorizations have failed so far, as a 0-dim integer tensor on the model's device.
     """
 
     layers: Mapping[KroneckerLayer, S]
@@ -53,10 +53,10 @@ class Curvature(Generic[S]):
 
 
 def step_(layers: Sequence[tuple[KroneckerLayer, Any]], targets: Sequence[Target], kl_clip: float | None) -> None:
-    """Update every target along its preconditioned gradient, or along its gradient where its layer has no factors.
+    """Update each target along its preconditioned gradient, or along its gradient if its layer has no factors.
 
     Args:
-        layers: every layer that has Kronecker factors, and its `LayerState`.
+        layers: each layer that has Kronecker factors, with its `LayerState`.
         targets: the parameters, updated in place.
         kl_clip: κ; all preconditioned gradients d are scaled by min(1, (κ / Σ lr² ⟨d, ∇L⟩)^½) (Ba, Grosse and Martens
             2017, section 5). None for no bound.
@@ -92,8 +92,8 @@ def _directions(
     return directions
 
 
-def pack_curvature(curvature: Curvature[S]) -> dict[str, Any]:
-    """Return a curvature as nested dictionaries of tensors and numbers."""
+def pack_curvature(curvature: KroneckerCurvature[S]) -> dict[str, Any]:
+    """Return a curvature as nested dictionaries of tensors, names and numbers."""
     layers = {
         layer.name: {"layer": [layer.module, layer.weight, layer.bias], "state": tensors_of(state)}
         for layer, state in curvature.layers.items()
@@ -106,14 +106,14 @@ def unpack_curvature(
     layers: Sequence[LayerParams],
     state_of: Callable[[dict[str, Any]], S],
     device: torch.device,
-) -> Curvature[S]:
-    """Return the curvature that `pack_curvature` described.
+) -> KroneckerCurvature[S]:
+    """Return the curvature that `pack_curvature` stored.
 
     Args:
-        packed: the description.
-        layers: of the optimizer; each state goes to the device of its layer's weight.
-        state_of: from the fields of a layer's state to the state.
-        device: where failures are counted.
+        packed: the result of `pack_curvature`.
+        layers: the optimizer's layers; each state goes to the device of its layer's weight.
+        state_of: the function from a state's fields, by name, to the state.
+        device: the device on which failures are counted.
 
     Raises:
         ValueError: the curvature belongs to other layers than these.
@@ -124,15 +124,15 @@ def unpack_curvature(
         layer = KroneckerLayer(*entry["layer"])
         if layer.module not in known or not set(layer.labels) <= set(known[layer.module]):
             raise ValueError(
-                f"the state holds curvature of {name}, but this optimizer's layers are "
+                f"the state has a curvature of {name}, but this optimizer's layers are "
                 f"{', '.join(known) or 'none'}: it was saved for another model"
             )
         restored[layer] = state_of(_moved(entry["state"], known[layer.module][layer.weight].device))
-    return Curvature(restored, packed["batches"], packed["failures"].to(device))
+    return KroneckerCurvature(restored, packed["batches"], packed["failures"].to(device))
 
 
 def tensors_of(state: Any) -> dict[str, Any]:
-    """Return the fields of a layer's state by name, further dataclasses as dictionaries too."""
+    """Return the fields of a layer's state by name, with dictionaries in place of further dataclasses."""
     named = {field.name: getattr(state, field.name) for field in fields(state)}
     return {name: tensors_of(value) if is_dataclass(value) else value for name, value in named.items()}
 
