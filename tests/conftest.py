@@ -15,16 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the longest tests, so that no worker is left with one when the others have nothing to do."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
-
-
-def pytest_collection_modifyitems(items):
-    """Put the two longest tests where each of two workers begins."""
-    longest = [item for item in items if item.originalname == "test_under_the_interpreter"]
+    """Put the longest tests where each of two workers begins, so that none of them is left over at the end."""
+    longest = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if item not in longest]
     half = len(others) // 2
-    items[:] = [*longest[:1], *others[:half], *longest[1:], *others[half:]]
+    items[:] = [*longest[::2], *others[:half], *longest[1::2], *others[half:]]
 
 
 @pytest.fixture
