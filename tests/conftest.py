@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+@pytest.hookimpl(trylast=True)  # after the slow ones are deselected
 def pytest_collection_modifyitems(items):
     """Put the longest tests where each of two workers begins, so that none of them is left over at the end."""
     longest = [item for item in items if item.get_closest_marker("long")]
