@@ -1,8 +1,9 @@
 """The definition of every op, kept simple so that it can be checked by reading: einsum and loops over the rows of J.
 
 The kernels (`KernelSpec.triton_impl`) and the tuned PyTorch code (`KernelSpec.torch_impl`) are tested against these
-functions in float64. The package never runs them, so they need not be fast. Every definition computes the rows of J
-first. Numbers of equations are those of the paper; labels such as M1 are those of docs/math.md.
+functions in float64. The package never runs them: on CUDA tensors the Triton kernels run, elsewhere the code of
+`cpu.py`, `cpu_conv.py` and `cpu_update.py`. Every definition computes the rows of J first. Numbers of equations are
+those of the paper; labels such as M1 are those of docs/math.md.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; C channels, H and W pixels, T taps of a
 convolution's kernel; K entries of a flat gradient; L Fisher blocks.
@@ -122,7 +123,10 @@ def _taps_first(weight_OCHW: Tensor) -> Tensor:
 
 
 def cholesky(k_LNN: Tensor, shift_L: Tensor) -> tuple[Tensor, Tensor]:
-    """C Cᵀ = K + shift I, and the least squared diagonal entry of C, for positive definite matrices (M5)."""
+    """C Cᵀ = K + shift I, and the least squared diagonal entry of C, for positive definite matrices (M5).
+
+    For others the implementations raise nothing: in place of that entry they return a number that is not positive.
+    """
     eye_NN = torch.eye(k_LNN.shape[1], dtype=k_LNN.dtype, device=k_LNN.device)
     c_LNN = torch.linalg.cholesky(k_LNN + shift_L[:, None, None] * eye_NN)
     return c_LNN, torch.einsum("lnn->ln", c_LNN).square().amin(1)

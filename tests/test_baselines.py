@@ -161,8 +161,8 @@ def test_ekfac_is_at_least_as_near_to_the_fisher_matrix_as_kfac(seed):
     for layer, kfac in states[KFAC].items():
         ekfac = states[EKFAC][layer]
         # The convolution has one input channel: its canonical order is the weight's own.
-        labels = [f"{layer.module}.{label}" for label in layer.labels]
-        j_NK = torch.cat([grads[label].reshape(9, kfac.g_GOO.shape[1], -1) for label in labels], 2).flatten(1)
+        names = [f"{layer.module}.{name}" for name in layer.param_names]
+        j_NK = torch.cat([grads[name].reshape(9, kfac.g_GOO.shape[1], -1) for name in names], 2).flatten(1)
         fisher = j_NK.mT @ j_NK / 9
         basis = torch.kron(ekfac.basis_g_GOO[0], ekfac.basis_a_GII[0])
         far = (torch.kron(kfac.g_GOO[0], kfac.a_GII[0]) - fisher).norm()

@@ -122,8 +122,14 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
             contributions, missing = gather(self._layers, self._capture, release_calls=False)
         known = [] if self._curvature is None else list(self._curvature.layers)
         batches = [batch for batch in layer_batches(contributions, known) if self._supports(batch.layer)]
-        factored = {full_name(batch.layer.module, label) for batch in batches for label in batch.layer.labels}
-        names = [full_name(name, label) for name, labels in contributions.by_layer.items() for label in labels]
+        factored = {
+            full_name(batch.layer.module, param_name) for batch in batches for param_name in batch.layer.param_names
+        }
+        names = [
+            full_name(name, param_name)
+            for name, param_names in contributions.by_layer.items()
+            for param_name in param_names
+        ]
         without = {name: "no Kronecker factors" for name in names if name not in factored}
         self._report_uncovered({**missing, **without})
         return batches
@@ -158,18 +164,18 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
     @override
     def summary(self) -> Summary:
         """Return an entry for every parameter: its layer, its state, the state's bytes, and the refresh's routines."""
-        entries = tuple(self._entry(layer, label) for layer in self._layers for label in layer.parameters)
+        entries = tuple(self._entry(layer, param_name) for layer in self._layers for param_name in layer.parameters)
         return Summary(entries, 0 if self._curvature is None else int(self._curvature.failures))
 
-    def _entry(self, params: LayerParams, label: str) -> ParameterSummary:
-        name, shape = params.full_name_of(label), tuple(params.parameters[label].shape)
+    def _entry(self, params: LayerParams, param_name: str) -> ParameterSummary:
+        name, shape = params.full_name_of(param_name), tuple(params.parameters[param_name].shape)
         if params.why_sgd is not None:
             return sgd_entry(name, shape, params.why_sgd)
         if self._curvature is None:
             return ParameterSummary(name, shape, params.name or ".", "made at the next refresh", "-", 0)
         for layer, state in self._curvature.layers.items():
-            if layer.module == params.name and label in layer.labels:
-                is_weight = label == layer.weight
+            if layer.module == params.name and param_name in layer.param_names:
+                is_weight = param_name == layer.weight
                 form = state.representation if is_weight else f"with {layer.weight}"
                 size = nbytes_of(state) if is_weight else 0
                 return ParameterSummary(name, shape, params.name or ".", form, self.kernels, size)

@@ -39,7 +39,7 @@ class KroneckerLayer:
         return full_name(self.module, self.weight)
 
     @property
-    def labels(self) -> list[str]:
+    def param_names(self) -> list[str]:
         """Return the parameters' names within their module."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
@@ -53,7 +53,7 @@ class KroneckerLayer:
 
     def from_matrix(self, v_GOI: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors whose `to_matrix` is ``v_GOI``, with the shapes and dtypes of the tensors in ``like``."""
-        tensors = {label: torch.empty_like(like[label]) for label in self.labels}
+        tensors = {param_name: torch.empty_like(like[param_name]) for param_name in self.param_names}
         weight_OTI = matrix_view(tensors[self.weight])
         inputs = weight_OTI.shape[1] * weight_OTI.shape[2]
         weight_OTI.copy_(v_GOI[..., :inputs].reshape(weight_OTI.shape))
@@ -92,13 +92,13 @@ def layer_batches(contributions: Contributions, known: Sequence[KroneckerLayer])
             with zero gradients does not change them.
     """
     found, known_by_name = [], {layer.name: layer for layer in known}
-    for module, by_label in contributions.by_layer.items():
-        for label, batches in by_label.items():
+    for module, by_param_name in contributions.by_layer.items():
+        for param_name, batches in by_param_name.items():
             sizes = {_sizes(call) for calls in batches for call in calls}
             if len(sizes) == 1 and None not in sizes:
-                layer = known_by_name.get(full_name(module, label))
-                if layer is None or not set(layer.labels) <= set(by_label):
-                    layer = KroneckerLayer(module, label, _bias_of(label, by_label))
+                layer = known_by_name.get(full_name(module, param_name))
+                if layer is None or not set(layer.param_names) <= set(by_param_name):
+                    layer = KroneckerLayer(module, param_name, _bias_of(param_name, by_param_name))
                 found.append(LayerBatch(layer, [_outer_products(calls) for calls in batches]))
     return found
 
@@ -112,7 +112,7 @@ def _outer_products(calls: Sequence[Contribution]) -> list[OuterProducts]:
     return [call for call in calls if isinstance(call, OuterProducts)]
 
 
-def _bias_of(label: str, by_label: Mapping[str, MicroBatches]) -> str | None:
+def _bias_of(param_name: str, by_param_name: Mapping[str, MicroBatches]) -> str | None:
     """Return the name of the bias that belongs to a weight, or None.
 
     A bias belongs to the weight if its J_n is Σ_p g_np with the g of the weight. In two cases a bias has the matching
@@ -121,10 +121,10 @@ def _bias_of(label: str, by_label: Mapping[str, MicroBatches]) -> str | None:
     - Several layers share the weight, and each has a bias of its own.
     - The layer is a transposed convolution: the output gradients are a there, not g.
     """
-    name = label.replace("weight", "bias")
-    if name == label or name not in by_label:
+    name = param_name.replace("weight", "bias")
+    if name == param_name or name not in by_param_name:
         return None
-    g, bias_calls = [call.g_NGPO for call in _outer_products(by_label[label][0])], by_label[name][0]
+    g, bias_calls = [call.g_NGPO for call in _outer_products(by_param_name[param_name][0])], by_param_name[name][0]
     explicit = [call.j_NK.flatten(1) for call in bias_calls if isinstance(call, PerSampleGrads)]
     outputs = g[0].shape[1] * g[0].shape[3]
     if len(explicit) < len(bias_calls) or any(j_NK.shape[1] != outputs for j_NK in explicit):

@@ -65,14 +65,14 @@ def step_(layers: Sequence[tuple[KroneckerLayer, Any]], targets: Sequence[Target
         directions = _directions(layers, targets)
         if kl_clip is not None and directions:
             inner = [
-                t.settings[0].square() * (directions[t.layer, t.label] * t.grad).sum()
+                t.lr.square() * (directions[t.layer, t.param_name] * t.grad).sum()
                 for t in targets
-                if (t.layer, t.label) in directions
+                if (t.layer, t.param_name) in directions
             ]
             torch._foreach_mul_(list(directions.values()), bounded_scale(torch.stack(inner).sum(), kl_clip))
     with phase("update"):
         for t in targets:
-            update_(t.parameter, t.momentum, directions.get((t.layer, t.label), t.grad), t.settings, t.nesterov)
+            update_(t.parameter, t.momentum, directions.get((t.layer, t.param_name), t.grad), t.settings, t.nesterov)
 
 
 def _directions(
@@ -81,14 +81,14 @@ def _directions(
     """Return the preconditioned gradients, by the module's name and the parameter's name within it."""
     grads: dict[str, dict[str, Tensor]] = {}
     for target in targets:
-        grads.setdefault(target.layer, {})[target.label] = target.grad
+        grads.setdefault(target.layer, {})[target.param_name] = target.grad
     directions = {}
     for layer, state in layers:
         own = grads.get(layer.module, {})
-        if all(label in own for label in layer.labels):
+        if all(param_name in own for param_name in layer.param_names):
             solved_GOI = state.solve(layer.to_matrix(own, len(state.a_GII), state.a_GII.dtype))
-            for label, direction in layer.from_matrix(solved_GOI, own).items():
-                directions[layer.module, label] = direction
+            for param_name, direction in layer.from_matrix(solved_GOI, own).items():
+                directions[layer.module, param_name] = direction
     return directions
 
 
@@ -122,7 +122,7 @@ def unpack_curvature(
     restored = {}
     for name, entry in packed["layers"].items():
         layer = KroneckerLayer(*entry["layer"])
-        if layer.module not in known or not set(layer.labels) <= set(known[layer.module]):
+        if layer.module not in known or not set(layer.param_names) <= set(known[layer.module]):
             raise ValueError(
                 f"the state has a curvature of {name}, but this optimizer's layers are "
                 f"{', '.join(known) or 'none'}: it was saved for another model"

@@ -182,7 +182,7 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
         for batch in batches:
             a_GI, g_GO = mean_input_and_grad(batch)
             parameters = self._params_of(batch.layer).parameters
-            tensors = {label: parameters[label].detach() for label in batch.layer.labels}
+            tensors = {param_name: parameters[param_name].detach() for param_name in batch.layer.param_names}
             w_GOI = batch.layer.to_matrix(tensors, len(a_GI), a_GI.dtype)
             found[batch.layer] = Means(a_GI, g_GO, (w_GOI @ a_GI[..., None])[..., 0])
         return found

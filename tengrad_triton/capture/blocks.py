@@ -111,7 +111,7 @@ def find_captured_layers(model: nn.Module, layers: Sequence[LayerParams]) -> dic
     modules, captured = dict(model.named_modules()), {}
     for name, module in modules.items():
         used = {} if is_uncalled(name, modules) else call_parameters(module)
-        parameters = {parameter_name: p for parameter_name, p in used.items() if p in with_rows}
+        parameters = {param_name: p for param_name, p in used.items() if p in with_rows}
         if parameters:
             captured[name] = CapturedLayer(module, parameters, why_no_rule(module) is None)
     return captured

@@ -1,13 +1,15 @@
 """Hooks on a model that record, while a refresh is due, every layer's inputs and output gradients.
 
-In a forward and a backward, this happens in this order:
+The optimizer arms the hooks when its next step refreshes the curvature (`optim/base.py`). In a
+forward and a backward, this happens in this order:
 
 1. `_before_model` opens a `Record`, unless gradients are disabled or the forward is one of our own.
 2. `_before_layer` stores the random number generator's state for layers whose rule repeats their dropout.
 3. `_after_batch_norm` adds a backward pass with detached statistics to the output of a batch norm in training.
-4. `_after_layer` adds a `LayerCall` to the record: the inputs, and the edges of the outputs in the graph.
-5. `_after_model` finds the unattributed parameters: there are none in a model of `nn.Linear` layers. New shapes of the
-   layers' outputs take two backward passes here. Then `OutputGrads` computes the output gradients, or `LossGrads`
+4. `_after_layer` adds a `LayerCall` to the record: the inputs, and the edges of the outputs in the graph. An edge names
+   a tensor's place in the graph: `torch.autograd.grad` takes it in place of the tensor, which need not be kept.
+5. `_after_model` finds the unattributed parameters: there are none where layers are only called. For shapes that were
+   not seen before, this takes two backward passes. Then `OutputGrads` computes the output gradients, or `LossGrads`
    attaches hooks that copy those of the caller's loss. From here on only the graph of the output refers to the record,
    so the record of a forward without a backward is freed together with its graph.
 6. `_backward_reached` runs when the caller's backward begins, and moves the record to `Capture.records`.
@@ -37,7 +39,7 @@ from tengrad_triton.capture.explicit_rows import ExplicitRows
 from tengrad_triton.capture.flag import ScopedFlag
 from tengrad_triton.capture.loss_grads import LossGrads
 from tengrad_triton.capture.output_grads import OutputGrads
-from tengrad_triton.capture.record import LayerCall, Record
+from tengrad_triton.capture.record import UNKNOWN, LayerCall, Record
 from tengrad_triton.layers import (
     Call,
     draws_random_numbers,
@@ -56,18 +58,18 @@ from tengrad_triton.profiling import phase
 
 
 class Capture:
-    """Records every forward of a model that is followed by a backward, by hooks on the model and its layers.
+    """Records, while armed, every forward that a backward follows, by hooks on the model and its layers.
 
     Args:
         model: the module that the training loop calls, compiled or not.
         layers: the layers to record, by name, and the parameters whose rows their calls give.
         fisher: the rows of J. ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output;
             they take one more backward pass. ``"exact"``: derivatives for every column of the likelihood's Hessian
-            factor. ``"empirical"``: derivatives of the caller's loss.
+            factor (M9). ``"empirical"``: derivatives of the caller's loss.
         likelihood: the distribution from which labels are drawn.
         generator: the random number generator that draws the labels.
-        on_forward: a bound method that is called when a recorded forward begins, or None. Only a weak reference to its
-            object is kept.
+        on_forward: a bound method that is called when a recorded forward begins, or None; `TENGraD` frees the old J
+            there. Only a weak reference to its object is kept.
         draws: how many labels are drawn for each sample.
         max_hessian_factor_bytes: the most bytes that the exact Hessian factor may take.
         max_parameter_bytes: the most bytes that the rows of one parameter without a rule may take.
@@ -119,7 +121,7 @@ class Capture:
         return bool(self._handles)
 
     def arm(self) -> None:
-        """Attach the hooks. Hooks on layers run before other hooks of the same layer."""
+        """Attach the hooks. Forward hooks on layers run before other forward hooks of the same layer."""
         if self.armed:
             return
         pre, post = _Hook(self._before_model), _Hook(self._after_model)
@@ -178,7 +180,7 @@ class Capture:
             self._on_forward()
             batch = next((x for x in tensors_in((args, kwargs)) if x.dim()), None)
             call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
-            self._open = Record.of_forward(-1 if batch is None else len(batch), call)
+            self._open = Record.of_forward(UNKNOWN if batch is None else len(batch), call)
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
         if self._open is not None and draws_random_numbers(layer):
@@ -195,7 +197,8 @@ class Capture:
         record, outputs = self._open, tensors_in(y)
         if record is None or not any(output.requires_grad for output in outputs):
             return None
-        # An in-place operation on a view would change the graph at the recorded edge. On a clone it does not.
+        # An in-place operation on a view would change the graph at the recorded edge. On a clone, or on an output that
+        # is no view, it does not.
         has_views = any(output._is_view() for output in outputs)
         returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
@@ -224,12 +227,12 @@ class Capture:
     def _backward_reached(self, record: Record) -> None:
         if self.armed and not record.backward_seen:
             record.backward_seen = True
-            self.records += [record, *record.extra_records]
+            self.records += [record, *record.extra_records]  # from here on, a further row is like a further sample
 
 
 def _check_batch(record: Record, output: Tensor) -> None:
     samples = len(output) if output.dim() else 0
-    if record.samples < 0:
+    if record.samples == UNKNOWN:
         record.samples = samples
     if samples != record.samples:
         raise ValueError(

@@ -71,11 +71,12 @@ class OutputGrads:
                 of_row = record if index == 0 else record.for_another_row()
                 if index > 0:
                     record.extra_records.append(of_row)
+                # Behind those of the edges, `grads` has the derivatives with respect to `rerun`.
                 for (call, place, _), grad in zip(of_row.outputs_in_graph(), grads, strict=False):
                     call.output_grads[place] = grad
                 sums = zip(rerun, grads[len(edges) :], strict=True)
                 of_row.gradient_sums = {id(p): torch.zeros_like(p) if g is None else g for p, g in sums}
-                # A parameter that is irreproducible in one row of the samples is unattributed in all later ones.
+                # Parameters whose rows a rerun of their module fails to reproduce are unattributed in all later rows.
                 unattributed += self._explicit_rows.fill_by_layer(of_row) if rerun else []
                 self._explicit_rows.fill_unattributed(of_row, unattributed, results, cotangents)
         for of_row in (record, *record.extra_records):
@@ -95,7 +96,7 @@ class OutputGrads:
             return
         for _ in range(self._draws):
             target = self._likelihood.sample(tree_map_only(Tensor, Tensor.detach, output), self._generator)
-            nll = self._likelihood.nll(output, target)
+            nll = self._likelihood.nll(output, target)  # the sum of the samples' own losses: no factor N follows
             grads = torch.autograd.grad(nll, [*wanted, *results], retain_graph=True, allow_unused=True)
             of_results = zip(results, grads[len(wanted) :], strict=True)
             yield grads[: len(wanted)], [torch.zeros_like(r) if g is None else g for r, g in of_results]

@@ -11,6 +11,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tengrad_triton.layers import Call, tensors_in
 
+UNKNOWN = -1
+"""`Record.samples` until the number of samples is known."""
+
 
 @dataclass
 class LayerCall:
@@ -18,12 +21,14 @@ class LayerCall:
 
     Attributes:
         call: the arguments, detached from the graph.
-        edges: for each tensor that it returned, the tensor's edge in the graph; None if it has none or needs none.
+        edges: for each tensor that it returned, the tensor's edge in the graph; None if the tensor is not in the graph,
+            or if its derivative is already known.
         returns_tensor: whether it returned a tensor, rather than a tuple or another structure.
         samples_second: whether the samples are in the second dimension although the layer's rule expects the first.
         output_shape: the shape of the first tensor that it returned; empty if it is not known.
-        output_grads: for each tensor that it returned, the derivative of each sample's loss with respect to it; None if
-            there is none, or none yet.
+        output_grads: for each tensor that it returned, the derivative of each sample's own loss with respect to it;
+            None if there is none, or none yet. For the empirical Fisher it is the derivative of the caller's loss,
+            which `scaled_grads` makes that of the own losses.
         versions: the version counters of its input tensors at the time of the call. Compiled code has none.
     """
 
@@ -101,17 +106,18 @@ class Record:
     """One forward of the model: every call of every layer, and the output gradients for one row of each sample.
 
     Attributes:
-        samples: N, the number of samples; −1 until it is known.
+        samples: the number of samples, or `UNKNOWN`.
         call: the arguments of the model, detached from the graph.
         calls: the calls of each layer, by the layer's name.
-        layers_with_grads: the names of the layers that had output gradients for at least one call.
+        layers_with_grads: the names of the layers that had output gradients for at least one call, for messages;
+            `contributions.gather` fills it.
         unbatched: for each layer whose calls do not have one entry for each sample, by name, the reason.
         unattributed: for each parameter whose rows do not follow from calls of its layers, by id, the reason.
         per_sample_grads: the rows [N, …] of parameters without a rule, by the parameter's id.
         gradient_sums: for each such parameter, by id, the sum of its rows over the samples, as autograd computes it.
         backward_seen: whether a backward pass of the caller's loss has reached the model's output.
-        paused: whether the hooks on output gradients ignore the present backward pass, which is one of our own.
-        used_backward_per_sample: whether some rows needed one backward pass for each sample.
+        paused: whether the hooks of `LossGrads` ignore the present backward pass, which is one of our own.
+        used_backward_per_sample: whether some rows needed one backward pass for each sample, which is not compiled.
         mixes_samples: whether some layer's output for one sample depends on other samples.
         extra_records: further records of the same forward, one for each further row of a sample.
     """

@@ -140,7 +140,7 @@ class StepFunctions:
         in_blocks = {name for names in self.blocks.values() for name in names}
         return Contributions(
             {
-                layer.name: {label: [by_id[id(layer.parameters[label])]] for label in layer.trained()}
+                layer.name: {param_name: [by_id[id(layer.parameters[param_name])]] for param_name in layer.trained()}
                 for layer in self.layers
                 if layer.name in in_blocks
             }
@@ -158,13 +158,13 @@ class StepFunctions:
             layer = self.captured[name]
             if not layer.has_rule:
                 wanted = {
-                    label: p
-                    for label, p in layer.parameters.items()
+                    param_name: p
+                    for param_name, p in layer.parameters.items()
                     if p.requires_grad and id(p) not in self.spec.unattributed
                 }
                 calls = self._calls(name, tensors, by_perturbation)
-                for label, own in rerun_rows(layer.layer, wanted, calls, samples, scale).items():
-                    key = id(wanted[label])
+                for param_name, own in rerun_rows(layer.layer, wanted, calls, samples, scale).items():
+                    key = id(wanted[param_name])
                     rows[key] = rows[key] + own if key in rows else own
         return rows
 
@@ -200,8 +200,8 @@ class StepFunctions:
         curvature.step_(self._targets(state, grads), self.ops[()], self.trust_region)
 
     def _targets(self, state: StepState, grads: Named) -> list[Target]:
-        def tensors_of(layer: LayerParams, label: str) -> tuple[Tensor, Tensor, Tensor] | None:
-            name = self.names[layer.name, label]
+        def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
+            name = self.names[layer.name, param_name]
             return (state.parameters[name], state.momenta[name], grads[name]) if name in self.trained else None
 
         return targets_of(self.layers, self.groups, state.settings, tensors_of)

@@ -237,7 +237,9 @@ class TrainStep:
             loss_fn=self._loss_fn,
             layers=layers,
             captured=captured,
-            names={(layer.name, label): names[p] for layer in layers for label, p in layer.parameters.items()},
+            names={
+                (layer.name, param_name): names[p] for layer in layers for param_name, p in layer.parameters.items()
+            },
             trained=trained,
             likelihood=cast("Reparametrized", options.likelihood) if sampled else None,
             choices=choices,

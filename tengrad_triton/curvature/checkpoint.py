@@ -21,7 +21,8 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     """Return a curvature as nested dictionaries of tensors and numbers."""
     return {
         "jacobians": {
-            name: {label: one.pack() for label, one in layer.items()} for name, layer in curvature.jacobians.items()
+            name: {param_name: one.pack() for param_name, one in layer.items()}
+            for name, layer in curvature.jacobians.items()
         },
         "blocks": {block: list(names) for block, names in curvature.blocks.items()},
         "inverses": [{"blocks": list(one.blocks), "inverse_BNN": one.inverse_BNN} for one in curvature.inverses],
@@ -46,7 +47,9 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
         )
     jacobians, device = {}, torch.device("cpu")
     for name, layer in packed["jacobians"].items():
-        jacobians[name] = {label: _unpack(one, known[name][label].device, ops_for) for label, one in layer.items()}
+        jacobians[name] = {
+            param_name: _unpack(one, known[name][param_name].device, ops_for) for param_name, one in layer.items()
+        }
         device = next(iter(known[name].values())).device
     inverses = [InverseFactors(tuple(one["blocks"]), one["inverse_BNN"].to(device)) for one in packed["inverses"]]
     numbers = (packed[name].to(device) for name in ("damping_L", "failures_L"))

@@ -56,7 +56,7 @@ class Contributions:
             return [[take_rows(call, index) for call in calls] for calls, index in pairs if len(index)]
 
         return Contributions(
-            {name: {label: some(b) for label, b in layer.items()} for name, layer in self.by_layer.items()}
+            {name: {param_name: some(b) for param_name, b in layer.items()} for name, layer in self.by_layer.items()}
         )
 
     def sample(self, most: int, generator: torch.Generator) -> Contributions:
@@ -74,11 +74,11 @@ class Contributions:
         """Return the sizes of every weight whose representation can be chosen, by its full name."""
         rows, geometries = self.rows, {}
         for name, layer in self.by_layer.items():
-            for label, batches in layer.items():
+            for param_name, batches in layer.items():
                 first = geometry_of_calls(batches[0])
                 if first is not None:
                     stored = first.factored_bytes * rows // first.samples
-                    geometries[full_name(name, label)] = replace(first, samples=rows, factored_bytes=stored)
+                    geometries[full_name(name, param_name)] = replace(first, samples=rows, factored_bytes=stored)
         return geometries
 
 
@@ -110,16 +110,18 @@ def gather(
             "step: call model(inputs) itself, with gradients enabled, before loss.backward() and optimizer.step()"
         )
     capture.find_remaining_rows()  # of the empirical Fisher; the others have theirs since the forward
+    # A record of a further row of the same samples is joined as a micro-batch is.
     batches = [_of_record(capture, record, release_calls) for record in capture.records]
     found: dict[str, Mapping[str, MicroBatches]] = {}
     missing: dict[str, str] = {}
     for name, layer in covered.items():
-        trained = {label: layer.parameters[label] for label in layer.trained()}
+        trained = {param_name: layer.parameters[param_name] for param_name in layer.trained()}
         absent = [p for p in trained.values() if not all(id(p) in by_id for by_id in batches)]
         if absent:
             missing[name] = _why_missing(absent[0], capture)
         else:
-            found[name] = {label: [by_id.pop(id(p)) for by_id in batches] for label, p in trained.items()}
+            # A parameter that several layers share is in one layer only: `find_layer_params` sees to that.
+            found[name] = {param_name: [by_id.pop(id(p)) for by_id in batches] for param_name, p in trained.items()}
     if release_calls:
         capture.forget()
     return Contributions(found), missing
@@ -129,7 +131,9 @@ def _of_record(capture: Capture, record: Record, release_calls: bool) -> ById:
     """Return what one captured forward contributes."""
     batch = tree_leaves((record.call.args, record.call.kwargs))
     batch_storages = {x.untyped_storage().data_ptr() for x in batch if isinstance(x, Tensor)}
-    scale, calls_of, with_rule = capture.scale, record.calls if release_calls else dict(record.calls), {}
+    scale = capture.scale
+    calls_of = record.calls if release_calls else dict(record.calls)
+    with_rule = {}
     for name, layer in capture.layers.items():
         if any(call.has_grads for call in calls_of.get(name, [])):
             record.layers_with_grads.add(name)
@@ -163,9 +167,9 @@ def _why_missing(parameter: Tensor, capture: Capture) -> str:
         if id(parameter) in record.unattributed:
             return record.unattributed[id(parameter)]
         for name, layer in capture.layers.items():
-            labels = [label for label, p in layer.parameters.items() if p is parameter]
-            if labels and name in record.layers_with_grads:
-                return f"the rule for {type(layer.layer).__name__} returned nothing for {labels[0]}"
+            param_names = [param_name for param_name, p in layer.parameters.items() if p is parameter]
+            if param_names and name in record.layers_with_grads:
+                return f"the rule for {type(layer.layer).__name__} returned nothing for {param_names[0]}"
     return "not called by the model's forward"
 
 
@@ -193,9 +197,9 @@ def contributions_of(
         wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
         for x, output_grads in pairs_of(name) if wanted else ():
             rule = canonical(layer.layer, _widen(x), _widen(output_grads))
-            for label, parameter in layer.parameters.items():
-                if label in rule:
-                    one = _checked(rule[label], parameter, samples, layer.layer, full_name(name, label))
+            for param_name, parameter in layer.parameters.items():
+                if param_name in rule:
+                    one = _checked(rule[param_name], parameter, samples, layer.layer, full_name(name, param_name))
                     if id(parameter) in wanted:
                         found.setdefault(id(parameter), []).append(one)
     return found

@@ -1,6 +1,6 @@
 """The per-sample gradients J of one parameter, stored so that the products with J are cheap.
 
-Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, R
+Dimensions: N rows, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, R
 directions.
 """
 
@@ -136,16 +136,16 @@ class Factored(Grouped):
     @override
     def gram_grouped(jacobians: Sequence[Factored], blocks: list[int], count: int) -> Tensor:
         """Return k_LNN; each Gram matrix comes from pairs of positions or from explicit rows, whichever is cheaper."""
-        ops, k_LNN = jacobians[0].ops, []
+        ops, parts = jacobians[0].ops, []
         entries = list(zip(jacobians, blocks, strict=True))
         by_rows = [geometry_of(one.factors).prefers_explicit_rows for one in jacobians]
         from_pairs = [entry for entry, explicit in zip(entries, by_rows, strict=True) if not explicit]
         if from_pairs:
             a, g = [one._a_NGPI() for one, _ in from_pairs], [one.factors.g_NGPO for one, _ in from_pairs]
-            k_LNN.append(ops.gram(a, g, [block for _, block in from_pairs], count))
+            parts.append(ops.gram(a, g, [block for _, block in from_pairs], count))
         for one, block in (entry for entry, explicit in zip(entries, by_rows, strict=True) if explicit):
-            k_LNN += [ops.gram_rows([part.sample_grads(ops)], [block], count) for part in one._output_parts()]
-        return sum(k_LNN[1:], start=k_LNN[0])
+            parts += [ops.gram_rows([few.sample_grads(ops)], [block], count) for few in one._output_parts()]
+        return sum(parts[1:], start=parts[0])
 
     @staticmethod
     @override
@@ -259,4 +259,4 @@ def store_contiguously(jacobians: Jacobians) -> Jacobians:
     def placed(one: Jacobian) -> Jacobian:
         return replace(one, j_NK=moved.get(id(one.j_NK), one.j_NK)) if isinstance(one, PerSample) else one
 
-    return {name: {label: placed(one) for label, one in layer.items()} for name, layer in jacobians.items()}
+    return {name: {param_name: placed(one) for param_name, one in layer.items()} for name, layer in jacobians.items()}

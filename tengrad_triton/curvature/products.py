@@ -26,7 +26,7 @@ class Jacobian(Protocol):
 
     @property
     def rows(self) -> int:
-        """Return N."""
+        """Return N, the number of stored rows: fewer than the refresh's after M7 or M12."""
 
     @property
     def ops(self) -> Ops:
@@ -84,7 +84,10 @@ def _implementations(ops: Ops, kernels: Sequence[str]) -> Hashable:
 
 
 class Grouped(ABC):
-    """A `Jacobian` that shares kernel launches with others of the same `group_key` .
+    """A `Jacobian` that shares kernel launches with others of the same `group_key`.
+
+    `PerSample` calls the ops `gram_rows`, `project_rows` and `expand_rows_update_`; `Factored` calls `gram`, `project`
+    and `expand_update_`, or those of convolutions (`jacobian.py`).
 
     The ``*_grouped`` functions take one list entry for each Jacobian. Jacobian t adds to index ``blocks[t]`` of the
     result.
@@ -183,12 +186,12 @@ def expand_updates_(entries: Sequence[BlockEntry], w: Sequence[Tensor], dampings
     """Step every target along (grad − Jᵀ w) / damping; ``w`` and ``dampings`` have an entry for every block."""
     for group in _groups("expand", [one.jacobian for one in entries], [one.target.nesterov for one in entries]):
         own, first = [entries[t] for t in group], entries[group[0]]
-        of_rows, damping = [w[one.block] for one in own], [dampings[one.block] for one in own]
+        own_w, own_dampings = [w[one.block] for one in own], [dampings[one.block] for one in own]
         if isinstance(first.jacobian, Grouped):
             targets = [one.target for one in own]
-            first.jacobian.expand_update_grouped_([one.jacobian for one in own], targets, of_rows, damping)
+            first.jacobian.expand_update_grouped_([one.jacobian for one in own], targets, own_w, own_dampings)
         else:
-            first.jacobian.expand_update_(first.target, of_rows[0], damping[0])
+            first.jacobian.expand_update_(first.target, own_w[0], own_dampings[0])
 
 
 def _placed(one: Tensor, block: int, count: int) -> Tensor:

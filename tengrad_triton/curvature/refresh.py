@@ -33,7 +33,8 @@ class RefreshOptions:
         tol: the error bound of ``"compressed"`` (M7).
         relative_damping: whether dampings are in units of each block's mean squared row norm (M5).
         release_calls: whether captured calls are dropped as J takes their place (see `gather`).
-        choose: returns every weight's choice from the sizes of all weights: `Options.choose`.
+        choose: returns every weight's choice from the sizes of all weights: `Options.choose`. For a weight without a
+            plan the cost model decides (`Geometry`); a bias has no choice, and keeps its rows.
         blocks_of: returns the Fisher blocks that the named layers form: `fisher_blocks_of` (M11).
         damping_of: returns the damping of each block as a tensor.
         ops_for: returns the ops for kernel overrides: `choices.ops_for`.
@@ -103,7 +104,7 @@ def jacobians_of(contributions: Contributions, choices: Choices, ops_for: OpsFor
 
     def of_layer(name: str) -> LayerJacobian:
         layer = contributions.by_layer.pop(name)
-        return {label: one(full_name(name, label), batches) for label, batches in layer.items()}
+        return {param_name: one(full_name(name, param_name), batches) for param_name, batches in layer.items()}
 
     return {name: of_layer(name) for name in contributions.layers}
 
@@ -142,10 +143,13 @@ def append_history(
     Where a layer, a size or a representation has changed, the history begins anew.
     """
     older = () if before is None else before.history[: history - 1]
-    if before is None or not older or _labels(jacobians) != _labels(before.jacobians):
+    if before is None or not older or _param_names(jacobians) != _param_names(before.jacobians):
         return jacobians, (rows,)
     joined = {
-        name: {label: own.append_history(before.jacobians[name][label], sum(older)) for label, own in layer.items()}
+        name: {
+            param_name: own.append_history(before.jacobians[name][param_name], sum(older))
+            for param_name, own in layer.items()
+        }
         for name, layer in jacobians.items()
     }
     if any(one is None for layer in joined.values() for one in layer.values()):
@@ -153,7 +157,7 @@ def append_history(
     return cast("Jacobians", joined), (rows, *older)
 
 
-def _labels(jacobians: Jacobians) -> dict[str, set[str]]:
+def _param_names(jacobians: Jacobians) -> dict[str, set[str]]:
     return {name: set(layer) for name, layer in jacobians.items()}
 
 
@@ -161,11 +165,11 @@ def compressed_layers(contributions: Contributions, choices: Choices) -> set[str
     """Return the layers with a weight that is to be compressed."""
     compressed = {name for name, choice in choices.items() if choice.representation == "compressed"}
     by_layer = contributions.by_layer.items()
-    return {name for name, layer in by_layer if any(full_name(name, label) in compressed for label in layer)}
+    return {name for name, layer in by_layer if any(full_name(name, param_name) in compressed for param_name in layer)}
 
 
 def failures_of(blocks: Sequence[str], before: Curvature | None) -> Tensor:
-    """Return how many factorizations of the named blocks have failed before, as a tensor on the curvature's device."""
+    """Return how many factorizations of the named blocks have failed before."""
     counts = {} if before is None else dict(zip(before.blocks, before.failures_L.unbind(), strict=True))
     zero = next((count.new_zeros(()) for count in counts.values()), torch.zeros(()))
     return torch.stack([counts.get(block, zero) for block in blocks]) if blocks else torch.empty(0)

@@ -16,18 +16,19 @@ class Target(NamedTuple):
 
     Attributes:
         layer: the name of the module that owns the parameter.
-        label: the parameter's name within that module.
+        param_name: the parameter's name within that module.
         parameter: updated in place.
         momentum: of the parameter's shape, updated in place.
         grad: the gradient of what is minimized.
-        settings: [lr, momentum, weight_decay, shrink] of the parameter's group (see `GroupSettings`).
+        settings: [lr, momentum, weight_decay, shrink] of the parameter's group (see `GroupSettings`); shrink is the
+            decoupled weight decay.
         nesterov: whether the step looks ahead along the momentum.
         spring: μ of SPRING (docs/math.md, M13); 0 without it.
         group: the index of the parameter's group.
     """
 
     layer: str
-    label: str
+    param_name: str
     parameter: Tensor
     momentum: Tensor
     grad: Tensor
@@ -35,6 +36,11 @@ class Target(NamedTuple):
     nesterov: bool
     spring: float
     group: int
+
+    @property
+    def lr(self) -> Tensor:
+        """Return the learning rate, the first of the settings."""
+        return self.settings[0]
 
     def add_spring(self, damping: Tensor | float) -> Target:
         """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).
@@ -82,14 +88,14 @@ def targets_of(
     targets = []
     for layer in layers:
         group = groups[layer.group]
-        for label in layer.parameters:
-            tensors = tensors_of(layer, label)
+        for param_name in layer.parameters:
+            tensors = tensors_of(layer, param_name)
             if tensors is not None:
                 parameter, momentum, grad = tensors
                 grad = -grad if group["maximize"] else grad
                 state = (parameter, momentum, grad, settings[layer.group])
                 spring = group.get("spring", 0.0)
-                targets.append(Target(layer.name, label, *state, group["nesterov"], spring, layer.group))
+                targets.append(Target(layer.name, param_name, *state, group["nesterov"], spring, layer.group))
     return targets
 
 

@@ -167,7 +167,7 @@ Canonical = Mapping[str, Contribution]
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a layer that takes several tensors.
+    """The arguments of one call of a layer or of the model; a rule gets them where its layer takes several tensors.
 
     Attributes:
         args: the positional arguments, with their tensors detached from the graph.

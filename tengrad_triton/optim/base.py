@@ -230,8 +230,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     def _targets(self) -> list[Target]:
         """Return a target for each parameter that has a gradient."""
 
-        def tensors_of(layer: LayerParams, label: str) -> tuple[Tensor, Tensor, Tensor] | None:
-            parameter = layer.parameters[label]
+        def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
+            parameter = layer.parameters[param_name]
             return None if parameter.grad is None else (parameter, self._momentum_of(parameter), parameter.grad)
 
         return targets_of(self._layers, self.param_groups, self._settings(), tensors_of)

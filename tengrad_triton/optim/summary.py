@@ -62,7 +62,7 @@ class Summary:
 
 def summarize(layers: Sequence[LayerParams], curvature: Curvature | None) -> Summary:
     """Return the summary of ``layers`` with the present curvature, which is None before the first refresh."""
-    entries = tuple(_entry(layer, label, curvature) for layer in layers for label in layer.parameters)
+    entries = tuple(_entry(layer, param_name, curvature) for layer in layers for param_name in layer.parameters)
     return Summary(entries, 0 if curvature is None else int(curvature.failures_L.sum()))
 
 
@@ -70,9 +70,9 @@ def choices_of(curvature: Curvature | None) -> dict[str, Choice]:
     """Return how the J of each preconditioned parameter is stored, by the parameter's name."""
     jacobians = {} if curvature is None else curvature.jacobians
     return {
-        full_name(name, label): Choice(jacobian.representation, jacobian.ops.kernel_overrides)
+        full_name(name, param_name): Choice(jacobian.representation, jacobian.ops.kernel_overrides)
         for name, layer in jacobians.items()
-        for label, jacobian in layer.items()
+        for param_name, jacobian in layer.items()
     }
 
 
@@ -81,13 +81,13 @@ def sgd_entry(parameter: str, shape: tuple[int, ...], why: str) -> ParameterSumm
     return ParameterSummary(parameter, shape, "-", f"sgd ({why})", "update_", 0)
 
 
-def _entry(layer: LayerParams, label: str, curvature: Curvature | None) -> ParameterSummary:
-    name, shape = layer.full_name_of(label), tuple(layer.parameters[label].shape)
+def _entry(layer: LayerParams, param_name: str, curvature: Curvature | None) -> ParameterSummary:
+    name, shape = layer.full_name_of(param_name), tuple(layer.parameters[param_name].shape)
     if layer.why_sgd is not None:
         return sgd_entry(name, shape, layer.why_sgd)
     if curvature is None or curvature.is_released:
         return ParameterSummary(name, shape, layer.name or ".", "chosen at the next refresh", "-", 0)
-    jacobian = curvature.jacobians.get(layer.name, {}).get(label)
+    jacobian = curvature.jacobians.get(layer.name, {}).get(param_name)
     if jacobian is None:
         return sgd_entry(name, shape, "not part of the last refresh")
     block = next(block for block, names in curvature.blocks.items() if layer.name in names)

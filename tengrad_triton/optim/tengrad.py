@@ -40,7 +40,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     Each layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity. The rows of J
     are the gradients of the N samples of one batch:
 
-        d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr m
+        d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr (d + momentum m if nesterov, else m)
 
     J and the factored N×N matrices are computed every ``refresh_every`` steps and reused in between (docs/math.md).
     The defaults train without tuning on the models of docs/defaults.md; `TENGraD.paper` has the paper's settings.

@@ -79,9 +79,9 @@ def autotune(
     if not geometries:
         raise ValueError(f"no weight of {type(model).__name__} multiplies its layer's input: there is nothing to tune")
     by_weight = {
-        full_name(name, label): batches
+        full_name(name, param_name): batches
         for name, layer in contributions.by_layer.items()
-        for label, batches in layer.items()
+        for param_name, batches in layer.items()
     }
     weights = {geometry.key: name for name, geometry in geometries.items()}  # equal geometries are measured once
     device = example_input.device
