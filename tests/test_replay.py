@@ -14,8 +14,14 @@ STEPS = 24
 # What happens at a step, of which every fourth refreshes: these are steps of both kinds.
 EVENTS = {5: "plain", 6: "plain", 8: "plain", 10: "small", 12: "small", 15: "load", 16: "load", 18: "load"}
 SCHEDULES = "nesterov, decay, schedules"
+# Slow are models whose tensors others have too: activations in place, calls of one layer, factors.
+SLOW = {"in-place activations", "a shared module", "tokens"}
 CASES = [
-    *((model, SCHEDULES) for model in MODELS if model != "convolution, batch norm, dropout"),
+    *(
+        pytest.param(model, SCHEDULES, marks=[pytest.mark.slow] if model in SLOW else [])
+        for model in MODELS
+        if model != "convolution, batch norm, dropout"
+    ),
     ("tokens", "empirical"),
 ]
 

@@ -17,7 +17,7 @@ from tengrad_triton.curvature.checkpoint import pack_curvature
 # The models that show what an option changes; with the other models it is slow. Every model samples.
 SHOWN_BY = {
     "sampled": {*MODELS},
-    "empirical": {"convolution, batch norm", "a shared module", "tokens"},  # derivatives of the loss itself
+    "empirical": {"convolution, batch norm", "a shared module"},  # derivatives of the loss itself
     "nesterov, decay, schedules": {"in-place activations", "loose parameters"},  # the update; test_replay has others
 }
 ROWS = [
@@ -152,7 +152,7 @@ def test_another_models_optimizer_is_refused():
 # The models that show what an option changes; with the other models it is slow. Every model samples.
 SHOWN_BY = {
     "sampled": {*MODELS},
-    "empirical": {"convolution, batch norm", "a shared module", "tokens"},  # derivatives of the loss itself
+    "empirical": {"convolution, batch norm", "a shared module"},  # derivatives of the loss itself
     "nesterov, decay, schedules": {"in-place activations", "loose parameters"},  # the update; test_replay has others
 }
 ROWS = [
