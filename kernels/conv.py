@@ -148,10 +148,10 @@ def _expand_conv_update_(
 
 # (shape of the input, outputs, kernel size, geometry) of some layers.
 _LAYERS: Sequence[tuple[tuple[int, int, int, int], int, tuple[int, int], ConvGeometry]] = (
-    ((30, 8, 9, 8), 12, (3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1)),
-    ((30, 10, 7, 9), 6, (3, 2), ConvGeometry((2, 1), (0, 1), (1, 2), 2)),
+    ((30, 8, 4, 5), 12, (3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 1)),
+    ((30, 10, 5, 6), 6, (3, 2), ConvGeometry((2, 1), (0, 1), (1, 2), 2)),
     ((20, 5, 1, 11), 7, (1, 4), ConvGeometry((1, 3), (0, 2), (1, 1), 1)),
-    ((30, 8, 5, 4), 12, (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1)),  # its weight is an aligned matrix
+    ((30, 8, 3, 4), 12, (1, 1), ConvGeometry((1, 1), (0, 0), (1, 1), 1)),  # its weight is an aligned matrix
 )
 _SIZES = [number for *_, geometry in _LAYERS for number in geometry.numbers]
 

@@ -92,7 +92,7 @@ def example_factors(dtype: torch.dtype, device: torch.device, shape: Sequence[in
 
 
 # (N, G, P, I, O) and T of some layers: aligned, unaligned, with groups and positions.
-EXAMPLE_SHAPES = (((150, 1, 1, 532, 72), 1), ((150, 1, 1, 30, 9), 1), ((101, 2, 7, 9 * 10, 70), 9))
+EXAMPLE_SHAPES = (((150, 1, 1, 532, 72), 1), ((150, 1, 1, 30, 9), 1), ((53, 2, 5, 9 * 10, 70), 9))
 
 
 def example_layers(

@@ -149,19 +149,6 @@ def test_another_models_optimizer_is_refused():
         compile_train_step(copy.deepcopy(net), F.cross_entropy, optimizer)
 
 
-# The models that show what an option changes; with the other models it is slow. Every model samples.
-SHOWN_BY = {
-    "sampled": {*MODELS},
-    "empirical": {"convolution, batch norm", "a shared module"},  # derivatives of the loss itself
-    "nesterov, decay, schedules": {"in-place activations", "loose parameters"},  # the update; test_replay has others
-}
-ROWS = [
-    pytest.param(model, options, marks=[] if model in SHOWN_BY[options] else [pytest.mark.slow])
-    for model in MODELS
-    for options in OPTIONS
-]
-
-
 @pytest.mark.parametrize(("model", "options"), ROWS)
 def test_a_model_wrapped_in_torch_compile_works_in_the_plain_loop(model, options):
     torch.compiler.reset()

@@ -42,9 +42,7 @@ def convolutional(norm, *dropout):
 
 
 MODELS = {
-    "in-place activations": lambda: nn.Sequential(
-        nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)
-    ),
+    "in-place activations": lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)),
     "convolution, dropout": lambda: convolutional(nn.GroupNorm(2, 4), nn.Dropout(0.3)),
     "convolution, batch norm": lambda: convolutional(nn.BatchNorm2d(4)),
     "convolution, batch norm, dropout": lambda: convolutional(nn.BatchNorm2d(4, affine=False), nn.Dropout(0.3)),
