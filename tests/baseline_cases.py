@@ -1,8 +1,7 @@
-"""The baselines by name, a small convolutional model for them, and steps on batches that a seed decides."""
+"""The baselines by name, and their steps, which take closures."""
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from small_conv import batch
 
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
 
@@ -13,19 +12,6 @@ BASELINES = {
     "kbfgs": (KBFGS, {}),
     "kbfgsl": (KBFGSL, {"memory": 2}),
 }
-
-
-def small_model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 8), nn.ReLU()),
-        nn.Linear(8, 4),
-    )
-
-
-def batch(seed=0, samples=10):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(samples, 1, 6, 6, generator=generator), torch.randint(4, (samples,), generator=generator)
 
 
 def closure_of(model, optimizer, x, y, sign=1):
@@ -41,7 +27,3 @@ def closure_of(model, optimizer, x, y, sign=1):
 def take_steps(model, optimizer, first, last):
     for step in range(first, last):
         optimizer.step(closure_of(model, optimizer, *batch(step)))
-
-
-def flat(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -1,5 +1,8 @@
 """A small convolutional network, and plain training steps with it."""
 
+import copy
+import io
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,6 +29,25 @@ def take_steps(model, optimizer, first, last, scheduler=None):
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
+
+
+def resumed_at(pause, make, options, steps=take_steps):
+    """Train for eight steps, after ``pause`` of them from a file, with other tensors and another seed."""
+    model = small_model()
+    optimizer = make(model, **options)
+    steps(model, optimizer, 0, pause)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    torch.manual_seed(99)
+    resumed = nn.Sequential(*(copy.deepcopy(layer) for layer in small_model()))
+    resumed.load_state_dict(saved["model"])
+    continued = make(resumed, seed=1, **options)
+    continued.load_state_dict(saved["optimizer"])
+    steps(resumed, continued, pause, 8)
+    return resumed
 
 
 def flat(model):

@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 import torch
-from baseline_cases import BASELINES, batch, closure_of, flat, small_model, take_steps
+from baseline_cases import BASELINES, closure_of, take_steps
+from small_conv import batch, flat, small_model
 from torch import nn
 
 from tengrad_triton.baselines import settings

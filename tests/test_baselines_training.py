@@ -1,14 +1,13 @@
 """The baselines as torch optimizers: state, parameters without factors, closures, compiled steps, and learning."""
 
-import copy
-import io
 import itertools
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from baseline_cases import BASELINES, batch, closure_of, flat, small_model, take_steps
+from baseline_cases import BASELINES, closure_of, take_steps
+from small_conv import batch, flat, resumed_at, small_model
 from torch import nn
 
 from tengrad_triton import PerSampleGrads, TENGraD, canonical, compile_train_step
@@ -35,21 +34,7 @@ def uninterrupted():
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("pause", range(1, 7))
 def test_state_dict_continues_bit_for_bit_in_mid_interval(baseline, pause, uninterrupted):
-    make, options = with_intervals(baseline)
-    model = small_model()
-    optimizer = make(model, **options)
-    take_steps(model, optimizer, 0, pause)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    torch.manual_seed(99)
-    resumed = nn.Sequential(*(copy.deepcopy(layer) for layer in small_model()))
-    resumed.load_state_dict(saved["model"])
-    continued = make(resumed, seed=1, **options)
-    continued.load_state_dict(saved["optimizer"])
-    take_steps(resumed, continued, pause, 8)
+    resumed = resumed_at(pause, *with_intervals(baseline), take_steps)
     assert torch.equal(flat(resumed), uninterrupted[baseline])
 
 

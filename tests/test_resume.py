@@ -79,7 +79,7 @@ def test_a_signal_ends_the_process_with_130_and_it_can_go_on(tmp_path):
         [sys.executable, "-c", PROCESS, *run], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as process:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "run/metrics.csv").exists() and time.monotonic() < deadline:
+        while not (tmp_path / "run/metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)

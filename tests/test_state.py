@@ -1,12 +1,11 @@
 """The optimizer's state: it continues bit for bit, and another model's is refused."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_conv import assert_same, batch, flat, small_model, take_steps
+from small_conv import assert_same, batch, flat, resumed_at, small_model, take_steps
 from torch import nn
 
 from tengrad_triton import TENGraD
@@ -19,22 +18,7 @@ def test_state_dict_continues_bit_for_bit_in_mid_interval(pause, representation,
     options = {"refresh_every": 3, "fisher": fisher, "representation": representation, "weight_decay": 0.01}
     whole = small_model()
     take_steps(whole, TENGraD(whole, **options), 0, 8)
-
-    model = small_model()
-    optimizer = TENGraD(model, **options)
-    take_steps(model, optimizer, 0, pause)
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-
-    torch.manual_seed(99)
-    resumed = nn.Sequential(*(copy.deepcopy(layer) for layer in small_model()))
-    resumed.load_state_dict(saved["model"])
-    continued = TENGraD(resumed, seed=1, **options)
-    continued.load_state_dict(saved["optimizer"])
-    take_steps(resumed, continued, pause, 8)
-    assert torch.equal(flat(resumed), flat(whole))
+    assert torch.equal(flat(resumed_at(pause, TENGraD, options)), flat(whole))
 
 
 def test_state_of_another_model_is_refused_and_changes_nothing():
