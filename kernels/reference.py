@@ -1,9 +1,9 @@
-"""The definition of every op, kept simple so that it can be checked by reading: einsum and loops over the rows of J.
+"""The definition of every op, kept simple so that it can be checked by reading: einsum, and loops over the weights.
 
 The kernels (`KernelSpec.triton_impl`) and the tuned PyTorch code (`KernelSpec.torch_impl`) are tested against these
-functions in float64. The package never runs them: on CUDA tensors the Triton kernels run, elsewhere the code of
-`cpu.py`, `cpu_conv.py` and `cpu_update.py`. Every definition computes the rows of J first. Numbers of equations are
-those of the paper; labels such as M1 are those of docs/math.md.
+functions in float64. The package never runs them: on CUDA tensors the Triton kernels run, and on a CPU, in float64 or
+with ``backend="torch"`` the code of `cpu.py`, `cpu_conv.py` and `cpu_update.py`. Every product with factors forms the
+rows of J first. Numbers of equations are those of the paper; labels such as M1 are those of docs/math.md.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group; C channels, H and W pixels, T taps of a
 convolution's kernel; K entries of a flat gradient; L Fisher blocks.
@@ -51,7 +51,7 @@ def gram(a: Tensors, g: Tensors, blocks: list[int], count: int) -> Tensor:
 
 
 def project_rows(j: Tensors, v: Tensors, blocks: list[int], shape: list[int]) -> Tensor:
-    """Return y = J V, summed over the weights of a block; a shorter J adds to the first samples (equation 6, M4)."""
+    """Return y = J V, summed over the weights of a block; a shorter J adds to the first rows (equation 6, M4)."""
     y_LN = j[0].new_zeros(shape)
     for block, j_NK, v_OTI in zip(blocks, j, v, strict=True):
         y_LN[block, : len(j_NK)] += torch.einsum("nk,k->n", j_NK, v_OTI.flatten())
@@ -138,5 +138,5 @@ def cholesky_inverse(c_LNN: Tensor) -> Tensor:
 
 
 def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
-    """Z = Wᵀ W y (M5)."""
+    """Return w = Wᵀ (W y), where W is ``w_LNN`` (M5)."""
     return torch.einsum("lmn,lmk,lk->ln", w_LNN, w_LNN, y_LN)

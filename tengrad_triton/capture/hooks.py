@@ -8,10 +8,11 @@ forward and a backward, this happens in this order:
 3. `_after_batch_norm` adds a backward pass with detached statistics to the output of a batch norm in training.
 4. `_after_layer` adds a `LayerCall` to the record: the inputs, and the edges of the outputs in the graph. An edge names
    a tensor's place in the graph: `torch.autograd.grad` takes it in place of the tensor, which need not be kept.
-5. `_after_model` finds the unattributed parameters: there are none where layers are only called. For shapes that were
-   not seen before, this takes two backward passes. Then `OutputGrads` computes the output gradients, or `LossGrads`
-   attaches hooks that copy those of the caller's loss. From here on only the graph of the output refers to the record,
-   so the record of a forward without a backward is freed together with its graph.
+5. `_after_model` finds the unattributed parameters: there are none where parameters are used in calls of their layers
+   only, each with one entry for each sample. For shapes that were not seen before, this takes two backward passes. Then
+   `OutputGrads` computes the output gradients, or `LossGrads` attaches hooks that copy those of the caller's loss. From
+   here on only the graph of the output refers to the record, so the record of a forward without a backward is freed
+   together with its graph.
 6. `_backward_reached` runs when the caller's backward begins, and moves the record to `Capture.records`.
 
 After the backward, `Capture.find_remaining_rows` finds the rows that need all of it. The hooks of copies and pickles of

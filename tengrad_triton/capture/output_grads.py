@@ -58,7 +58,7 @@ class OutputGrads:
         self._detached_statistics = detached_statistics
 
     def after_forward(self, record: Record, output: Any, results: Sequence[Tensor]) -> None:
-        """Fill in all rows and output gradients.
+        """Fill in the output gradients, and the explicit rows of parameters without a rule.
 
         ``results`` are the tensors in the model's ``output`` that require gradients.
         """

@@ -1,6 +1,7 @@
 """The three products with J, for many parameters at once: one kernel launch for all Jacobians that can share it.
 
-Refreshes and steps compute nothing else with J: gram (K = J Jᵀ), project (J V) and expand (Jᵀ w, with the update).
+Apart from M7 and M12, refreshes and steps compute nothing else with J: gram (K = J Jᵀ), project (J V) and expand
+(Jᵀ w, with the update).
 
 Dimensions: L Fisher blocks, N rows of J, R directions.
 """
@@ -86,11 +87,11 @@ def _implementations(ops: Ops, kernels: Sequence[str]) -> Hashable:
 class Grouped(ABC):
     """A `Jacobian` that shares kernel launches with others of the same `group_key`.
 
-    `PerSample` calls the ops `gram_rows`, `project_rows` and `expand_rows_update_`; `Factored` calls `gram`, `project`
-    and `expand_update_`, or those of convolutions (`jacobian.py`).
+    `PerSample` calls the ops `gram_rows`, `project_rows` and `expand_rows_update_`. `Factored` calls `gram`, or
+    `gram_rows` of rows that it forms, `project` and `expand_update_`, or the last two for convolutions (`jacobian.py`).
 
-    The ``*_grouped`` functions take one list entry for each Jacobian. Jacobian t adds to index ``blocks[t]`` of the
-    result.
+    The ``*_grouped`` functions take one list entry for each Jacobian. Where the result has ``count`` blocks, Jacobian t
+    adds to index ``blocks[t]``.
     """
 
     ops: Ops

@@ -36,7 +36,7 @@ class RefreshOptions:
         choose: returns every weight's choice from the sizes of all weights: `Options.choose`. For a weight without a
             plan the cost model decides (`Geometry`); a bias has no choice, and keeps its rows.
         blocks_of: returns the Fisher blocks that the named layers form: `fisher_blocks_of` (M11).
-        damping_of: returns the damping of each block as a tensor.
+        damping_of: returns the present setting ε of each block as a tensor (M5).
         ops_for: returns the ops for kernel overrides: `choices.ops_for`.
         report: takes the reason of every layer without rows, by the layer's name; warns or raises.
     """
@@ -95,7 +95,7 @@ def refresh(
 def jacobians_of(contributions: Contributions, choices: Choices, ops_for: OpsFor) -> dict[str, LayerJacobian]:
     """Return every layer's J, each parameter in the representation and with the kernels chosen for it.
 
-    ``contributions`` is emptied: the inputs of a layer are freed as soon as its J is there.
+    ``contributions`` is emptied: a layer's inputs are freed as soon as its J is there, unless J consists of them.
     """
 
     def one(name: str, batches: MicroBatches) -> Jacobian:

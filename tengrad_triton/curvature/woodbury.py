@@ -167,8 +167,8 @@ class Curvature:
     def step_(self, targets: Sequence[Target], ops: Ops, trust_region: float | None) -> None:
         """Update every target along its natural gradient, or along its gradient where its layer has no J.
 
-        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). Every
-        check comes before the first update, so an error changes nothing.
+        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). The
+        gradients are checked against J before the first update.
         """
         entries, dampings = self._entries(targets), self.damping_L
         without_j = [target for target in targets if self._jacobian_of(target) is None]
@@ -182,7 +182,7 @@ class Curvature:
         with phase("update"):
             if entries:
                 expand_updates_(entries, w, dampings.unbind())
-            for target in (one.add_spring(1.0) for one in without_j):
+            for target in (one.add_spring(1.0) for one in without_j):  # without J, SPRING is V + μ φ
                 update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
 
     def curvature_along(self, targets: Sequence[Target]) -> Tensor:
@@ -226,7 +226,7 @@ class Curvature:
     def _trust_region_scale(
         self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor], trust_region: float
     ) -> Tensor:
-        """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½) with κ = ``trust_region``, δ = lr d and each group's lr (M14)."""
+        """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each group's lr (M14)."""
         groups: dict[int, set[int]] = {}
         for one in entries:
             groups.setdefault(one.block, set()).add(one.target.group)

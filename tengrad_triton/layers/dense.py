@@ -1,7 +1,7 @@
 """Layers whose weights multiply features: Linear and Bilinear.
 
 `OuterProducts(a [N, 1, P, I], g [N, 1, P, O])` stands for the rows J_n = Σ_p g_np a_npᵀ of a weight [O, I]. The 1 is
-the number of groups, which only convolutions have more of.
+the number of groups, which convolutions and packed attention projections may have more of.
 
 Dimensions: N samples, P positions, I inputs, O outputs.
 """

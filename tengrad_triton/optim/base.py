@@ -132,7 +132,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._damping_schedules.append(schedule)
 
     def _rebuild(self) -> None:
-        """Find the layers of all parameters. The next step then refreshes the curvature."""
+        """Find the layers of all parameters, and arm a capture for them: the next step refreshes the curvature."""
         layers = find_layer_params(self._module, self.param_groups, rows_without_rule=self._unsupported == "explicit")
         self._report_uncovered({layer.name: layer.why_sgd for layer in layers if layer.why_sgd})
         capture = self._new_capture(layers)
@@ -180,8 +180,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
         Raises:
             RuntimeError: a refresh is due, but there was no forward and backward of the model since the last step; or
-                the step needs a closure, and there is none. After this or any other error, parameters and state are
-                the same as before the call.
+                the step needs a closure, and there is none. After this or any other error, parameters and
+                momenta have the values that they had before the call.
         """
         if closure is None and (why := self._why_closure()) is not None:
             raise RuntimeError(why)
