@@ -230,20 +230,24 @@ def _is_launch_of(config, launch):
 
 
 def trace_ops(compile_all):
-    """Trace every example of every op: it launches shipped configurations, all of them, and changes what it says."""
+    """Trace every example of every op: it launches shipped configurations, all of them, and changes what it says.
+
+    Without ``compile_all`` bfloat16 stands for float16.
+    """
     triton.runtime.driver.set_active(_Driver())
     for row in SPECS:
         traces = [
             _trace(row, example(dtype, torch.device("cpu")), compile_all, **config)
             for name, example in row.examples.items()
             for dtype in row.dtypes
+            if compile_all or dtype != torch.float16
             # Parameters in half precision are loaded and stored by the same code in every configuration.
             for config in ({}, *({"config": config} for config in row.config_names if not name.startswith("half")))
         ]
         launches = [launch for launched in traces for launch in launched]
         for launch in launches:
             assert any(_is_launch_of(config, launch) for config in row.configs), (row.name, launch)
-        for config in row.configs:
+        for config in (config for config in row.configs if compile_all or "*fp16" not in config.types):
             assert any(_is_launch_of(config, launch) for launch in launches), (row.name, config)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import dense
 import layer_cases as cases
@@ -36,7 +37,7 @@ CASES = LAYERS | {
     "attention, dropout": attention(dropout=0.5),
     "attention, called twice": attention(lambda layer, x: cases.attend(layer, cases.attend(layer, x))),
     "encoder layer, sequence first, dropout": Case(lambda: cases.SequenceFirst(0.3), (6,), 7),
-    "lstm, dropout": rnn(nn.LSTM, num_layers=2, dropout=0.5),
+    "lstm, dropout": replace(rnn(nn.LSTM, num_layers=2, dropout=0.5), shape=(2, 3)),
     "a module of its own kind, with chance": Case(lambda: nn.Sequential(Chance(), nn.Linear(4, 3)), (4,)),
     "batch norm and a dropout in attention": Case(
         lambda: nn.Sequential(nn.BatchNorm1d(6), attention(dropout=0.5).model()), (6, 4)
