@@ -1,7 +1,7 @@
 """Hooks on a model that record, while a refresh is due, every layer's inputs and output gradients.
 
-The optimizer arms the hooks when its next step refreshes the curvature (`optim/base.py`). In a
-forward and a backward, this happens in this order:
+The optimizer arms the hooks when its next step refreshes the curvature (`optim/base.py`). In a forward and a backward,
+this happens in this order:
 
 1. `_before_model` opens a `Record`, unless gradients are disabled or the forward is one of our own.
 2. `_before_layer` stores the random number generator's state for layers whose rule repeats their dropout.
