@@ -57,6 +57,7 @@ def test_rates_decay_as_in_the_paper_in_proportion_to_the_epochs(index, epochs, 
     assert (settings.decay_at, settings.decay) == (decay_at, decay)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11's own, of every profile
 def test_an_optimizer_that_is_made_of_others_is_counted_once():
     job = Job(Settings(model="mlp", width=5, batch_size=6), data_of(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), 3), CPU)
     parts = phases.measure_phases(job, "muon")["reuse"]

@@ -83,7 +83,7 @@ def test_a_signal_ends_the_process_with_130_and_it_can_go_on(tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert error == "tengrad-triton: interrupted: go on with `tengrad-triton train --resume run`\n"
     epochs = checkpoint(tmp_path / "run", "sgd")["rows"]
     assert [epoch["epoch"] for epoch in epochs] == list(range(1, len(epochs) + 1))
