@@ -134,6 +134,8 @@ import sys
 sys.modules["triton"] = None  # what importing finds where it is not installed
 import torch, tengrad_triton
 from torch import nn
+a_NGPI = torch.ones(3, 1, 1, 4)
+assert tengrad_triton.kernels.gram([a_NGPI], [a_NGPI], [0], 1).tolist() == [[[16.0] * 3] * 3]
 model = nn.Linear(4, 3)
 optimizer = tengrad_triton.TENGraD(model)
 nn.functional.cross_entropy(model(torch.randn(5, 4)), torch.zeros(5, dtype=torch.long)).backward()

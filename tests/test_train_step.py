@@ -17,7 +17,7 @@ from tengrad_triton.curvature.checkpoint import pack_curvature
 # The models that show what an option changes; with the others it is slow. Every model samples here or in test_replay.
 SHOWN_BY = {
     "sampled": {*MODELS} - {"convolution, dropout", "loose parameters"},
-    "empirical": {"convolution, batch norm", "a shared module"},  # derivatives of the loss itself
+    "empirical": {"convolution, batch norm"},  # derivatives of the loss itself; test_replay has tokens
     "nesterov, decay, schedules": {"in-place activations", "loose parameters"},  # the update; test_replay has others
 }
 ROWS = [
