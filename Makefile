@@ -19,8 +19,8 @@ train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and
 	$(VENV)/bin/tengrad-triton train
 
 quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
-	$(PYTEST) -x -q -k "not compiled" tests/test_exact.py tests/test_optimizer.py tests/test_state.py \
-		tests/test_refusals.py tests/test_cpu.py
+	$(PYTEST) -x -q -k "not compiled" tests/test_exact.py tests/test_controls.py tests/test_optimizer.py \
+		tests/test_state.py tests/test_refusals.py tests/test_cpu.py
 	TRITON_INTERPRET=1 $(PYTEST) -x -q -k "takes_any_strides and not project" tests/test_kernels.py
 
 test: lint tests           ## lint, then run every test that is not marked slow

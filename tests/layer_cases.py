@@ -1,4 +1,4 @@
-"""Models and calls for those entries of the table in test_exact.py that need more than a layer."""
+"""Models and calls for those entries of the table in exact_cases.py that need more than a layer."""
 
 import torch
 import torch.nn.functional as F

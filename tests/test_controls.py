@@ -27,6 +27,9 @@ from one_step import (
 )
 
 from tengrad_triton import Categorical, TENGraD
+from tengrad_triton.curvature.choices import ops_for
+from tengrad_triton.curvature.jacobian import PerSample
+from tengrad_triton.curvature.woodbury import factor
 
 
 @pytest.mark.parametrize("region", [1e-5, 1e3])
@@ -160,3 +163,17 @@ def test_paper_settings_are_one_call_away():
     assert (optimizer.param_groups[0]["damping"], optimizer.refresh_every) == (0.1, 100)
     assert not optimizer.param_groups[0]["nesterov"]
     assert (optimizer._options.relative_damping, optimizer._options.trust_region) == (False, None)
+
+
+@pytest.mark.parametrize("relative_damping", [False, True])
+def test_each_failure_raises_the_damping_tenfold(relative_damping):
+    torch.manual_seed(0)
+    j_NK, ops, blocks = 10 * torch.randn(5, 9, dtype=torch.float64), ops_for("torch"), ["never", "once", "twice"]
+    jacobians = {block: {"weight": PerSample(j_NK, ops, "samples")} for block in blocks}
+    failures_L, epsilon_L = torch.arange(3, dtype=torch.float64), torch.full((3,), 0.01, dtype=torch.float64)
+    by_name = {block: [block] for block in blocks}
+    curvature = factor(jacobians, by_name, (5,), epsilon_L, failures_L, ops, {}, relative_damping)
+    unit = max(1, j_NK.square().sum().item() / 5) if relative_damping else 1
+    torch.testing.assert_close(curvature.damping_L, 0.01 * unit * torch.tensor([1.0, 10, 100], dtype=torch.float64))
+    assert torch.equal(curvature.failures_L, failures_L)
+    assert curvature.history == (5,)
