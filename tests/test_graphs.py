@@ -99,7 +99,10 @@ def twins(case, backend="aot_eager", **options):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own, of its own forward
 @pytest.mark.parametrize(("layer", "refresh_every"), ROWS)
 def test_a_refresh_is_compiled_or_says_why_not(layer, refresh_every):
-    """Two graphs, reuse and refresh, over schedules of the learning rate and the damping; one where it says why."""
+    """Over schedules of the learning rate and the damping: two graphs, reuse and refresh.
+
+    There is one where no refresh is compiled, and where every step refreshes.
+    """
     ours, expected, step, graphs = twins(CASES[layer], refresh_every=refresh_every)
     assert (step.why_plain is None) == (layer not in PLAIN)
     assert graphs == (1 if layer in PLAIN or refresh_every == 1 else 2)

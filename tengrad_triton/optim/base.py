@@ -180,8 +180,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
         Raises:
             RuntimeError: a refresh is due, but there was no forward and backward of the model since the last step; or
-                the step needs a closure, and there is none. After this or any other error, parameters and
-                momenta have the values that they had before the call.
+                the step needs a closure, and there is none. After this or any other error, parameters and momenta
+                have the values that they had before the call.
         """
         if closure is None and (why := self._why_closure()) is not None:
             raise RuntimeError(why)
