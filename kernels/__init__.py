@@ -24,12 +24,14 @@ from .conv import SPECS as CONV_SPECS
 from .conv import expand_conv_update_, project_conv
 from .conv_sample_grads import SPECS as CONV_SAMPLE_GRADS_SPECS
 from .conv_sample_grads import conv_sample_grads
+from .dispatch import eager
 from .expand_factored import SPECS as EXPAND_SPECS
 from .expand_factored import expand_update_
 from .expand_rows import SPECS as EXPAND_ROWS_SPECS
 from .expand_rows import expand_rows_update_
 from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
+from .launches import TensorList, without_memory
 from .project_factored import SPECS as PROJECT_SPECS
 from .project_factored import project
 from .project_rows import SPECS as PROJECT_ROWS_SPECS
@@ -58,10 +60,12 @@ SPECS: tuple[KernelSpec, ...] = (
 __all__ = [
     "SPECS",
     "KernelSpec",
+    "TensorList",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
     "conv_sample_grads",
+    "eager",
     "expand_conv_update_",
     "expand_rows_update_",
     "expand_update_",
@@ -72,4 +76,5 @@ __all__ = [
     "project_rows",
     "sample_grads",
     "update_",
+    "without_memory",
 ]

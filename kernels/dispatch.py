@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.library import custom_op, triton_op
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .spec import HAS_TRITON, TRITON_TYPES, Config
 
@@ -33,17 +36,44 @@ def define_op(
     def register(function: Callable[P, R]) -> Callable[P, R]:
         name = f"tengrad_triton::{function.__name__}"
         if fake is None and not mutates:
-            return cast("Callable[P, R]", triton_op(name, mutates_args=())(function))
-        op = custom_op(name, mutates_args=mutates)(function)
+            op = triton_op(name, mutates_args=())(function)
+        else:
+            op = custom_op(name, mutates_args=mutates)(function)
         if fake is not None:
             op.register_fake(fake)
+        _FUNCTIONS[op] = partial(_call_eagerly, op, function, len(mutates))
         return cast("Callable[P, R]", op)
 
     return register
 
 
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def eager(op: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that does what an op does, for code that autograd does not record.
+
+    It calls the op only where something looks at ops: a tracer or a dispatch mode. A call through `torch.library` takes
+    the host up to 150 µs for lists of tensors.
+    """
+    return _FUNCTIONS[op]
+
+
+def _call_eagerly(op: Any, function: Callable[..., R], mutated: int, *arguments: Any, **options: Any) -> R:
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return op(*arguments, **options)
+    for tensors in arguments[:mutated]:  # so that autograd refuses a backward that needs the old values
+        increment_version(tensors)
+    return function(*arguments, **options)
+
+
 def dispatch(
-    triton_impl: Callable[..., R], torch_impl: Callable[..., R], configs: Sequence[Config], config: str, *arguments: Any
+    triton_impl: Callable[..., R],
+    torch_impl: Callable[..., R],
+    configs: Sequence[Config],
+    config: str,
+    *arguments: Any,
+    check: Callable[..., object] | None = None,
 ) -> R:
     """Run an implementation of an op: the kernels where `runs_kernel` allows them, PyTorch elsewhere.
 
@@ -53,6 +83,8 @@ def dispatch(
         configs: the launch configurations of the kernels.
         config: the name of the one to launch in.
         arguments: those of the op, without ``config``.
+        check: raises `ValueError` unless the arguments' shapes belong together. ``triton_impl`` calls it too, but only
+            when it prepares launches: those that it repeats were checked.
 
     Raises:
         ValueError: no launch configuration has the name ``config``.
@@ -61,6 +93,8 @@ def dispatch(
         _expect_config(configs, config)
     if runs_kernel(*arguments):
         return triton_impl(*arguments, config=config)
+    if check is not None:
+        check(*arguments)
     return torch_impl(*arguments)
 
 
@@ -98,6 +132,16 @@ def widen(x: Tensor) -> Tensor:
 def zeros(x: Tensor, *shape: int) -> Tensor:
     """Return zeros to which products with ``x`` are added: in its dtype, but in float32 at least."""
     return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def widen_contiguous(x: Tensor) -> Tensor:
+    """Return `last_contiguous` entries, half precision in float32."""
+    return last_contiguous(widen(x))
+
+
+def single_contiguous(x: Tensor) -> Tensor:
+    """Return contiguous entries in float32; the tensor itself where it has them."""
+    return contiguous(x.float())
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_update, reference
-from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous, widen
+from .dispatch import define_op, dispatch, expect, single_contiguous, widen_contiguous
 from .factors import (
     EXAMPLE_SHAPES,
     FACTOR_UNITS,
@@ -23,15 +23,15 @@ from .factors import (
     unit_of,
     view_offsets,
 )
+from .launches import Launch, converted, entry_launch, prepared
 from .pointer_table import (
     FIRST_TILE,
     MAX_ENTRIES,
     TABLE,
+    Entries,
     address,
-    addresses,
     entry_at,
     fields,
-    launch_entries,
     launches_of,
     number,
     strides,
@@ -47,6 +47,7 @@ from .update import (
     MOMENTUM_STRIDES,
     PARAM,
     PARAM_STRIDES,
+    POINTERS,
     SETTINGS,
     W,
     example_numbers,
@@ -63,6 +64,7 @@ from .update import (
     _INPUTS, _OUTPUTS,  # inputs (of all taps) and outputs of a group, in units of UNIT elements
     _A_STRIDES, _G_STRIDES,  # of the factors' first three dimensions, in units of UNIT elements
 ) = fields(7, strides=2, after=AFTER_UPDATE)  # fmt: skip
+_POINTERS = {**POINTERS, _A: 3, _G: 4, W: 5, DAMPING: 6, SETTINGS: 7}
 
 
 @define_op(mutates=("params", "momenta"))
@@ -99,14 +101,21 @@ def expand_update_(
     Raises:
         ValueError: the shapes of a layer's tensors do not belong together, or there is no such launch configuration.
     """
+    arguments = (params, momenta, grads, a, g, w, dampings, settings, nesterov)
+    implementations = (launch_expand_update_, cpu_update.expand_update_)
+    dispatch(*implementations, EXPAND_CONFIGS, config, *arguments, check=_expect_layers)
+
+
+def _expect_layers(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], a: list[Tensor], g: list[Tensor],
+    w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], *_: object,
+) -> None:  # fmt: skip
     for param, momentum, grad, a_NGPI, g_NGPO, w_N, *numbers in zip(
         params, momenta, grads, a, g, w, dampings, settings, strict=True
     ):
         expect_update(param, momentum, grad, *numbers)
         expect_view("param_OTI", param, a_NGPI, g_NGPO)
         expect("w_N", w_N, a_NGPI.shape[0])
-    arguments = (params, momenta, grads, a, g, w, dampings, settings, nesterov)
-    dispatch(launch_expand_update_, cpu_update.expand_update_, EXPAND_CONFIGS, config, *arguments)
 
 
 @triton.jit
@@ -171,7 +180,7 @@ _CONFIGS = {
     for unit in FACTOR_UNITS
     for nesterov in (False, True)
 }
-EXPAND_CONFIGS = (*all_configs(_CONFIGS), TABLE)
+EXPAND_CONFIGS = (*all_configs(_CONFIGS), *TABLE)
 
 
 def launch_expand_update_(
@@ -179,21 +188,32 @@ def launch_expand_update_(
     w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str = "default",
 ) -> None:  # fmt: skip
     """Launch the kernel of `expand_update_`."""
-    a, g = ([last_contiguous(widen(x)) for x in factors] for factors in (a, g))
-    w, dampings, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, dampings, settings))
+    arguments = (params, momenta, grads, a, g, w, dampings, settings, nesterov, config)
+    for launch in prepared(_launches, *arguments):
+        launch.start()
+
+
+def _launches(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], a: list[Tensor], g: list[Tensor],
+    w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str,
+) -> list[Launch]:  # fmt: skip
+    _expect_layers(params, momenta, grads, a, g, w, dampings, settings)
+    copies: list[Tensor] = []
+    a, g = (converted(widen_contiguous, factors, copies) for factors in (a, g))
+    numbers = [converted(single_contiguous, x, copies) for x in (w, dampings, settings)]
+    lists, launches = (params, momenta, grads, a, g, *numbers), []
     keys = [
         ((param.dtype, momentum.dtype, grad.dtype), unit_of(a_NGPI, g_NGPO, param, momentum, grad))
         for param, momentum, grad, a_NGPI, g_NGPO in zip(params, momenta, grads, a, g, strict=True)
     ]
     for (_, unit), indices in launches_of(keys):
         chosen = _CONFIGS[unit, nesterov][config]
-        a_, g_ = [a[t] for t in indices], [g[t] for t in indices]
+        entries = Entries(lists, indices, copies)
+        a_, g_ = entries.of(3), entries.of(4)
         sizes, (tile_o, tile_i) = sizes_of(a_, g_), (chosen.block("O"), chosen.block("I"))
         tiles = [size.groups * cdiv(size.outputs, tile_o) * cdiv(size.inputs, tile_i) for size in sizes]
         columns = {
-            **update_columns(indices, params, momenta, grads, w, dampings, settings, unit),
-            _A: addresses(a_),
-            _G: addresses(g_),
+            **update_columns(entries, unit),
             _SAMPLES: [size.samples for size in sizes],
             _POSITIONS: [size.positions for size in sizes],
             _CHANNELS: [params[t].shape[2] for t in indices],
@@ -202,7 +222,8 @@ def launch_expand_update_(
             **strides(_A_STRIDES, a_, unit),
             **strides(_G_STRIDES, g_, unit),
         }
-        launch_entries(chosen, tiles, columns, [x[indices[0]] for x in (params, momenta, grads, a)])
+        launches.append(entry_launch(chosen, tiles, columns, _POINTERS, entries, typed=4))
+    return launches
 
 
 def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:

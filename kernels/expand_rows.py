@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from . import cpu_update, reference
-from .dispatch import contiguous, define_op, dispatch, expect, last_contiguous
+from .dispatch import define_op, dispatch, expect, last_contiguous, single_contiguous
+from .launches import Launch, converted, entry_launch, prepared
 from .pointer_table import (
     FIRST_TILE,
     MAX_ENTRIES,
     TABLE,
+    Entries,
     address,
-    addresses,
     entry_at,
     fields,
-    launch_entries,
     launches_of,
     number,
     strided,
@@ -38,6 +38,7 @@ from .update import (
     MOMENTUM_STRIDES,
     PARAM,
     PARAM_STRIDES,
+    POINTERS,
     SETTINGS,
     W,
     example_numbers,
@@ -54,6 +55,7 @@ from .update import (
     _ROW_STRIDE, _COLUMNS,  # stride between the rows of J, and K: both in units of UNIT elements
     _TAPS, _INPUTS,  # T and I of the parameter's view
 ) = fields(6, after=AFTER_UPDATE)  # fmt: skip
+_POINTERS = {**POINTERS, _J: 3, W: 4, DAMPING: 5, SETTINGS: 6}
 
 
 @define_op(mutates=("params", "momenta"))
@@ -86,13 +88,20 @@ def expand_rows_update_(
     Raises:
         ValueError: the shapes of a weight's tensors do not belong together, or there is no such launch configuration.
     """
+    arguments = (params, momenta, grads, j, w, dampings, settings, nesterov)
+    implementations = (_expand_rows_update_, cpu_update.expand_rows_update_)
+    dispatch(*implementations, EXPAND_ROWS_CONFIGS, config, *arguments, check=_expect_rows)
+
+
+def _expect_rows(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor], w: list[Tensor],
+    dampings: list[Tensor], settings: list[Tensor], *_: object,
+) -> None:  # fmt: skip
     for param, momentum, grad, j_NK, w_N, *numbers in zip(
         params, momenta, grads, j, w, dampings, settings, strict=True
     ):
         expect_update(param, momentum, grad, *numbers)
         expect("j_NK", j_NK, w_N.shape[0], param.numel())
-    arguments = (params, momenta, grads, j, w, dampings, settings, nesterov)
-    dispatch(_expand_rows_update_, cpu_update.expand_rows_update_, EXPAND_ROWS_CONFIGS, config, *arguments)
 
 
 @triton.jit
@@ -144,25 +153,37 @@ _CONFIGS = {
     for unit in ROW_UNITS
     for nesterov in (False, True)
 }
-EXPAND_ROWS_CONFIGS = (*all_configs(_CONFIGS), TABLE)
+EXPAND_ROWS_CONFIGS = (*all_configs(_CONFIGS), *TABLE)
 
 
 def _expand_rows_update_(
     params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor],
     w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str = "default",
 ) -> None:  # fmt: skip
-    j = [last_contiguous(j_NK) for j_NK in j]
-    w, dampings, settings = ([contiguous(x.float()) for x in numbers] for numbers in (w, dampings, settings))
+    arguments = (params, momenta, grads, j, w, dampings, settings, nesterov, config)
+    for launch in prepared(_launches, *arguments):
+        launch.start()
+
+
+def _launches(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor],
+    w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str,
+) -> list[Launch]:  # fmt: skip
+    _expect_rows(params, momenta, grads, j, w, dampings, settings)
+    copies: list[Tensor] = []
+    j = converted(last_contiguous, j, copies)
+    numbers = [converted(single_contiguous, x, copies) for x in (w, dampings, settings)]
+    lists, launches = (params, momenta, grads, j, *numbers), []
     keys = [
         ((param.dtype, momentum.dtype, grad.dtype), j_NK.dtype, unit_of_rows(j_NK))
         for param, momentum, grad, j_NK in zip(params, momenta, grads, j, strict=True)
     ]
     for (_, dtype, unit), indices in launches_of(keys):
         chosen = _CONFIGS[dtype, unit, nesterov][config]
-        params_, j_ = [params[t] for t in indices], [j[t] for t in indices]
+        entries = Entries(lists, indices, copies)
+        params_, j_ = entries.of(0), entries.of(3)
         columns = {
-            **update_columns(indices, params, momenta, grads, w, dampings, settings, unit=1),
-            _J: addresses(j_),
+            **update_columns(entries, unit=1),
             _SAMPLES: [len(j_NK) for j_NK in j_],
             _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
             _COLUMNS: [j_NK.shape[1] // unit for j_NK in j_],
@@ -170,7 +191,8 @@ def _expand_rows_update_(
             _INPUTS: [param_OTI.shape[2] for param_OTI in params_],
         }
         tiles = [cdiv(j_NK.shape[1], chosen.block("K")) for j_NK in j_]
-        launch_entries(chosen, tiles, columns, [x[indices[0]] for x in (params, momenta, grads, j, w)])
+        launches.append(entry_launch(chosen, tiles, columns, _POINTERS, entries, typed=5))
+    return launches
 
 
 def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:

@@ -63,7 +63,7 @@ def unit_of(a_NGPI: Tensor, g_NGPO: Tensor, *views: Tensor) -> int:
 def _is_dense(x_OTI: Tensor, unit: int) -> bool:
     """Return whether (T, I) is one contiguous dimension, and each output begins at a multiple of ``unit`` elements."""
     contiguous = x_OTI.stride(2) == 1 and (x_OTI.shape[1] == 1 or x_OTI.stride(1) == x_OTI.shape[2])
-    return contiguous and x_OTI.stride(0) % unit == 0 and x_OTI.storage_offset() % unit == 0
+    return contiguous and x_OTI.stride(0) % unit == 0 and x_OTI.data_ptr() // x_OTI.itemsize % unit == 0
 
 
 @triton.jit

@@ -155,7 +155,7 @@ _RANGE_GRAM = {
 _SUM_PRODUCTS = single_config(
     _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=32), unaligned=("N",)
 )
-PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, TABLE)
+PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, *TABLE)
 
 
 def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN: Tensor, config: str) -> None:

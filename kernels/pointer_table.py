@@ -24,19 +24,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from .spec import Config, cdiv, single_config, tiling, tl, triton
+from .spec import Repeated, single_config, tiling, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
 Columns = Mapping[Any, Sequence[int]]
 """The numbers of a table: for each field, its number for each entry."""
 
 MAX_ENTRIES = 128  # the most entries of one launch
-_WRITE_SIZE = 256  # every launch writes this many numbers, so that the kernel is compiled only once (about a second)
+_WRITE_SIZES = (32, 256)  # how many numbers a launch takes: few sizes, because each is compiled (about a second)
 
 
 def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
@@ -51,42 +51,54 @@ def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
     return map(tl.constexpr, (*range(after, first), *range(first, first + 3 * strides, 3)))
 
 
-# FIRST_TILE is where an entry's programs begin in the grid; every table of `launch_entries` begins with it. The other
-# fields are those of `add_partial_sums`: the index of the Fisher block; SLOTS, how many partial sums one sample and
+# FIRST_TILE is where an entry's programs begin in the grid; every table begins with it. The other
+# fields are those of `launches.PartialSums`: the index of the Fisher block; SLOTS, how many partial sums one sample and
 # position has; the numbers of samples and of positions; and FIRST_PART, where the entry's partial sums begin.
 FIRST_TILE, FISHER_BLOCK, SLOTS, SAMPLES, POSITIONS, FIRST_PART = fields(6)
 AFTER_PARTIAL_SUMS = 6  # one more than the index of the last of these
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_ptr"])
-def _write_kernel(values, table_ptr):
-    """Decode numbers from `_encoded` and write them to the table."""
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table_ptr"])
+def _write_kernel(values, table_ptr, count):
+    """Decode the first ``count`` numbers, and write them to the table."""
     for k in tl.static_range(len(values)):
-        tl.store(table_ptr + k, (values[k] >> 1) - (1 << 61))
+        tl.store(table_ptr + k, (values[k] >> 1) - (1 << 61), mask=k < count)
 
 
-TABLE = single_config(
-    _write_kernel, f"{','.join(_WRITE_SIZE * ['i64'])} *i64", tiling(num_warps=1), unaligned=("values", "table_ptr")
-)
+_WRITERS = {
+    size: single_config(
+        _write_kernel,
+        f"{','.join(size * ['i64'])} *i64 i32",
+        tiling(num_warps=1),
+        unaligned=("values", "table_ptr", "count"),
+    )
+    for size in _WRITE_SIZES
+}
+TABLE = tuple(_WRITERS.values())
+_started: dict[tuple[torch.device, int], Repeated] = {}
 
-
-def _encoded(value: int) -> int:
-    """Return a number as a large odd one.
-
-    Triton compiles a kernel again for arguments that are 1, a multiple of 16, or small enough for 32 bits. Encoded
-    numbers are none of these, so one compiled kernel writes every table.
-    """
-    return (value + (1 << 61) << 1) + 1
+# Numbers reach the kernel as large odd ones. Triton compiles a kernel again for arguments that are 1, a multiple of 16,
+# or small enough for 32 bits; these are none of them, so one compiled kernel writes all numbers.
+_CODE_OF_ZERO = (1 << 62) + 1
+_PADDING = (_CODE_OF_ZERO,) * max(_WRITE_SIZES)
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return numbers as an int64 tensor without a copy from the host, which would wait for the device."""
-    launches = cdiv(len(numbers), _WRITE_SIZE)
-    encoded = [*map(_encoded, numbers), *[_encoded(0)] * (launches * _WRITE_SIZE - len(numbers))]
-    table = torch.empty(len(encoded), dtype=torch.int64, device=device)
-    for first in range(0, len(encoded), _WRITE_SIZE):
-        TABLE.start((1,), tuple(encoded[first : first + _WRITE_SIZE]), table[first:])
-    return table[: len(numbers)]
+    written = torch.empty(len(numbers), dtype=torch.int64, device=device)
+    _write(numbers, written)
+    return written
+
+
+def _write(numbers: Sequence[int], to: Tensor) -> None:
+    """Write numbers to the first entries of a tensor."""
+    size = next((size for size in _WRITE_SIZES if len(numbers) <= size), max(_WRITE_SIZES))
+    if (to.device, size) not in _started:
+        _started[to.device, size] = Repeated(_WRITERS[size])
+    for first in range(0, len(numbers), size):
+        part = numbers[first : first + size]
+        encoded = (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)])
+        _started[to.device, size].start((1,), encoded, to[first:], len(part))
 
 
 def table_of(columns: Columns, device: torch.device) -> Tensor:
@@ -94,6 +106,76 @@ def table_of(columns: Columns, device: torch.device) -> Tensor:
     ordered = sorted((field.value, column) for field, column in columns.items())
     assert [index for index, _ in ordered] == list(range(len(ordered))), "a field is missing"
     return to_device([number for _, column in ordered for number in column], device).view(len(ordered), -1)
+
+
+class Entries(NamedTuple):
+    """The tensors of the entries of one launch.
+
+    Attributes:
+        lists: an op's lists of tensors, in the order of its arguments.
+        indices: the indices of the entries in each list.
+        copies: the tensors of ``lists`` that are no arguments of the op, but copies of them.
+    """
+
+    lists: Sequence[Sequence[Tensor]]
+    indices: list[int]
+    copies: Sequence[Tensor]
+
+    def of(self, argument: int) -> list[Tensor]:
+        """Return the entries' tensors of one list."""
+        return [self.lists[argument][index] for index in self.indices]
+
+
+class Table:
+    """A table that follows its tensors when their addresses change.
+
+    Attributes:
+        fields_FE: the table.
+    """
+
+    def __init__(self, columns: Columns, pointers: Mapping[Any, int], entries: Entries) -> None:
+        """Write a table.
+
+        Args:
+            columns: all fields but those of addresses.
+            pointers: for each field of addresses, which of the entries' lists its tensors are in.
+            entries: the tensors.
+        """
+        self._indices, self._arguments = entries.indices, [argument for _, argument in _by_index(pointers)]
+        self._fields = [index for index, _ in _by_index(pointers)]
+        self._addresses = [addresses(entries.of(argument)) for argument in self._arguments]
+        own = dict(zip(sorted(pointers, key=lambda field: field.value), self._addresses, strict=True))
+        self.fields_FE = table_of({**columns, **own}, entries.lists[0][0].device)
+
+    def point_to(self, lists: Sequence[Sequence[int]]) -> None:
+        """Write the addresses in ``lists``, those of the present tensors, where they are others than before."""
+        changed: dict[int, list[int]] = {}
+        for place, argument in enumerate(self._arguments):
+            present = [lists[argument][index] for index in self._indices]
+            if present != self._addresses[place]:
+                changed[place] = present
+                self._addresses[place] = []  # known again when it is written, which may be interrupted
+        for run in _runs([self._fields[place] for place in changed]):
+            numbers = [number for field in run for number in changed[self._fields.index(field)]]
+            _write(numbers, self.fields_FE[run[0] :].view(-1))
+        for place, present in changed.items():
+            self._addresses[place] = present
+
+
+def _runs(fields: Sequence[int]) -> Iterator[list[int]]:
+    """Yield fields that follow one another in a table as one list."""
+    run: list[int] = []
+    for field in fields:
+        if run and field != run[-1] + 1:
+            yield run
+            run = []
+        run.append(field)
+    if run:
+        yield run
+
+
+def _by_index(pointers: Mapping[Any, int]) -> list[tuple[int, int]]:
+    return sorted((field.value, argument) for field, argument in pointers.items())
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
@@ -109,44 +191,6 @@ def strides(field: Any, tensors: Sequence[Tensor], unit: int = 1) -> dict[Any, l
 def starts(counts: Iterable[int]) -> list[int]:
     """Return where each range begins if ranges of these lengths follow one another."""
     return [*accumulate(counts, initial=0)][:-1]
-
-
-def launch_entries(config: Config, tiles: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor]) -> None:
-    """Launch one kernel for some entries.
-
-    Args:
-        config: the kernel's launch configuration.
-        tiles: how many programs each entry takes.
-        columns: all fields of the kernel except FIRST_TILE.
-        dtype_examples: tensors of the dtypes that the table's addresses point to.
-    """
-    table = table_of({FIRST_TILE: starts(tiles), **columns}, dtype_examples[0].device)
-    config.start((sum(tiles),), table, *dtype_examples, len(tiles))
-
-
-def add_partial_sums(
-    config: Config, slots: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor], y_LN: Tensor
-) -> None:
-    """Launch a kernel that computes partial sums for some entries, and add them to the sums y_LN of Fisher blocks.
-
-    A slot is one partial sum for each sample and position, for example the sum over one tile of a weight.
-
-    Args:
-        config: the kernel's launch configuration. Its grid is (slots of all entries, tiles of samples and positions).
-        slots: the number of slots of each entry.
-        columns: the kernel's own fields, and FISHER_BLOCK (ascending), SAMPLES and POSITIONS.
-        dtype_examples: tensors of the dtypes that the table's addresses point to.
-        y_LN: the sums, changed in place; an entry with fewer than N samples adds to the first ones.
-    """
-    pairs = [n * p for n, p in zip(columns[SAMPLES], columns[POSITIONS], strict=True)]
-    sizes = [count * size for count, size in zip(slots, pairs, strict=True)]
-    own = {FIRST_TILE: starts(slots), SLOTS: slots, FIRST_PART: starts(sizes)}
-    table = table_of({**own, **columns}, y_LN.device)
-    part_S = torch.empty(sum(sizes), dtype=torch.float32, device=y_LN.device)
-    config.start((sum(slots), cdiv(max(pairs), config.block("R"))), table, *dtype_examples, part_S, len(slots))
-    blocks, length = y_LN.shape
-    grid = (blocks, cdiv(length, ADD_PARTIAL_SUMS.block("N")))
-    ADD_PARTIAL_SUMS.start(grid, table, part_S, y_LN, len(slots), length)
 
 
 def launches_of(
@@ -165,7 +209,8 @@ def launches_of(
 
 def is_aligned(x: Tensor, unit: int) -> bool:
     """Return whether the last dimension is contiguous, and begins and ends at multiples of ``unit`` elements."""
-    return x.stride(-1) == 1 and all(size % unit == 0 for size in (*x.stride()[:-1], x.shape[-1], x.storage_offset()))
+    sizes = (*x.stride()[:-1], x.shape[-1], x.data_ptr() // x.itemsize)
+    return x.stride(-1) == 1 and all(size % unit == 0 for size in sizes)
 
 
 @triton.jit

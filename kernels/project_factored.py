@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .dispatch import define_op, dispatch, last_contiguous, widen, zeros
+from .dispatch import define_op, dispatch, widen, widen_contiguous, zeros
 from .factors import FACTOR_UNITS, example_layers, expect_view, product_flops, sizes_of, unit_of, view_offsets
+from .launches import PartialSums, converted, partial_sums, prepared
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
     AFTER_PARTIAL_SUMS,
@@ -32,9 +33,8 @@ from .pointer_table import (
     POSITIONS,
     SAMPLES,
     TABLE,
-    add_partial_sums,
+    Entries,
     address,
-    addresses,
     entry_at,
     fields,
     launches_of,
@@ -76,9 +76,13 @@ def project(
     Raises:
         ValueError: the shapes of a layer's tensors do not belong together, or there is no such launch configuration.
     """
+    configs = (PROJECT_CONFIGS, config)
+    return dispatch(launch_project, cpu.project, *configs, a, g, v, blocks, shape, check=_expect_views)
+
+
+def _expect_views(a: list[Tensor], g: list[Tensor], v: list[Tensor], *_: object) -> None:
     for a_NGPI, g_NGPO, v_OTI in zip(a, g, v, strict=True):
         expect_view("v_OTI", v_OTI, a_NGPI, g_NGPO)
-    return dispatch(launch_project, cpu.project, PROJECT_CONFIGS, config, a, g, v, blocks, shape)
 
 
 @triton.jit
@@ -139,29 +143,37 @@ _CONFIGS = {
     )
     for unit in FACTOR_UNITS
 }
-PROJECT_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE)
+PROJECT_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, *TABLE)
 
 
 def launch_project(
     a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
     """Launch the kernels of `project`."""
-    a, g = ([last_contiguous(widen(x)) for x in factors] for factors in (a, g))
-    v = [widen(v_OTI) for v_OTI in v]
     y_LN = zeros(a[0], *shape)
+    for launch in prepared(_launches, a, g, v, blocks, shape, config):
+        launch.add_to(y_LN)
+    return y_LN
+
+
+def _launches(
+    a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str
+) -> list[PartialSums]:
+    _expect_views(a, g, v)
+    copies: list[Tensor] = []
+    a, g = (converted(widen_contiguous, factors, copies) for factors in (a, g))
+    v, launches = converted(widen, v, copies), []
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
     for unit, indices in launches_of(units, order=blocks):
         chosen = _CONFIGS[unit][config]
-        a_, g_, v_ = ([x[t] for t in indices] for x in (a, g, v))
+        entries = Entries((a, g, v), indices, copies)
+        a_, g_, v_ = map(entries.of, range(3))
         sizes, chunk = sizes_of(a_, g_), int(chosen.constants["CHUNK"])
         slots = [size.groups * cdiv(size.outputs, chosen.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
         columns = {
             FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [size.samples for size in sizes],
             POSITIONS: [size.positions for size in sizes],
-            _A: addresses(a_),
-            _G: addresses(g_),
-            _V: addresses(v_),
             _CHANNELS: [v_OTI.shape[2] for v_OTI in v_],
             _INPUTS: [size.inputs // unit for size in sizes],
             _OUTPUTS: [size.outputs // unit for size in sizes],
@@ -169,8 +181,8 @@ def launch_project(
             **strides(_G_STRIDES, g_, unit),
             **strides(_V_STRIDES, v_, unit),
         }
-        add_partial_sums(chosen, slots, columns, a_[:1], y_LN)
-    return y_LN
+        launches.append(partial_sums(chosen, slots, columns, {_A: 0, _G: 1, _V: 2}, entries, typed=1))
+    return launches
 
 
 def _example(dtype: torch.dtype, device: torch.device, half: bool) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .dispatch import define_op, dispatch, expect, last_contiguous, zeros
+from .launches import PartialSums, converted, partial_sums, prepared
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
     AFTER_PARTIAL_SUMS,
@@ -28,9 +29,8 @@ from .pointer_table import (
     POSITIONS,
     SAMPLES,
     TABLE,
-    add_partial_sums,
+    Entries,
     address,
-    addresses,
     entry_at,
     fields,
     is_aligned,
@@ -43,6 +43,7 @@ from .update import example_param_dtype, example_parameters
 
 # The kernels are compiled for a J that is aligned to 8 elements (16 bytes in half precision), or to 1.
 ROW_UNITS = (8, 1)
+_SHORT = 1024  # columns; reading shorter rows takes less than a launch
 
 (
     _J, _V,  # addresses
@@ -73,9 +74,13 @@ def project_rows(
     Raises:
         ValueError: a J does not have one column for each entry of its v, or there is no such launch configuration.
     """
+    configs = (PROJECT_ROWS_CONFIGS, config)
+    return dispatch(_project_rows, cpu.project_rows, *configs, j, v, blocks, shape, check=_expect_rows)
+
+
+def _expect_rows(j: list[Tensor], v: list[Tensor], *_: object) -> None:
     for j_NK, v_OTI in zip(j, v, strict=True):
         expect("j_NK", j_NK, j_NK.shape[0], v_OTI.numel())
-    return dispatch(_project_rows, cpu.project_rows, PROJECT_ROWS_CONFIGS, config, j, v, blocks, shape)
 
 
 @triton.jit
@@ -124,24 +129,31 @@ _CONFIGS = {
     for dtype, entries in TRITON_TYPES.items()
     for unit in ROW_UNITS
 }
-PROJECT_ROWS_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, TABLE)
+PROJECT_ROWS_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, *TABLE)
 
 
 def _project_rows(
     j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
-    j = [last_contiguous(j_NK) for j_NK in j]
     y_LN = zeros(j[0], *shape)
+    for launch in prepared(_launches, j, v, blocks, shape, config):
+        launch.add_to(y_LN)
+    return y_LN
+
+
+def _launches(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str) -> list[PartialSums]:
+    _expect_rows(j, v)
+    copies: list[Tensor] = []
+    j, launches = converted(last_contiguous, j, copies), []
     keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OTI.dtype) for j_NK, v_OTI in zip(j, v, strict=True)]
     for (dtype, unit, _), indices in launches_of(keys, order=blocks):
         chosen = _CONFIGS[dtype, unit][config]
-        j_, v_ = [j[t] for t in indices], [v[t] for t in indices]
+        entries = Entries((j, v), indices, copies)
+        j_, v_ = entries.of(0), entries.of(1)
         columns = {
             FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [len(j_NK) for j_NK in j_],
             POSITIONS: [1] * len(indices),
-            _J: addresses(j_),
-            _V: addresses(v_),
             _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
             _COLUMNS: [j_NK.shape[1] // unit for j_NK in j_],
             _TAPS: [v_OTI.shape[1] for v_OTI in v_],
@@ -149,13 +161,13 @@ def _project_rows(
             **strides(_V_STRIDES, v_),
         }
         chunks = [cdiv(j_NK.shape[1], int(chosen.constants["CHUNK"])) for j_NK in j_]
-        add_partial_sums(chosen, chunks, columns, (j_[0], v_[0]), y_LN)
-    return y_LN
+        launches.append(partial_sums(chosen, chunks, columns, {_J: 0, _V: 1}, entries, typed=2))
+    return launches
 
 
 def unit_of_rows(j_NK: Tensor) -> int:
-    """Return the alignment of J's rows, in elements."""
-    return next(unit for unit in ROW_UNITS if is_aligned(j_NK, unit))
+    """Return the alignment of J's rows, in elements; 1 for short rows, so that biases of all sizes share a launch."""
+    return next(unit for unit in ROW_UNITS if unit == 1 or (j_NK.shape[1] > _SHORT and is_aligned(j_NK, unit)))
 
 
 def example_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import wrap_triton
+from torch.nn import Parameter
 
 
 class _Absent:
@@ -68,16 +70,57 @@ class Config:
         return int(self.constants[f"BLOCK_{dimension}"])
 
     def launch(self, grid: tuple[int, ...], *arguments: Tensor | int) -> None:
-        """Launch on the current stream; tracing records the launch as a node of the graph."""
-        self._launch(wrap_triton(self.kernel), grid, arguments)
+        """Launch on the tensors' device; tracing records the launch as a node of the graph."""
+        if _is_traced(arguments):
+            self._launch(wrap_triton(self.kernel), grid, arguments)
+        else:
+            self.start(grid, *arguments)
+
+    def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> Any:
+        """Launch on the tensors' device, from an op that is opaque to tracing; return what Triton compiled."""
+        with device_of(*arguments):
+            return self._launch(self.kernel, grid, arguments)
+
+    def _launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return kernel[grid](*arguments, **self.constants, **options)
+
+
+def _is_traced(arguments: Sequence[Any]) -> bool:
+    """Return whether a launch is only to be recorded: tensors that stand for others are instances of subclasses."""
+    return any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in arguments)
+
+
+def device_of(*arguments: Any) -> AbstractContextManager[Any]:
+    """Return a context in which the GPU of the first tensor is the current one: Triton launches on that."""
+    for x in arguments:
+        if isinstance(x, Tensor):
+            return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    raise TypeError("a launch needs a tensor, got none")
+
+
+class Repeated:
+    """Launches of one configuration on one GPU, for arguments that do not differ in their types and alignments.
+
+    Triton looks for the compiled kernel at the first launch only. That takes the host longer than the launch.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._constants = [config.constants[name] for name in config.kernel.arg_names if name in config.constants]
+        self._grid: tuple[int, ...] = ()
+        self._compiled: Any = None  # stays None under Triton's interpreter
+        self._launcher: Any = None  # of the compiled kernel, for the grid
 
     def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> None:
-        """Launch on the current stream from an op that is opaque to tracing."""
-        self._launch(self.kernel, grid, arguments)
-
-    def _launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        kernel[grid](*arguments, **self.constants, **options)
+        """Launch as `Config.start` does."""
+        if self._compiled is None:
+            self._compiled = self._config.start(grid, *arguments)
+            return
+        with device_of(*arguments):
+            if grid != self._grid:
+                self._grid, self._launcher = grid, self._compiled[(*grid, 1, 1)[:3]]
+            self._launcher(*arguments, *self._constants)
 
 
 class Tiling(NamedTuple):

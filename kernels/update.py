@@ -8,7 +8,7 @@ layers) and I inputs of a tap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cpu_update import update_all_
 from .dispatch import expect
-from .pointer_table import addresses, fields, strides
+from .pointer_table import Entries, fields, strides
 from .spec import Example, normal
 
 # The fields that every table of an op with an update has after FIRST_TILE: addresses, and the strides of three of them.
@@ -53,27 +53,15 @@ def expect_update(param: Tensor, momentum_buffer: Tensor, grad: Tensor, damping:
     expect("settings", settings, 4)
 
 
-def update_columns(
-    indices: Sequence[int],
-    params: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    w: Sequence[Tensor],
-    dampings: Sequence[Tensor],
-    settings: Sequence[Tensor],
-    unit: int,
-) -> dict[Any, list[int]]:
-    """Return the table's columns of the fields above for the weights ``indices``, with strides in units of ``unit``."""
+POINTERS = {PARAM: 0, MOMENTUM: 1, GRAD: 2}
+"""The arguments of such an op that these fields point to."""
+
+
+def update_columns(entries: Entries, unit: int) -> dict[Any, list[int]]:
+    """Return the table's columns of the fields above, but for the addresses, with strides in units of ``unit``."""
     columns: dict[Any, list[int]] = {}
-    for field, tensors in ((W, w), (DAMPING, dampings), (SETTINGS, settings)):
-        columns[field] = addresses(tensors[t] for t in indices)
-    for field, field_of_strides, tensors in (
-        (PARAM, PARAM_STRIDES, params),
-        (MOMENTUM, MOMENTUM_STRIDES, momenta),
-        (GRAD, GRAD_STRIDES, grads),
-    ):
-        chosen = [tensors[t] for t in indices]
-        columns |= {field: addresses(chosen), **strides(field_of_strides, chosen, unit)}
+    for argument, field in enumerate((PARAM_STRIDES, MOMENTUM_STRIDES, GRAD_STRIDES)):
+        columns |= strides(field, entries.of(argument), unit)
     return columns
 
 

@@ -29,6 +29,7 @@ from one_step import (
 from tengrad_triton import Categorical, TENGraD
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.curvature.jacobian import PerSample
+from tengrad_triton.curvature.step import curvature_along
 from tengrad_triton.curvature.woodbury import factor
 
 
@@ -140,8 +141,7 @@ def test_curvature_along_a_direction_is_that_of_the_rows(representation):
     recording = Recording(Categorical())
     _, model, grads, optimizer, x = one_step(recording, representation=representation, tol=1e-6)
     rows = drawn_rows(model, x, recording.targets, recording.nll)
-    targets = optimizer._targets()
-    actual = optimizer._curvature.curvature_along(targets)
+    actual = curvature_along(optimizer._curvature, *optimizer._targets())
     parts = [sum(rows[name] @ grads[name].flatten() for name in block) for block in LAYERS]
     assert actual.item() == pytest.approx(sum(part.square().mean() for part in parts).item(), rel=1e-4)
 

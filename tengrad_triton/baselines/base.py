@@ -103,15 +103,19 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         self._compiled_step = torch.compile(step_, fullgraph=True, dynamic=False, mode=mode, backend=backend)
 
     def _update_targets(
-        self, curvature: KroneckerCurvature[S], targets: Sequence[Target], kl_clip: float | None
+        self,
+        curvature: KroneckerCurvature[S],
+        targets: Sequence[Target],
+        grads: Sequence[Tensor],
+        kl_clip: float | None,
     ) -> None:
         """Update the targets along their preconditioned gradients."""
         layers = list(curvature.layers.items())
         if self._compiled_step is None:
-            step_(layers, targets, kl_clip)
+            step_(layers, targets, grads, kl_clip)
         else:
             with phase("solve"):  # phases within compiled code are not visible to a profiler
-                self._compiled_step(layers, targets, kl_clip)
+                self._compiled_step(layers, targets, grads, kl_clip)
 
     def _gather(self) -> list[LayerBatch]:
         """Return the contributions of the batches since the last step, for each layer that is preconditioned.

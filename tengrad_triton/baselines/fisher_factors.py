@@ -75,12 +75,12 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
 
     @override
     def _take_step(
-        self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
+        self, targets: Sequence[Target], grads: Sequence[Tensor], closure: Callable[[], Any] | None, loss: Any
     ) -> tuple[KroneckerCurvature[F], int]:
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed()
-        self._update_targets(curvature, targets, self._kl_clip)
+        self._update_targets(curvature, targets, grads, self._kl_clip)
         return curvature, age
 
     def _inversion_is_due(self) -> bool:

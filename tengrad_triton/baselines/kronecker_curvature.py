@@ -52,39 +52,45 @@ class KroneckerCurvature(Generic[S]):
     failures: Tensor
 
 
-def step_(layers: Sequence[tuple[KroneckerLayer, Any]], targets: Sequence[Target], kl_clip: float | None) -> None:
+def step_(
+    layers: Sequence[tuple[KroneckerLayer, Any]],
+    targets: Sequence[Target],
+    grads: Sequence[Tensor],
+    kl_clip: float | None,
+) -> None:
     """Update each target along its preconditioned gradient, or along its gradient if its layer has no factors.
 
     Args:
         layers: each layer that has Kronecker factors, with its `LayerState`.
         targets: the parameters, updated in place.
+        grads: the gradient of what is minimized with respect to each.
         kl_clip: κ; all preconditioned gradients d are scaled by min(1, (κ / Σ lr² ⟨d, ∇L⟩)^½) (Ba, Grosse and Martens
             2017, section 5). None for no bound.
     """
     with phase("solve"):
-        directions = _directions(layers, targets)
+        directions = _directions(layers, targets, grads)
         if kl_clip is not None and directions:
             inner = [
-                t.lr.square() * (directions[t.layer, t.param_name] * t.grad).sum()
-                for t in targets
+                t.lr.square() * (directions[t.layer, t.param_name] * grad).sum()
+                for t, grad in zip(targets, grads, strict=True)
                 if (t.layer, t.param_name) in directions
             ]
             torch._foreach_mul_(list(directions.values()), bounded_scale(torch.stack(inner).sum(), kl_clip))
     with phase("update"):
-        for t in targets:
-            update_(t.parameter, t.momentum, directions.get((t.layer, t.param_name), t.grad), t.settings, t.nesterov)
+        for t, grad in zip(targets, grads, strict=True):
+            update_(t.parameter, t.momentum, directions.get((t.layer, t.param_name), grad), t.settings, t.nesterov)
 
 
 def _directions(
-    layers: Sequence[tuple[KroneckerLayer, Any]], targets: Sequence[Target]
+    layers: Sequence[tuple[KroneckerLayer, Any]], targets: Sequence[Target], grads: Sequence[Tensor]
 ) -> dict[tuple[str, str], Tensor]:  # fmt: skip
     """Return the preconditioned gradients, by the module's name and the parameter's name within it."""
-    grads: dict[str, dict[str, Tensor]] = {}
-    for target in targets:
-        grads.setdefault(target.layer, {})[target.param_name] = target.grad
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for target, grad in zip(targets, grads, strict=True):
+        by_layer.setdefault(target.layer, {})[target.param_name] = grad
     directions = {}
     for layer, state in layers:
-        own = grads.get(layer.module, {})
+        own = by_layer.get(layer.module, {})
         if all(param_name in own for param_name in layer.param_names):
             solved_GOI = state.solve(layer.to_matrix(own, len(state.a_GII), state.a_GII.dtype))
             for param_name, direction in layer.from_matrix(solved_GOI, own).items():

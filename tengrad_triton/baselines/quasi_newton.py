@@ -122,15 +122,15 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
 
     @override
     def _take_step(
-        self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
+        self, targets: Sequence[Target], grads: Sequence[Tensor], closure: Callable[[], Any] | None, loss: Any
     ) -> tuple[KroneckerCurvature[KbfgsState[H]], int]:
         curvature = self._curvature
         if curvature is not None and not self._refresh_is_due():
-            self._update_targets(curvature, targets, None)
+            self._update_targets(curvature, targets, grads, None)
             return curvature, self._age
         assert closure is not None  # `step` has raised otherwise
         curvature, before = self._with_input_factors()
-        self._update_targets(curvature, targets, None)
+        self._update_targets(curvature, targets, grads, None)
         self._capture.forget()
         with torch.enable_grad():
             closure()

@@ -18,7 +18,8 @@ from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Choices, Ops
 from tengrad_triton.curvature.contributions import Contributions, Pairs, contributions_of
 from tengrad_triton.curvature.refresh import jacobians_of
-from tengrad_triton.curvature.target import Target, targets_of
+from tengrad_triton.curvature.step import step_
+from tengrad_triton.curvature.target import Trained, grads_of, targets_of, trained_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Call, mixes_samples
 from tengrad_triton.likelihoods import Reparametrized
@@ -197,11 +198,13 @@ class StepFunctions:
         return output, pull, tensors
 
     def _step(self, curvature: Curvature, state: StepState, grads: Named) -> None:
-        curvature.step_(self._targets(state, grads), self.ops[()], self.trust_region)
+        trained = self._trained(state, grads)
+        targets = targets_of(trained, self.groups, state.settings)
+        step_(curvature, targets, grads_of(trained, self.groups), self.ops[()], self.trust_region)
 
-    def _targets(self, state: StepState, grads: Named) -> list[Target]:
+    def _trained(self, state: StepState, grads: Named) -> list[Trained]:
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             name = self.names[layer.name, param_name]
             return (state.parameters[name], state.momenta[name], grads[name]) if name in self.trained else None
 
-        return targets_of(self.layers, self.groups, state.settings, tensors_of)
+        return trained_of(self.layers, tensors_of)

@@ -91,7 +91,7 @@ def ops_for(backend: Backend, kernel_overrides: Collection[str] = ()) -> Ops:
         raise ValueError(
             f"no kernels named {', '.join(sorted(unknown))}; there are {', '.join(sorted({*specs, *configs}))}"
         )
-    ops: dict[str, Any] = {name: getattr(kernels, name) for name in specs}
+    ops: dict[str, Any] = {name: kernels.eager(getattr(kernels, name)) for name in specs}
     for override in set(kernel_overrides) & configs.keys():
         name, config = configs[override]
         ops[name] = partial(ops[name], config=config)

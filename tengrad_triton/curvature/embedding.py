@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tengrad_triton.curvature.choices import FACTORED_KERNELS, Ops, ProductKernels, Representation
 from tengrad_triton.curvature.concat import concat_embedding, concat_outer, take_embedding_rows, take_outer_rows
 from tengrad_triton.curvature.jacobian import CHUNK_BYTES, Factored, PerSample
-from tengrad_triton.curvature.products import Jacobian
+from tengrad_triton.curvature.products import Jacobian, SingleJacobian
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts
 
 
 @dataclass(frozen=True)
-class EmbeddingJacobian:
+class EmbeddingJacobian(SingleJacobian):
     """The J of an embedding's weight V × D, which a linear layer may share (a tied embedding and head).
 
     Neither one-hot vectors nor N rows of V × D entries are kept.
@@ -36,15 +37,18 @@ class EmbeddingJacobian:
     ops: Ops
 
     @property
+    @override
     def rows(self) -> int:
         """Return N."""
         return len(self.embedding.g_NPD)
 
     @property
+    @override
     def product_kernels(self) -> ProductKernels:
         """Return the kernels of the linear layer's part."""
         return FACTORED_KERNELS
 
+    @override
     def gram(self) -> Tensor:
         """Return k_NN from explicit rows, for some of the ids that were looked up at a time."""
         embedding = self.embedding
@@ -60,18 +64,20 @@ class EmbeddingJacobian:
             k_NN = k_NN + self.ops.gram_rows([j_NK], [0], 1)[0]
         return k_NN
 
+    @override
     def project(self, v: Tensor) -> Tensor:
         """Return y_N with y_n = ⟨J_n, v⟩ = Σ_p ⟨v[id_np], g_np⟩, and the linear layer's part."""
         embedding = self.embedding
         y_N = (v[embedding.ids_NP].to(embedding.g_NPD.dtype) * embedding.g_NPD).sum((1, 2))
         return y_N if self.linear is None else y_N + Factored(self.linear, self.ops).project(v)
 
-    def expand_update_(self, target: Target, w_N: Tensor, damping: Tensor) -> None:
+    @override
+    def expand_update_(self, target: Target, grad: Tensor, w_N: Tensor, damping: Tensor) -> None:
         """Step without the embedding's part of Jᵀ w, then add its effect at the ids: the update is linear in d."""
         if self.linear is None:
-            _update_along_gradient_(target, damping)
+            _update_along_gradient_(target, grad, damping)
         else:
-            Factored(self.linear, self.ops).expand_update_(target, w_N, damping)
+            Factored(self.linear, self.ops).expand_update_(target, grad, w_N, damping)
         lr, momentum = target.settings[:2].unbind()
         change_NPD = self.embedding.g_NPD * (w_N[: len(self.embedding.g_NPD)] / -damping)[:, None, None]
         change, ids = change_NPD.flatten(0, 1).to(target.parameter.dtype), self.embedding.ids_NP.flatten()
@@ -79,11 +85,13 @@ class EmbeddingJacobian:
         share = lr * (1 + momentum) if target.nesterov else lr
         target.parameter.index_add_(0, ids, change * -share)
 
+    @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows, as explicit rows."""
         j_NK = _explicit_rows(self.embedding, self.linear, 0, self.embedding.num_embeddings, self.ops)
         return PerSample(directions_RN @ j_NK, self.ops, "directions")
 
+    @override
     def append_history(self, older: Jacobian, rows: int) -> EmbeddingJacobian | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if both have the same parts."""
         if not isinstance(older, EmbeddingJacobian) or (older.linear is None) != (self.linear is None):
@@ -98,10 +106,12 @@ class EmbeddingJacobian:
         return EmbeddingJacobian(embedding, linear, self.ops)
 
     @property
+    @override
     def representation(self) -> Representation:
         """Return the name of this representation."""
         return "factored"
 
+    @override
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers."""
         own = self.embedding
@@ -110,6 +120,7 @@ class EmbeddingJacobian:
         return {**linear, "embedding": embedding, "kernel_overrides": list(self.ops.kernel_overrides)}
 
     @property
+    @override
     def nbytes(self) -> int:
         """Return the bytes stored."""
         own = self.embedding.ids_NP.nbytes + self.embedding.g_NPD.nbytes
@@ -122,9 +133,9 @@ def _explicit_rows(embedding: EmbeddingGrads, linear: OuterProducts | None, firs
     return j_NK if linear is None else j_NK + OuterProducts(linear.a, linear.g_NGPO[..., first:end]).sample_grads(ops)
 
 
-def _update_along_gradient_(target: Target, damping: Tensor) -> None:
+def _update_along_gradient_(target: Target, grad: Tensor, damping: Tensor) -> None:
     """Apply `kernels.update_` along grad / damping, without a tensor of the weight's size for the direction."""
-    param, momentum_buffer, grad = target.parameter, target.momentum, target.grad
+    param, momentum_buffer = target.parameter, target.momentum
     lr, momentum, weight_decay, shrink = target.settings.unbind()
     damping = damping.to(grad.dtype)
     momentum_buffer.mul_(momentum).addcdiv_(grad, damping).addcmul_(param, weight_decay)

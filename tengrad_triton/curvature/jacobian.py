@@ -6,9 +6,9 @@ directions.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ from tengrad_triton.curvature.choices import (
 )
 from tengrad_triton.curvature.concat import concat_outer, take_outer_rows
 from tengrad_triton.curvature.geometry import geometry_of
-from tengrad_triton.curvature.products import Grouped, Jacobian, Jacobians
-from tengrad_triton.curvature.target import Target
+from tengrad_triton.curvature.products import Jacobian, Jacobians, Operands, UpdateState
 from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
 
@@ -36,7 +35,7 @@ RowKind = Literal["samples", "directions", "parameters"]
 
 
 @dataclass(frozen=True)
-class PerSample(Grouped):
+class PerSample(Jacobian):
     """J itself, entry by entry: every product is one pass over memory.
 
     In bfloat16 every product uses the rounded rows: the step is exact for a slightly different Fisher matrix.
@@ -59,7 +58,11 @@ class PerSample(Grouped):
 
     @override
     def _layout(self) -> Hashable:
-        return PerSample, self.j_NK.dtype
+        return PerSample, self.j_NK.dtype, self.j_NK.device
+
+    @override
+    def view(self, x: Tensor) -> Tensor:
+        return matrix_view(x)
 
     @staticmethod
     @override
@@ -68,26 +71,26 @@ class PerSample(Grouped):
 
     @staticmethod
     @override
-    def project_grouped(
-        jacobians: Sequence[PerSample], v: Sequence[Tensor], blocks: list[int], shape: list[int]
-    ) -> Tensor:
-        j = [one.j_NK for one in jacobians]
-        return jacobians[0].ops.project_rows(j, [matrix_view(x) for x in v], blocks, shape)
+    def operands_of(jacobians: Sequence[PerSample]) -> Operands:
+        return ([one.j_NK for one in jacobians],)
 
-    @staticmethod
+    @override
+    def project_grouped(self, operands: Operands, v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
+        return self.ops.project_rows(*operands, v, blocks, shape)
+
     @override
     def expand_update_grouped_(
-        jacobians: Sequence[PerSample], targets: Sequence[Target], w: Sequence[Tensor], dampings: Sequence[Tensor]
+        self, operands: Operands, state: UpdateState, w: list[Tensor], dampings: list[Tensor]
     ) -> None:
-        j = [one.j_NK for one in jacobians]
-        of_rows = [w_N if len(w_N) == len(j_NK) else w_N[: len(j_NK)] for w_N, j_NK in zip(w, j, strict=True)]
-        state, settings = _matrix_views(targets), [target.settings for target in targets]
-        jacobians[0].ops.expand_rows_update_(*state, j, of_rows, list(dampings), settings, targets[0].nesterov)
+        *tensors, settings, nesterov = state
+        self.ops.expand_rows_update_(*tensors, *operands, w, dampings, settings, nesterov)
 
+    @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows."""
         return PerSample(directions_RN @ self.j_NK, self.ops, "directions")
 
+    @override
     def append_history(self, older: Jacobian, rows: int) -> PerSample | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same dtype."""
         if not isinstance(older, PerSample) or older.j_NK.dtype != self.j_NK.dtype:
@@ -95,24 +98,27 @@ class PerSample(Grouped):
         return PerSample(torch.cat([self.j_NK, older.j_NK[:rows]]), self.ops, self.row_kind)
 
     @property
+    @override
     def representation(self) -> Representation:
         """Return the name of this representation."""
         if self.row_kind == "directions":
             return "compressed"
         return "per_sample_bf16" if self.j_NK.dtype == torch.bfloat16 else "per_sample"
 
+    @override
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers."""
         return {"j_NK": self.j_NK, "kernel_overrides": list(self.ops.kernel_overrides), "row_kind": self.row_kind}
 
     @property
+    @override
     def nbytes(self) -> int:
         """Return the bytes stored."""
         return self.j_NK.nbytes
 
 
 @dataclass(frozen=True)
-class Factored(Grouped):
+class Factored(Jacobian):
     """The factors a (inputs) and g (output gradients) with J_n = Σ_p g_np a_npᵀ. J_n is not stored."""
 
     factors: OuterProducts
@@ -130,7 +136,12 @@ class Factored(Grouped):
 
     @override
     def _layout(self) -> Hashable:
-        return type(self.factors.a), self.factors.g_NGPO.dtype
+        return type(self.factors.a), self.factors.g_NGPO.dtype, self.factors.g_NGPO.device
+
+    @override
+    def view(self, x: Tensor) -> Tensor:
+        a = self.factors.a
+        return x.view(*x.shape[:2], *a.kernel_size) if isinstance(a, ConvInput) else matrix_view(x)
 
     @staticmethod
     @override
@@ -149,31 +160,30 @@ class Factored(Grouped):
 
     @staticmethod
     @override
-    def project_grouped(
-        jacobians: Sequence[Factored], v: Sequence[Tensor], blocks: list[int], shape: list[int]
-    ) -> Tensor:
-        ops = jacobians[0].ops
-        if isinstance(jacobians[0].factors.a, ConvInput):
-            x, g, geometries = _conv_factors(jacobians)
-            return ops.project_conv(x, g, _conv_weights(jacobians, v), geometries, blocks, shape)
-        a, g = [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
-        return ops.project(a, g, [matrix_view(x) for x in v], blocks, shape)
+    def operands_of(jacobians: Sequence[Factored]) -> Operands:
+        """Return (a, g); of convolutions, inputs, output gradients [N, O, H, W], and all `ConvGeometry.numbers`."""
+        convs = [one.factors.a for one in jacobians if isinstance(one.factors.a, ConvInput)]
+        if not convs:
+            return [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
+        g = [one.factors.g_NOHW(a) for one, a in zip(jacobians, convs, strict=True)]
+        return [a.x_NCHW for a in convs], g, [number for a in convs for number in a.geometry.numbers]
 
-    @staticmethod
+    @override
+    def project_grouped(self, operands: Operands, v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
+        if isinstance(self.factors.a, ConvInput):
+            x, g, geometries = operands
+            return self.ops.project_conv(x, g, v, geometries, blocks, shape)
+        return self.ops.project(*operands, v, blocks, shape)
+
     @override
     def expand_update_grouped_(
-        jacobians: Sequence[Factored], targets: Sequence[Target], w: Sequence[Tensor], dampings: Sequence[Tensor]
+        self, operands: Operands, state: UpdateState, w: list[Tensor], dampings: list[Tensor]
     ) -> None:
-        ops = jacobians[0].ops
-        numbers = list(w), list(dampings), [target.settings for target in targets], targets[0].nesterov
-        if isinstance(jacobians[0].factors.a, ConvInput):
-            x, g, geometries = _conv_factors(jacobians)
-            state = [_conv_weights(jacobians, tensors) for tensors in _state(targets)]
-            ops.expand_conv_update_(*state, x, g, geometries, *numbers)
-            return
-        a, g = [one.factors.a for one in jacobians], [one.factors.g_NGPO for one in jacobians]
-        ops.expand_update_(*_matrix_views(targets), a, g, *numbers)
+        (*tensors, settings, nesterov), is_conv = state, isinstance(self.factors.a, ConvInput)
+        expand_update_ = self.ops.expand_conv_update_ if is_conv else self.ops.expand_update_
+        expand_update_(*tensors, *operands, w, dampings, settings, nesterov)
 
+    @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows; explicit rows are formed for some outputs at a time."""
         groups, inputs, count = self.factors.g_NGPO.shape[1], geometry_of(self.factors).inputs, len(directions_RN)
@@ -192,6 +202,7 @@ class Factored(Grouped):
         chunks = -(-geometry_of(self.factors).per_sample_bytes // CHUNK_BYTES)
         return [OuterProducts(self.factors.a, g) for g in self.factors.g_NGPO.chunk(chunks, dim=3)]
 
+    @override
     def append_history(self, older: Jacobian, rows: int) -> Factored | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same sizes."""
         own = self.factors
@@ -201,10 +212,12 @@ class Factored(Grouped):
         return Factored(concat_outer([[own], [take_outer_rows(older.factors, first)]]), self.ops)
 
     @property
+    @override
     def representation(self) -> Representation:
         """Return the name of this representation."""
         return "factored"
 
+    @override
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers."""
         a = self.factors.a
@@ -213,32 +226,11 @@ class Factored(Grouped):
         return {"a": packed_a, "g_NGPO": self.factors.g_NGPO, "kernel_overrides": overrides}
 
     @property
+    @override
     def nbytes(self) -> int:
         """Return the bytes stored."""
         a = self.factors.a
         return (a.x_NCHW if isinstance(a, ConvInput) else a).nbytes + self.factors.g_NGPO.nbytes
-
-
-def _state(targets: Sequence[Target]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield all parameters, all momenta, and all gradients."""
-    return zip(*((target.parameter, target.momentum, target.grad) for target in targets), strict=True)
-
-
-def _matrix_views(targets: Sequence[Target]) -> list[list[Tensor]]:
-    return [[matrix_view(x) for x in tensors] for tensors in _state(targets)]
-
-
-def _conv_factors(jacobians: Sequence[Factored]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Return inputs, output gradients [N, O, H, W], and all `ConvGeometry.numbers`."""
-    inputs = [cast("ConvInput", one.factors.a) for one in jacobians]
-    g = [one.factors.g_NOHW(a) for one, a in zip(jacobians, inputs, strict=True)]
-    return [a.x_NCHW for a in inputs], g, [number for a in inputs for number in a.geometry.numbers]
-
-
-def _conv_weights(jacobians: Sequence[Factored], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return parameter-shaped tensors as weights of two-dimensional convolutions."""
-    sizes = [cast("ConvInput", one.factors.a).kernel_size for one in jacobians]
-    return [x.view(*x.shape[:2], *size) for x, size in zip(tensors, sizes, strict=True)]
 
 
 def store_contiguously(jacobians: Jacobians) -> Jacobians:

@@ -1,8 +1,8 @@
-"""What an update reads of a parameter: its momentum, its gradient, and the settings of its group."""
+"""What an update reads of a parameter beside its gradient: its momentum, and the settings of its group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +12,13 @@ from tengrad_triton.capture.blocks import LayerParams
 
 
 class Target(NamedTuple):
-    """A parameter to be updated in place, with all that `kernels.update_` takes but the direction.
+    """A parameter to be updated in place, with all that stays the same from step to step: all but its gradient.
 
     Attributes:
         layer: the name of the module that owns the parameter.
         param_name: the parameter's name within that module.
         parameter: updated in place.
         momentum: of the parameter's shape, updated in place.
-        grad: the gradient of what is minimized.
         settings: [lr, momentum, weight_decay, shrink] of the parameter's group (see `GroupSettings`); shrink is the
             decoupled weight decay.
         nesterov: whether the step looks ahead along the momentum.
@@ -31,7 +30,6 @@ class Target(NamedTuple):
     param_name: str
     parameter: Tensor
     momentum: Tensor
-    grad: Tensor
     settings: Tensor
     nesterov: bool
     spring: float
@@ -42,21 +40,19 @@ class Target(NamedTuple):
         """Return the learning rate, the first of the settings."""
         return self.settings[0]
 
-    def add_spring(self, damping: Tensor | float) -> Target:
-        """Return the target with V + α μ φ in place of its gradient V, where φ is the last direction (SPRING).
+    def add_spring(self, grad: Tensor, damping: Tensor | float) -> Tensor:
+        """Return V + α μ φ for the gradient V, where φ is the last direction (SPRING).
 
         φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) equals (F + α I)⁻¹ (V + α μ φ), which needs no product with F (M13).
         """
-        if not self.spring:
-            return self
-        return self._replace(grad=self.grad + (damping * self.spring) * self.momentum)
+        return grad + (damping * self.spring) * self.momentum if self.spring else grad
 
     def in_scratch(self, settings: Tensor) -> Target:
         """Return the target with zeros for its parameter and momentum: the update makes them lr d and d.
 
         ``settings`` is `scratch_settings` of the target's own.
         """
-        zeros = (torch.zeros_like(self.grad), torch.zeros_like(self.grad))
+        zeros = (torch.zeros_like(self.parameter), torch.zeros_like(self.parameter))
         return self._replace(parameter=zeros[0], momentum=zeros[1], settings=settings, nesterov=False)
 
 
@@ -67,36 +63,61 @@ def scratch_settings(settings: Tensor) -> Tensor:
     return negated
 
 
+Trained = tuple[LayerParams, str, tuple[Tensor, Tensor, Tensor]]
+"""A layer, a parameter's name within it, and its (parameter, momentum, gradient)."""
 TensorsOf = Callable[[LayerParams, str], tuple[Tensor, Tensor, Tensor] | None]
 """From a layer and a parameter's name within it to (parameter, momentum, gradient); None where there is no gradient."""
+Groups = Sequence[Mapping[str, Any]]
+"""For each parameter group its ``nesterov``, ``spring`` (where the optimizer has it) and ``maximize``."""
 
 
-def targets_of(
-    layers: Sequence[LayerParams],
-    groups: Sequence[Mapping[str, Any]],
-    settings: Sequence[Tensor],
-    tensors_of: TensorsOf,
-) -> list[Target]:
-    """Return a target for every parameter that has a gradient, in the order of the layers.
-
-    Args:
-        layers: with the parameters to be updated.
-        groups: for each parameter group its ``nesterov``, ``spring`` (where the optimizer has it) and ``maximize``.
-        settings: for each parameter group its `GroupSettings.of`.
-        tensors_of: where a parameter, its momentum and its gradient are.
-    """
-    targets = []
+def trained_of(layers: Sequence[LayerParams], tensors_of: TensorsOf) -> list[Trained]:
+    """Return every parameter that has a gradient, in the order of the layers, with its tensors."""
+    trained = []
     for layer in layers:
-        group = groups[layer.group]
         for param_name in layer.parameters:
             tensors = tensors_of(layer, param_name)
             if tensors is not None:
-                parameter, momentum, grad = tensors
-                grad = -grad if group["maximize"] else grad
-                state = (parameter, momentum, grad, settings[layer.group])
-                spring = group.get("spring", 0.0)
-                targets.append(Target(layer.name, param_name, *state, group["nesterov"], spring, layer.group))
+                trained.append((layer, param_name, tensors))
+    return trained
+
+
+def targets_of(trained: Sequence[Trained], groups: Groups, settings: Sequence[Tensor]) -> list[Target]:
+    """Return a target for every parameter of `trained_of`; ``settings`` has `GroupSettings.of` for each group."""
+    targets = []
+    for layer, param_name, (parameter, momentum, _) in trained:
+        group, own = groups[layer.group], (parameter, momentum, settings[layer.group])
+        targets.append(Target(layer.name, param_name, *own, group["nesterov"], group.get("spring", 0.0), layer.group))
     return targets
+
+
+def grads_of(trained: Sequence[Trained], groups: Groups) -> list[Tensor]:
+    """Return the gradient of what is minimized with respect to every parameter of `trained_of`."""
+    return [-grad if groups[layer.group]["maximize"] else grad for layer, _, (_, _, grad) in trained]
+
+
+class RememberedTargets:
+    """The targets of the last step, as long as nothing but the gradients has changed.
+
+    So whatever is derived from a list of targets, such as views of parameters, can be remembered for that list.
+    """
+
+    def __init__(self) -> None:
+        self._key: list[Hashable] = []
+        self._targets: list[Target] = []
+
+    def of(self, trained: Sequence[Trained], groups: Groups, settings: Sequence[Tensor]) -> list[Target]:
+        """Return an equal list to that of `targets_of`: the same object as in the last step where that is equal."""
+        # `model.to` gives a parameter another address, and a schedule may change a group.
+        key: list[Hashable] = [
+            (id(x), group["nesterov"], group.get("spring")) for x, group in zip(settings, groups, strict=True)
+        ]
+        for layer, param_name, (parameter, momentum, _) in trained:
+            # `model.to` gives a parameter another address.
+            key += (layer.name, param_name, parameter.data_ptr(), momentum.data_ptr())
+        if key != self._key:
+            self._key, self._targets = key, targets_of(trained, groups, settings)
+        return self._targets
 
 
 def bounded_scale(total: Tensor, bound: float) -> Tensor:

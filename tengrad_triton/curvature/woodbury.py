@@ -1,13 +1,13 @@
-"""The natural gradient by the Woodbury identity: factor every Fisher block at a refresh, solve at every step.
+"""The curvature by the Woodbury identity: every Fisher block is factored at a refresh (`step` has the steps with it).
 
-Dimensions: L Fisher blocks, B blocks of one size, N rows of J, K entries of a gradient, R directions, T targets.
+Dimensions: L Fisher blocks, B blocks of one size, N rows of J, K entries of a gradient, R directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,7 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.jacobian import PerSample, store_contiguously
-from tengrad_triton.curvature.products import BlockEntry, Jacobian, Jacobians, expand_updates_, grams, projections
-from tengrad_triton.curvature.target import Target, bounded_scale, scratch_settings
-from tengrad_triton.kernels import update_
-from tengrad_triton.profiling import phase
+from tengrad_triton.curvature.products import Jacobians, grams
 
 FisherBlocks = Mapping[str, Sequence[str]]
 """The names of the layers that are solved together, by the name of their Fisher block (M11)."""
@@ -141,6 +138,7 @@ class Curvature:
         damping_L: the α of every block, by which its step divides: the one that was factored with K, as the identity
             holds for no other; after a failure α + trace(K) / N.
         failures_L: how many factorizations of each block have failed so far.
+        last_plan: the plan of the last step with this curvature (see `step`), if there was one.
     """
 
     jacobians: Jacobians
@@ -149,6 +147,7 @@ class Curvature:
     history: tuple[int, ...]
     damping_L: Tensor
     failures_L: Tensor
+    last_plan: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -163,103 +162,6 @@ class Curvature:
     def released(self) -> Curvature:
         """Return a copy without J and factors, which frees their memory before a refresh."""
         return replace(self, jacobians={name: {} for name in self.jacobians}, inverses=(), history=())
-
-    def step_(self, targets: Sequence[Target], ops: Ops, trust_region: float | None) -> None:
-        """Update every target along its natural gradient, or along its gradient where its layer has no J.
-
-        The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). The
-        gradients are checked against J before the first update.
-        """
-        entries, dampings = self._entries(targets), self.damping_L
-        without_j = [target for target in targets if self._jacobian_of(target) is None]
-        w: list[Tensor] = []
-        with phase("solve"):
-            if entries:
-                y_LN = projections(entries, len(self.blocks), self._largest())
-                w = self._solve(y_LN, ops)
-                if trust_region is not None:  # d divides by α, so the scale ν of d is α / ν in its place
-                    dampings = dampings / self._trust_region_scale(entries, y_LN, w, trust_region)
-        with phase("update"):
-            if entries:
-                expand_updates_(entries, w, dampings.unbind())
-            for target in (one.add_spring(1.0) for one in without_j):  # without J, SPRING is V + μ φ
-                update_(target.parameter, target.momentum, target.grad, target.settings, target.nesterov)
-
-    def curvature_along(self, targets: Sequence[Target]) -> Tensor:
-        """Return δᵀ F δ = ‖J δ‖² / N (M8), where δ is given as the targets' gradients."""
-        entries = self._entries([target._replace(spring=0.0) for target in targets])
-        if not entries:
-            return torch.zeros(())
-        return projections(entries, len(self.blocks), self._largest()).square().sum() / self.rows
-
-    def _entries(self, targets: Sequence[Target]) -> list[BlockEntry]:
-        """Return every target that has a J, with SPRING's term added to its gradient."""
-        dampings = self.damping_L.unbind()
-        block_of = {layer: index for index, layers in enumerate(self.blocks.values()) for layer in layers}
-        entries = []
-        for target in targets:
-            jacobian = self._jacobian_of(target)
-            if jacobian is not None:
-                block = block_of[target.layer]
-                entries.append(BlockEntry(jacobian, block, target.add_spring(dampings[block])))
-        return entries
-
-    def _jacobian_of(self, target: Target) -> Jacobian | None:
-        return self.jacobians.get(target.layer, {}).get(target.param_name)
-
-    def _largest(self) -> int:
-        """Return the largest number of rows of a block."""
-        return max(one.inverse_BNN.shape[-1] for one in self.inverses)
-
-    def _solve(self, y_LN: Tensor, ops: Ops) -> list[Tensor]:
-        """Return w_N = (K + N α I)⁻¹ y of every block."""
-        w: dict[str, Tensor] = {}
-        y = dict(zip(self.blocks, y_LN.unbind(), strict=True))
-        for one in self.inverses:
-            size = one.inverse_BNN.shape[-1]
-            all_alike = one.blocks == tuple(self.blocks) and size == y_LN.shape[1]
-            y_BN = y_LN if all_alike else torch.stack([y[block][:size] for block in one.blocks])
-            solved = ops.cholesky_solve(one.inverse_BNN, y_BN.to(one.inverse_BNN.dtype))
-            w |= dict(zip(one.blocks, solved.unbind(), strict=True))
-        return [w[block] for block in self.blocks]
-
-    def _trust_region_scale(
-        self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor], trust_region: float
-    ) -> Tensor:
-        """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each group's lr (M14)."""
-        groups: dict[int, set[int]] = {}
-        for one in entries:
-            groups.setdefault(one.block, set()).add(one.target.group)
-        one_rate = [one for one in entries if len(groups[one.block]) == 1]
-        several_rates = [one for one in entries if len(groups[one.block]) > 1]
-        norms = [self._norm_with_one_rate(one_rate, y_LN, w)] if one_rate else []
-        norms += [self._norm_with_several_rates(several_rates, y_LN, w)] if several_rates else []
-        return bounded_scale(sum(norms[1:], start=norms[0]), trust_region)
-
-    def _norm_with_one_rate(self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor]) -> Tensor:
-        """Return Σ lr² ⟨d, V⟩ = Σ lr² (‖V‖² − ⟨J V, w⟩) / α over blocks with one lr, which needs no d."""
-        dampings, n = self.damping_L.unbind(), y_LN.shape[1]
-        lr = {one.block: one.target.lr for one in entries}
-        weight_B = torch.stack(list(lr.values())).square() / torch.stack([dampings[block] for block in lr])
-        w_BN = torch.stack(
-            [w[block] if len(w[block]) == n else F.pad(w[block], (0, n - len(w[block]))) for block in lr]
-        )
-        inner_B = (torch.stack([y_LN[block] for block in lr]) * w_BN).sum(1)
-        norm_T = torch.stack(torch._foreach_norm([one.target.grad for one in entries], 2, dtype=y_LN.dtype))
-        weights = dict(zip(lr, weight_B.unbind(), strict=True))
-        weight_T = torch.stack([weights[one.block] for one in entries])
-        return (weight_T * norm_T.square()).sum() - (weight_B * inner_B).sum()
-
-    def _norm_with_several_rates(self, entries: Sequence[BlockEntry], y_LN: Tensor, w: Sequence[Tensor]) -> Tensor:
-        """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes two more products with J."""
-        dampings = self.damping_L.unbind()
-        rates = {one.target.group: scratch_settings(one.target.settings) for one in entries}
-        scratch = [one._replace(target=one.target.in_scratch(rates[one.target.group])) for one in entries]
-        expand_updates_(scratch, w, dampings)
-        steps = [one._replace(target=one.target._replace(grad=one.target.parameter)) for one in scratch]
-        norm_T = torch.stack(torch._foreach_norm([one.target.grad for one in steps], 2, dtype=y_LN.dtype))
-        damping_T = torch.stack([dampings[one.block] for one in steps])
-        return projections(steps, *y_LN.shape).square().sum() / self.rows + (damping_T * norm_T.square()).sum()
 
 
 def directions(k_NN: Tensor, shift: Tensor | float, tol: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams, find_layer_params
 from tengrad_triton.capture.hooks import Capture
-from tengrad_triton.curvature.target import GroupSettings, Target, targets_of
+from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Target, grads_of, trained_of
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.summary import Summary
@@ -69,6 +69,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._curvature: C | None = None
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
         self._group_settings: dict[int, GroupSettings] = {}
+        self._remembered = RememberedTargets()
         self._warned: set[str] = set()
         self._layers: list[LayerParams] = []
         self._capture: Capture
@@ -93,7 +94,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         """Whether the next step needs the capture of a forward and a backward."""
 
     @abstractmethod
-    def _take_step(self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any) -> tuple[C, int]:
+    def _take_step(
+        self, targets: Sequence[Target], grads: Sequence[Tensor], closure: Callable[[], Any] | None, loss: Any
+    ) -> tuple[C, int]:
         """Update the targets; return the curvature used, and the number of steps taken with it before this one."""
 
     @abstractmethod
@@ -189,9 +192,9 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        targets = self._targets()
+        targets, grads = self._targets()
         if targets:
-            self._advance(*self._take_step(targets, closure, loss))
+            self._advance(*self._take_step(targets, grads, closure, loss))
         return loss
 
     def _advance(self, curvature: C, age: int) -> None:
@@ -227,14 +230,16 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
                 group["damping"] = schedule(self._steps)
                 check_group(group)
 
-    def _targets(self) -> list[Target]:
-        """Return a target for each parameter that has a gradient."""
+    def _targets(self) -> tuple[list[Target], list[Tensor]]:
+        """Return a target for each parameter that has a gradient, and the gradients of what is minimized."""
 
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             parameter = layer.parameters[param_name]
-            return None if parameter.grad is None else (parameter, self._momentum_of(parameter), parameter.grad)
+            grad = parameter.grad
+            return None if grad is None else (parameter, self._momentum_of(parameter), grad)
 
-        return targets_of(self._layers, self.param_groups, self._settings(), tensors_of)
+        trained, groups = trained_of(self._layers, tensors_of), self.param_groups
+        return self._remembered.of(trained, groups, self._settings()), grads_of(trained, groups)
 
     def _settings(self) -> list[Tensor]:
         """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
@@ -243,9 +248,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     def _momentum_of(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
+        buffer: Tensor | None = state.get("momentum_buffer")
+        if buffer is None:
+            buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+        return buffer
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, ops_for
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
+from tengrad_triton.curvature.step import curvature_along, step_
 from tengrad_triton.curvature.target import Target, fill_on_device
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
@@ -209,29 +210,30 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _take_step(
-        self, targets: Sequence[Target], closure: Callable[[], Any] | None, loss: Any
+        self, targets: Sequence[Target], grads: Sequence[Tensor], closure: Callable[[], Any] | None, loss: Any
     ) -> tuple[Curvature, int]:
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed(), 0
         before = [target.parameter.clone() for target in targets] if self.adapts and age == 0 else []
-        curvature.step_(targets, self._ops, self._options.trust_region)
+        step_(curvature, targets, grads, self._ops, self._options.trust_region)
         if closure is not None and before:
-            self._adapt(curvature, targets, before, closure, loss)
+            self._adapt(curvature, targets, grads, before, closure, loss)
         return curvature, age
 
     def _adapt(
         self,
         curvature: Curvature,
         targets: Sequence[Target],
+        grads: Sequence[Tensor],
         before: Sequence[Tensor],
         closure: Callable[[], Any],
         loss: Any,
     ) -> None:
         """Adapt the damping to how well ⟨V, δ⟩ + δᵀ F δ / 2 predicted the change of the loss by the step δ (M8)."""
-        steps = [t._replace(grad=t.parameter - old) for t, old in zip(targets, before, strict=True)]
-        linear = torch.stack([(t.grad * step.grad).sum() for t, step in zip(targets, steps, strict=True)]).sum()
-        predicted = float(linear + curvature.curvature_along(steps) / 2)
+        steps = [target.parameter - old for target, old in zip(targets, before, strict=True)]
+        linear = torch.stack([(grad * step).sum() for grad, step in zip(grads, steps, strict=True)]).sum()
+        predicted = float(linear + curvature_along(curvature, targets, steps) / 2)
         self._capture.disarm()
         with torch.enable_grad():
             actual = _number(closure()) - _number(loss)

@@ -153,8 +153,9 @@ def _kernel_calls(
         calls = before  # kernels within the compression are part of its time
     jacobian.project(parameter)
     settings = k_NN.new_tensor([1e-3, 0.9, 0.0, 0.0])
-    state = (parameter.clone(), torch.zeros_like(parameter), parameter.clone(), settings)
-    jacobian.expand_update_(Target("", "", *state, nesterov=False, spring=0.0, group=0), k_NN[0], k_NN.new_ones(()))
+    state = (parameter.clone(), torch.zeros_like(parameter), settings)
+    target = Target("", "", *state, nesterov=False, spring=0.0, group=0)
+    jacobian.expand_update_(target, parameter.clone(), k_NN[0], k_NN.new_ones(()))
     return calls, jacobian.nbytes, others
 
 
