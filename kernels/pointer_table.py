@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .spec import Repeated, single_config, tiling, tl, triton
+from .spec import TRITON_TYPES, Repeated, single_config, tiling, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
 Columns = Mapping[Any, Sequence[int]]
@@ -140,7 +140,11 @@ class Table:
             columns: all fields but those of addresses.
             pointers: for each field of addresses, which of the entries' lists its tensors are in.
             entries: the tensors.
+
+        Raises:
+            TypeError: the tensors are on several devices, or in dtypes that kernels do not take.
         """
+        _expect_one_device(entries)
         self._indices, self._arguments = entries.indices, [argument for _, argument in _by_index(pointers)]
         self._fields = [index for index, _ in _by_index(pointers)]
         self._addresses = [addresses(entries.of(argument)) for argument in self._arguments]
@@ -160,6 +164,13 @@ class Table:
             _write(numbers, self.fields_FE[run[0] :].view(-1))
         for place, present in changed.items():
             self._addresses[place] = present
+
+
+def _expect_one_device(entries: Entries) -> None:
+    tensors = [x for argument in range(len(entries.lists)) for x in entries.of(argument)]
+    kinds = {(str(x.device), str(x.dtype)) for x in tensors}
+    if len({x.device for x in tensors}) > 1 or not {x.dtype for x in tensors} <= TRITON_TYPES.keys():
+        raise TypeError(f"a kernel takes tensors of one device, in float32 or half precision; got {sorted(kinds)}")
 
 
 def _runs(fields: Sequence[int]) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from tengrad_triton.compiled.trace_spec import (
 )
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.woodbury import Curvature
+from tengrad_triton.kernels import without_memory
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.optim.tengrad import TENGraD
@@ -263,10 +265,11 @@ class TrainStep:
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> Tensor:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))
-        with steps.functions.capture.attached(records=False):
+        replays = self._buffers is not None
+        with steps.functions.capture.attached(records=False), without_memory() if replays else nullcontext():
             loss = steps.reuse(self._state(steps), pack_curvature(curvature), x, y)
         self._access.advance(curvature, self._access.age)
-        return loss
+        return loss.clone() if replays else loss  # the next replay overwrites what this one returned
 
     def _in_buffers(self, curvature: Curvature) -> Curvature:
         """Return the curvature in static buffers if CUDA graphs are replayed, or else the curvature itself."""

@@ -42,6 +42,14 @@ def curvature_along(curvature: Curvature, targets: Sequence[Target], direction: 
     return _plan_of(curvature, targets).curvature_along(direction)
 
 
+def predicted_change(
+    curvature: Curvature, targets: Sequence[Target], grads: Sequence[Tensor], steps: Sequence[Tensor]
+) -> Tensor:
+    """Return ⟨V, δ⟩ + δᵀ F δ / 2 (M8), what the loss changes by the steps δ of the targets with gradients V."""
+    linear = torch.stack([(grad * step).sum() for grad, step in zip(grads, steps, strict=True)]).sum()
+    return linear + curvature_along(curvature, targets, steps) / 2
+
+
 def _plan_of(curvature: Curvature, targets: Sequence[Target]) -> StepPlan:
     """Return the plan of the last step, if that had the same list of targets, or else a new one."""
     known: list[StepPlan] = curvature.last_plan

@@ -21,7 +21,7 @@ from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Ta
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.optim.validation import check_group, check_model, check_refresh_every
+from tengrad_triton.optim.validation import check_group, check_model, check_momenta, check_refresh_every
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -276,7 +276,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         if self.state_key not in state_dict:
             expected = f"a state_dict of {type(self).__name__}, with the key {self.state_key!r}"
             raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
-        self._check_momenta(state_dict)
+        check_momenta(self.param_groups, state_dict)
         saved = state_dict[self.state_key]
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)
@@ -291,15 +291,3 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._seed = saved["seed"]
         self._generator.set_state(saved["generator"].cpu())
         self._rearm()
-
-    def _check_momenta(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise unless every saved momentum fits its parameter: the update would write past a smaller one."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(parameters, indices, strict=False):  # torch compares their numbers
-            saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-            if saved is not None and saved.shape != parameter.shape:
-                raise ValueError(
-                    f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
-                    f"{tuple(parameter.shape)}: it was saved for another model"
-                )

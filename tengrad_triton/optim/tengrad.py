@@ -16,7 +16,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, ops_for
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
-from tengrad_triton.curvature.step import curvature_along, step_
+from tengrad_triton.curvature.step import predicted_change, step_
 from tengrad_triton.curvature.target import Target, fill_on_device
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
@@ -230,10 +230,9 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         closure: Callable[[], Any],
         loss: Any,
     ) -> None:
-        """Adapt the damping to how well ⟨V, δ⟩ + δᵀ F δ / 2 predicted the change of the loss by the step δ (M8)."""
+        """Adapt the damping to how well the change of the loss was predicted (M8)."""
         steps = [target.parameter - old for target, old in zip(targets, before, strict=True)]
-        linear = torch.stack([(grad * step).sum() for grad, step in zip(grads, steps, strict=True)]).sum()
-        predicted = float(linear + curvature_along(curvature, targets, steps) / 2)
+        predicted = float(predicted_change(curvature, targets, grads, steps))
         self._capture.disarm()
         with torch.enable_grad():
             actual = _number(closure()) - _number(loss)

@@ -104,3 +104,16 @@ def check_loss(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, y: Tensor,
             f"loss_fn must return a mean over the samples: it gave {loss.item():.4g} for a batch and "
             f"{doubled.item():.4g} for the same batch twice"
         )
+
+
+def check_momenta(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every saved momentum fits its parameter: the update would write past a smaller one."""
+    parameters = [parameter for group in param_groups for parameter in group["params"]]
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for parameter, index in zip(parameters, indices, strict=False):  # torch compares their numbers
+        saved = state_dict["state"].get(index, {}).get("momentum_buffer")
+        if saved is not None and saved.shape != parameter.shape:
+            raise ValueError(
+                f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
+                f"{tuple(parameter.shape)}: it was saved for another model"
+            )
