@@ -191,7 +191,7 @@ def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L
     """
     lists = [TensorList.of(x) for x in arguments if isinstance(x, list) and isinstance(x[0], Tensor)]
     device = lists[0][0].device
-    if not _keeps.get() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not _keeps.get() or _is_capturing(device):
         return prepare(*arguments)
     pointers = [[x.data_ptr() for x in tensors] for tensors in lists]
     others = tuple(tuple(x) if isinstance(x, list) else x for x in arguments[len(lists) :])
@@ -207,6 +207,13 @@ def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L
         for launch in launches:
             launch.table.point_to(pointers)
     return launches
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _stream(device: torch.device) -> int:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ IN_CONFIGS = [
 EACH_SPEC = [pytest.param(spec, id=spec.name) for spec in SPECS]
 
 
+INTERPRETED_FILES = (__file__, str(Path(__file__).with_name("test_prepared.py")))
 # What runs under the interpreter, in halves of about the same length, which two workers take at once.
 HALVES = [
     pytest.param("not slow", "project", id="project"),
@@ -81,7 +83,7 @@ HALVES = [
 def test_under_the_interpreter(marks, half):
     # Triton reads the variable when it is imported, which has happened long before this test in this process.
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-m", marks, "-k", half],
+        [sys.executable, "-m", "pytest", *INTERPRETED_FILES, "-q", "-p", "no:cacheprovider", "-m", marks, "-k", half],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -92,10 +94,9 @@ def test_under_the_interpreter(marks, half):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Outputs begin as NaN, so that an entry that a kernel fails to write is seen; and kernels launch by themselves."""
+    """Outputs begin as NaN, so that an entry that a kernel fails to write is seen."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: _poison(empty(*size, **options)))
-    monkeypatch.setattr(kernels.spec, "wrap_triton", lambda kernel: kernel)
     if INTERPRETED:
         monkeypatch.setattr("triton.runtime.interpreter.ReduceOps.generic_reduce", combine_slices)
 

@@ -55,14 +55,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         unsupported: Unsupported,
         seed: int | None,
     ) -> None:
-        check_model(model)
+        device = check_model(model)
         if not callable(refresh_every):
             check_refresh_every(refresh_every)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
         self._unsupported = unsupported
         self._seed = torch.initial_seed() if seed is None else seed
-        self._generator = torch.Generator(next(model.parameters()).device)
+        self._generator = torch.Generator(device)
         self._generator.manual_seed(self._seed)
         self._steps = 0  # the number of steps taken so far
         self._age = 0  # the number of steps taken with the present curvature

@@ -138,8 +138,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         tol: float = 0.01,
         seed: int | None = None,
     ) -> None:
-        check_model(model)
-        device = next(model.parameters()).device
+        device = check_model(model)
         self._options = validate(
             device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,

@@ -47,12 +47,19 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_model(model: Any) -> None:
-    """Raise unless the model is a module with a trainable parameter."""
+def check_model(model: Any) -> torch.device:
+    """Raise unless the model is a module with trainable parameters on one device; return the device."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; parameters go to params=")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    devices = list(dict.fromkeys(parameter.device for parameter in model.parameters() if parameter.requires_grad))
+    if not devices:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
+    if len(devices) > 1:
+        raise ValueError(
+            f"the trainable parameters of {type(model).__name__} are on {', '.join(map(str, devices))}, but must be on "
+            "one device: move them by model.to(device), or freeze the others"
+        )
+    return devices[0]
 
 
 def check_refresh_every(steps: Any) -> None:

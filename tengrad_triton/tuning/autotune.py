@@ -120,8 +120,8 @@ def _measured(
     try:
         calls, nbytes, others = _kernel_calls(batches, representation, parameter, accuracy)
         times = {kernel: kernel_seconds(kernel, args, seconds) for kernel, args in calls.items()}
-        on_gpu = parameter.is_cuda
-        times |= {name: {"torch": median_seconds(call, seconds, on_gpu)} for name, call in others.items()}
+        device = parameter.device
+        times |= {name: {"torch": median_seconds(call, seconds, device)} for name, call in others.items()}
         return Measured(times, nbytes)
     except (RuntimeError, ValueError, MemoryError) as error:  # torch's out-of-memory error is a RuntimeError
         reason = str(error).partition("\n")[0]

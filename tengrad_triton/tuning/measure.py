@@ -26,10 +26,11 @@ def kernel_seconds(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[s
     is only ``"torch"``.
     """
     spec = next(spec for spec in kernels.SPECS if spec.name == kernel)
-    on_gpu = _device_of(args).type == "cuda"
+    device = _device_of(args)
+    on_gpu = device.type == "cuda"
     calls = {"torch": spec.torch_impl, **(_exact_configurations(spec, args) if on_gpu else {})}
     share = seconds / len(calls)
-    times = {name: median_seconds(partial(call, *args), share, on_gpu) for name, call in calls.items()}
+    times = {name: median_seconds(partial(call, *args), share, device) for name, call in calls.items()}
     return {"triton": math.inf, **times} if on_gpu else times
 
 
@@ -37,11 +38,12 @@ def _device_of(args: tuple[Any, ...]) -> torch.device:
     return next(leaf.device for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
 
 
-def median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> float:
-    """Return the median seconds of a call, which is repeated for about ``seconds``."""
-    if on_gpu:  # do_bench clears the L2 cache, as the rest of a training step does
+def median_seconds(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """Return the median seconds of a call on a device, which is repeated for about ``seconds``."""
+    if device.type == "cuda":  # do_bench clears the L2 cache, as the rest of a training step does
         do_bench = importlib.import_module("triton.testing").do_bench
-        return float(do_bench(call, warmup=25, rep=1e3 * seconds, return_mode="median")) / 1e3
+        with torch.cuda.device(device):  # its events are those of the current GPU
+            return float(do_bench(call, warmup=25, rep=1e3 * seconds, return_mode="median")) / 1e3
     call()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 100):
