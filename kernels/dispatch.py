@@ -111,13 +111,17 @@ def runs_kernel(*arguments: Any) -> bool:
 
     Scalars (tensors without dimensions) may have any dtype: launchers convert them.
     """
-    return HAS_TRITON and all(map(_is_accepted, arguments))
+    return HAS_TRITON and _are_accepted(arguments)
 
 
-def _is_accepted(argument: Any) -> bool:
-    if isinstance(argument, Tensor):
-        return is_on_gpu(argument) and (argument.dtype in TRITON_TYPES or argument.dim() == 0)
-    return not isinstance(argument, (list, tuple)) or all(map(_is_accepted, argument))
+def _are_accepted(arguments: Sequence[Any]) -> bool:
+    for x in arguments:
+        if isinstance(x, Tensor):
+            if not is_on_gpu(x) or (x.dtype not in TRITON_TYPES and x.dim()):
+                return False
+        elif isinstance(x, (list, tuple)) and not _are_accepted(x):
+            return False
+    return True
 
 
 def is_on_gpu(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -74,7 +74,7 @@ class Config:
         if _is_traced(arguments):
             self._launch(wrap_triton(self.kernel), grid, arguments)
         else:
-            self.start(grid, *arguments)
+            _repeated(self, arguments).start(grid, *arguments)
 
     def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> Any:
         """Launch on the tensors' device, from an op that is opaque to tracing; return what Triton compiled."""
@@ -121,6 +121,24 @@ class Repeated:
             if grid != self._grid:
                 self._grid, self._launcher = grid, self._compiled[(*grid, 1, 1)[:3]]
             self._launcher(*arguments, *self._constants)
+
+
+_MOST_REPEATED = 256
+_known: dict[Hashable, Repeated] = {}
+
+
+def _repeated(config: Config, arguments: Sequence[Any]) -> Repeated:
+    """Return what earlier launches with such arguments used: equal numbers, and tensors that differ by address only."""
+    key = (id(config), *[_layout(x) if isinstance(x, Tensor) else x for x in arguments])
+    if key not in _known:
+        if len(_known) >= _MOST_REPEATED:
+            _known.clear()
+        _known[key] = Repeated(config)
+    return _known[key]
+
+
+def _layout(x: Tensor) -> Hashable:
+    return x.device, x.dtype, x.shape, x.data_ptr() % 16, x.untyped_storage().nbytes()
 
 
 class Tiling(NamedTuple):

@@ -60,6 +60,12 @@ MEMORY_NOTE = {
 MEMORY_LIMIT = """ In an exact step, J takes N numbers for each parameter of a layer with many positions, whatever the
 activations take. Where this is too much, `max_bytes` saves memory at the cost of slower steps; `per_sample_bf16`,
 `fisher_rows` and `compressed` save memory at the cost of exactness."""
+HOST_NOTE = """What a plain step that reuses the curvature takes the CPU on a machine with a GPU: no such step is faster than
+the CPU launches it. No GPU is used here. Triton launches its kernels through a stand-in for the driver library, of
+which every call succeeds and does nothing (`perf/host`). The models have all their layers, but so few channels, pixels
+and samples that torch's own operations, which run on the CPU, take little more than their dispatch. SGD is torch's
+fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
+thread; in most steps tensors have other addresses than before, as a CPU's allocator gives them."""
 TRAINING_NOTE = "The paper's settings. Means over seeds ± their standard deviation; training time without evaluation."
 
 
@@ -84,6 +90,7 @@ def section(device: Device, folder: Path) -> Iterator[str]:
         "The optimizer against the authors' formulation", OPTIMIZERS_NOTE, _OPTIMIZERS, _optimizers(device)
     )
     yield from _part("Kernels", KERNELS_NOTE[kind], _KERNELS, _kernels(device))
+    yield from _part("The host's share", HOST_NOTE, _HOST, _host(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
     yield from _part("Layers", LAYERS_NOTE, _LAYERS, _layers(device))
     yield from _part("Memory", MEMORY_NOTE[kind] + MEMORY_LIMIT, _MEMORY, _memory(device))
@@ -164,6 +171,17 @@ def _layers(device: Device) -> Iterator[Sequence[str]]:
         ratios = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
         sgd, kept = _ms(case["seconds"]["sgd"]["median"]), f"{case['kept_bytes'] / 2**20:.1f}"
         yield case["layer"], str(case["samples"]), sgd, *ratios, kept
+
+
+_HOST = ("model", "parameters", "SGD, ms", "reuse / SGD", "with a trust region", "its optimizer, ms", "kernel launches")
+
+
+def _host(device: Device) -> Iterator[Sequence[str]]:
+    for case in device.cases("host"):
+        medians = {name: _ms(spread["median"]) for name, spread in case["seconds"].items()}
+        ratios = (f"{case[name]:.2f}" for name in ("reuse_over_sgd", "bounded_over_sgd"))
+        what = case["model"], str(case["parameters"]), medians["sgd"]
+        yield *what, *ratios, medians["reuse, optimizer"], str(case["launches"])
 
 
 _MEMORY = ("model", "N", "J within, MiB", "SGD, MiB", "TENGraD, MiB", "ratio")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from perf.host.case import HostCase
 from perf.layers import LAYERS, LayerCase
 from perf.memory import MemoryCase
 from perf.optimizers import OptimizerCase
@@ -37,10 +38,11 @@ class Selection:
     skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
-SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "steps")
+SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "steps")
 BUDGET = 600 * 2**20
 """Bytes for J of WRN-28-4 at N = 128: about the least with which its steps are exact."""
 _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN-28-4", 128, BUDGET)]
+_HOST = [HostCase(model, 300) for model in ("3C1F", "MLP", "WRN-28-4", "ResNet-18")]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 
 QUICK = Selection(
@@ -56,6 +58,7 @@ QUICK = Selection(
         ],
         "memory": [MemoryCase("tiny 3C1F", 8)],
         "layers": [LayerCase("Conv2d, depthwise", 4, 2), LayerCase("tied embedding and head", 4, 2)],
+        "host": [HostCase("MLP", 10)],
     },
 )
 
@@ -92,6 +95,7 @@ CPU = Selection(
         ],
         "memory": _MEMORY,
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
+        "host": _HOST,
     },
     skipped={
         "steps": {f"{model}, N = 512": _MINUTES for model in ("ResNet-18", "WRN-28-4")}
@@ -125,6 +129,7 @@ GPU = Selection(
         ],
         "memory": _MEMORY,
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
+        "host": _HOST,
     },
     skipped={"optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix, of three"}},
 )

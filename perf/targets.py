@@ -86,9 +86,23 @@ def _of(kind: str, mean: float, refresh: float) -> Iterator[Target]:
     yield Target("best torch expression over each kernel, beyond scatter", kind, 1, False, _speedup_over_torch)
 
 
+def _host(model: str) -> Measure:
+    def measure(device: Device) -> float | None:
+        found = (case for case in device.cases("host") if case["model"] == model)
+        return next((case["reuse_over_sgd"] for case in found), None)
+
+    return measure
+
+
+_HOST_BOUNDS = {"3C1F": 1.25, "WRN-28-4": 1.25, "ResNet-18": 1.25, "MLP": 1.6}
+
 TARGETS: Sequence[Target] = (
     *_of("cpu", mean=1.10, refresh=4),
     *_of("cuda", mean=1.15, refresh=3),
+    *(
+        Target(f"host time of a reuse step over that of SGD's: {model}", "cpu", bound, True, _host(model))
+        for model, bound in _HOST_BOUNDS.items()
+    ),
     Target("best torch expression over gram and Cholesky, 30 layers", "cuda", 2, False, _speedup_of_groups),
     Target("share of the limit, least of the kernels at large sizes", "cuda", 0.6, False, _share_of_limit, True),
 )
