@@ -60,8 +60,8 @@ MEMORY_NOTE = {
 MEMORY_LIMIT = """ In an exact step, J takes N numbers for each parameter of a layer with many positions, whatever the
 activations take. Where this is too much, `max_bytes` saves memory at the cost of slower steps; `per_sample_bf16`,
 `fisher_rows` and `compressed` save memory at the cost of exactness."""
-HOST_NOTE = """What a plain step that reuses the curvature takes the CPU on a machine with a GPU: no such step is faster than
-the CPU launches it. No GPU is used here. Triton launches its kernels through a stand-in for the driver library, of
+HOST_NOTE = """What a plain step that reuses the curvature takes the CPU on a machine with a GPU, where a step takes at
+least that time. No GPU is used here. Triton launches its kernels through a stand-in for the driver library, of
 which every call succeeds and does nothing (`perf/host`). The models have all their layers, but so few channels, pixels
 and samples that torch's own operations, which run on the CPU, take little more than their dispatch. SGD is torch's
 fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
