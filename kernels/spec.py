@@ -124,9 +124,12 @@ def configs_of(
     }
 
 
-def single_config(kernel: Any, types: str, chosen: Tiling, unaligned: Sequence[str] = ()) -> Config:
+def single_config(
+    kernel: Any, types: str, chosen: Tiling, unaligned: Sequence[str] = (), async_copies: bool = False
+) -> Config:
     """Return the only launch configuration of a kernel; its name is ``"default"``."""
-    return configs_of({"default": chosen}, kernel, types, unaligned=unaligned)["default"]
+    configs = configs_of({"default": chosen}, kernel, types, unaligned=unaligned, async_copies=async_copies)
+    return configs["default"]
 
 
 def all_configs(*tables: Mapping[Any, Mapping[str, Config]]) -> tuple[Config, ...]:
