@@ -20,7 +20,18 @@ from torch import Tensor
 
 from .pointer_table import TABLE, address, addresses, fields, number, table_of, to_device
 from .primitives import load_tile
-from .spec import TRITON_TYPES, all_configs, cdiv, configs_of, single_config, tiling, tl, triton
+from .spec import (
+    TRITON_TYPES,
+    all_configs,
+    cdiv,
+    config_named,
+    configs_of,
+    in_tf32x3,
+    single_config,
+    tiling,
+    tl,
+    triton,
+)
 
 WIDTH = 8  # the length of every range is a multiple of this: 8 entries are 16 bytes in half precision, one copy
 _PARTIAL_BYTES = 1 << 28  # the most memory that partial sums take at a time
@@ -64,7 +75,8 @@ _ADDRESS, _STRIDE = fields(2)
 
 @triton.jit
 def _range_gram_kernel(
-    table_ptr, like_ptr, work_ptr, part_ptr, ENTRIES, N, stride_pn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    table_ptr, like_ptr, work_ptr, part_ptr, ENTRIES, N, stride_pn,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """part[w] = X[:, left range] X[:, right range]ᵀ for one tile of the work item w, which is a `Range`."""
     item = tl.program_id(0).to(tl.int64)
@@ -84,7 +96,7 @@ def _range_gram_kernel(
     for start in range(0, length, BLOCK_K):
         x = load_tile(x_ptr + left, n, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         y = load_tile(x_ptr + right, m, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
-        total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
+        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
     at = (item * N + n)[:, None] * stride_pn + m[None, :]
     # The padding is stored too, so that the length of every store is a multiple of 16 for any N.
     tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < stride_pn)[None, :])
@@ -136,6 +148,7 @@ _FLOAT32 = {
     "default": tiling(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
     "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),  # for few samples, which fill a smaller tile
     "deep": tiling(BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=4),  # for many samples: a deeper pipeline
+    **in_tf32x3(BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
 }
 _HALF = {
     "default": tiling(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
@@ -147,6 +160,7 @@ _RANGE_GRAM = {
         _FLOAT32 if dtype == torch.float32 else _HALF,
         kernel=_range_gram_kernel,
         types=f"*i64 {entries} *i64 *fp32 i32 i32 i32",
+        constants={"PRECISION": "ieee"},
         unaligned=("ENTRIES", "N"),
         async_copies=True,
     )
@@ -169,7 +183,7 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
         config: the name of the launch configuration.
     """
     (blocks, n, _), device = k_LNN.shape, k_LNN.device
-    range_gram = _RANGE_GRAM[matrices[0].dtype][config]
+    range_gram = config_named(_RANGE_GRAM[matrices[0].dtype], config)
     columns = {_ADDRESS: addresses(matrices), _STRIDE: [x.stride(0) // WIDTH for x in matrices]}
     table = table_of(columns, device)
     tiles, sum_tiles = cdiv(n, range_gram.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))

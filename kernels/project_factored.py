@@ -42,7 +42,19 @@ from .pointer_table import (
     strided,
     strides,
 )
-from .spec import FLOATING, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
+from .spec import (
+    FLOATING,
+    KernelSpec,
+    all_configs,
+    cdiv,
+    config_named,
+    configs_of,
+    in_tf32x3,
+    nbytes,
+    tiling,
+    tl,
+    triton,
+)
 from .update import example_param_dtype, example_parameters
 
 (
@@ -83,8 +95,8 @@ def project(
 
 @triton.jit
 def _project_kernel(
-    table_ptr, like_ptr, part_ptr, ENTRIES, WIDTH, UNIT: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
+    table_ptr, like_ptr, part_ptr, ENTRIES, WIDTH, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Σ_p g_npᵀ V a_np over one tile of outputs, a chunk of inputs and one group of a weight, for BLOCK_R pairs (n, p).
 
@@ -115,7 +127,7 @@ def _project_kernel(
         i = start + tl.arange(0, BLOCK_I)
         a = tl.load(a_ptr + i[None, :], mask=(i < columns)[None, :], other=0.0)
         v = tl.load(v_ptr + i[None, :], mask=(i < columns)[None, :], other=0.0)
-        total = tl.dot(a, tl.trans(v), total, input_precision="ieee")
+        total = tl.dot(a, tl.trans(v), total, input_precision=PRECISION)
     g_ptr = address(table_ptr, _G, entry, ENTRIES, like_ptr, UNIT)
     g_ptr += strided(table_ptr, _G_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
     g = tl.load(g_ptr + o[None, :], mask=(r < N * P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
@@ -130,12 +142,13 @@ _TILINGS = {
     # For many samples: 128 of them share each read of V.
     "large": tiling(BLOCK_R=128, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=8, num_stages=2),
 }
+_TF32X3 = in_tf32x3(BLOCK_R=64, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=4, num_stages=3)
 _CONFIGS = {
     unit: configs_of(
-        _TILINGS,
+        _TILINGS | _TF32X3 if unit > 1 else _TILINGS,
         _project_kernel,
         "*i64 *fp32 *fp32 i32 i32",
-        constants={"UNIT": unit, "BLOCK_E": MAX_ENTRIES},
+        constants={"UNIT": unit, "PRECISION": "ieee", "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
         async_copies=unit > 1,
     )
@@ -154,7 +167,7 @@ def launch_project(
     y_LN = zeros(a[0], *shape)
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
     for unit, indices in launches_of(units, order=blocks):
-        chosen = _CONFIGS[unit][config]
+        chosen = config_named(_CONFIGS[unit], config)
         a_, g_, v_ = ([x[t] for t in indices] for x in (a, g, v))
         sizes, chunk = sizes_of(a_, g_), int(chosen.constants["CHUNK"])
         parts = [size.groups * cdiv(size.outputs, chosen.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
