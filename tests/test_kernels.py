@@ -191,10 +191,6 @@ def test_costs_are_counted_for_every_example(spec):
         assert spec.bytes(*arguments) >= 4 * max(x.numel() for x in tensors)
 
 
-def _kernel_of(name):
-    return next(spec.triton_impl for spec in SPECS if spec.name == name)
-
-
 def _fast(name):
     return next(_kernel(spec) for spec in SPECS if spec.name == name)
 
@@ -247,22 +243,6 @@ def test_cholesky_reports_failures_and_keeps_them_apart():
     c_LNN, pivot_L = _fast("cholesky")(k_LNN, torch.full((4,), 0.5, device=DEVICE))
     assert pivot_L.tolist() == [-1, 4, -1, -1]
     assert torch.equal(c_LNN[1], 2 * torch.eye(n, device=DEVICE))
-
-
-@elsewhere
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_factored_convolutions_are_copied_16_bytes_at_a_time(memory_format, monkeypatch):
-    launched = []
-    monkeypatch.setattr(kernels.spec.Config, "start", lambda config, *_: launched.append(config))
-    x, weight = torch.ones(3, 8, 6, 6), torch.ones(12, 8, 3, 3).to(memory_format=memory_format)
-    x, g = x.to(memory_format=memory_format), torch.ones(3, 12, 4, 4)
-    sizes = [1, 1, 0, 0, 1, 1, 1]
-    _kernel_of("project_conv")([x], [g], [weight], sizes, [0], [1, 3])
-    numbers = [torch.ones(3)], [torch.ones(())], [torch.ones(4)]
-    _kernel_of("expand_conv_update_")([weight], [weight], [weight], [x], [g], sizes, *numbers, False)
-    factored = [config for config in launched if "UNIT" in config.constants]
-    assert [config.constants["UNIT"] for config in factored] == [4, 4]
-    assert all(config.async_copies for config in factored)
 
 
 @elsewhere
