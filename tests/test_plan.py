@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def geometry(layout="dense"):
-    return Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout=layout)
+    return Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout=layout, device="cpu")
 
 
 def measured(refresh, step, nbytes, **others):
