@@ -4,7 +4,7 @@ To prepare a launch takes the host longer than the kernel takes the device: shap
 a table is written (see `pointer_table`). All of this but the addresses stays as it is while the layouts of the tensors
 do. So `prepared` returns the launches of an earlier call with the same layouts, and writes the addresses that changed.
 
-Dimensions: F fields, E entries, L Fisher blocks, N samples, S partial sums.
+Dimensions: F fields, E entries.
 """
 
 from __future__ import annotations
@@ -22,18 +22,13 @@ import torch
 from torch import Tensor
 
 from .pointer_table import (
-    ADD_PARTIAL_SUMS,
-    FIRST_PART,
     FIRST_TILE,
-    POSITIONS,
-    SAMPLES,
-    SLOTS,
     Columns,
     Entries,
     Table,
     starts,
 )
-from .spec import Config, Repeated, cdiv, triton
+from .spec import Config, Repeated, triton
 
 
 @dataclass(frozen=True)
@@ -61,27 +56,6 @@ class Launch:
         self.kernel.start(self.grid, self.table.fields_FE, *self.dtype_examples, self.entries)
 
 
-@dataclass(frozen=True)
-class PartialSums(Launch):
-    """A launch that computes partial sums, followed by one that adds them to the sums of Fisher blocks.
-
-    Attributes:
-        parts: the number of partial sums.
-        adder: the second kernel.
-    """
-
-    parts: int
-    adder: Repeated
-
-    def add_to(self, y_LN: Tensor) -> None:
-        """Add the sums to y_LN in place; an entry with fewer than N samples adds to the first ones."""
-        part_S, table = torch.empty(self.parts, dtype=torch.float32, device=y_LN.device), self.table.fields_FE
-        self.kernel.start(self.grid, table, *self.dtype_examples, part_S, self.entries)
-        blocks, length = y_LN.shape
-        grid = (blocks, cdiv(length, ADD_PARTIAL_SUMS.block("N")))
-        self.adder.start(grid, table, part_S, y_LN, self.entries, length)
-
-
 def entry_launch(
     config: Config, tiles: Sequence[int], columns: Columns, pointers: Mapping[Any, int], entries: Entries, typed: int
 ) -> Launch:
@@ -96,35 +70,11 @@ def entry_launch(
         typed: the number of the entries' lists, the first ones, whose dtypes the kernel takes examples of.
     """
     table = Table({FIRST_TILE: starts(tiles), **columns}, pointers, entries)
-    examples = _dtype_examples(table, entries, typed)
+    examples = dtype_examples_of(table, entries, typed)
     return Launch(Repeated(config), (sum(tiles),), table, examples, len(tiles), entries.copies)
 
 
-def partial_sums(
-    config: Config, slots: Sequence[int], columns: Columns, pointers: Mapping[Any, int], entries: Entries, typed: int
-) -> PartialSums:
-    """Prepare the two launches of `PartialSums`; the grid of the first is (slots, tiles of samples and positions).
-
-    A slot is one partial sum for each sample and position, for example the sum over one tile of a weight.
-
-    Args:
-        config: the kernel's launch configuration.
-        slots: the number of slots of each entry.
-        columns: the kernel's own fields without addresses, and FISHER_BLOCK (ascending), SAMPLES and POSITIONS.
-        pointers: as for `Table`.
-        entries: the tensors.
-        typed: as for `entry_launch`.
-    """
-    pairs = [n * p for n, p in zip(columns[SAMPLES], columns[POSITIONS], strict=True)]
-    sizes = [count * size for count, size in zip(slots, pairs, strict=True)]
-    own = {FIRST_TILE: starts(slots), SLOTS: slots, FIRST_PART: starts(sizes)}
-    table = Table({**own, **columns}, pointers, entries)
-    grid, examples = (sum(slots), cdiv(max(pairs), config.block("R"))), _dtype_examples(table, entries, typed)
-    kernels = Repeated(config), Repeated(ADD_PARTIAL_SUMS)
-    return PartialSums(kernels[0], grid, table, examples, len(slots), entries.copies, sum(sizes), kernels[1])
-
-
-def _dtype_examples(table: Table, entries: Entries, typed: int) -> tuple[Tensor, ...]:
+def dtype_examples_of(table: Table, entries: Entries, typed: int) -> tuple[Tensor, ...]:
     """Return the table as a tensor of each dtype: launches that are kept must not keep the op's tensors."""
     first = entries.indices[0]
     return tuple(table.fields_FE.view(tensors[first].dtype) for tensors in entries.lists[:typed])

@@ -17,7 +17,7 @@ A small kernel writes the table; the numbers are arguments of its launch. So not
 graph can replay the write as long as the tensors keep their addresses. Tracing cannot follow an address. So an op with
 such a table is a `torch.library.custom_op`, which tracing does not enter; it declares the arguments that it changes.
 
-Dimensions: F fields, E entries, L Fisher blocks, N samples, P positions, S partial sums.
+Dimensions: F fields, E entries, L Fisher blocks, N samples, P positions, S slots.
 """
 
 from __future__ import annotations
@@ -51,11 +51,8 @@ def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
     return map(tl.constexpr, (*range(after, first), *range(first, first + 3 * strides, 3)))
 
 
-# FIRST_TILE is where an entry's programs begin in the grid; every table begins with it. The other
-# fields are those of `launches.PartialSums`: the index of the Fisher block; SLOTS, how many partial sums one sample and
-# position has; the numbers of samples and of positions; and FIRST_PART, where the entry's partial sums begin.
-FIRST_TILE, FISHER_BLOCK, SLOTS, SAMPLES, POSITIONS, FIRST_PART = fields(6)
-AFTER_PARTIAL_SUMS = 6  # one more than the index of the last of these
+# FIRST_TILE is where an entry's programs begin in the grid. Every table begins with it.
+(FIRST_TILE,) = fields(1)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table_ptr"])
@@ -252,36 +249,3 @@ def entry_at(table_ptr, tile, ENTRIES, BLOCK_E: tl.constexpr):
     index = tl.arange(0, BLOCK_E)
     first = tl.load(table_ptr + ENTRIES * FIRST_TILE + index, mask=index < ENTRIES, other=1 << 40)
     return tl.sum((first <= tile).to(tl.int32), 0) - 1
-
-
-@triton.jit
-def _add_partial_sums_kernel(
-    table_ptr, part_ptr, y_ptr, ENTRIES, LENGTH, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """y[block, n] += Σ over the entries of that Fisher block, their slots and their positions, in this order."""
-    block = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    index = tl.arange(0, BLOCK_E)
-    blocks = tl.load(table_ptr + ENTRIES * FISHER_BLOCK + index, mask=index < ENTRIES, other=-1)
-    first = tl.min(tl.where(blocks == block, index, BLOCK_E), 0)
-    end = tl.max(tl.where(blocks == block, index + 1, 0), 0)
-    at = block.to(tl.int64) * LENGTH + n
-    total = tl.load(y_ptr + at, mask=n < LENGTH, other=0.0)
-    for entry in range(first, end):
-        slots = number(table_ptr, SLOTS, entry, ENTRIES)
-        samples = number(table_ptr, SAMPLES, entry, ENTRIES)
-        positions = number(table_ptr, POSITIONS, entry, ENTRIES)
-        entry_ptr = part_ptr + tl.load(table_ptr + ENTRIES * FIRST_PART + entry) + n.to(tl.int64) * positions
-        for _slot in range(0, slots):
-            for p in range(0, positions):
-                total += tl.load(entry_ptr + p, mask=n < samples, other=0.0)
-            entry_ptr += samples.to(tl.int64) * positions
-    tl.store(y_ptr + at, total, mask=n < LENGTH)
-
-
-ADD_PARTIAL_SUMS = single_config(
-    _add_partial_sums_kernel,
-    "*i64 *fp32 *fp32 i32 i32",
-    tiling(BLOCK_E=MAX_ENTRIES, BLOCK_N=32),
-    unaligned=("ENTRIES", "LENGTH"),
-)

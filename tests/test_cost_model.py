@@ -16,10 +16,20 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("positions", "on_cpu", "on_gpu"),
+    [(16, "factored", "factored"), (19, "per_sample", "factored"), (25, "per_sample", "per_sample")],
+)
+def test_the_device_decides_how_many_positions_are_worth_rows(positions, on_cpu, on_gpu):
+    for device, expected in (("cpu", on_cpu), ("cuda", on_gpu), ("another", on_gpu)):
+        weight = {"w": Geometry(128, 1, positions, 4608, 512, 4, factored_bytes=0, layout="dense", device=device)}
+        assert representations_by_cost(weight, None, max_bytes=2**60, refresh_every=10**6) == {"w": expected}
+
+
 @pytest.mark.parametrize("layer", GEOMETRIES)
 def test_cost_model(layer):
     sizes, *expected = GEOMETRIES[layer]
-    geometry = Geometry(*sizes, itemsize=4, factored_bytes=0, layout="dense")
+    geometry = Geometry(*sizes, itemsize=4, factored_bytes=0, layout="dense", device="cpu")
     chosen = [
         representations_by_cost({layer: geometry}, None, max_bytes=2**60, refresh_every=every)[layer]
         for every in (100, 1)
@@ -29,8 +39,8 @@ def test_cost_model(layer):
 
 def test_memory_budget_is_respected_where_factors_are_smaller():
     geometries = {
-        "big": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense"),
-        "small": Geometry(8, 1, 100, 20, 20, 4, factored_bytes=1000, layout="dense"),
+        "big": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense", device="cpu"),
+        "small": Geometry(8, 1, 100, 20, 20, 4, factored_bytes=1000, layout="dense", device="cpu"),
     }
     plenty = representations_by_cost(geometries, None, max_bytes=10**6, refresh_every=100)
     assert plenty == {"big": "per_sample", "small": "per_sample"}
@@ -38,7 +48,7 @@ def test_memory_budget_is_respected_where_factors_are_smaller():
     assert tight == {"big": "factored", "small": "per_sample"}
     assert total_bytes(geometries, tight) <= 20_000
     # Rows save ever more arithmetic for their bytes the more positions there are, so these keep theirs the longest.
-    few, many = (Geometry(8, 1, p, 50, 50, 4, factored_bytes=1000, layout="dense") for p in (50, 500))
+    few, many = (Geometry(8, 1, p, 50, 50, 4, factored_bytes=1000, layout="dense", device="cpu") for p in (50, 500))
     mixed = representations_by_cost({"few": few, "many": many}, None, max_bytes=100_000, refresh_every=100)
     assert mixed == {"few": "factored", "many": "per_sample"}
     by_hand = representations_by_cost(geometries, "per_sample", max_bytes=0, refresh_every=100)
@@ -46,7 +56,7 @@ def test_memory_budget_is_respected_where_factors_are_smaller():
 
 
 def test_memory_budget_is_respected_where_rows_are_smaller():
-    wide = {"wide": Geometry(128, 1, 16, 4608, 512, 4, factored_bytes=1_300_000_000, layout="dense")}
+    wide = {"wide": Geometry(128, 1, 16, 4608, 512, 4, factored_bytes=1_300_000_000, layout="dense", device="cpu")}
     assert representations_by_cost(wide, None, max_bytes=2**60, refresh_every=1) == {
         "wide": "factored"
     }  # no way to K is dearer
@@ -54,7 +64,7 @@ def test_memory_budget_is_respected_where_rows_are_smaller():
 
 
 def test_a_budget_that_nothing_exact_fits_is_said():
-    geometries = {"w": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense")}
+    geometries = {"w": Geometry(8, 1, 100, 50, 50, 4, factored_bytes=1000, layout="dense", device="cpu")}
     with pytest.warns(UserWarning, match=r"J takes at least 1,000 bytes, but max_bytes is 10: use fewer rows"):
         assert Plan({}).choose(geometries, None, 1, max_bytes=10)["w"].representation == "factored"
 
