@@ -74,6 +74,7 @@ MODELS: dict[str, Model] = {
     "ResNet-18": Model(lambda: image_model("resnet18").build((3, 32, 32), CLASSES), (3, 32, 32)),
     "WRN-28-4": Model(lambda: image_model("wrn-28-4").build((3, 32, 32), CLASSES), (3, 32, 32)),
     "MLP": Model(lambda: mlp((1, 28, 28), CLASSES, 512), (1, 28, 28)),
+    "MLP 2048": Model(lambda: mlp((1, 28, 28), CLASSES, 2048), (1, 28, 28)),
     "transformer": Model(Transformer, (64,), tokens=True),
     # Small models, for quick runs.
     "small 3C1F": Model(lambda: conv_3c1f((1, 14, 14), CLASSES, 32), (1, 14, 14)),

@@ -57,7 +57,7 @@ def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> di
     Any other configuration is dropped with a warning. So is one that does not compile, or that needs more shared memory
     or registers than the device has.
     """
-    op, error = getattr(kernels, spec.name), _error_of(spec, args)
+    op, error = getattr(kernels, spec.name), error_of(spec, args)
     allowed, passed = 2 * error(spec.torch_impl), {}
     for name, call in {"triton": op, **{name: partial(op, config=name) for name in spec.config_names}}.items():
         try:
@@ -73,7 +73,7 @@ def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> di
     return passed
 
 
-def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
+def error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
     """Return a function from an implementation to its error against PyTorch in float64.
 
     The op's definition is not the reference here, because it would form the explicit rows of large layers.

@@ -1,0 +1,253 @@
+"""The two calls of `python -m perf.gpu`: rehearsed on a CPU, their page, their faults, and what they refuse."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from helpers.image_files import write_folder
+from helpers.processes import ROOT, errors_of, run
+
+BOXES = {
+    "first": ("right", "trace", "steps", "kernels", "variants"),
+    "second": ("right", "steps", "race", "kernels", "memory"),
+}
+FILES = {
+    "first": {"smoke", "trace", "steps", "kernels", "variants"},
+    "second": {"smoke", "compiling", "steps", "race", "kernels", "memory"},
+}
+COMMIT = "0123456789ab"
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """Return a folder with the results of both calls, and what each call printed."""
+    folder = tmp_path_factory.mktemp("calls")
+    (folder / "parquet").mkdir()
+    pixels, labels = write_folder(folder / "parquet", count=100, size=(28, 28))
+    said = {"data": run("-m", "perf.gpu", "data", str(folder / "parquet"), str(folder / "packed" / "images.npz"))}
+    for call in BOXES:
+        data = ["--data", str(folder / "packed" / "images.npz")] if call == "second" else []
+        out = ["--out", str(folder / call), "--commit", COMMIT]
+        said[call] = run("-m", "perf.gpu", call, "--rehearse", *out, *data)
+    with np.load(folder / "packed" / "images.npz") as packed:
+        for part in ("train", "test"):
+            assert np.array_equal(packed[f"{part}_images"][:, 0], pixels[part])
+            assert np.array_equal(packed[f"{part}_labels"], labels[part])
+    return folder, said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("call", BOXES)
+def test_every_box_runs_and_says_how_it_ended(rehearsed, call):
+    folder, said = rehearsed
+    summary = json.loads((folder / call / f"summary-{call}.json").read_text())
+    assert [box["box"] for box in summary["boxes"]] == list(BOXES[call])
+    endings = {task["task"]: task["ended"] for box in summary["boxes"] for task in box["tasks"]}
+    not_run = {"memory check": "not run: there is no GPU to check"} if call == "first" else {}
+    assert {name: ending for name, ending in endings.items() if ending != "finished"} == not_run
+    documents = {path.stem: json.loads(path.read_text()) for path in (folder / call).glob("*.json")}
+    assert set(documents) == FILES[call] | {f"summary-{call}"}
+    assert len(list((folder / call).iterdir())) <= 8
+    for name in FILES[call]:
+        assert documents[name]["cases" if name != "kernels" else "benchmarks"], name
+        assert not documents[name].get("skipped"), name
+    assert len(said[call]) < 12_000
+    assert all(f"== {box}: " in said[call] for box in BOXES[call])
+
+
+@pytest.mark.long
+def test_training_and_configurations_agree_with_torch_on_a_cpu(rehearsed):
+    folder, _ = rehearsed
+    smoke = json.loads((folder / "first" / "smoke.json").read_text())["cases"]
+    assert all(case["is_rounding"] and not case["why_plain"] for case in smoke)
+    assert {case["case"].partition(",")[0] for case in smoke} == {"3C1F", "MLP", "ResNet-18"}
+    for case in json.loads((folder / "first" / "variants.json").read_text())["cases"]:
+        errors = {name: found["error_over_torch"] for name, found in case["implementations"].items()}
+        assert set(errors.values()) == {1}, case["case"]
+
+
+GENERATE = "import sys, pathlib, perf.report as r; r.generate(*map(pathlib.Path, sys.argv[1:]))"
+
+
+@pytest.mark.long
+def test_the_page_has_what_came_back(rehearsed, tmp_path):
+    folder, _ = rehearsed
+    gpu = tmp_path / "results" / "gpu"
+    gpu.mkdir(parents=True)
+    for path in [*(folder / "first").glob("*.json"), *(folder / "second").glob("*.json")]:
+        document = json.loads(path.read_text())
+        document["machine_info"] |= {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"}
+        (gpu / path.name).write_text(json.dumps(document))
+    steps = json.loads((gpu / "steps.json").read_text())
+    steps["cases"][0] |= {"model": "3C1F", "samples": 128}
+    (gpu / "steps.json").write_text(json.dumps(steps))
+    run("-c", GENERATE, str(gpu.parent), str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert "No kernel of this project has run on a GPU yet" not in page
+    for title in ("Boxes", "Training against the definitions", "Launch configurations", "Kernels of a step"):
+        assert f"\n### {title}\n" in page
+    assert "![Test accuracy of 3C1F on Fashion-MNIST by training time" in page
+    assert (tmp_path / "figures" / "performance-gpu-race.png").exists()
+    assert "best torch with TF32, µs |" in page
+    mean = f"{steps['cases'][0]['mean_over_sgd']:.2f}"
+    assert f"| mean step over SGD's: 3C1F, N = 128, plain | NVIDIA H100 80GB HBM3 | ≤ 1.25 | {mean} |" in page
+    assert re.search(r"time of TENGraD \(paper\) to SGD's best accuracy, over SGD's \| NVIDIA .* \| [\d.inf]+ \|", page)
+    assert (
+        "| error over torch's, most of all kernels by default | NVIDIA H100 80GB HBM3 | ≤ 2.00 | 1.00 | met |" in page
+    )
+    sgd = f"{1e3 * steps['cases'][0]['seconds']['sgd']['median']:.3g}"
+    assert f"| 3C1F | 152 MB of J twice; 1.3 GFLOP twice | 0.101 | 0.27 to 0.3 | 1.5 to 2 | {sgd} |" in page
+
+
+CHECKS = {
+    "a fault of one task costs no other": """
+import pathlib, tempfile, time
+from perf.gpu import boxes
+boxes.LAST_WORDS = 1
+def task(name, code, **more):
+    return boxes.Task(name, lambda seconds: ["-c", code, str(seconds)], **more)
+asleep = "import time; print('begun', flush=True); time.sleep(60)"
+stubborn = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);" + asleep
+lost = "import os, sys; print(sys.argv[1:]); os._exit(0 if '--resume' in sys.argv else 75)"
+tasks = [
+    task("well", "print('all well')"),
+    task("faulty", "print('before'); raise ValueError('reason')"),
+    task("slow", asleep),
+    task("stubborn", stubborn),
+    task("lost", lost, resumes=True),
+    task("lost for good", lost),
+    task("poor", "", packages=("no_such_package",)),
+    task("poorer", "", program="no-such-program"),
+    task("impossible", "", impossible="no GPU"),
+]
+with tempfile.TemporaryDirectory() as folder:
+    log = pathlib.Path(folder) / "log.txt"
+    start = time.monotonic()
+    ended = {e["task"]: e for e in boxes.run(boxes.Box("box", 3, tasks), start + 3, log)}
+    assert time.monotonic() - start < 8
+    text = log.read_text()
+assert {name: e["ended"] for name, e in ended.items()} == {
+    "well": "finished",
+    "faulty": "failed with exit status 1",
+    "slow": "stopped: out of time",
+    "stubborn": "failed with exit status -9",
+    "lost": "finished",
+    "lost for good": "failed with exit status 75",
+    "poor": "not run: not installed: no_such_package",
+    "poorer": "not run: not installed: no-such-program",
+    "impossible": "not run: no GPU",
+}, ended
+assert ended["well"]["said last"] == "all well"
+assert ended["faulty"]["last lines"][-1] == "ValueError: reason"
+assert ended["faulty"]["seconds"] < 2.9 <= ended["slow"]["seconds"]
+assert "==== box: slow" in text and "begun" in text
+""",
+    "a call whose GPU is lost continues in a new process": """
+import json, pathlib, sys, tempfile
+import torch
+from perf import suites
+class Case:
+    def __init__(self, name): self.name = name
+    def __str__(self): return self.name
+    def measure(self, device):
+        measured.append(self.name)
+        if self.name == "faulty": raise RuntimeError("an illegal memory access")
+        return {}
+class Lost(BaseException): pass
+def leave(status): raise Lost(status)
+cases, cpu, works = [Case(name) for name in ("one", "faulty", "two")], torch.device("cpu"), suites.works
+assert works(cpu)
+with tempfile.TemporaryDirectory() as folder:
+    folder, measured = pathlib.Path(folder), []
+    suites.works, suites.os._exit, exit = lambda device: False, leave, suites.os._exit
+    sys.stdout, printed = sys.stderr, sys.stdout
+    try:
+        suites.run_cases("lost", cases, cpu, folder, 60)
+    except Lost as status:
+        assert status.args == (suites.DEVICE_LOST,)
+    else:
+        raise AssertionError("it went on")
+    suites.run_cases("lost", cases, cpu, folder, 60, resume=True)
+    suites.works, suites.os._exit, sys.stdout = works, exit, printed
+    document = json.loads((folder / "lost.json").read_text())
+assert measured == ["one", "faulty", "two"]
+assert [case["case"] for case in document["cases"]] == ["one", "two"]
+assert document["skipped"] == [{"case": "faulty", "why": "failed with RuntimeError: an illegal memory access"}]
+""",
+    "no case begins that could not end": """
+import json, pathlib, sys, tempfile, types
+import torch
+from perf import suites
+clock = [0.0]
+suites.time = types.SimpleNamespace(monotonic=lambda: clock[0])
+class Case:
+    def __init__(self, name): self.name = name
+    def __str__(self): return self.name
+    def measure(self, device): clock[0] += 4; return {}
+with tempfile.TemporaryDirectory() as folder:
+    sys.stdout, printed = sys.stderr, sys.stdout
+    suites.run_cases("race", map(Case, "abcd"), torch.device("cpu"), pathlib.Path(folder), 11)
+    sys.stdout = printed
+    document = json.loads((pathlib.Path(folder) / "race.json").read_text())
+assert [case["case"] for case in document["cases"]] == ["a", "b"]
+assert document["skipped"] == [{"case": name, "why": "out of time"} for name in "cd"]
+""",
+    "each test of a kernel belongs to one process": """
+from perf.gpu.calls import _shards
+from tengrad_triton.kernels import SPECS
+shards = _shards()
+assert set(shards) == {*(spec.name for spec in SPECS), "others"}
+assert shards["gram"] == "[gram- or [gram]" and "not ([gram_rows- or [gram_rows])" in shards["others"]
+""",
+    "requests that cannot be carried out are one line": """
+import contextlib, io, pathlib, sys, tempfile
+import torch
+from perf.gpu.__main__ import main
+def said(*arguments):
+    sys.argv, out, err = ["perf.gpu", *arguments], io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as status:
+        assert status.code == 2, status.code
+    else:
+        raise AssertionError(f"it accepted {arguments}: {out.getvalue()}")
+    return err.getvalue()
+with tempfile.TemporaryDirectory() as folder:
+    other = pathlib.Path(folder) / "other.npz"
+    other.write_text("text")
+    out = ["--out", f"{folder}/out"]
+    if not torch.cuda.is_available():
+        assert said("first", *out) == (
+            "error: torch finds no GPU here: --rehearse runs all boxes on a CPU, at tiny sizes\\n")
+    rehearsal = [*out, "--rehearse"]
+    assert said("first", *rehearsal, "--only", "race") == (
+        "error: --only race: the first call has right, trace, steps, kernels, variants\\n")
+    assert said("first", *rehearsal, "--seconds", "0") == "error: --seconds must be positive, got 0\\n"
+    for path in (other, pathlib.Path(folder) / "missing.npz"):
+        line = said("second", *rehearsal, "--data", str(path))
+        assert line.startswith(f"error: {path.resolve()}: no packed images (") and line.count("\\n") == 1, line
+    assert "cannot be written" in said("first", "--rehearse", "--out", f"{other}/out")
+    line = said("data", folder, f"{folder}/out.npz")
+    assert line.startswith(f"error: {folder}: no test-*.parquet in it") and line.count("\\n") == 1, line
+    assert "invalid choice: 'third'" in said("third", *out)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def errors():
+    return errors_of(CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_it_holds_that(check, errors):
+    assert check not in errors, errors[check]
+
+
+def test_no_result_names_a_place_of_the_machine(rehearsed):
+    folder, _ = rehearsed
+    for call in BOXES:
+        for file in (folder / call).iterdir():
+            assert str(ROOT) not in file.read_text(), file.name
