@@ -6,7 +6,6 @@ An alternative returns the same as the kernel, up to rounding. The fastest of al
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -34,14 +33,14 @@ def _gram_of_stacked(j: list[Tensor], blocks: list[int], count: int) -> Tensor:
     """One batched product, with all weights padded to the widest."""
     widest = max(x.shape[1] for x in j)
     j_TNK = torch.stack([F.pad(x, (0, widest - x.shape[1])) for x in j])
-    k_LNN = j_TNK.new_zeros(count, *j_TNK.shape[1:2], *j_TNK.shape[1:2])
-    return k_LNN.index_add_(0, _on_device(tuple(blocks), j_TNK.device), j_TNK @ j_TNK.mT)
-
-
-@cache
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return numbers on a device. They are copied once, because a copy cannot be captured in a CUDA graph."""
-    return torch.tensor(numbers, device=device)
+    k_TNN = j_TNK @ j_TNK.mT
+    if blocks == list(range(count)):
+        return k_TNN
+    # Not by index_add_: its indices would be copied to the device, and a CUDA graph cannot capture that.
+    k_LNN = torch.zeros_like(k_TNN[:1]).repeat(count, 1, 1)
+    for block, k_NN in zip(blocks, k_TNN, strict=True):
+        k_LNN[block] += k_NN
+    return k_LNN
 
 
 def _grouped_convolution(

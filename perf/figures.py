@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from perf.gpu.page import by_optimizer
+from perf.gpu.outcomes import by_optimizer
 from perf.loops import within
 from perf.results import Device
 

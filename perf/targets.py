@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from perf.gpu.page import times_to_sgds_best
-from perf.gpu.variants import error_of_defaults
+from perf.gpu.outcomes import error_of_defaults, times_to_sgds_best
 from perf.loops import within
 from perf.results import Device
 from perf.selection import BUDGET

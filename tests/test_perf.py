@@ -48,7 +48,7 @@ def test_no_result_names_a_place_of_the_machine(quick):
 # Tests do not import perf: one process runs all of this, without the packages that a GPU machine need not have.
 CHECKS = {
     "a GPU machine needs no package of the command line": """
-import perf.suites, perf.__main__, perf.gpu.__main__, perf.gpu.pieces
+import perf.suites, perf.__main__, perf.gpu.__main__, perf.gpu.pieces.__main__
 """,
     "the page judges numbers as it prints them": """
 from perf.targets import Target

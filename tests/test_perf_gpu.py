@@ -139,7 +139,7 @@ assert {name: e["ended"] for name, e in ended.items()} == {
     "impossible": "not run: no GPU",
 }, ended
 assert ended["well"]["said last"] == "all well"
-assert ended["faulty"]["last lines"][-1] == "ValueError: reason"
+assert ended["faulty"]["lines"][-1] == "ValueError: reason"
 assert ended["faulty"]["seconds"] < 2.9 <= ended["slow"]["seconds"]
 assert "==== box: slow" in text and "begun" in text
 """,

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,11 +83,7 @@ def run(call: str, options: Options, found: Sequence[Box], commit: str | None) -
     except OSError as error:
         raise UsageError(f"--out {options.out}: cannot be written ({error.strerror}): name another folder") from error
     summary = Summary(call, options.device, options.out, commit, found)
-    print(summary.head(), flush=True)
-    for box in found:
-        for task in box.tasks:
-            if (why := task.why_not()) is not None:
-                print(f"{box.name} goes without {task.name}: {why}", flush=True)
+    print(summary.head(), *what_is_missing(options, found), sep="\n", flush=True)
     deadline = time.monotonic()
     for box in found:
         start = time.monotonic()
@@ -94,6 +91,18 @@ def run(call: str, options: Options, found: Sequence[Box], commit: str | None) -
         tasks = boxes.run(box, deadline, log)
         summary.add(box, deadline - start, time.monotonic() - start, tasks)
         print("\n".join(summary.lines(box)), flush=True)
+
+
+def what_is_missing(options: Options, found: Sequence[Box]) -> Iterator[str]:
+    """Yield a line for each reason for which tasks cannot run."""
+    if options.device.type == "cuda" and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        yield "Triton needs a C compiler, and finds none: without gcc or clang every kernel fails"
+    tasks: dict[str, list[str]] = {}
+    for box in found:
+        for task in box.tasks:
+            if (why := task.why_not()) is not None:
+                tasks.setdefault(why, []).append(f"{box.name} without {task.name}")
+    yield from (f"{why}: {', '.join(names)}" for why, names in tasks.items())
 
 
 def main() -> None:

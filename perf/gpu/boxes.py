@@ -23,7 +23,8 @@ from perf.suites import DEVICE_LOST
 
 GRACE = 0.85  # of a box's time: its tasks begin no case later
 LAST_WORDS = 5  # seconds that interrupted tasks have to write their results
-LAST_LINES = 15  # of a failed task's log, in the summary
+LAST_LINES = 15  # of a task's log that are in the summary: its failed tests, or its last lines if it failed
+LONGEST_LOG = 1_000_000  # characters of a task's log that are kept, from its end
 INTERRUPTED = (130, -signal.SIGINT)
 
 
@@ -110,12 +111,14 @@ class Running:
         found = {"task": self.task.name, "ended": ended, "seconds": round(end - self._start, 1)}
         lines = self.log().rstrip().splitlines()
         found["said last"] = lines[-1].strip("= ") if lines else ""
-        return found if code == 0 else found | {"last lines": lines[-LAST_LINES:]}
+        failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        said = failures[:LAST_LINES] or (lines[-LAST_LINES:] if ended.startswith("failed") else [])
+        return found | ({"lines": said} if said else {})
 
     def log(self) -> str:
         """Return what the task has printed."""
         self._log.seek(0)
-        return without_places(self._log.read())
+        return without_places(self._log.read())[-LONGEST_LOG:]
 
 
 def run(box: Box, deadline: float, log: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ graphs, and a race by training time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,9 @@ from perf.gpu.boxes import Box, Task
 from perf.selection import GPU, QUICK, Selection
 from perf.suites import kernels_command
 from tengrad_triton.kernels import SPECS
+
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+"""Without the plugins that happen to be installed, pytest begins sooner, and none of them can fail."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,11 @@ def _tests(options: Options) -> Iterator[Task]:
     quiet = ["-v", "--no-header", "-p", "no:cacheprovider", "-W", "default"]
     for name, chosen in ({"costs": "costs"} if options.rehearse else _shards()).items():
         line = ["-m", "pytest", "tests/test_kernels.py", *quiet, "-k", chosen]
-        # Without the plugins that happen to be installed, pytest begins sooner, and nothing of theirs can fail.
         yield Task(
             f"tests: {name}",
             lambda _, line=line: line,
             packages=("pytest",),
-            environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            environment=NO_PLUGINS,
         )
 
 
@@ -88,11 +91,11 @@ def _shards() -> dict[str, str]:
 
 def _memory_check(options: Options) -> Task:
     """Return the task that looks for accesses outside of the tensors' memory, by NVIDIA's compute-sanitizer."""
-    check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "python3", "-m", "pytest"]
+    check = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest"]
     chosen = ["tests/test_kernels.py", "-q", "-x", "-p", "no:cacheprovider", "-W", "default"]
     names = ["-k", "test_kernel_is_as_exact_as_torch and float32"]
     # torch's allocator hands out parts of large blocks, within which nothing is outside.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **NO_PLUGINS}
     return Task(
         "memory check",
         lambda _: [*check, *chosen, *names],
@@ -121,4 +124,6 @@ def _suite(name: str, options: Options, *more: str) -> Task:
 
 def _kernels(options: Options, selection: Selection) -> Task:
     command = partial(kernels_command, selection, options.device, options.out)
-    return Task("kernels", command, packages=("pytest", "pytest_benchmark"))
+    plugin = ["-p", "pytest_benchmark.plugin"]
+    packages = ("pytest", "pytest_benchmark")
+    return Task("kernels", lambda seconds: [*command(seconds), *plugin], packages=packages, environment=NO_PLUGINS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from zipfile import BadZipFile
 
-import numpy as np
 import torch
 
 from tengrad_triton.recipes.data.images import Data, Normalizer, Split
@@ -22,6 +21,7 @@ def pack(folder: Path, path: Path) -> Data:
         UsageError: the folder has no such files, or they hold something else.
     """
     # Imported here because only whoever packs the images needs the packages that decode them.
+    import numpy as np  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     from tengrad_triton.recipes.data.registry import load  # noqa: PLC0415
@@ -43,6 +43,8 @@ def unpack(path: Path) -> Data:
     Raises:
         UsageError: the file is missing, or is another.
     """
+    import numpy as np  # noqa: PLC0415 - everything but the race goes without it
+
     try:
         with np.load(path) as arrays:
             splits = [

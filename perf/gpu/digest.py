@@ -1,9 +1,9 @@
-"""The lines that a call prints about a box: a line for each task that matters, and for each case."""
+"""The lines that a call prints about a box: how its tasks ended, and a line for each case."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from perf.results import kernel_of
@@ -13,14 +13,18 @@ LONGEST = 160  # characters of a line
 Document = Mapping[str, Any]
 
 
-def of_task(task: Mapping[str, Any]) -> Iterator[str]:
-    """Yield how a task ended and, of failed tests or of a failure, the lines that say so."""
-    time = f" after {task['seconds']} s" if "seconds" in task else ""
-    yield f"{task['task']}: {task['ended']}{time}; {task.get('said last', '')}"[:LONGEST].rstrip("; ")
-    lines = task.get("last lines", [])
-    failed = [line for line in lines if re.match(r"(FAILED|ERROR|E  )", line)]
-    if "failed" in task["ended"]:
-        yield from (f"  {line[:LONGEST]}" for line in (failed or lines)[-4:])
+def of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield how tasks ended, with the last lines of what failed; tests that passed are one line."""
+    good = [task for task in tasks if task["task"].startswith("tests") and task["ended"] == "finished"]
+    if good:
+        passed = sum(int(found[1]) for task in good if (found := re.search(r"(\d+) passed", task["said last"])))
+        yield f"tests: {len(good)} processes finished after {max(t['seconds'] for t in good)} s; {passed} passed"
+    for task in tasks:
+        if task in good:
+            continue
+        time = f" after {task['seconds']} s" if "seconds" in task else ""
+        yield f"{task['task']}: {task['ended']}{time}; {task.get('said last', '')}"[:LONGEST].rstrip("; ")
+        yield from (f"  {line[:LONGEST]}" for line in task.get("lines", [])[-4:])
 
 
 def of_suite(suite: str, document: Document) -> list[str]:

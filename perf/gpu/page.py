@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from perf.gpu.outcomes import LIMITS, best_accuracy, by_optimizer, time_to, times_to_sgds_best
+from perf.gpu.pieces.variants import TORCH
 from perf.gpu.predictions import GPUS, STEPS
-from perf.gpu.race import LIMITS
-from perf.gpu.variants import TORCH
 from perf.results import Device
 from perf.sizes import sized
 from perf.timing import microseconds, milliseconds
@@ -117,7 +117,10 @@ def _variant(found: dict[str, Any]) -> str:
 def _trace(device: Device) -> Lines:
     for case in device.cases("trace"):
         for kind, step in case["steps"].items():
-            top = (f"`{k['name']}` {microseconds(k['seconds'])} in {k['count']:g}" for k in step["kernels"][:6])
+            top = (
+                f"`{k['name'].replace('|', '/')}` {microseconds(k['seconds'])} in {k['count']:g}"
+                for k in step["kernels"][:6]
+            )
             yield case["model"], kind, milliseconds(step["seconds"]), "; ".join(top)
 
 
@@ -145,52 +148,25 @@ def _mean(times: Sequence[float | None]) -> str:
     return f"{fmean(known):.1f}" if known and len(known) == len(times) else "–"
 
 
-def by_optimizer(device: Device) -> dict[str, list[dict[str, Any]]]:
-    """Return the runs of the race by optimizer, in the order of the seeds."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for case in device.cases("race"):
-        runs.setdefault(case["optimizer"], []).append(case)
-    return runs
-
-
-def best_accuracy(case: dict[str, Any]) -> float:
-    """Return the highest test accuracy of a run, in percent."""
-    return max(point["accuracy"] for point in case["curve"])
-
-
-def time_to(accuracy: float, case: dict[str, Any]) -> float | None:
-    """Return the seconds of training until the test accuracy was first as high; None if it never was."""
-    return next((point["seconds"] for point in case["curve"] if point["accuracy"] >= accuracy), None)
-
-
-def times_to_sgds_best(device: Device, optimizer: str) -> Iterator[tuple[float, float | None]]:
-    """Yield, for each seed of both, the seconds of SGD and of the optimizer until SGD's highest accuracy."""
-    runs = by_optimizer(device)
-    theirs = {case["seed"]: case for case in runs.get("SGD", [])}
-    for case in runs.get(optimizer, []):
-        if (sgd := theirs.get(case["seed"])) is not None:
-            top = max(sgd["curve"], key=lambda point: point["accuracy"])  # the first of equal ones
-            yield top["seconds"], time_to(top["accuracy"], case)
-
-
-PREDICTIONS_NOTE = """These times were predicted before any kernel had run on a GPU. Where one has, its measurement
-stands beside them. Kernels' predictions are for H100 and H200, from instructions and bytes; those of steps are what the
-kernels of a reuse step add to SGD's, for an H100. `must` is the least time of what every step reads and computes."""
-NEVER = (
-    "No kernel of this project has run on a GPU yet: every time in this section is a prediction, none a measurement."
-)
+PREDICTIONS_NOTE = """The times of kernels are predicted for an H100 and an H200, from the kernels' instructions and
+bytes. The times of steps are predicted for an H100: `added` is what the kernels of a reuse step add to those of SGD's
+step, and `must` is the least time of what such a step has to read and compute."""
+NEVER = """No kernel of this project has run on a GPU yet: every time in this section is a prediction, and none is a
+measurement."""
+MEASURED_NOTE = """Measurements stand beside the predictions: `traced` is the sum over the kernels, and `graphs` the
+difference between steps that are CUDA graphs."""
 
 
 def predictions(devices: Sequence[Device]) -> Iterator[Part | str]:
     """Yield what was predicted for GPUs, and what each of them needed: sentences and tables."""
     gpus = [device for device in devices if device.kind == "cuda"]
-    yield PREDICTIONS_NOTE if gpus else f"{NEVER} {PREDICTIONS_NOTE}"
+    yield f"{MEASURED_NOTE if gpus else NEVER}\n\n{PREDICTIONS_NOTE}\n"
     names = [str(device.info["device"]) for device in gpus]
     heads = [f"{name}, {what}" for name in names for what in ("SGD, ms", "added, traced, ms", "added, graphs, ms")]
     titles = ("model, N = 128", "what every reuse step must do", "must, ms", "added, ms", "SGD, ms", *heads)
-    yield Part("Steps", "", titles, list(_predicted_steps(gpus)))
+    yield Part("Steps, as predicted", "", titles, list(_predicted_steps(gpus)))
     titles = ("kernel", "size", *(f"{gpu}, µs" for gpu in GPUS), *(f"{name}, µs" for name in names))
-    yield Part("Kernels", "", titles, list(_predicted_kernels(gpus)))
+    yield Part("Kernels, as predicted", "", titles, list(_predicted_kernels(gpus)))
 
 
 def _predicted_steps(gpus: Sequence[Device]) -> Lines:

@@ -15,7 +15,7 @@ from perf import record
 from perf.gpu import digest
 from perf.gpu.boxes import Box
 
-MOST = 2000  # characters that a box prints: whoever reads only the end of the output sees all boxes
+MOST = 2200  # characters that a box prints: whoever reads only the end of the output sees all boxes
 
 
 class Summary:
@@ -47,7 +47,7 @@ class Summary:
         """Yield what is printed about the last box: its time, how its tasks ended, and what was measured."""
         entry = self._document["boxes"][-1]
         yield f"== {box.name}: {entry['seconds']} of {entry['limit']} s, {time.monotonic() - self._start:.0f} s in all"
-        said = [line for task in entry["tasks"] for line in digest.of_task(task)]
+        said = list(digest.of_tasks(entry["tasks"]))
         for suite in box.suites:
             path = self._out / f"{suite}.json"
             if path.exists() and path.stat().st_size:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from perf.loops import Step, plain_step, sgd_step, tengrad
@@ -54,7 +55,8 @@ def traced(step: Step, times: int, x: Tensor, y: Tensor) -> dict[str, Any]:
             torch.cuda.synchronize()
     found = []
     for event in profiler.key_averages():
-        if event.is_user_annotation:  # a phase of the step, whose kernels are listed themselves
+        # Not phases of the step, whose kernels are listed themselves, nor, on a GPU, what the host does.
+        if event.is_user_annotation or (on_gpu and event.device_type != DeviceType.CUDA):
             continue
         micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if micros > 0:

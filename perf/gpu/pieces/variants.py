@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,8 @@ from perf.alternatives import with_tf32
 from perf.launches import Repeated
 from perf.limits import allowing_tf32
 from perf.record import without_places
-from perf.results import Device
 from perf.sizes import Sized, sized
+from perf.suites import works
 from perf.timing import interleaved
 from tengrad_triton import kernels
 from tengrad_triton.tuning.measure import error_of
@@ -43,15 +42,15 @@ class VariantCase:
         error = error_of(spec, arguments)
         with allowing_tf32(convolutions=False, products=False):
             own = max(error(spec.torch_impl), torch.finfo(torch.float32).tiny)
-            works = self._implementations()
-            found = {name: outcome(lambda work=work: error(work) / own) for name, work in works.items()}
+            calls = self._implementations()
+            found = {name: outcome(lambda call=call: error(call) / own, device) for name, call in calls.items()}
             # All errors first: the repeated calls of an op that updates its arguments change them.
-            calls = {name: Repeated(works[name], arguments, device) for name, x in found.items() if "failed" not in x}
-            times = interleaved(
-                {name: lambda name=name, call=call: {name: call.seconds()} for name, call in calls.items()}, self.rounds
-            )
+            right = [name for name, result in found.items() if "failed" not in result]
+            repeated = {name: Repeated(calls[name], arguments, device) for name in right}
+            timers = {name: lambda name=name, call=call: {name: call.seconds()} for name, call in repeated.items()}
+            times = interleaved(timers, self.rounds)
         for name, seconds in times.items():
-            found[name] |= {"seconds": seconds, "captured": calls[name].captured}
+            found[name] |= {"seconds": seconds, "captured": repeated[name].captured}
         return {"kernel": spec.name, "size": self.sized.size, "implementations": found}
 
     def _implementations(self) -> dict[str, Work]:
@@ -61,17 +60,13 @@ class VariantCase:
         return {"default": op, **configured, TORCH: spec.torch_impl, f"{TORCH}, TF32": with_tf32(spec.torch_impl)}
 
 
-def error_of_defaults(device: Device) -> float | None:
-    """Return the greatest error over torch's of the default configurations; infinite if one failed, None without."""
-    defaults = [case["implementations"]["default"] for case in device.cases("variants")]
-    return max((found.get("error_over_torch", math.inf) for found in defaults), default=None)
-
-
-def outcome(error_over_torch: Callable[[], float]) -> dict[str, Any]:
-    """Return the error of an implementation over torch's, or how it failed."""
+def outcome(error_over_torch: Callable[[], float], device: torch.device) -> dict[str, Any]:
+    """Return the error of an implementation over torch's, or how it failed; raise if that cost the device."""
     try:
         return {"error_over_torch": error_over_torch()}
     except Exception as failure:  # the errors of a compiler have no common base class
+        if not works(device):
+            raise
         return {"failed": without_places(f"{type(failure).__name__}: {failure}").partition("\n")[0][:200]}
 
 

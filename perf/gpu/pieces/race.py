@@ -21,7 +21,6 @@ from tengrad_triton.recipes.models import conv_3c1f
 from tengrad_triton.recipes.optimizers.muon_with_adamw import MuonWithAdamW
 
 BATCH, EVALUATION_BATCH = 128, 2000
-LIMITS = (88.0, 89.0, 90.0, 91.0, 92.0)  # accuracies in percent
 
 
 def _tengrad_paper(model: nn.Module, seed: int) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""The pieces of a call that are no suites of `python -m perf`: `python -m perf.gpu.pieces NAME --out DIR`."""
+"""Run the cases of one piece, and write NAME.json: `python -m perf.gpu.pieces NAME --out DIR`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from perf import suites
-from perf.gpu import compiling, race, smoke, trace, variants
+from perf.gpu.pieces import compiling, race, smoke, trace, variants
 from perf.selection import Case
 
 PIECES: Mapping[str, Callable[[argparse.Namespace], Iterable[Case]]] = {
