@@ -47,11 +47,12 @@ def convolutions(width: int, depth: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a model, and the shape of one input sample; ``tokens`` are integers."""
+    """How to build a model, and the shape of one input sample; ``tokens`` are integers; ``tiny`` is for quick runs."""
 
     build: Callable[[], nn.Module]
     sample: tuple[int, ...]
     tokens: bool = False
+    tiny: bool = False
 
     def batch(self, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a batch of random inputs and labels, which is the same for every call."""
@@ -78,6 +79,6 @@ MODELS: dict[str, Model] = {
     "transformer": Model(Transformer, (64,), tokens=True),
     # Small models, for quick runs.
     "small 3C1F": Model(lambda: conv_3c1f((1, 14, 14), CLASSES, 32), (1, 14, 14)),
-    "tiny 3C1F": Model(lambda: conv_3c1f((1, 8, 8), CLASSES, 8), (1, 8, 8)),
-    "tiny transformer": Model(lambda: Transformer(tokens=8, features=32, layers=1), (8,), tokens=True),
+    "tiny 3C1F": Model(lambda: conv_3c1f((1, 8, 8), CLASSES, 8), (1, 8, 8), tiny=True),
+    "tiny transformer": Model(lambda: Transformer(tokens=8, features=32, layers=1), (8,), tokens=True, tiny=True),
 }

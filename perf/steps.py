@@ -73,7 +73,7 @@ def measure_steps(
             timer()
     times = interleaved(timers, rounds)
     kept = sum(parameter.bytes for parameter in optimizer.summary().parameters)
-    least = least_seconds(optimizer, limits.measure(device))
+    least = least_seconds(optimizer, limits.measure(device, small=made.tiny))
     return {"block": block, "seconds": times, **ratios(times), "kept_bytes": kept, "least_seconds": least}
 
 

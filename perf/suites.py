@@ -32,6 +32,7 @@ def run(
 ) -> None:
     """Run the suites in ``only``, and write a file for each into ``folder``; `run_cases` explains ``resume``."""
     deadline = time.monotonic() + seconds
+    gc.freeze()  # what has been imported stays: the collections around each case need not look at it
     if "kernels" in only:
         _run_kernels(selection, device, folder, seconds)
     suites = {name: Suite(name, device, folder, resume) for name in only if name != "kernels"}
@@ -50,8 +51,9 @@ def run_cases(
 
     With ``resume`` the file of the suite is continued: cases that it holds are left out.
     """
-    suite, longest = Suite(name, device, folder, resume), 0.0
     deadline = time.monotonic() + seconds
+    gc.freeze()
+    suite, longest = Suite(name, device, folder, resume), 0.0
     for case in cases:
         start = time.monotonic()
         _run_case(suite, name, case, device, deadline - longest)

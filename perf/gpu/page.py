@@ -148,11 +148,11 @@ def _mean(times: Sequence[float | None]) -> str:
     return f"{fmean(known):.1f}" if known and len(known) == len(times) else "–"
 
 
-PREDICTIONS_NOTE = """The times of kernels are predicted for an H100 and an H200, from the kernels' instructions and
-bytes. The times of steps are predicted for an H100: `added` is what the kernels of a reuse step add to those of SGD's
-step, and `must` is the least time of what such a step has to read and compute."""
-NEVER = """No kernel of this project has run on a GPU yet: every time in this section is a prediction, and none is a
-measurement."""
+PREDICTIONS_NOTE = """The times of kernels are the least that an H100 and an H200 can take for the work of the compiled
+kernel, at the rates of their data sheets; no kernel comes down to them. The times of steps are expected on an H100:
+`added` is what the kernels of a reuse step add to those of SGD's step, and `must` is the least time of what such a step
+has to read and compute."""
+NEVER = "No kernel of this project has run on a GPU yet: every time in this section is a prediction."
 MEASURED_NOTE = """Measurements stand beside the predictions: `traced` is the sum over the kernels, and `graphs` the
 difference between steps that are CUDA graphs."""
 
@@ -160,12 +160,12 @@ difference between steps that are CUDA graphs."""
 def predictions(devices: Sequence[Device]) -> Iterator[Part | str]:
     """Yield what was predicted for GPUs, and what each of them needed: sentences and tables."""
     gpus = [device for device in devices if device.kind == "cuda"]
-    yield f"{MEASURED_NOTE if gpus else NEVER}\n\n{PREDICTIONS_NOTE}\n"
+    yield f"{MEASURED_NOTE if gpus else NEVER}\n\n{PREDICTIONS_NOTE}"
     names = [str(device.info["device"]) for device in gpus]
     heads = [f"{name}, {what}" for name in names for what in ("SGD, ms", "added, traced, ms", "added, graphs, ms")]
     titles = ("model, N = 128", "what every reuse step must do", "must, ms", "added, ms", "SGD, ms", *heads)
     yield Part("Steps, as predicted", "", titles, list(_predicted_steps(gpus)))
-    titles = ("kernel", "size", *(f"{gpu}, µs" for gpu in GPUS), *(f"{name}, µs" for name in names))
+    titles = ("kernel", "size", *(f"{gpu} at least, µs" for gpu in GPUS), *(f"{name}, µs" for name in names))
     yield Part("Kernels, as predicted", "", titles, list(_predicted_kernels(gpus)))
 
 
