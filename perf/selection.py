@@ -106,18 +106,19 @@ CPU = Selection(
     },
 )
 
-_TARGETED = ("3C1F", "ResNet-18", "WRN-28-4")
-_MODELS = (*_TARGETED, "MLP", "transformer")
+TARGETED = ("3C1F", "ResNet-18", "WRN-28-4")
+"""The models whose steps have targets on a GPU, plain and as CUDA graphs."""
+_MODELS = (*TARGETED, "MLP", "transformer")
 GPU = Selection(
     scale="gpu",
     kernel_rounds=9,
     compiled=True,
     suites={
         "steps": [
-            *(StepCase(model, 128, 7, mode) for model in _TARGETED for mode in ("plain", "cuda graphs")),
+            *(StepCase(model, 128, 7, mode) for model in TARGETED for mode in ("plain", "cuda graphs")),
             StepCase("MLP", 128, 7),
             StepCase("MLP 2048", 128, 7),
-            *(StepCase(model, 128, 5, tf32=False) for model in _TARGETED),
+            *(StepCase(model, 128, 5, tf32=False) for model in TARGETED),
             StepCase("transformer", 128, 7),
             StepCase("MLP 2048", 128, 7, "cuda graphs"),
             StepCase("3C1F", 128, 7, "compiled"),

@@ -14,89 +14,91 @@ BOXES = {
 }
 FILES = {
     "first": {"smoke", "trace", "steps", "kernels", "variants"},
-    "second": {"smoke", "compiling", "steps", "race", "kernels", "memory"},
+    "second": {"smoke", "steps", "race", "kernels", "memory"},
 }
-COMMIT = "0123456789ab"
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory):
-    """Return a folder with the results of both calls, and what each call printed."""
-    folder = tmp_path_factory.mktemp("calls")
+@pytest.mark.long
+def test_both_calls_are_rehearsed_and_the_page_has_what_came_back(tmp_path):
+    # One test, because processes that share the tests would each rehearse.
+    said = _rehearsed(tmp_path)
+    for call in BOXES:
+        _assert_every_box_ran(tmp_path / call, call, said[call])
+    _assert_cpus_results_agree_with_torch(tmp_path / "first")
+    _assert_page_has_it(tmp_path)
+
+
+def _rehearsed(folder):
+    """Pack images, rehearse both calls, and return what each printed."""
     (folder / "parquet").mkdir()
     pixels, labels = write_folder(folder / "parquet", count=100, size=(28, 28))
-    said = {"data": run("-m", "perf.gpu", "data", str(folder / "parquet"), str(folder / "packed" / "images.npz"))}
-    for call in BOXES:
-        data = ["--data", str(folder / "packed" / "images.npz")] if call == "second" else []
-        out = ["--out", str(folder / call), "--commit", COMMIT]
-        said[call] = run("-m", "perf.gpu", call, "--rehearse", *out, *data)
-    with np.load(folder / "packed" / "images.npz") as packed:
+    images = folder / "packed" / "images.npz"
+    run("-m", "perf.gpu", "data", str(folder / "parquet"), str(images))
+    with np.load(images) as packed:
         for part in ("train", "test"):
             assert np.array_equal(packed[f"{part}_images"][:, 0], pixels[part])
             assert np.array_equal(packed[f"{part}_labels"], labels[part])
-    return folder, said
+    data = {"first": [], "second": ["--data", str(images)]}
+    rehearsal = ("--rehearse", "--commit", "0123456789ab")
+    return {call: run("-m", "perf.gpu", call, *rehearsal, "--out", str(folder / call), *data[call]) for call in BOXES}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("call", BOXES)
-def test_every_box_runs_and_says_how_it_ended(rehearsed, call):
-    folder, said = rehearsed
-    summary = json.loads((folder / call / f"summary-{call}.json").read_text())
-    assert [box["box"] for box in summary["boxes"]] == list(BOXES[call])
-    endings = {task["task"]: task["ended"] for box in summary["boxes"] for task in box["tasks"]}
+def _assert_every_box_ran(folder, call, said):
+    documents = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert set(documents) == FILES[call] | {f"summary-{call}"}
+    boxes = documents[f"summary-{call}"]["boxes"]
+    assert [box["box"] for box in boxes] == list(BOXES[call])
+    endings = {task["task"]: task["ended"] for box in boxes for task in box["tasks"]}
     not_run = {"memory check": "not run: there is no GPU to check"} if call == "first" else {}
     assert {name: ending for name, ending in endings.items() if ending != "finished"} == not_run
-    documents = {path.stem: json.loads(path.read_text()) for path in (folder / call).glob("*.json")}
-    assert set(documents) == FILES[call] | {f"summary-{call}"}
-    assert len(list((folder / call).iterdir())) <= 8
     for name in FILES[call]:
         assert documents[name]["cases" if name != "kernels" else "benchmarks"], name
         assert not documents[name].get("skipped"), name
-    assert len(said[call]) < 12_000
-    assert all(f"== {box}: " in said[call] for box in BOXES[call])
+    assert len(list(folder.iterdir())) <= 8
+    assert not [file.name for file in folder.iterdir() if str(ROOT) in file.read_text()]
+    assert len(said) < 12_000
+    assert all(f"== {box}: " in said for box in BOXES[call])
 
 
-@pytest.mark.long
-def test_training_and_configurations_agree_with_torch_on_a_cpu(rehearsed):
-    folder, _ = rehearsed
-    smoke = json.loads((folder / "first" / "smoke.json").read_text())["cases"]
+def _assert_cpus_results_agree_with_torch(folder):
+    smoke = json.loads((folder / "smoke.json").read_text())["cases"]
     assert all(case["is_rounding"] and not case["why_plain"] for case in smoke)
     assert {case["case"].partition(",")[0] for case in smoke} == {"3C1F", "MLP", "ResNet-18"}
-    for case in json.loads((folder / "first" / "variants.json").read_text())["cases"]:
-        errors = {name: found["error_over_torch"] for name, found in case["implementations"].items()}
-        assert set(errors.values()) == {1}, case["case"]
+    for case in json.loads((folder / "variants.json").read_text())["cases"]:
+        found = {name: found["error_over_torch"] for name, found in case["implementations"].items()}
+        found.pop("torch, TF32")  # to which some CPUs round too
+        assert set(found.values()) == {1}, case["case"]
 
 
 GENERATE = "import sys, pathlib, perf.report as r; r.generate(*map(pathlib.Path, sys.argv[1:]))"
+NEVER = "No kernel of this project has run on a GPU yet"
 
 
-@pytest.mark.long
-def test_the_page_has_what_came_back(rehearsed, tmp_path):
-    folder, _ = rehearsed
-    gpu = tmp_path / "results" / "gpu"
+def _assert_page_has_it(folder):
+    """Make the page as if the results were a GPU's, with the first steps those of a model that has targets."""
+    gpu = folder / "results" / "gpu"
     gpu.mkdir(parents=True)
     for path in [*(folder / "first").glob("*.json"), *(folder / "second").glob("*.json")]:
         document = json.loads(path.read_text())
         document["machine_info"] |= {"device": "NVIDIA H100 80GB HBM3", "device_type": "cuda"}
+        if path.stem == "steps":
+            document["cases"][0] |= {"model": "3C1F", "samples": 128}
+            case = document["cases"][0]
         (gpu / path.name).write_text(json.dumps(document))
-    steps = json.loads((gpu / "steps.json").read_text())
-    steps["cases"][0] |= {"model": "3C1F", "samples": 128}
-    (gpu / "steps.json").write_text(json.dumps(steps))
-    run("-c", GENERATE, str(gpu.parent), str(tmp_path / "page.md"))
-    page = (tmp_path / "page.md").read_text()
-    assert "No kernel of this project has run on a GPU yet" not in page
+    run("-c", GENERATE, str(gpu.parent), str(folder / "page.md"))
+    page = (folder / "page.md").read_text()
+    assert NEVER not in page
     for title in ("Boxes", "Training against the definitions", "Launch configurations", "Kernels of a step"):
         assert f"\n### {title}\n" in page
     assert "![Test accuracy of 3C1F on Fashion-MNIST by training time" in page
-    assert (tmp_path / "figures" / "performance-gpu-race.png").exists()
+    assert (folder / "figures" / "performance-gpu-race.png").exists()
     assert "best torch with TF32, µs |" in page
-    mean = f"{steps['cases'][0]['mean_over_sgd']:.2f}"
+    mean, sgd = f"{case['mean_over_sgd']:.2f}", f"{1e3 * case['seconds']['sgd']['median']:.3g}"
     assert f"| mean step over SGD's: 3C1F, N = 128, plain | NVIDIA H100 80GB HBM3 | ≤ 1.25 | {mean} |" in page
     assert re.search(r"time of TENGraD \(paper\) to SGD's best accuracy, over SGD's \| NVIDIA .* \| [\d.inf]+ \|", page)
     assert (
         "| error over torch's, most of all kernels by default | NVIDIA H100 80GB HBM3 | ≤ 2.00 | 1.00 | met |" in page
     )
-    sgd = f"{1e3 * steps['cases'][0]['seconds']['sgd']['median']:.3g}"
     assert f"| 3C1F | 152 MB of J twice; 1.3 GFLOP twice | 0.101 | 0.27 to 0.3 | 1.5 to 2 | {sgd} |" in page
 
 
@@ -244,10 +246,3 @@ def errors():
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_holds_that(check, errors):
     assert check not in errors, errors[check]
-
-
-def test_no_result_names_a_place_of_the_machine(rehearsed):
-    folder, _ = rehearsed
-    for call in BOXES:
-        for file in (folder / call).iterdir():
-            assert str(ROOT) not in file.read_text(), file.name

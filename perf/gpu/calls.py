@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from perf.gpu.boxes import Box, Task
-from perf.selection import GPU, QUICK, Selection
+from perf.selection import GPU, QUICK, TARGETED, Selection
 from perf.suites import kernels_command
 from tengrad_triton.kernels import SPECS
 
@@ -57,9 +57,9 @@ def second(options: Options) -> tuple[Box, ...]:
     that the steps' box has more time to measure.
     """
     data = [] if options.data is None else ["--data", str(options.data)]
-    right = (*_tests(options), _piece("smoke", options), _piece("compiling", options))
+    right = (*_tests(options), _piece("smoke", options), *_compiling(options))
     return (
-        Box("right", 45, right, ("smoke", "compiling")),
+        Box("right", 45, right, ("smoke",)),
         Box("steps", 130, (_suite("steps", options),), ("steps",)),
         Box("race", 130, (_piece("race", options, *data, packages=("numpy",)),), ("race",)),
         Box("kernels", 75, (_kernels(options, options.selection),), ("kernels",)),
@@ -105,6 +105,15 @@ def _memory_check(options: Options) -> Task:
         impossible="there is no GPU to check" if options.device.type == "cpu" else None,
         environment=environment,
     )
+
+
+def _compiling(options: Options) -> Iterator[Task]:
+    """Yield a process for each model of the targets, whose compiled steps are compiled."""
+    models = {"tiny 3C1F": 8} if options.rehearse else dict.fromkeys(TARGETED, 128)
+    for model, samples in models.items():
+        command = ["-m", "perf.gpu.pieces.compiling", model, str(samples), "--device", str(options.device)]
+        line = [*command, *(["--quick"] if options.rehearse else [])]
+        yield Task(f"compiling {model}", lambda _, line=line: line)
 
 
 def _common(options: Options, seconds: float) -> list[str]:

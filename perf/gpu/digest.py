@@ -18,7 +18,8 @@ def of_tasks(tasks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     good = [task for task in tasks if task["task"].startswith("tests") and task["ended"] == "finished"]
     if good:
         passed = sum(int(found[1]) for task in good if (found := re.search(r"(\d+) passed", task["said last"])))
-        yield f"tests: {len(good)} processes finished after {max(t['seconds'] for t in good)} s; {passed} passed"
+        longest = max(task["seconds"] for task in good)
+        yield f"tests, processes that finished: {len(good)}, the last after {longest} s; {passed} passed"
     for task in tasks:
         if task in good:
             continue
@@ -78,12 +79,6 @@ def _variants(document: Document) -> Iterator[str]:
         yield f"{case['case']}: µs (error over torch's) {', '.join(found)}"
 
 
-def _compiling(document: Document) -> Iterator[str]:
-    for case in document["cases"]:
-        plain = f", plain: {case['why_plain'][:60]}" if case["why_plain"] else ""
-        yield f"{case['case']}: compiled in {case['seconds']:.0f} s{plain}"
-
-
 def _race(document: Document) -> Iterator[str]:
     for case in document["cases"]:
         end = case["curve"][-1]
@@ -101,7 +96,6 @@ def _memory(document: Document) -> Iterator[str]:
 
 SUITES: Mapping[str, Callable[[Document], Iterator[str]]] = {
     "smoke": _smoke,
-    "compiling": _compiling,
     "trace": _trace,
     "steps": _steps,
     "kernels": _kernels,

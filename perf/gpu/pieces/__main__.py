@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from perf import suites
-from perf.gpu.pieces import compiling, race, smoke, trace, variants
+from perf.gpu.pieces import race, smoke, trace, variants
 from perf.selection import Case
 
 PIECES: Mapping[str, Callable[[argparse.Namespace], Iterable[Case]]] = {
     "smoke": lambda options: smoke.cases(options.quick),
     "trace": lambda options: trace.cases(options.quick),
     "variants": lambda options: variants.cases(options.quick),
-    "compiling": lambda options: compiling.cases(options.quick),
     "race": lambda options: race.cases(options.quick, options.data, options.device),
 }
 

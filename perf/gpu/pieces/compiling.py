@@ -1,47 +1,43 @@
-"""Compiles the steps that the steps' suite times with CUDA graphs: torch and Triton keep the results on the disk."""
+"""Takes a model's first compiled steps. Torch and Triton keep on the disk what they compile, for the steps' suite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+import argparse
 
 import torch
 
 from perf.loops import Mode, sgd_step, tengrad, tengrad_step
 from perf.models import MODELS
+from perf.steps import WARM_UP
 from tengrad_triton.recipes.measuring.machine import now
 
-
-@dataclass(frozen=True)
-class CompilingCase:
-    """A model, a batch size and a kind of loop."""
-
-    model: str
-    samples: int
-    mode: Mode
-
-    def __str__(self) -> str:
-        return f"{self.model}, N = {self.samples}, {self.mode}"
-
-    def measure(self, device: torch.device) -> dict[str, Any]:
-        """Return the seconds of the first steps, in which everything is compiled, and why steps were plain."""
-        made = MODELS[self.model]
-        x, y = made.batch(self.samples, device)
-        start = now(device)
-        model = made.on(device)
-        ours = tengrad_step(model, tengrad(model, 2), self.mode)
-        for step in (sgd_step(made.on(device), self.mode), ours):
-            for _ in range(3):  # a plain step, and the first of each compiled kind
-                step(x, y)
-        why = getattr(ours, "why_plain", None)
-        return {**asdict(self), "seconds": now(device) - start, "why_plain": why and str(why)}
+GRAPHS: Mode = "cuda graphs"
 
 
-def cases(quick: bool) -> Iterator[CompilingCase]:
-    """Yield the cases; on a CPU plain steps, because compiling them would take longer than the whole rehearsal."""
-    if quick:
-        yield CompilingCase("tiny 3C1F", 8, "plain")
-        return
-    for model in ("ResNet-18", "WRN-28-4", "3C1F"):
-        yield CompilingCase(model, 128, "cuda graphs")
+def seconds_of_compiling(model: str, samples: int, mode: Mode, device: torch.device) -> float:
+    """Return the seconds in which SGD's step, and TENGraD's refresh and reuse steps, are compiled."""
+    made = MODELS[model]
+    x, y = made.batch(samples, device)
+    start = now(device)
+    trained = made.on(device)
+    ours = tengrad_step(trained, tengrad(trained, refresh_every=2), mode)
+    for step in (sgd_step(made.on(device), mode), ours):
+        for _ in range(2 * WARM_UP[mode]):  # rounds of a refresh and a reuse step
+            step(x, y)
+    return now(device) - start
+
+
+def main() -> None:
+    """Compile one model, and print how long that took; with --quick take plain steps, which are compiled nowhere."""
+    parser = argparse.ArgumentParser(prog="python -m perf.gpu.pieces.compiling", description=__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("samples", type=int)
+    parser.add_argument("--device", type=torch.device, required=True)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    seconds = seconds_of_compiling(options.model, options.samples, "plain" if options.quick else GRAPHS, options.device)
+    print(f"compiled in {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
