@@ -234,6 +234,9 @@ with tempfile.TemporaryDirectory() as folder:
     line = said("data", folder, f"{folder}/out.npz")
     assert line.startswith(f"error: {folder}: no test-*.parquet in it") and line.count("\\n") == 1, line
     assert "invalid choice: 'third'" in said("third", *out)
+    sys.modules["datasets"] = None
+    (pathlib.Path(folder) / "test-0.parquet").write_text("")
+    assert said("data", folder, f"{folder}/out.npz").startswith("error: datasets is not installed: run pip install")
 """,
 }
 

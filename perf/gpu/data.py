@@ -18,22 +18,30 @@ def pack(folder: Path, path: Path) -> Data:
     """Decode the Parquet files of a folder, write images and labels into an NPZ file, and return them.
 
     Raises:
-        UsageError: the folder has no such files, or they hold something else.
+        UsageError: the folder has no such files, they hold something else, the file cannot be written, or a package
+            that decodes images is missing.
     """
-    # Imported here because only whoever packs the images needs the packages that decode them.
-    import numpy as np  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
+    try:  # imported here because only whoever packs the images needs these
+        import numpy as np  # noqa: PLC0415
+        from rich.console import Console  # noqa: PLC0415
 
-    from tengrad_triton.recipes.data.registry import load  # noqa: PLC0415
+        from tengrad_triton.recipes.data.registry import load  # noqa: PLC0415
 
-    data = load("fashion-mnist", folder, None, None, Console(stderr=True))
+        data = load("fashion-mnist", folder, None, None, Console(stderr=True))
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{error.name} is not installed: run pip install '.[train]' where images are packed"
+        ) from error
     arrays = {}
     for part in PARTS:
         split = getattr(data, part)
         arrays |= {f"{part}_images": split.images.numpy(), f"{part}_labels": split.labels.numpy().astype(np.uint8)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:  # given a name without a suffix, NumPy would add one
-        np.savez_compressed(file, **arrays)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:  # given a name without a suffix, NumPy would add one
+            np.savez_compressed(file, **arrays)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror}): name another file") from error
     return data
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from perf.gpu.calls import CALLS
 from perf.gpu.outcomes import LIMITS, best_accuracy, by_optimizer, time_to, times_to_sgds_best
 from perf.gpu.pieces.variants import TORCH
 from perf.gpu.predictions import GPUS, STEPS
@@ -57,7 +58,7 @@ TF32, which is torch's default."""
 def parts(device: Device) -> Iterator[Part]:
     """Yield the tables about one machine; those of suites that have not run have no lines."""
     for title, note, titles, lines in (
-        ("Boxes", BOXES_NOTE, ("call", "box", "seconds", "of", "how its tasks ended"), _boxes),
+        ("Boxes", BOXES_NOTE + _drivers(device), ("call", "box", "seconds", "of", "how its tasks ended"), _boxes),
         ("Training against the definitions", SMOKE_NOTE, _SMOKE, _smoke),
         ("Launch configurations", VARIANTS_NOTE, ("kernel", "size", "default", "others", "torch", "TF32"), _variants),
         ("Kernels of a step", TRACE_NOTE, ("model", "step", "busy, ms", "most of it"), _trace),
@@ -66,8 +67,15 @@ def parts(device: Device) -> Iterator[Part]:
         yield Part(title, note, titles, list(lines(device)))
 
 
+def _drivers(device: Device) -> str:
+    """Return a sentence about the versions of the GPU's driver; empty without one."""
+    machines = (device.documents.get(f"{call} call", {}).get("machine_info", {}) for call in CALLS)
+    versions = sorted({machine["driver"] for machine in machines if machine.get("driver")})
+    return f" NVIDIA's driver: {', '.join(versions)}." if versions else ""
+
+
 def _boxes(device: Device) -> Lines:
-    for call in ("first", "second"):
+    for call in CALLS:
         for box in device.documents.get(f"{call} call", {}).get("boxes", []):
             endings: dict[str, int] = {}
             for task in box["tasks"]:
