@@ -202,6 +202,29 @@ shards = _shards()
 assert set(shards) == {*(spec.name for spec in SPECS), "others"}
 assert shards["gram"] == "[gram- or [gram]" and "not ([gram_rows- or [gram_rows])" in shards["others"]
 """,
+    "a broken result file does not end the call": """
+import json, pathlib, tempfile
+import torch
+from perf.gpu.boxes import Box
+from perf.gpu.summary import MOST, Summary, shortened
+box = Box("steps", 1, (), ("steps", "race"))
+with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    (folder / "race.json").write_text('{"cases": [{}]}')
+    summary = Summary("first", torch.device("cpu"), folder, "abc", [box])
+    (folder / "steps.json").write_text('{"cases": [')
+    for ended in ("stopped: out of time", "not run: no GPU", "failed with exit status 1"):
+        summary.add(box, 1.0, 1.0, [{"task": "steps", "ended": ended, "seconds": 1.0}])
+        assert summary.has_failures == ended.startswith("failed")
+        lines = list(summary.lines(box))
+        assert lines[1] == f"steps: {ended} after 1.0 s"
+        assert lines[2].startswith("steps.json cannot be read: JSON")
+        assert len(lines) == 3, "race.json is older than the call"
+    document = json.loads((folder / "summary-first.json").read_text())
+assert [box["box"] for box in document["boxes"]] == 3 * ["steps"]
+assert list(shortened(["x" * MOST, "y", "z"])) == ["... 3 more lines: see the result files"]
+assert list(shortened(["x", "y" * MOST, "z"])) == ["x", "... 2 more lines: see the result files"]
+""",
     "requests that cannot be carried out are one line": """
 import contextlib, io, pathlib, sys, tempfile
 import torch

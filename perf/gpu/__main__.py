@@ -74,8 +74,12 @@ def chosen(options: argparse.Namespace) -> tuple[Options, list[Box]]:
     return common, [replace(box, seconds=factor * box.seconds) for box in found]
 
 
-def run(call: str, options: Options, found: Sequence[Box], commit: str | None) -> None:
-    """Run the boxes one after the other; print the machine, and after each box what it found."""
+def run(call: str, options: Options, found: Sequence[Box], commit: str | None) -> int:
+    """Run the boxes one after the other; print the machine, and after each box what it found.
+
+    Returns:
+        The exit status: 1 if a task failed, else 0.
+    """
     log = options.out / "log.txt"
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,7 @@ def run(call: str, options: Options, found: Sequence[Box], commit: str | None) -
         tasks = boxes.run(box, deadline, log)
         summary.add(box, deadline - start, time.monotonic() - start, tasks)
         print("\n".join(summary.lines(box)), flush=True)
+    return int(summary.has_failures)
 
 
 def what_is_missing(options: Options, found: Sequence[Box]) -> Iterator[str]:
@@ -106,7 +111,7 @@ def what_is_missing(options: Options, found: Sequence[Box]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Carry out the command; a request that cannot be carried out is one line on stderr, and exit status 2."""
+    """Carry out the command. A request that cannot be carried out is one line on stderr, and exit status 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the tasks of a stopped call end too
     options = parsed()
     try:
@@ -115,7 +120,7 @@ def main() -> None:
             print(f"{options.path}: {len(data.train)} training and {len(data.test)} test images, "
                   f"{os.path.getsize(options.path) / 1e6:.0f} MB")  # fmt: skip
         else:
-            run(options.command, *chosen(options), options.commit)
+            sys.exit(run(options.command, *chosen(options), options.commit))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

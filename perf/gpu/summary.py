@@ -24,7 +24,8 @@ class Summary:
     def __init__(self, call: str, device: torch.device, out: Path, commit: str | None, boxes: Sequence[Box]) -> None:
         machine = record.described(device) | driver(device)
         machine["commit"] = machine["commit"] or commit
-        self._out, self._commit, self._start = out, machine["commit"], time.monotonic()
+        self._out, self._commit = out, machine["commit"]
+        self._start, self._began = time.monotonic(), time.time()
         self._path = out / f"summary-{call}.json"
         self._document: dict[str, Any] = {"suite": f"{call} call", "machine_info": machine, "boxes": []}
         self._document["planned"] = [box.name for box in boxes]
@@ -49,10 +50,22 @@ class Summary:
         yield f"== {box.name}: {entry['seconds']} of {entry['limit']} s, {time.monotonic() - self._start:.0f} s in all"
         said = list(digest.of_tasks(entry["tasks"]))
         for suite in box.suites:
-            path = self._out / f"{suite}.json"
-            if path.exists() and path.stat().st_size:
-                said += digest.of_suite(suite, record.read(path))
+            said += self._said(suite)
         yield from shortened(said)
+
+    def _said(self, suite: str) -> list[str]:
+        """Return the lines about a result file. Whatever is wrong with it must not end the call."""
+        path = self._out / f"{suite}.json"
+        try:
+            written = path.exists() and path.stat().st_mtime >= self._began
+            return digest.of_suite(suite, record.read(path)) if written and path.stat().st_size else []
+        except Exception as error:
+            return [f"{path.name} cannot be read: {type(error).__name__}: {error}"]
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether a task failed: stopping it, or leaving it out, is no failure."""
+        return any(task["ended"].startswith("failed") for box in self._document["boxes"] for task in box["tasks"])
 
 
 def shortened(lines: Sequence[str]) -> Iterator[str]:
@@ -77,9 +90,11 @@ def driver(device: torch.device) -> dict[str, str | None]:
 
 def stamp(path: Path, commit: str | None) -> None:
     """Write the commit into a result file that has none, because its process could not ask git."""
-    if commit is None or not path.exists() or not path.stat().st_size:
+    try:
+        document = record.read(path)
+        has_commit = document["machine_info"]["commit"] is not None
+    except (OSError, ValueError, LookupError):  # there is none, or an interruption has left a part of it
         return
-    document = record.read(path)
-    if document["machine_info"]["commit"] is None:
+    if commit is not None and not has_commit:
         document["machine_info"]["commit"] = commit
         record.write(path, document)
