@@ -11,20 +11,12 @@ from perf.gpu.calls import CALLS
 from perf.gpu.outcomes import LIMITS, best_accuracy, by_optimizer, time_to, times_to_sgds_best
 from perf.gpu.pieces.variants import TORCH
 from perf.gpu.predictions import GPUS, STEPS
+from perf.machine_code.roofline import predicted_seconds
 from perf.results import Device
 from perf.sizes import sized
 from perf.timing import microseconds, milliseconds
 from tengrad_triton.kernels import SPECS
 from tengrad_triton.tuning.plan import MAX_BYTES
-
-try:
-    from perf.machine_code.roofline import predicted_seconds
-except ModuleNotFoundError:  # TODO until that module is there: then a plain import
-
-    def predicted_seconds(kernel: str, size: str, device: str) -> float | None:
-        """Return None."""
-        return None
-
 
 Lines = Iterator[Sequence[str]]
 
