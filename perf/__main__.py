@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from perf import record, report, suites
+from perf import record, suites
+from perf.loops import Mode
 from perf.selection import CPU, GPU, QUICK, SUITES
 
 
@@ -22,6 +24,8 @@ def parsed() -> argparse.Namespace:
         "--out", type=Path, help="folder of the results; perf/results/DEVICE by default, runs/perf/DEVICE with --quick"
     )
     parser.add_argument("--seconds", type=float, default=660, help="start no case later than this; 660 by default")
+    parser.add_argument("--modes", nargs="+", choices=get_args(Mode), help="kinds of loops in the steps' suite")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that the result files hold")
     parser.add_argument("--no-page", action="store_true", help="write no page")
     parser.add_argument("--report-only", action="store_true", help="write the page from the existing results")
     return parser.parse_args()
@@ -36,9 +40,12 @@ def main() -> None:
     results = record.ROOT / "runs" / "perf" if options.quick else record.RESULTS
     out = options.out or results / record.slug(record.described(device))
     selection = QUICK if options.quick else GPU if device.type == "cuda" else CPU
+    selection = selection.in_modes(options.modes) if options.modes else selection
     if not options.report_only:
-        suites.run(selection, options.only, device, out, options.seconds)
+        suites.run(selection, options.only, device, out, options.seconds, options.resume)
     if not options.no_page:
+        from perf import report  # noqa: PLC0415 - a GPU machine need not have matplotlib
+
         page = record.ROOT / "docs" if out.parent == record.RESULTS else out.parent
         report.generate(out.parent, page / "performance.md")
         print(f"performance.md: generated from {out.parent.name}/")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perf.limits import allowing_tf32
 from tengrad_triton.kernels.conv_geometry import unpadded
 from tengrad_triton.kernels.spec import KernelSpec
 
@@ -32,8 +33,14 @@ def _gram_of_stacked(j: list[Tensor], blocks: list[int], count: int) -> Tensor:
     """One batched product, with all weights padded to the widest."""
     widest = max(x.shape[1] for x in j)
     j_TNK = torch.stack([F.pad(x, (0, widest - x.shape[1])) for x in j])
-    k_LNN = j_TNK.new_zeros(count, *j_TNK.shape[1:2], *j_TNK.shape[1:2])
-    return k_LNN.index_add_(0, torch.tensor(blocks, device=j_TNK.device), j_TNK @ j_TNK.mT)
+    k_TNN = j_TNK @ j_TNK.mT
+    if blocks == list(range(count)):
+        return k_TNN
+    # Not by index_add_: its indices would be copied to the device, and a CUDA graph cannot capture that.
+    k_LNN = torch.zeros_like(k_TNN[:1]).repeat(count, 1, 1)
+    for block, k_NN in zip(blocks, k_TNN, strict=True):
+        k_LNN[block] += k_NN
+    return k_LNN
 
 
 def _grouped_convolution(
@@ -75,9 +82,35 @@ OTHERS: Mapping[str, Mapping[str, Work]] = {
 }
 
 
-def alternatives(spec: KernelSpec, compiled: bool) -> dict[str, Work]:
-    """Return the alternatives of a kernel, by name; with ``compiled``, each of them compiled as well."""
-    eager: dict[str, Work] = {"definition": spec.torch_impl, **OTHERS.get(spec.name, {})}
-    if not compiled:
-        return eager
-    return eager | {f"{name}, compiled": torch.compile(work, dynamic=False) for name, work in eager.items()}
+MATRIX_OPS = frozenset(
+    ("gram", "gram_rows", "sample_grads", "conv_sample_grads", "project", "expand_update_", "project_conv")
+) | {"expand_conv_update_"}
+"""The ops that multiply matrices, in which torch can round to TF32."""
+TF32 = ", TF32"
+"""The end of the names of alternatives in which torch may round to TF32, which our kernels do not."""
+
+
+def alternatives(spec: KernelSpec, compiled: bool, tf32: bool) -> dict[str, Work]:
+    """Return the alternatives of a kernel, by name.
+
+    Args:
+        spec: the kernel.
+        compiled: whether to have each of them compiled as well.
+        tf32: whether to have each of them as well with TF32, where the kernel multiplies matrices.
+    """
+    works: dict[str, Work] = {"definition": spec.torch_impl, **OTHERS.get(spec.name, {})}
+    if compiled:
+        works |= {f"{name}, compiled": torch.compile(work, dynamic=False) for name, work in works.items()}
+    if tf32 and spec.name in MATRIX_OPS:
+        works |= {f"{name}{TF32}": with_tf32(work) for name, work in works.items()}
+    return works
+
+
+def with_tf32(work: Work) -> Work:
+    """Return the same work with torch's matrix products and convolutions in TF32, on a GPU that has it."""
+
+    def rounded(*arguments: Any) -> Any:
+        with allowing_tf32(convolutions=True, products=True):
+            return work(*arguments)
+
+    return rounded

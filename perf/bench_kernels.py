@@ -13,6 +13,7 @@ import torch
 
 from perf.alternatives import alternatives
 from perf.launches import Repeated
+from perf.limits import allowing_tf32
 from perf.sizes import sized
 from perf.timing import spread
 from tengrad_triton.curvature.choices import ops_for
@@ -26,8 +27,9 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def room(device):
-    """Free memory and compiled code after each case."""
-    yield
+    """Keep torch from TF32 except where an alternative allows it; free memory and compiled code after each case."""
+    with allowing_tf32(convolutions=False, products=False):
+        yield
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
@@ -36,17 +38,17 @@ def room(device):
 
 @pytest.mark.usefixtures("room")
 def test_kernel(benchmark, request, case, device, limits):
-    option, spec = request.config.getoption, case.spec
+    option, spec, on_gpu = request.config.getoption, case.spec, device.type == "cuda"
     arguments = case.make(device)
     # The implementation that the optimizer calls on this device.
-    ours = getattr(ops_for("auto" if device.type == "cuda" else "torch"), spec.name)
+    ours = getattr(ops_for("auto" if on_gpu else "torch"), spec.name)
     op = Repeated(ours, arguments, device)
     others, failed = {}, {}
-    for name, work in alternatives(spec, option("compiled")).items():
+    for name, work in alternatives(spec, option("compiled"), tf32=on_gpu).items():
         try:
             other = Repeated(work, arguments, device)
             others[name if other.captured == op.captured else f"{name}, launched"] = other
-        except (RuntimeError, MemoryError) as error:  # an expression that needs more memory than the device has
+        except Exception as error:  # it needs more memory than the device has, or cannot be compiled
             failed[name] = type(error).__name__
     times = {name: [] for name in others}
     turns = deque(others)

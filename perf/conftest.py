@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -24,6 +25,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     torch.set_num_threads(config.getoption("threads"))
     config.perf_start = time.monotonic()
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what has been imported stays: the collections around each case need not look at it
 
 
 def pytest_runtest_setup(item):

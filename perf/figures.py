@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from perf.gpu.outcomes import by_optimizer
 from perf.loops import within
 from perf.results import Device
 
@@ -18,6 +19,7 @@ LABELS = {
     "refresh": "TENGraD, the optimizer's part of a refresh step",
     "reuse": "TENGraD, the optimizer's part of a reuse step",
 }
+RACERS = ("#D55E00", "#0072B2", "#56B4E9", "#E69F00", "#CC79A7")
 AXES = {"samples": "batch size", "width": "channels", "depth": "convolutions"}
 
 
@@ -28,6 +30,7 @@ def draw(device: Device, folder: Path) -> Iterator[tuple[str, str]]:
         ("steps", _steps(device), "Steps of TENGraD in units of SGD's"),
         ("scaling", _scaling(device), "Cost by batch, width and depth, with fitted exponents"),
         ("kernels", _kernels(device), "Kernels: share of the machine's limit"),
+        ("race", _race(device), "Test accuracy of 3C1F on Fashion-MNIST by training time, a line for each seed"),
     ):
         if figure is not None:
             file = f"performance-{device.folder}-{name}.png"
@@ -92,4 +95,21 @@ def _kernels(device: Device) -> Figure | None:
     panel.margins(y=0.01)
     panel.invert_yaxis()
     panel.set_xlabel("time at the machine's measured rates over the time taken (%)")
+    return figure
+
+
+def _race(device: Device) -> Figure | None:
+    runs = by_optimizer(device)
+    if not runs:
+        return None
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    panel = figure.subplots()
+    for color, (optimizer, cases) in zip(RACERS, runs.items(), strict=False):
+        for case in cases:
+            points = [(point["seconds"], point["accuracy"]) for point in case["curve"]]
+            label = optimizer if case is cases[0] else None
+            panel.plot(*zip(*points, strict=True), color=color, label=label, marker=".")
+    panel.set(xlabel="seconds of training", ylabel="test accuracy (%)")
+    panel.grid(alpha=0.3)
+    panel.legend()
     return figure

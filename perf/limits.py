@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,16 +31,33 @@ class Limits:
         return asdict(self)
 
 
+@cache
 def measure(device: torch.device, small: bool = False) -> Limits:
-    """Measure the device; ``small`` sizes take a moment, and give lower rates than the machine has."""
+    """Measure the device, once; ``small`` sizes take a moment, and give lower rates than the machine has."""
     gpu = device.type == "cuda"
     entries, n = (2**28, 8192) if gpu else (2**20, 256) if small else (2**26, 2048)
-    source = torch.ones(entries, device=device)
+    source = torch.randn(entries, device=device)  # equal numbers switch fewer transistors: a GPU is faster on them
     target = torch.empty_like(source)
     copying = _best(partial(target.copy_, source), device)
-    x, y = torch.ones(n, n, device=device), torch.ones(n, n, device=device)
-    multiplying = _best(partial(torch.matmul, x, y), device)
+    x, y = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    with allowing_tf32(convolutions=False, products=False):
+        multiplying = _best(partial(torch.matmul, x, y), device)
     return Limits(2 * 4 * entries / copying, 2 * n**3 / multiplying)
+
+
+@contextmanager
+def allowing_tf32(convolutions: bool, products: bool) -> Iterator[None]:
+    """Let torch round the factors of float32 convolutions and matrix products to TF32 on a GPU, or keep it from that.
+
+    TF32 has 10 bits of mantissa, and tensor cores multiply it. By default torch allows it in convolutions only.
+    """
+    convolving, multiplying = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolving.allow_tf32, multiplying.allow_tf32
+    convolving.allow_tf32, multiplying.allow_tf32 = convolutions, products
+    try:
+        yield
+    finally:
+        convolving.allow_tf32, multiplying.allow_tf32 = before
 
 
 def _best(work: Callable[[], Any], device: torch.device) -> float:

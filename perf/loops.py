@@ -107,12 +107,14 @@ def tengrad_step(model: nn.Module, optimizer: TENGraD, mode: Mode) -> Step:
 
 
 def plain_step(model: nn.Module, optimizer: Any) -> Step:
-    """Return a step of the usual training loop."""
+    """Return a step of the usual training loop, which returns the loss."""
 
-    def step(x: Tensor, y: Tensor) -> None:
+    def step(x: Tensor, y: Tensor) -> Tensor:
         optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return step
 

@@ -47,11 +47,12 @@ def convolutions(width: int, depth: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a model, and the shape of one input sample; ``tokens`` are integers."""
+    """How to build a model, and the shape of one input sample; ``tokens`` are integers; ``tiny`` is for quick runs."""
 
     build: Callable[[], nn.Module]
     sample: tuple[int, ...]
     tokens: bool = False
+    tiny: bool = False
 
     def batch(self, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a batch of random inputs and labels, which is the same for every call."""
@@ -74,9 +75,10 @@ MODELS: dict[str, Model] = {
     "ResNet-18": Model(lambda: image_model("resnet18").build((3, 32, 32), CLASSES), (3, 32, 32)),
     "WRN-28-4": Model(lambda: image_model("wrn-28-4").build((3, 32, 32), CLASSES), (3, 32, 32)),
     "MLP": Model(lambda: mlp((1, 28, 28), CLASSES, 512), (1, 28, 28)),
+    "MLP 2048": Model(lambda: mlp((1, 28, 28), CLASSES, 2048), (1, 28, 28)),
     "transformer": Model(Transformer, (64,), tokens=True),
     # Small models, for quick runs.
     "small 3C1F": Model(lambda: conv_3c1f((1, 14, 14), CLASSES, 32), (1, 14, 14)),
-    "tiny 3C1F": Model(lambda: conv_3c1f((1, 8, 8), CLASSES, 8), (1, 8, 8)),
-    "tiny transformer": Model(lambda: Transformer(tokens=8, features=32, layers=1), (8,), tokens=True),
+    "tiny 3C1F": Model(lambda: conv_3c1f((1, 8, 8), CLASSES, 8), (1, 8, 8), tiny=True),
+    "tiny transformer": Model(lambda: Transformer(tokens=8, features=32, layers=1), (8,), tokens=True, tiny=True),
 }

@@ -62,16 +62,38 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def without_places(text: str) -> str:
+    """Return a text with ``.`` for this repository's folder and ``~`` for the user's home: results are published."""
+    return text.replace(str(ROOT), ".").replace(str(Path.home()), "~")
+
+
 class Suite:
-    """The result file of one suite. It is written after every case, so that an interrupted run keeps its results."""
+    """The result file of one suite. It is written after every case, so that an interrupted run keeps its results.
 
-    def __init__(self, name: str, device: torch.device, folder: Path) -> None:
+    With ``resume`` it continues the file that is there: `done` has the names of the cases that it holds.
+    """
+
+    def __init__(self, name: str, device: torch.device, folder: Path, resume: bool = False) -> None:
         self._path = folder / f"{name}.json"
-        self._document = {"suite": name, "machine_info": described(device), "cases": [], "skipped": []}
+        self._document: dict[str, Any] = {
+            "suite": name, "machine_info": described(device), "cases": [], "skipped": []
+        }  # fmt: skip
+        if resume and self._path.exists():
+            self._document |= {key: read(self._path)[key] for key in ("cases", "skipped")}
 
-    def add(self, case: Mapping[str, Any]) -> None:
+    @property
+    def done(self) -> set[str]:
+        """The names of the cases that were measured or skipped."""
+        return {entry["case"] for key in ("cases", "skipped") for entry in self._document[key]}
+
+    def add(self, case: str, result: Mapping[str, Any]) -> None:
         """Append the result of a case."""
-        self._document["cases"].append(case)
+        self._document["cases"].append({"case": case, **result})
         write(self._path, self._document)
 
     def skip(self, case: str, why: str) -> None:

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from perf import figures
+from perf.gpu import page as gpu_page
 from perf.results import Device, load
+from perf.steps import loop_name
 from perf.targets import verdicts
 from perf.timing import mean_step
+from perf.timing import microseconds as _us
+from perf.timing import milliseconds as _ms
 
 INTRODUCTION = """# Performance
 
@@ -34,6 +38,11 @@ rows of J or fewer bytes for each row can help.
 A refresh multiplies J by its transpose. For a layer with P positions this takes N / (3 P) of the layer's own forward
 and backward, which is more than both where P is below N / 3, as in the last stages of the residual networks. A refresh
 also has a pass that samples labels, and one that computes J."""
+TF32_NOTE = """
+
+By torch's default, a GPU rounds the factors of convolutions to TF32: in SGD's steps, and in the forward and backward of
+TENGraD's. The kernels of this project compute in IEEE float32. In the lines with `IEEE convolutions` nothing rounds to
+TF32."""
 OPTIMIZERS_NOTE = """Times of capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, and inputs that are
 unfolded at every step. Both take the same steps, to rounding. With few samples and pixels most of a reuse step is the
@@ -44,10 +53,11 @@ The limit is the longer of two times: bytes over the measured bandwidth, and ope
 float32 matrix product. Data that fit into the caches, convolutions and symmetric products can be faster than the limit.
 Compiled code is ahead where it makes the same calls of BLAS without Python between them, or computes the direction and
 the update in one pass over a parameter. A compiled step of the optimizer has the same advantages.""",
-    "cuda": """The kernels are compared with the fastest of torch's expressions, eager and compiled. The limit is the
-longer of two times: bytes over the measured bandwidth, and operations over the measured rate of a float32 matrix
-product. Calls are repeated in one CUDA graph, so that the host's time does not count. Data that fit into the L2 cache
-can be faster than the limit.""",
+    "cuda": """The kernels are compared with the fastest of torch's expressions, eager and compiled: in IEEE float32, as
+the kernels compute, and with TF32, to which torch then rounds the factors of matrix products and convolutions. The
+limit is the longer of two times: bytes over the measured bandwidth, and operations over the measured rate of a matrix
+product in IEEE float32. Calls are repeated in one CUDA graph, so that the host's time does not count. Data that fit
+into the L2 cache can be faster than the limit.""",
 }
 SCALING_NOTE = """3 × 3 convolutions on 14 × 14 pixels. One quantity varies at a time; the exponents are those of power
 laws, by least squares."""
@@ -66,7 +76,6 @@ which every call succeeds and does nothing (`perf/host`). The models have all th
 and samples that torch's own operations, which run on the CPU, take little more than their dispatch. SGD is torch's
 fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
 thread; in most steps tensors have other addresses than before, as a CPU's allocator gives them."""
-TRAINING_NOTE = "The paper's settings. Means over seeds ± their standard deviation; training time without evaluation."
 
 
 def generate(results: Path, page: Path) -> None:
@@ -74,6 +83,9 @@ def generate(results: Path, page: Path) -> None:
     devices = load(results)
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = [INTRODUCTION, "## Targets\n", table(("target", "machine", "wanted", "measured", ""), verdicts(devices))]
+    parts.append("\n## Predictions for a GPU\n")
+    for part in gpu_page.predictions(devices):
+        parts += [part] if isinstance(part, str) else _part(part.title, part.note, part.titles, part.lines)
     for device in devices:
         parts += section(device, page.parent / "figures")
     page.write_text("\n".join(parts), encoding="utf-8")
@@ -85,16 +97,18 @@ def section(device: Device, folder: Path) -> Iterator[str]:
     yield table(("suite", "date", "commit", "threads", "torch", "triton", "freed pages"), _runs(device))
     yield from (f"\n![{caption}](figures/{file})" for file, caption in figures.draw(device, folder))
     kind = device.kind
-    yield from _part("Steps", STEPS_NOTE, _STEPS, _steps(device))
+    yield from _part("Steps", STEPS_NOTE + (TF32_NOTE if kind == "cuda" else ""), _STEPS, _steps(device))
     yield from _part(
         "The optimizer against the authors' formulation", OPTIMIZERS_NOTE, _OPTIMIZERS, _optimizers(device)
     )
-    yield from _part("Kernels", KERNELS_NOTE[kind], _KERNELS, _kernels(device))
+    kernels = _KERNELS + (_TF32 if kind == "cuda" else ())
+    yield from _part("Kernels", KERNELS_NOTE[kind], kernels, _kernels(device))
+    for part in gpu_page.parts(device):
+        yield from _part(part.title, part.note, part.titles, part.lines)
     yield from _part("The host's share", HOST_NOTE, _HOST, _host(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
     yield from _part("Layers", LAYERS_NOTE, _LAYERS, _layers(device))
     yield from _part("Memory", MEMORY_NOTE[kind] + MEMORY_LIMIT, _MEMORY, _memory(device))
-    yield from _part("3C1F on Fashion-MNIST", TRAINING_NOTE, _TRAINING, _training(device))
     yield from _part("Not measured here", "", ("case", "why"), device.skipped())
 
 
@@ -131,7 +145,8 @@ def _steps(device: Device) -> Iterator[Sequence[str]]:
         time = f"{_ms(sgd['median'])} ± {half:.2g}"
         least = f"{1 + case['least_seconds'] / sgd['median']:.2f}"
         kept = _mebibytes(case["kept_bytes"])
-        what = case["model"], str(case["samples"]), case["mode"], _mebibytes(case["max_bytes"])
+        loop = loop_name(case["mode"], case.get("tf32", True))
+        what = case["model"], str(case["samples"]), loop, _mebibytes(case["max_bytes"])
         often = mean_step(case["refresh_over_sgd"], case["reuse_over_sgd"], every=10)
         yield *what, time, *ratios, f"{often:.2f}", kept, least, str(int(sgd["rounds"]))
 
@@ -147,6 +162,7 @@ def _optimizers(device: Device) -> Iterator[Sequence[str]]:
 
 
 _KERNELS = ("kernel", "size", "µs", "limit, µs", "share", "best torch, µs", "which", "torch / kernel")
+_TF32 = ("best torch with TF32, µs",)
 
 
 def _kernels(device: Device) -> Iterator[Sequence[str]]:
@@ -154,7 +170,8 @@ def _kernels(device: Device) -> Iterator[Sequence[str]]:
         compared = ("–", "–", "–")
         if k.speedup is not None:
             compared = (_us(k.alternative_seconds), str(k.alternative), f"{k.speedup:.2f}")
-        yield f"`{k.name}`", k.size, _us(k.seconds), _us(k.limit), f"{k.share:.0%}", *compared
+        rounded = ["–" if k.tf32_seconds is None else _us(k.tf32_seconds)] if device.kind == "cuda" else []
+        yield f"`{k.name}`", k.size, _us(k.seconds), _us(k.limit), f"{k.share:.0%}", *compared, *rounded
 
 
 def _scaling(device: Device) -> Iterator[Sequence[str]]:
@@ -193,22 +210,5 @@ def _memory(device: Device) -> Iterator[Sequence[str]]:
         yield case["model"], str(case["samples"]), *mebibytes, f"{case['over_sgd']:.2f}"
 
 
-_TRAINING = ("optimizer", "seeds", "epochs", "test accuracy, %", "test loss", "seconds")
-
-
-def _training(device: Device) -> Iterator[Sequence[str]]:
-    for case in device.cases("training"):
-        columns = (f"{case[name]['mean']:.2f} ± {case[name]['std']:.2f}" for name in ("accuracy", "loss", "seconds"))
-        yield case["optimizer"], str(case["seeds"]), str(case["epochs"]), *columns
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
-
-
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.0f}"
-
-
-def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.3g}" if seconds < 1e-3 else f"{1e6 * seconds:.0f}"

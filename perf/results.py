@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from perf.alternatives import TF32
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,8 @@ class Kernel:
     Attributes:
         large: whether the size is one of those that fill the machine.
         limit: the least seconds that the operations and bytes can take.
-        alternative: the name of torch's fastest expression, if one was measured.
+        alternative: the name of torch's fastest expression in IEEE float32, if one was measured.
+        tf32_seconds: the time of torch's fastest expression that may round to TF32; None if none was measured.
         beaten: whether the upper quartile of the alternative's times is below the lower quartile of the kernel's.
     """
 
@@ -28,6 +31,7 @@ class Kernel:
     limit: float
     alternative: str | None
     alternative_seconds: float
+    tf32_seconds: float | None
     beaten: bool
 
     @property
@@ -71,14 +75,16 @@ class Device:
     def kernels(self) -> list[Kernel]:
         """Return the results of the kernels' suite."""
         benchmarks = self.documents.get("kernels", {}).get("benchmarks", [])
-        return [_kernel(benchmark, self.kind) for benchmark in benchmarks]
+        return [kernel_of(benchmark, self.kind) for benchmark in benchmarks]
 
 
-def _kernel(benchmark: dict[str, Any], kind: str) -> Kernel:
+def kernel_of(benchmark: Mapping[str, Any], kind: str) -> Kernel:
+    """Return the result of one of pytest-benchmark's benchmarks, on a kind of machine."""
     info, stats = benchmark["extra_info"], benchmark["stats"]
     medians = {name: times["median"] for name, times in info["rivals"].items()}
     if kind == "cpu":
         medians.pop("definition", None)  # the op itself runs this code on a CPU
+    rounded = [medians.pop(name) for name in list(medians) if TF32 in name]
     best = min(medians, key=lambda name: medians[name], default=None)
     return Kernel(
         name=info["kernel"],
@@ -89,6 +95,7 @@ def _kernel(benchmark: dict[str, Any], kind: str) -> Kernel:
         limit=info["limit_seconds"],
         alternative=best,
         alternative_seconds=medians.get(best, 0.0),
+        tf32_seconds=min(rounded, default=None),
         beaten=best is not None and info["rivals"][best]["q3"] < stats["q1"] / info["calls"],
     )
 
@@ -101,10 +108,7 @@ def load(folder: Path) -> list[Device]:
 
 
 def _documents(place: Path) -> dict[str, dict[str, Any]]:
-    """Return the result files of one machine, by suite. A summary has the commit if git could not be asked."""
+    """Return the result files of one machine, by suite."""
     files = [file for file in sorted(place.glob("*.json")) if file.stat().st_size]  # an interrupted suite's is empty
-    read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    commit = read.pop("summary", {}).get("commit")
-    for document in read.values():
-        document["machine_info"]["commit"] = document["machine_info"]["commit"] or commit
-    return {document["suite"]: document for document in read.values()}
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return {document["suite"]: document for document in read}

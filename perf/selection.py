@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
 
 import torch
 
 from perf.host.case import HostCase
 from perf.layers import LAYERS, LayerCase
+from perf.loops import Mode
 from perf.memory import MemoryCase
 from perf.optimizers import OptimizerCase
 from perf.scaling import ScalingCase
@@ -36,6 +37,11 @@ class Selection:
     compiled: bool
     suites: Mapping[str, Sequence[Case]]
     skipped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def in_modes(self, modes: Sequence[Mode]) -> Self:
+        """Return the same cases except for steps in other kinds of loops."""
+        steps = [case for case in self.suites["steps"] if case.mode in modes]
+        return replace(self, suites={**self.suites, "steps": steps})
 
 
 SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "steps")
@@ -104,22 +110,25 @@ CPU = Selection(
     },
 )
 
-_MODELS = ("3C1F", "WRN-28-4", "ResNet-18", "MLP", "transformer")
+TARGETED = ("3C1F", "ResNet-18", "WRN-28-4")
+"""The models whose steps have targets on a GPU, plain and as CUDA graphs."""
+_MODELS = (*TARGETED, "MLP", "transformer")
 GPU = Selection(
     scale="gpu",
     kernel_rounds=9,
     compiled=True,
     suites={
         "steps": [
-            *(StepCase(model, 128, 7) for model in _MODELS[:3]),
+            *(StepCase(model, 128, 7, mode) for model in TARGETED for mode in ("plain", "cuda graphs")),
+            StepCase("MLP", 128, 7),
+            StepCase("MLP 2048", 128, 7),
+            *(StepCase(model, 128, 5, tf32=False) for model in TARGETED),
+            StepCase("transformer", 128, 7),
+            StepCase("MLP 2048", 128, 7, "cuda graphs"),
             StepCase("3C1F", 128, 7, "compiled"),
-            StepCase("3C1F", 128, 7, "cuda graphs"),
-            *(StepCase(model, 128, 7) for model in _MODELS[3:]),
             StepCase("WRN-28-4", 128, 5, max_bytes=BUDGET),
             *(StepCase(model, samples, 5) for samples in (32, 512) for model in _MODELS),
             StepCase("MLP", 128, 7, "cuda graphs"),
-            StepCase("ResNet-18", 128, 5, "cuda graphs"),
-            StepCase("WRN-28-4", 128, 5, "cuda graphs"),
         ],
         "optimizers": [OptimizerCase("small 3C1F", 32, 15), OptimizerCase("3C1F", 32, 7)],
         "scaling": [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perf import limits
-from perf.limits import Limits
+from perf.limits import Limits, allowing_tf32
 from perf.loops import Mode, Step, sgd_step, tengrad, tengrad_step, within
 from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step
@@ -27,21 +27,33 @@ WARM_UP: dict[Mode, int] = {"plain": 1, "compiled": 2, "cuda graphs": 3}
 
 @dataclass(frozen=True)
 class StepCase:
-    """A model, a batch size, the number of rounds, the kind of loop, and a budget for J in bytes."""
+    """A model, a batch size, the number of rounds, the kind of loop, and a budget for J in bytes.
+
+    ``tf32`` says whether a GPU may round to TF32 in the convolutions of forward and backward, as it may by torch's
+    default. Our kernels never round so.
+    """
 
     model: str
     samples: int
     rounds: int
     mode: Mode = "plain"
     max_bytes: int = MAX_BYTES
+    tf32: bool = True
 
     def __str__(self) -> str:
-        return f"{self.model}, N = {self.samples}, {self.mode}{within(self.max_bytes)}"
+        return f"{self.model}, N = {self.samples}, {loop_name(self.mode, self.tf32)}{within(self.max_bytes)}"
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return the spreads of SGD's steps and of TENGraD's refresh and reuse steps, ratios, and the bytes of J."""
         made = MODELS[self.model]
-        return {**asdict(self), **measure_steps(made, self.samples, self.rounds, self.mode, device, self.max_bytes)}
+        with allowing_tf32(convolutions=self.tf32, products=False):
+            found = measure_steps(made, self.samples, self.rounds, self.mode, device, self.max_bytes)
+        return {**asdict(self), **found}
+
+
+def loop_name(mode: Mode, tf32: bool) -> str:
+    """Return the kind of loop, and the precision of its convolutions where that is not torch's default."""
+    return mode if tf32 else f"{mode}, IEEE convolutions"
 
 
 def measure_steps(
@@ -61,7 +73,7 @@ def measure_steps(
             timer()
     times = interleaved(timers, rounds)
     kept = sum(parameter.bytes for parameter in optimizer.summary().parameters)
-    least = least_seconds(optimizer, limits.measure(device))
+    least = least_seconds(optimizer, limits.measure(device, small=made.tiny))
     return {"block": block, "seconds": times, **ratios(times), "kept_bytes": kept, "least_seconds": least}
 
 

@@ -34,6 +34,16 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median": median, "q1": low, "q3": high, "min": min(times), "max": max(times), "rounds": len(times)}
 
 
+def milliseconds(seconds: float) -> str:
+    """Return a time in milliseconds as text, without meaningless digits."""
+    return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
+
+
+def microseconds(seconds: float) -> str:
+    """Return a time in microseconds as text, without meaningless digits."""
+    return f"{1e6 * seconds:.3g}" if seconds < 1e-3 else f"{1e6 * seconds:.0f}"
+
+
 def mean_step(refresh: float, reuse: float, every: int = 100) -> float:
     """Return the mean time of a step at ``refresh_every=every``, from the medians of refresh and reuse steps."""
     return (refresh + (every - 1) * reuse) / every

@@ -9,7 +9,7 @@ from torch import nn
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import MODELS, TEXT_MODELS, image_model
-from tengrad_triton.recipes.optimizers.muon import hidden_weights
+from tengrad_triton.recipes.optimizers.muon_with_adamw import hidden_weights
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.settings import Settings, installed
 

@@ -1,24 +1,10 @@
 """The benchmarks run end to end, their page says what was measured, and their baseline takes TENGraD's steps."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.image_files import write_folder
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments, stdin=None):
-    command = [sys.executable, *arguments]
-    # pytest-benchmark measures nothing in a worker of pytest-xdist, nor in what a worker starts.
-    env = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    done = subprocess.run(command, cwd=ROOT, env=env, input=stdin, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from helpers.processes import ROOT, errors_of, run
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,8 @@ def test_the_page_has_the_targets_and_what_was_measured(quick):
     steps = json.loads((folder / "here" / "steps.json").read_text())["cases"]
     assert f"| {steps[0]['mean_over_sgd']:.2f} |" in page
     assert "| GPU | ≥ 60% | – | not measured |" in page
-    assert page.count("mean step over SGD's") == 8
+    assert page.count("mean step over SGD's") == 4 + 7
+    assert "No kernel of this project has run on a GPU yet" in page
     for figure in ("steps", "scaling", "kernels"):
         assert (folder / "figures" / f"performance-here-{figure}.png").exists()
         assert f"(figures/performance-here-{figure}.png)" in page
@@ -61,7 +48,7 @@ def test_no_result_names_a_place_of_the_machine(quick):
 # Tests do not import perf: one process runs all of this, without the packages that a GPU machine need not have.
 CHECKS = {
     "a GPU machine needs no package of the command line": """
-import perf.training, perf.suites, perf.gpu, perf.__main__
+import perf.suites, perf.__main__, perf.gpu.__main__, perf.gpu.pieces.__main__
 """,
     "the page judges numbers as it prints them": """
 from perf.targets import Target
@@ -111,40 +98,14 @@ for name in ("ResNet-18", "WRN-28-4", "transformer"):
     assert MODELS[name].build()(x).shape == (2, 10)
 """,
 }
-RUN_CHECKS = """
-import json, sys, traceback
-for name in ("rich", "cyclopts", "datasets", "tensorboard"):
-    sys.modules[name] = None
-errors = {}
-for name, code in json.load(sys.stdin).items():
-    try:
-        exec(code, {})
-    except Exception:
-        errors[name] = traceback.format_exc()
-print(json.dumps(errors))
-"""
+ABSENT = ("rich", "cyclopts", "datasets", "tensorboard", "matplotlib", "pyarrow", "PIL")
 
 
 @pytest.fixture(scope="module")
 def errors():
-    return json.loads(run("-c", RUN_CHECKS, stdin=json.dumps(CHECKS)))
+    return errors_of(CHECKS, ABSENT)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_holds_that(check, errors):
     assert check not in errors, errors[check]
-
-
-def test_the_gpu_command_trains_from_parquet(tmp_path):
-    (tmp_path / "data").mkdir()
-    write_folder(tmp_path / "data", count=100, size=(28, 28))
-    out = tmp_path / "results" / "there"
-    arguments = ("--device", "cpu", "--quick", "--only", "training", "--data", str(tmp_path / "data"))
-    run("-m", "perf.gpu", "--out", str(out), "--commit", "0123456789ab", *arguments)
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["parts"]["training"]["ended"] == ["finished"]
-    sgd = json.loads((out / "training.json").read_text())["cases"][1]
-    assert (sgd["optimizer"], sgd["seeds"], len(sgd["runs"][1])) == ("sgd", 2, 1)
-    page = "import sys, pathlib, perf.report as r; r.generate(*map(pathlib.Path, sys.argv[1:]))"
-    run("-c", page, str(out.parent), str(tmp_path / "page.md"))
-    assert "| sgd | 2 | 1 |" in (tmp_path / "page.md").read_text()

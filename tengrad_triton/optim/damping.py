@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 Schedule = Callable[[int], float]
 """A function from the number of steps taken so far to the damping."""
 
@@ -67,3 +69,8 @@ def schedule_of(damping: Any) -> tuple[DampingSchedule | None, Any]:
     if isinstance(schedule, LevenbergMarquardt):
         return schedule, schedule.start
     return (schedule, schedule) if callable(schedule) else (None, damping)
+
+
+def number_of(loss: Any) -> float:
+    """Return a closure's loss as a number; a tensor may still have a graph."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)

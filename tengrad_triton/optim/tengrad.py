@@ -21,7 +21,7 @@ from tengrad_triton.curvature.target import Target, fill_on_device
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt
+from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt, number_of
 from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.options import RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
@@ -234,7 +234,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         predicted = float(predicted_change(curvature, targets, grads, steps))
         self._capture.disarm()
         with torch.enable_grad():
-            actual = _number(closure()) - _number(loss)
+            actual = number_of(closure()) - number_of(loss)
         for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
             if isinstance(schedule, LevenbergMarquardt):
                 sign = -1 if group["maximize"] else 1
@@ -294,8 +294,3 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     @override
     def summary(self) -> Summary:
         return summarize(self._layers, self._curvature)
-
-
-def _number(loss: Any) -> float:
-    """Return a closure's loss as a number; a tensor may still have a graph."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -63,7 +63,7 @@ def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> di
     is dropped with a warning. So is one that does not compile, or that needs more shared memory
     or registers than the device has.
     """
-    op, error = getattr(kernels, spec.name), _error_of(spec, args)
+    op, error = getattr(kernels, spec.name), error_of(spec, args)
     of_torch, passed = error(spec.torch_impl), {}
     backend = "hip" if torch.version.hip else "cuda"
     for name, call in {"triton": op, **{name: partial(op, config=name) for name in spec.names_for(backend)}}.items():
@@ -95,7 +95,7 @@ def _new_memory_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
-def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
+def error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
     """Return a function from an implementation to its error, as a share of the result of PyTorch in float64.
 
     The op's definition is not the reference here, because it would form the explicit rows of large layers.
