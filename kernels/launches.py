@@ -21,13 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .pointer_table import (
-    FIRST_TILE,
-    Columns,
-    Entries,
-    Table,
-    starts,
-)
+from .pointer_table import FIRST_TILE, Columns, Entries, Table, starts
 from .spec import Config, Repeated, triton
 
 
@@ -135,9 +129,10 @@ def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L
         prepare: returns the launches of an op, from its arguments.
         arguments: lists of tensors first, as `Entries` has them, then others.
 
-    Launches are kept for each stream, which orders the kernels that write a table and those that read it, and for each
-    thread, because a thread writes a table and launches for it. Two cases keep none: while a CUDA graph is captured, a
-    replay has to write the table that it reads; and copies of arguments are freed after the op.
+    Each stream has launches of its own, because only a stream orders the kernel that writes a table and those that read
+    it. So has each thread, because another one could write the table between the two. Launches are not kept while a
+    CUDA graph is captured, because a replay must write the table that it reads; nor where an argument was converted,
+    because the kernel then reads a copy, which is freed after the op.
     """
     lists = [TensorList.of(x) for x in arguments if isinstance(x, list) and isinstance(x[0], Tensor)]
     device = lists[0][0].device
@@ -147,15 +142,14 @@ def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L
     others = tuple(tuple(x) if isinstance(x, list) else x for x in arguments[len(lists) :])
     layouts = [tensors.layout(own) for tensors, own in zip(lists, pointers, strict=True)]
     key = (prepare, threading.get_ident(), device, _stream(device), others, *layouts)
-    launches: Sequence[L] | None = _kept.get(key)
+    launches: Sequence[L] | None = _kept.pop(key, None)
     if launches is None:
         launches = prepare(*arguments)
-        if not any(launch.copies for launch in launches):
-            _keep(key, launches)
     else:
-        _kept.move_to_end(key)
         for launch in launches:
             launch.table.point_to(pointers)
+    if not any(launch.copies for launch in launches):
+        _keep(key, launches)
     return launches
 
 
@@ -172,6 +166,7 @@ def _stream(device: torch.device) -> int:
 
 
 def _keep(key: Hashable, launches: Any) -> None:
+    """Keep launches as the last ones used; the first ones go if there are too many."""
     _kept[key] = launches
     if len(_kept) > _MOST:
         _kept.popitem(last=False)

@@ -86,7 +86,7 @@ class Config:
         if _is_traced(arguments):
             self._launch(wrap_triton(self.kernel), grid, arguments)
         else:
-            _repeated(self, arguments).start(grid, *arguments)
+            _repeated(self, grid, arguments).start(grid, *arguments)
 
     def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> Any:
         """Launch on the tensors' device, from an op that is opaque to tracing; return what Triton compiled."""
@@ -139,9 +139,9 @@ _MOST_REPEATED = 256
 _known: dict[Hashable, Repeated] = {}
 
 
-def _repeated(config: Config, arguments: Sequence[Any]) -> Repeated:
+def _repeated(config: Config, grid: tuple[int, ...], arguments: Sequence[Any]) -> Repeated:
     """Return what earlier launches with such arguments used: equal numbers, and tensors that differ by address only."""
-    key = (id(config), *[_layout(x) if isinstance(x, Tensor) else x for x in arguments])
+    key = (id(config), grid, *[_layout(x) if isinstance(x, Tensor) else x for x in arguments])
     if key not in _known:
         if len(_known) >= _MOST_REPEATED:
             _known.clear()
