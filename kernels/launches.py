@@ -142,7 +142,7 @@ def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L
     others = tuple(tuple(x) if isinstance(x, list) else x for x in arguments[len(lists) :])
     layouts = [tensors.layout(own) for tensors, own in zip(lists, pointers, strict=True)]
     key = (prepare, threading.get_ident(), device, _stream(device), others, *layouts)
-    launches: Sequence[L] | None = _kept.pop(key, None)
+    launches: Sequence[L] | None = _kept.pop(key, None)  # gone if the writes below are interrupted
     if launches is None:
         launches = prepare(*arguments)
     else:

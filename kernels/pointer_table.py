@@ -150,17 +150,15 @@ class Table:
 
     def point_to(self, lists: Sequence[Sequence[int]]) -> None:
         """Write the addresses in ``lists``, those of the present tensors, where they are others than before."""
-        changed: dict[int, list[int]] = {}
+        changed = []
         for place, argument in enumerate(self._arguments):
             present = [lists[argument][index] for index in self._indices]
             if present != self._addresses[place]:
-                changed[place] = present
-                self._addresses[place] = []  # known again when it is written, which may be interrupted
+                self._addresses[place] = present
+                changed.append(place)
         for run in _runs([self._fields[place] for place in changed]):
-            numbers = [number for field in run for number in changed[self._fields.index(field)]]
+            numbers = [number for field in run for number in self._addresses[self._fields.index(field)]]
             _write(numbers, self.fields_FE[run[0] :].view(-1))
-        for place, present in changed.items():
-            self._addresses[place] = present
 
 
 def _expect_one_device(entries: Entries) -> None:
