@@ -22,6 +22,7 @@ from .dispatch import contiguous, define_op, expect, last_contiguous, runs_kerne
 from .primitives import load_tile
 from .spec import Example, KernelSpec, nbytes, normal, single_config, tiling, tl, triton
 
+LARGEST_BATCHED = 512  # kernels factor and solve matrices up to this size, if there are more than two
 TILE = 32  # size of a diagonal tile: a larger tile has a longer chain of dependent columns, but there are fewer panels
 
 
@@ -50,7 +51,7 @@ def is_small(x_LNN: Tensor, vectors: Tensor) -> bool:
     """Return whether a kernel accepts these matrices and is faster than torch: if they are many, or small."""
     matrices, n = x_LNN.shape[:2]
     exact = x_LNN.dtype == vectors.dtype == torch.float32
-    return exact and runs_kernel(x_LNN, vectors) and n <= (512 if matrices > 2 else 256)
+    return exact and runs_kernel(x_LNN, vectors) and n <= (LARGEST_BATCHED if matrices > 2 else 256)
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from one_step import (
 from torch import nn
 
 from tengrad_triton import Categorical, TENGraD
+from tengrad_triton.curvature.jacobian import PerSample, reduce_rows
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -179,6 +180,14 @@ def test_fewer_parameters_than_rows_are_solved_in_their_own_space():
     assert dense.relative_error(taken, expected) < TOLERANCE
     assert {stack.inverse_BNN.shape[-1] for stack in optimizer._curvature.inverses} == {8, 9}
     assert "as many rows as parameters" in str(optimizer.summary())
+
+
+@pytest.mark.parametrize(("device", "rows", "kept"), [("cpu", 40, 8), ("meta", 40, 40), ("meta", 600, 8)])
+def test_blocks_that_share_launches_keep_their_rows(device, rows, kept):
+    """A tensor without data stands for one on a GPU."""
+    j = {name: PerSample(torch.ones(rows, 4, device=device), None, "samples") for name in ("weight", "bias")}
+    reduced = reduce_rows({"norm": j}, ["norm"])["norm"]
+    assert [reduced[name].rows for name in j] == [kept, kept]
 
 
 @pytest.mark.parametrize("ignored", [False, True])

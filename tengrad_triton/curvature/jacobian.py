@@ -25,6 +25,7 @@ from tengrad_triton.curvature.choices import (
 from tengrad_triton.curvature.concat import concat_outer, take_outer_rows
 from tengrad_triton.curvature.geometry import geometry_of
 from tengrad_triton.curvature.products import Jacobian, Jacobians, Operands, UpdateState
+from tengrad_triton.kernels.cholesky import LARGEST_BATCHED
 from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
 
@@ -252,3 +253,33 @@ def store_contiguously(jacobians: Jacobians) -> Jacobians:
         return replace(one, j_NK=moved.get(id(one.j_NK), one.j_NK)) if isinstance(one, PerSample) else one
 
     return {name: {param_name: placed(one) for param_name, one in layer.items()} for name, layer in jacobians.items()}
+
+
+def reduce_rows(jacobians: Jacobians, names: Sequence[str]) -> Jacobians:
+    """Return the J of a block, replaced by R of J = Q R where the block has fewer parameters than rows.
+
+    Rᵀ R = Jᵀ J, so F is the same, and K has as many rows as there are parameters (M12). J that is not explicit stays as
+    it is. So does J of few rows on a GPU: there all blocks with that many rows share their launches, which take no
+    longer for more blocks, while each decomposition would take launches of its own, and each size of K too.
+    """
+    chosen = {(name, param_name): one for name in names for param_name, one in jacobians[name].items()}
+    explicit = [one for one in chosen.values() if isinstance(one, PerSample) and one.j_NK.dtype != torch.bfloat16]
+    entries = [one.j_NK.shape[1] for one in explicit]
+    if len(explicit) < len(chosen) or sum(entries) >= len(explicit[0].j_NK) or _share_launches(explicit[0].j_NK):
+        return {name: jacobians[name] for name in names}
+    r_KK = torch.linalg.qr(torch.cat([one.j_NK for one in explicit], 1), mode="r").R
+    parts = dict(zip(chosen, r_KK.split(entries, dim=1), strict=True))
+    return {
+        name: {
+            param_name: replace(
+                cast("PerSample", one), j_NK=parts[name, param_name].contiguous(), row_kind="parameters"
+            )
+            for param_name, one in jacobians[name].items()
+        }
+        for name in names
+    }
+
+
+def _share_launches(j_NK: Tensor) -> bool:
+    """Return whether kernels factor blocks of this size, many in one launch."""
+    return not j_NK.is_cpu and len(j_NK) <= LARGEST_BATCHED

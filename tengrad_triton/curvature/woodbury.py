@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
-from tengrad_triton.curvature.jacobian import PerSample, store_contiguously
+from tengrad_triton.curvature.jacobian import reduce_rows, store_contiguously
 from tengrad_triton.curvature.products import Jacobians, grams
 
 FisherBlocks = Mapping[str, Sequence[str]]
@@ -61,7 +61,7 @@ def factor(
     if not jacobians:
         return Curvature(jacobians, {}, (), history, epsilon_L, failures_L)
     if len(history) == 1:  # a history keeps its rows
-        jacobians = {name: layer for names in blocks.values() for name, layer in _reduced(jacobians, names).items()}
+        jacobians = {name: layer for names in blocks.values() for name, layer in reduce_rows(jacobians, names).items()}
     n, by_size = sum(history), _grams(jacobians, blocks)
     k = {block: k_NN for names, k_BNN in by_size for block, k_NN in zip(names, k_BNN.unbind(), strict=True)}
     traces = {
@@ -100,30 +100,6 @@ def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, 
         own, of_block = zip(*((j, at) for name, at in layers for j in jacobians[name].values()), strict=True)
         found.append((alike, grams(own, of_block, len(alike))))
     return found
-
-
-def _reduced(jacobians: Jacobians, names: Sequence[str]) -> Jacobians:
-    """Return the J of a block, replaced by R of J = Q R where the block has fewer parameters than rows.
-
-    Rᵀ R = Jᵀ J, so F is the same, and K has as many rows as there are parameters (M12). J that is not explicit stays as
-    it is.
-    """
-    chosen = {(name, param_name): one for name in names for param_name, one in jacobians[name].items()}
-    explicit = [one for one in chosen.values() if isinstance(one, PerSample) and one.j_NK.dtype != torch.bfloat16]
-    entries = [one.j_NK.shape[1] for one in explicit]
-    if len(explicit) < len(chosen) or sum(entries) >= len(explicit[0].j_NK):
-        return {name: jacobians[name] for name in names}
-    r_KK = torch.linalg.qr(torch.cat([one.j_NK for one in explicit], 1), mode="r").R
-    parts = dict(zip(chosen, r_KK.split(entries, dim=1), strict=True))
-    return {
-        name: {
-            param_name: replace(
-                cast("PerSample", one), j_NK=parts[name, param_name].contiguous(), row_kind="parameters"
-            )
-            for param_name, one in jacobians[name].items()
-        }
-        for name in names
-    }
 
 
 @dataclass(frozen=True)
