@@ -152,8 +152,9 @@ _RANGE_GRAM = {
     )
     for dtype, entries in TRITON_TYPES.items()
 }
+# Every thread loads 16 bytes of a tile at a time; with fewer threads some versions of Triton spill.
 _SUM_PRODUCTS = single_config(
-    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=32), unaligned=("N",)
+    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=32, num_warps=8), unaligned=("N",)
 )
 PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, TABLE)
 
