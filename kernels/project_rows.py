@@ -38,6 +38,7 @@ from .pointer_table import (
     number,
     strides,
 )
+from .primitives import output_tap_input
 from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, normal, tiling, tl, triton
 from .update import example_param_dtype, example_parameters
 
@@ -101,7 +102,8 @@ def _project_rows_kernel(
         total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
         for start in range(0, CHUNK, BLOCK_K):
             col = chunk * CHUNK + start + tl.arange(0, BLOCK_K)
-            at = col // INPUTS // TAPS * stride_vo + col // INPUTS % TAPS * stride_vk + col % INPUTS * stride_vi
+            o, tap, i = output_tap_input(col, TAPS, INPUTS)
+            at = o * stride_vo + tap * stride_vk + i * stride_vi
             v = tl.load(v_ptr + at, mask=col < K, other=0.0).to(tl.float32)
             j = tl.load(j_ptr + col[None, :], mask=(n < N)[:, None] & (col < K)[None, :], other=0.0)
             total += j.to(tl.float32) * v[None, :]
