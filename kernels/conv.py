@@ -73,17 +73,34 @@ def _project_conv(
     shape: list[int],
     config: str = "default",
 ) -> Tensor:
-    return launch_project(*_factors(x, g, v, sizes), [v_OCHW.flatten(2).mT for v_OCHW in v], blocks, shape, config)
+    taps_first = [not v_OCHW.is_contiguous() for v_OCHW in v]
+    return launch_project(*_factors(x, g, v, sizes, taps_first), _views(v, taps_first), blocks, shape, config)
+
+
+def _views(weights: Sequence[Tensor], taps_first: Sequence[bool]) -> list[Tensor]:
+    """Return weights as [O, T, I] with I over the channels, or as [O, 1, I] with I over the channels and the taps.
+
+    In one of these orders the weight is a dense matrix: in the first if it is channels-last, else in the second. The
+    patches of the input take the same order.
+    """
+    return [
+        weight.view(*weight.shape[:2], -1).mT if first else weight.view(len(weight), 1, -1)
+        for weight, first in zip(weights, taps_first, strict=True)
+    ]
 
 
 def _factors(
-    x: Sequence[Tensor], g: Sequence[Tensor], weights: Sequence[Tensor], sizes: Sequence[int]
+    x: Sequence[Tensor],
+    g: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    sizes: Sequence[int],
+    taps_first: Sequence[bool],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return a_NGPI and g_NGPO of every convolution."""
     geometries = list(conv_geometries(sizes))
     a = [
-        geometry.unfold(x_NCHW, weight.shape[2:])
-        for x_NCHW, weight, geometry in zip(x, weights, geometries, strict=True)
+        geometry.unfold(x_NCHW, weight.shape[2:], first)
+        for x_NCHW, weight, geometry, first in zip(x, weights, geometries, taps_first, strict=True)
     ]
     return a, [
         g_NOHW.unflatten(1, (geometry.groups, -1)).flatten(3).mT for g_NOHW, geometry in zip(g, geometries, strict=True)
@@ -139,10 +156,10 @@ def _expand_conv_update_(
     sizes: list[int], w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool,
     config: str = "default",
 ) -> None:  # fmt: skip
-    params_OTI, momenta_OTI, grads_OTI = (
-        [tensor.view(*tensor.shape[:2], -1).mT for tensor in tensors] for tensors in (params, momenta, grads)
-    )
-    a, g = _factors(x, g, params, sizes)
+    state = (params, momenta, grads)
+    taps_first = [not all(x.is_contiguous() for x in weights) for weights in zip(*state, strict=True)]
+    params_OTI, momenta_OTI, grads_OTI = (_views(weights, taps_first) for weights in state)
+    a, g = _factors(x, g, params, sizes, taps_first)
     launch_expand_update_(params_OTI, momenta_OTI, grads_OTI, a, g, w, dampings, settings, nesterov, config)
 
 
@@ -159,7 +176,7 @@ _SIZES = [number for *_, geometry in _LAYERS for number in geometry.numbers]
 def _example_layers(
     dtype: torch.dtype, device: torch.device, half: bool
 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Return inputs, output gradients, and (parameters, momenta, gradients) of the layers."""
+    """Return inputs, output gradients, and (parameters, momenta, gradients); the second weight is channels-last."""
     x = [normal(*shape, dtype=dtype, device=device) for shape, *_ in _LAYERS]
     g = [
         normal(shape[0], outputs, *geometry.pixels(shape[2:], kernel), dtype=dtype, device=device, seed=1)
@@ -168,6 +185,8 @@ def _example_layers(
     sizes = [(outputs, shape[1] // geometry.groups, *kernel) for shape, outputs, kernel, geometry in _LAYERS]
     param_dtype = example_param_dtype(dtype, half)
     states = [[normal(*size, dtype=param_dtype, device=device, seed=seed) for size in sizes] for seed in (3, 4, 5)]
+    for weights in states:
+        weights[1] = weights[1].to(memory_format=torch.channels_last)
     return x, g, states
 
 

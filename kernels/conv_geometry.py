@@ -38,18 +38,23 @@ class ConvGeometry(NamedTuple):
         vertical, horizontal = self.padding
         return F.pad(x_NCHW, (horizontal, horizontal, vertical, vertical)) if vertical or horizontal else x_NCHW
 
-    def unfold(self, x_NCHW: Tensor, kernel_size: Sequence[int]) -> Tensor:
-        """Return a_NGPI with I = (kh, kw, C / groups): the patch of the input that each output position multiplies."""
+    def unfold(self, x_NCHW: Tensor, kernel_size: Sequence[int], taps_first: bool = True) -> Tensor:
+        """Return a_NGPI: the patch of the input that each output position multiplies.
+
+        I runs over (kh, kw, C / groups), or over (C / groups, kh, kw) without ``taps_first``.
+        """
         n, inputs = len(x_NCHW), x_NCHW.shape[1] // self.groups
-        x_NHWC = contiguous(self.padded(x_NCHW).permute(0, 2, 3, 1))
-        per_sample, *axes, _ = x_NHWC.stride()
+        pixels, padded_NCHW = self.pixels(x_NCHW.shape[2:], kernel_size), self.padded(x_NCHW)
+        if taps_first:  # neighbours in the result are then neighbours in the input, too
+            padded_NCHW = contiguous(padded_NCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        per_sample, per_channel, *axes = padded_NCHW.stride()
         steps = [step * axis for step, axis in zip(self.stride, axes, strict=True)]
         taps = [gap * axis for gap, axis in zip(self.dilation, axes, strict=True)]
-        pixels = self.pixels(x_NCHW.shape[2:], kernel_size)
-        patches = x_NHWC.as_strided(
-            (n, self.groups, *pixels, *kernel_size, inputs), (per_sample, inputs, *steps, *taps, 1)
+        patches = padded_NCHW.as_strided(
+            (n, self.groups, *pixels, *kernel_size, inputs),
+            (per_sample, inputs * per_channel, *steps, *taps, per_channel),
         )
-        return patches.reshape(n, self.groups, pixels[0] * pixels[1], -1)
+        return (patches if taps_first else patches.movedim(-1, 4)).reshape(n, self.groups, pixels[0] * pixels[1], -1)
 
     def convolve(self, x_NCHW: Tensor, weight: Tensor) -> Tensor:
         """Return the convolution of the input with a weight [O, C / groups, kh, kw]."""

@@ -30,7 +30,9 @@ from .spec import (
     Tiling,
     all_configs,
     cdiv,
+    config_named,
     configs_of,
+    in_tf32x3,
     nbytes,
     normal,
     tiling,
@@ -84,7 +86,7 @@ def conv_sample_grads(
 def _patch_grads_kernel(
     x_ptr, g_ptr, j_ptr, INPUTS, OUTPUTS, P, OUT_W, KERNEL_W, step_row, step_col, tap_row, tap_col,
     stride_xn, stride_xg, stride_gn, stride_gg, stride_gp,
-    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Σ_p g[p, o] x[patch p, tap, i] for one tile of outputs and inputs, one tap of the kernel, group and sample.
 
@@ -106,7 +108,7 @@ def _patch_grads_kernel(
         x = tl.load(x_ptr + patch[:, None] + i[None, :], mask=(p < P)[:, None] & (i < INPUTS)[None, :], other=0.0)
         g_at = p[:, None] * stride_gp + o[None, :]
         g = tl.load(g_ptr + g_at, mask=(p < P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
-        total = tl.dot(tl.trans(g), x, total, input_precision="ieee")
+        total = tl.dot(tl.trans(g), x, total, input_precision=PRECISION)
     output = (sample * tl.num_programs(1) + group) * OUTPUTS + o
     taps = tl.num_programs(0) // tiles
     at = (output * taps + tap)[:, None] * INPUTS + i[None, :]
@@ -120,6 +122,7 @@ _FLOAT32 = {
     "wide": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=128, num_warps=4, num_stages=3),  # for many more inputs than outputs
     "narrow": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=16, num_warps=4, num_stages=3),  # for the few channels of an image
     "short": tiling(BLOCK_P=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=2),  # for few positions
+    **in_tf32x3(BLOCK_P=32, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
 }
 _HALF = {
     "default": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
@@ -136,6 +139,7 @@ def _configs(tilings: Mapping[str, Tiling], entries: str) -> dict[str, Config]:
         tilings,
         _patch_grads_kernel,
         3 * f"{entries} " + 14 * "i32 ",
+        constants={"PRECISION": "ieee"},
         unaligned=("P", "OUT_W", "KERNEL_W"),
         async_copies=True,
     )
@@ -166,9 +170,9 @@ def launch_patch_grads(
     inputs, outputs = sizes[:2]
     groups = g.numel() // (g.shape[0] * outputs * sizes[2])
     j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=x.dtype, device=x.device)
-    chosen = _CONFIGS[x.dtype][config]
-    if config == "default" and x.dtype in _LARGE_CONFIGS and min(inputs, outputs) > chosen.block("I"):
-        chosen = _LARGE_CONFIGS[x.dtype][config]
+    chosen = config_named(_CONFIGS[x.dtype], config)
+    if chosen.name == "default" and x.dtype in _LARGE_CONFIGS and min(inputs, outputs) > chosen.block("I"):
+        chosen = _LARGE_CONFIGS[x.dtype]["default"]
     tiles = cdiv(inputs, chosen.block("I")) * cdiv(outputs, chosen.block("O"))
     chosen.launch((taps * tiles, groups, g.shape[0]), x, g, j_NK, *sizes, *distances)
     return j_NK

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .spec import TRITON_TYPES, all_configs, cdiv, configs_of, tiling, tl, triton
+from .spec import TRITON_TYPES, all_configs, cdiv, config_named, configs_of, tiling, tl, triton
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def launch_depthwise_grads(
     """Return j_NK; ``steps`` are the distances in x between patches, then between their entries, each (row, column)."""
     n, height, width, outputs = g_NHWO.shape
     taps = kernel_size[0] * kernel_size[1]
-    chosen = _CONFIGS[x_NHWC.dtype][config]
+    chosen = config_named(_CONFIGS[x_NHWC.dtype], config)
     j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
     sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
     grid = (cdiv(outputs, chosen.block("O")) * cdiv(taps, chosen.block("T")), n)

@@ -37,7 +37,19 @@ from .pointer_table import (
     strides,
 )
 from .primitives import update_entries, weighted_outer
-from .spec import FLOATING, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
+from .spec import (
+    FLOATING,
+    KernelSpec,
+    all_configs,
+    cdiv,
+    config_named,
+    configs_of,
+    in_tf32x3,
+    nbytes,
+    tiling,
+    tl,
+    triton,
+)
 from .update import (
     AFTER_UPDATE,
     DAMPING,
@@ -112,7 +124,8 @@ def expand_update_(
 @triton.jit
 def _expand_update_kernel(
     table_ptr, like_param_ptr, like_momentum_ptr, like_grad_ptr, like_ptr, ENTRIES, UNIT: tl.constexpr,
-    NESTEROV: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    PRECISION: tl.constexpr, NESTEROV: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Update one [BLOCK_O, BLOCK_I] tile of one group of a weight."""
     entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_E)
@@ -133,7 +146,7 @@ def _expand_update_kernel(
         number(table_ptr, _A_STRIDES + 2, entry, ENTRIES) * UNIT,
         number(table_ptr, _G_STRIDES, entry, ENTRIES) * UNIT, number(table_ptr, _G_STRIDES + 1, entry, ENTRIES) * UNIT,
         number(table_ptr, _G_STRIDES + 2, entry, ENTRIES) * UNIT,
-        BLOCK_R, BLOCK_O, BLOCK_I,
+        PRECISION, BLOCK_R, BLOCK_O, BLOCK_I,
     )  # fmt: skip
     output = group * OUTPUTS + o
     update_entries(
@@ -156,15 +169,20 @@ _ALIGNED = {
     "small": tiling(BLOCK_R=32, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
     # For large layers: fewer reads of the factors.
     "large": tiling(BLOCK_R=32, BLOCK_O=128, BLOCK_I=64, num_warps=8, num_stages=3),
+    **in_tf32x3(BLOCK_R=32, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
 }
 # Unaligned views need three sets of 64-bit offsets. With a larger tile than the default's, registers would spill.
-_UNALIGNED = _ALIGNED | {"large": tiling(BLOCK_R=16, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=4)}
+_UNALIGNED = {
+    "default": _ALIGNED["default"],
+    "small": _ALIGNED["small"],
+    "large": tiling(BLOCK_R=16, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=4),
+}
 _CONFIGS = {
     (unit, nesterov): configs_of(
         _ALIGNED if unit > 1 else _UNALIGNED,
         _expand_update_kernel,
         "*i64 *fp32 *fp32 *fp32 *fp32 i32",
-        constants={"UNIT": unit, "NESTEROV": nesterov, "BLOCK_E": MAX_ENTRIES},
+        constants={"UNIT": unit, "PRECISION": "ieee", "NESTEROV": nesterov, "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
         async_copies=unit > 1,
     )
@@ -186,7 +204,7 @@ def launch_expand_update_(
         for param, momentum, grad, a_NGPI, g_NGPO in zip(params, momenta, grads, a, g, strict=True)
     ]
     for (_, unit), indices in launches_of(keys):
-        chosen = _CONFIGS[unit, nesterov][config]
+        chosen = config_named(_CONFIGS[unit, nesterov], config)
         a_, g_ = [a[t] for t in indices], [g[t] for t in indices]
         sizes, (tile_o, tile_i) = sizes_of(a_, g_), (chosen.block("O"), chosen.block("I"))
         tiles = [size.groups * cdiv(size.outputs, tile_o) * cdiv(size.inputs, tile_i) for size in sizes]

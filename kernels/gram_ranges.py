@@ -20,11 +20,23 @@ from torch import Tensor
 
 from .pointer_table import TABLE, address, addresses, fields, number, table_of, to_device
 from .primitives import load_tile
-from .spec import TRITON_TYPES, all_configs, cdiv, configs_of, single_config, tiling, tl, triton
+from .spec import (
+    TRITON_TYPES,
+    all_configs,
+    cdiv,
+    config_named,
+    configs_of,
+    in_tf32x3,
+    single_config,
+    tiling,
+    tl,
+    triton,
+)
 
 WIDTH = 8  # the length of every range is a multiple of this: 8 entries are 16 bytes in half precision, one copy
 _PARTIAL_BYTES = 1 << 28  # the most memory that partial sums take at a time
 _PROGRAMS = 512  # this many programs fill a device
+_SUM_TILE = 32  # the second kernel adds tiles of this many samples squared
 _LEAST_CHUNK = 256  # with fewer columns, storing a work item's partial sum costs more than the parallelism saves
 
 
@@ -64,7 +76,8 @@ _ADDRESS, _STRIDE = fields(2)
 
 @triton.jit
 def _range_gram_kernel(
-    table_ptr, like_ptr, work_ptr, part_ptr, ENTRIES, N, stride_pn, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    table_ptr, like_ptr, work_ptr, part_ptr, ENTRIES, N, stride_pn,
+    SUM_TILE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """part[w] = X[:, left range] X[:, right range]ᵀ for one tile of the work item w, which is a `Range`."""
     item = tl.program_id(0).to(tl.int64)
@@ -72,7 +85,7 @@ def _range_gram_kernel(
     left = tl.load(work_ptr + item * 4 + 1)
     right = tl.load(work_ptr + item * 4 + 2)
     length = tl.load(work_ptr + item * 4 + 3).to(tl.int32)
-    if (left == right) & (tl.program_id(1) < tl.program_id(2)):
+    if (left == right) & (tl.program_id(1) * BLOCK_N // SUM_TILE < tl.program_id(2) * BLOCK_N // SUM_TILE):
         return  # the product is symmetric, and the second kernel reads only its lower tiles
     # All ranges are multiples of WIDTH. Without this hint the compiler would load one entry at a time.
     left, right, length = tl.multiple_of(left, 8), tl.multiple_of(right, 8), tl.multiple_of(length, 8)
@@ -84,7 +97,7 @@ def _range_gram_kernel(
     for start in range(0, length, BLOCK_K):
         x = load_tile(x_ptr + left, n, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         y = load_tile(x_ptr + right, m, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
-        total = tl.dot(x, tl.trans(y), total, input_precision="ieee")
+        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
     at = (item * N + n)[:, None] * stride_pn + m[None, :]
     # The padding is stored too, so that the length of every store is a multiple of 16 for any N.
     tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < stride_pn)[None, :])
@@ -131,15 +144,18 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, 
     tl.store(k_ptr + mirrored, tl.trans(total), mask=(m < N)[:, None] & (n < N)[None, :])
 
 
-# For float32, which no tensor cores multiply, and for half precision.
+# For float32, which no tensor cores multiply, and for half precision. The smaller tiles are for few samples.
 _FLOAT32 = {
     "default": tiling(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=3),
-    "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),  # for few samples, which fill a smaller tile
+    "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),
+    "smallest": tiling(BLOCK_N=16, BLOCK_K=64, num_warps=2, num_stages=4),
     "deep": tiling(BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=4),  # for many samples: a deeper pipeline
+    **in_tf32x3(BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),
 }
 _HALF = {
     "default": tiling(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     "small": tiling(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+    "smallest": tiling(BLOCK_N=16, BLOCK_K=128, num_warps=2, num_stages=4),
     "deep": tiling(BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=5),
 }
 _RANGE_GRAM = {
@@ -147,6 +163,7 @@ _RANGE_GRAM = {
         _FLOAT32 if dtype == torch.float32 else _HALF,
         kernel=_range_gram_kernel,
         types=f"*i64 {entries} *i64 *fp32 i32 i32 i32",
+        constants={"SUM_TILE": _SUM_TILE, "PRECISION": "ieee"},
         unaligned=("ENTRIES", "N"),
         async_copies=True,
     )
@@ -154,8 +171,10 @@ _RANGE_GRAM = {
 }
 # Every thread loads 16 bytes of a tile at a time; with fewer threads some versions of Triton spill.
 _SUM_PRODUCTS = single_config(
-    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=32, num_warps=8), unaligned=("N",)
+    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=_SUM_TILE, num_warps=8), unaligned=("N",)
 )
+# The default for at most this many samples: they would fill a small part of a larger tile, which takes as long as all.
+_AT_MOST = {16: "smallest", 32: "small"}
 PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, TABLE)
 
 
@@ -170,7 +189,9 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
         config: the name of the launch configuration.
     """
     (blocks, n, _), device = k_LNN.shape, k_LNN.device
-    range_gram = _RANGE_GRAM[matrices[0].dtype][config]
+    if config == "default":
+        config = next((name for most, name in _AT_MOST.items() if n <= most), config)
+    range_gram = config_named(_RANGE_GRAM[matrices[0].dtype], config)
     columns = {_ADDRESS: addresses(matrices), _STRIDE: [x.stride(0) // WIDTH for x in matrices]}
     table = table_of(columns, device)
     tiles, sum_tiles = cdiv(n, range_gram.block("N")), cdiv(n, _SUM_PRODUCTS.block("N"))

@@ -17,7 +17,7 @@ A small kernel writes the table; the numbers are arguments of its launch. So not
 graph can replay the write as long as the tensors keep their addresses. Tracing cannot follow an address. So an op with
 such a table is a `torch.library.custom_op`, which tracing does not enter; it declares the arguments that it changes.
 
-Dimensions: F fields, E entries, L Fisher blocks, N samples, P positions, S partial sums.
+Dimensions: F fields, E entries, L Fisher blocks, N samples, P positions, S slots.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
 
 
 # FIRST_TILE is where an entry's programs begin in the grid; every table of `launch_entries` begins with it. The other
-# fields are those of `add_partial_sums`: the index of the Fisher block; SLOTS, how many partial sums one sample and
-# position has; the numbers of samples and of positions; and FIRST_PART, where the entry's partial sums begin.
-FIRST_TILE, FISHER_BLOCK, SLOTS, SAMPLES, POSITIONS, FIRST_PART = fields(6)
+# fields are those of `add_partial_sums`: the index of the Fisher block; the numbers of samples and of positions; SLOTS,
+# how many partial sums each sample of the entry has; and FIRST_SLOT, how many slots the entries before it have.
+FIRST_TILE, FISHER_BLOCK, SAMPLES, POSITIONS, SLOTS, FIRST_SLOT = fields(6)
 AFTER_PARTIAL_SUMS = 6  # one more than the index of the last of these
 
 
@@ -125,28 +125,30 @@ def launch_entries(config: Config, tiles: Sequence[int], columns: Columns, dtype
 
 
 def add_partial_sums(
-    config: Config, slots: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor], y_LN: Tensor
+    config: Config, parts: Sequence[int], columns: Columns, dtype_examples: Sequence[Tensor], y_LN: Tensor
 ) -> None:
     """Launch a kernel that computes partial sums for some entries, and add them to the sums y_LN of Fisher blocks.
 
-    A slot is one partial sum for each sample and position, for example the sum over one tile of a weight.
+    A slot holds one partial sum for each sample, for example the sum over one tile of a weight.
 
     Args:
-        config: the kernel's launch configuration. Its grid is (slots of all entries, tiles of samples and positions).
-        slots: the number of slots of each entry.
+        config: the kernel's launch configuration. Its grid is (parts of all entries, tiles of samples and positions). A
+            part has one slot for each tile in which a sample may have positions (see `store_partial_sums`).
+        parts: into how many parts each entry divides its weight.
         columns: the kernel's own fields, and FISHER_BLOCK (ascending), SAMPLES and POSITIONS.
         dtype_examples: tensors of the dtypes that the table's addresses point to.
-        y_LN: the sums, changed in place; an entry with fewer than N samples adds to the first ones.
+        y_LN: the sums, changed in place; an entry with fewer than N samples adds zeros to the last ones.
     """
-    pairs = [n * p for n, p in zip(columns[SAMPLES], columns[POSITIONS], strict=True)]
-    sizes = [count * size for count, size in zip(slots, pairs, strict=True)]
-    own = {FIRST_TILE: starts(slots), SLOTS: slots, FIRST_PART: starts(sizes)}
+    positions, tile = columns[POSITIONS], config.block("R")
+    slots = [count * (1 + cdiv(p - 1, tile)) for count, p in zip(parts, positions, strict=True)]
+    own = {FIRST_TILE: starts(parts), SLOTS: slots, FIRST_SLOT: starts(slots)}
     table = table_of({**own, **columns}, y_LN.device)
-    part_S = torch.empty(sum(sizes), dtype=torch.float32, device=y_LN.device)
-    config.start((sum(slots), cdiv(max(pairs), config.block("R"))), table, *dtype_examples, part_S, len(slots))
     blocks, length = y_LN.shape
+    width = 16 * cdiv(length, 16)  # partial sums are then loaded 16 bytes at a time for any N
+    part_SN = torch.empty(sum(slots), width, dtype=torch.float32, device=y_LN.device)
+    config.start((sum(parts), cdiv(width * max(positions), tile)), table, *dtype_examples, part_SN, len(parts), width)
     grid = (blocks, cdiv(length, ADD_PARTIAL_SUMS.block("N")))
-    ADD_PARTIAL_SUMS.start(grid, table, part_S, y_LN, len(slots), length)
+    ADD_PARTIAL_SUMS.start(grid, table, part_SN, y_LN, len(parts), length, width)
 
 
 def launches_of(
@@ -199,33 +201,54 @@ def entry_at(table_ptr, tile, ENTRIES, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
+def store_partial_sums(table_ptr, part_ptr, sums, part, entry, tile, ENTRIES, WIDTH, BLOCK_R: tl.constexpr):
+    """Add the sums of one part of an entry over the positions of each sample, and store them in the part's slots.
+
+    ``sums`` has one number for each of BLOCK_R pairs of a sample and a position, numbered through all samples; ``tile``
+    is the index of these pairs among all. The pairs of one sample may begin in one tile and end in a later one, so that
+    a part has a slot for each tile that they may reach. A slot that they do not reach gets zero.
+    """
+    P = number(table_ptr, POSITIONS, entry, ENTRIES)
+    slots = 1 + tl.cdiv(P - 1, BLOCK_R)
+    pair = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = tile * BLOCK_R // P + tl.arange(0, BLOCK_R)  # the samples that may have pairs in the tile
+    sums = tl.sum(tl.where((pair // P)[:, None] == n[None, :], sums[:, None], 0.0), 0)
+    slot = tile - n * P // BLOCK_R
+    at = (number(table_ptr, FIRST_SLOT, entry, ENTRIES) + part * slots + slot).to(tl.int64) * WIDTH + n
+    inside = (n < WIDTH) & (n * P < (tile + 1) * BLOCK_R)
+    tl.store(part_ptr + at, sums, mask=inside)
+    is_last = (n + 1) * P <= (tile + 1) * BLOCK_R
+    tl.store(part_ptr + at + WIDTH, tl.zeros((BLOCK_R,), tl.float32), mask=inside & is_last & (slot + 1 < slots))
+
+
+@triton.jit
 def _add_partial_sums_kernel(
-    table_ptr, part_ptr, y_ptr, ENTRIES, LENGTH, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr
+    table_ptr, part_ptr, y_ptr, ENTRIES, LENGTH, WIDTH,
+    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """y[block, n] += Σ over the entries of that Fisher block, their slots and their positions, in this order."""
+    """y[block, n] += Σ over the slots of that Fisher block's entries, which follow one another, in a fixed order."""
     block = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     index = tl.arange(0, BLOCK_E)
     blocks = tl.load(table_ptr + ENTRIES * FISHER_BLOCK + index, mask=index < ENTRIES, other=-1)
-    first = tl.min(tl.where(blocks == block, index, BLOCK_E), 0)
-    end = tl.max(tl.where(blocks == block, index + 1, 0), 0)
+    starts = tl.load(table_ptr + ENTRIES * FIRST_SLOT + index, mask=index < ENTRIES, other=0)
+    counts = tl.load(table_ptr + ENTRIES * SLOTS + index, mask=index < ENTRIES, other=0)
+    begin = tl.min(tl.where(blocks == block, starts, 1 << 40), 0)
+    end = tl.max(tl.where(blocks == block, starts + counts, 0), 0)
     at = block.to(tl.int64) * LENGTH + n
-    total = tl.load(y_ptr + at, mask=n < LENGTH, other=0.0)
-    for entry in range(first, end):
-        slots = number(table_ptr, SLOTS, entry, ENTRIES)
-        samples = number(table_ptr, SAMPLES, entry, ENTRIES)
-        positions = number(table_ptr, POSITIONS, entry, ENTRIES)
-        entry_ptr = part_ptr + tl.load(table_ptr + ENTRIES * FIRST_PART + entry) + n.to(tl.int64) * positions
-        for _slot in range(0, slots):
-            for p in range(0, positions):
-                total += tl.load(entry_ptr + p, mask=n < samples, other=0.0)
-            entry_ptr += samples.to(tl.int64) * positions
-    tl.store(y_ptr + at, total, mask=n < LENGTH)
+    before = tl.load(y_ptr + at, mask=n < LENGTH, other=0.0)
+    total = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+    for first in tl.range(begin, end, BLOCK_S, num_stages=4):  # three blocks of slots are on their way at a time
+        slot = first + tl.arange(0, BLOCK_S)
+        inside = (slot < end)[:, None] & (n < WIDTH)[None, :]
+        total += tl.load(part_ptr + slot[:, None] * WIDTH + n[None, :], mask=inside, other=0.0)
+    tl.store(y_ptr + at, before + tl.sum(total, 0), mask=n < LENGTH)
 
 
 ADD_PARTIAL_SUMS = single_config(
     _add_partial_sums_kernel,
-    "*i64 *fp32 *fp32 i32 i32",
-    tiling(BLOCK_E=MAX_ENTRIES, BLOCK_N=32),
+    "*i64 *fp32 *fp32 i32 i32 i32",
+    tiling(BLOCK_E=MAX_ENTRIES, BLOCK_S=64, BLOCK_N=32),
     unaligned=("ENTRIES", "LENGTH"),
+    async_copies=True,
 )

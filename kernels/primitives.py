@@ -21,7 +21,7 @@ def load_tile(ptr, row, col, stride_row, ROWS, COLS):
 def weighted_outer(
     a_ptr, g_ptr, w_ptr, group, o, i, N, P, INPUTS, OUTPUTS,
     stride_an, stride_ag, stride_ap, stride_gn, stride_gg, stride_gp,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """Return Σ_np w_n g_np[o] a_np[i] of one group."""
     a_ptr += group * stride_ag
@@ -37,7 +37,7 @@ def weighted_outer(
         a = tl.load(a_ptr + a_at, mask=inside & (i < INPUTS)[None, :], other=0.0)
         g = tl.load(g_ptr + g_at, mask=inside & (o < OUTPUTS)[None, :], other=0.0)
         w = tl.load(w_ptr + n, mask=r < N * P, other=0.0)
-        total = tl.dot(tl.trans(g * w[:, None]), a, total, input_precision="ieee")
+        total = tl.dot(tl.trans(g * w[:, None]), a, total, input_precision=PRECISION)
     return total
 
 

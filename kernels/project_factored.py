@@ -21,11 +21,10 @@ from torch import Tensor
 
 from . import cpu, reference
 from .dispatch import define_op, dispatch, last_contiguous, widen, zeros
-from .factors import FACTOR_UNITS, example_layers, expect_view, product_flops, sizes_of, unit_of, view_offsets
+from .factors import FACTOR_UNITS, example_factors, example_layers, expect_view, product_flops, sizes_of, unit_of
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
     AFTER_PARTIAL_SUMS,
-    FIRST_PART,
     FIRST_TILE,
     FISHER_BLOCK,
     MAX_ENTRIES,
@@ -39,18 +38,31 @@ from .pointer_table import (
     fields,
     launches_of,
     number,
+    store_partial_sums,
     strided,
     strides,
 )
-from .spec import FLOATING, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
-from .update import example_param_dtype
+from .spec import (
+    FLOATING,
+    KernelSpec,
+    all_configs,
+    cdiv,
+    config_named,
+    configs_of,
+    in_tf32x3,
+    nbytes,
+    tiling,
+    tl,
+    triton,
+)
+from .update import example_param_dtype, example_parameters
 
 (
     _A, _G, _V,  # addresses of the factors and of V
-    _CHANNELS,  # inputs of a tap
     _INPUTS, _OUTPUTS,  # inputs (of all taps) and outputs of a group, in units of UNIT elements
-    _A_STRIDES, _G_STRIDES, _V_STRIDES,  # of the first three dimensions, in units of UNIT elements
-) = fields(6, strides=3, after=AFTER_PARTIAL_SUMS)  # fmt: skip
+    _V_STRIDE,  # between the outputs of V, in units of UNIT elements
+    _A_STRIDES, _G_STRIDES,  # of the first three dimensions, in units of UNIT elements
+) = fields(6, strides=2, after=AFTER_PARTIAL_SUMS)  # fmt: skip
 
 
 @define_op(fake=lambda a, g, v, blocks, shape, *_: zeros(a[0], *shape))
@@ -83,42 +95,44 @@ def project(
 
 @triton.jit
 def _project_kernel(
-    table_ptr, like_ptr, part_ptr, ENTRIES, UNIT: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
+    table_ptr, like_ptr, part_ptr, ENTRIES, WIDTH, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """part[slot, (n, p)] = Σ_o g[o] (V a)[o] over one tile of outputs, a chunk of inputs and one group of a weight.
+    """Σ_p g_npᵀ V a_np over one tile of outputs, a chunk of inputs and one group of a weight, for BLOCK_R pairs (n, p).
 
-    If UNIT is not 1, each output's part of V is contiguous.
+    The pairs are those of WIDTH samples; beyond those that the weight has, the sums are zero.
     """
     entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_E)
     N, P = number(table_ptr, SAMPLES, entry, ENTRIES), number(table_ptr, POSITIONS, entry, ENTRIES)
-    if tl.program_id(1) * BLOCK_R < N * P:
-        slot = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
-        CHANNELS = number(table_ptr, _CHANNELS, entry, ENTRIES)
-        INPUTS = number(table_ptr, _INPUTS, entry, ENTRIES) * UNIT
-        OUTPUTS = number(table_ptr, _OUTPUTS, entry, ENTRIES) * UNIT
-        tiles = tl.cdiv(OUTPUTS, BLOCK_O)
-        chunks = tl.cdiv(INPUTS, CHUNK)
-        o = slot % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-        chunk = slot // tiles % chunks
-        group = slot // tiles // chunks
-        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        inside = r < N * P
-        a_ptr = address(table_ptr, _A, entry, ENTRIES, like_ptr, UNIT)
-        g_ptr = address(table_ptr, _G, entry, ENTRIES, like_ptr, UNIT)
-        v_ptr = address(table_ptr, _V, entry, ENTRIES, like_ptr, UNIT)
-        a_ptr += strided(table_ptr, _A_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
-        g_ptr += strided(table_ptr, _G_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
-        total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-        for start in range(0, CHUNK, BLOCK_I):
-            i = chunk * CHUNK + start + tl.arange(0, BLOCK_I)
-            a = tl.load(a_ptr + i[None, :], mask=inside[:, None] & (i < INPUTS)[None, :], other=0.0)
-            v_at = view_offsets(table_ptr, _V_STRIDES, entry, ENTRIES, group * OUTPUTS + o, i, CHANNELS, UNIT)
-            v = tl.load(v_ptr + v_at, mask=(o < OUTPUTS)[:, None] & (i < INPUTS)[None, :], other=0.0)
-            total = tl.dot(a, tl.trans(v), total, input_precision="ieee")
-        g = tl.load(g_ptr + o[None, :], mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0.0)
-        first = tl.load(table_ptr + ENTRIES * FIRST_PART + entry) + slot.to(tl.int64) * (N * P)
-        tl.store(part_ptr + first + r, tl.sum(total * g, 1), mask=inside)
+    if tl.program_id(1) * BLOCK_R >= WIDTH * P:
+        return
+    part = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
+    INPUTS = number(table_ptr, _INPUTS, entry, ENTRIES) * UNIT
+    OUTPUTS = number(table_ptr, _OUTPUTS, entry, ENTRIES) * UNIT
+    tiles = tl.cdiv(OUTPUTS, BLOCK_O)
+    chunks = tl.cdiv(INPUTS, CHUNK)
+    o = part % tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    chunk = part // tiles % chunks
+    group = part // tiles // chunks
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.where(tl.program_id(1) * BLOCK_R < N * P, tl.minimum(INPUTS - chunk * CHUNK, CHUNK), 0)
+    a_ptr = address(table_ptr, _A, entry, ENTRIES, like_ptr, UNIT) + chunk * CHUNK
+    v_ptr = address(table_ptr, _V, entry, ENTRIES, like_ptr, UNIT) + chunk * CHUNK
+    # Beyond the last pair and the last output these read the last one again; below, g is zero there.
+    pair, output = tl.minimum(r, N * P - 1), group * OUTPUTS + tl.minimum(o, OUTPUTS - 1)
+    a_ptr += strided(table_ptr, _A_STRIDES, entry, ENTRIES, pair // P, group, pair % P)[:, None] * UNIT
+    v_ptr += output.to(tl.int64)[:, None] * (number(table_ptr, _V_STRIDE, entry, ENTRIES) * UNIT)
+    total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    for start in range(0, columns, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        a = tl.load(a_ptr + i[None, :], mask=(i < columns)[None, :], other=0.0)
+        v = tl.load(v_ptr + i[None, :], mask=(i < columns)[None, :], other=0.0)
+        total = tl.dot(a, tl.trans(v), total, input_precision=PRECISION)
+    g_ptr = address(table_ptr, _G, entry, ENTRIES, like_ptr, UNIT)
+    g_ptr += strided(table_ptr, _G_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
+    g = tl.load(g_ptr + o[None, :], mask=(r < N * P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
+    sums = tl.sum(total * g, 1)
+    store_partial_sums(table_ptr, part_ptr, sums, part, entry, tl.program_id(1), ENTRIES, WIDTH, BLOCK_R)
 
 
 _TILINGS = {
@@ -128,12 +142,13 @@ _TILINGS = {
     # For many samples: 128 of them share each read of V.
     "large": tiling(BLOCK_R=128, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=8, num_stages=2),
 }
+_TF32X3 = in_tf32x3(BLOCK_R=64, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=4, num_stages=3)
 _CONFIGS = {
     unit: configs_of(
-        _TILINGS,
+        _TILINGS | _TF32X3 if unit > 1 else _TILINGS,
         _project_kernel,
-        "*i64 *fp32 *fp32 i32",
-        constants={"UNIT": unit, "BLOCK_E": MAX_ENTRIES},
+        "*i64 *fp32 *fp32 i32 i32",
+        constants={"UNIT": unit, "PRECISION": "ieee", "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
         async_copies=unit > 1,
     )
@@ -147,14 +162,15 @@ def launch_project(
 ) -> Tensor:
     """Launch the kernels of `project`."""
     a, g = ([last_contiguous(widen(x)) for x in factors] for factors in (a, g))
-    v = [widen(v_OTI) for v_OTI in v]
+    # In another order than that of the inputs, every entry of V would be a read of its own, by each tile of samples.
+    v = [last_contiguous(widen(v_OTI).reshape(len(v_OTI), 1, -1)) for v_OTI in v]
     y_LN = zeros(a[0], *shape)
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
     for unit, indices in launches_of(units, order=blocks):
-        chosen = _CONFIGS[unit][config]
+        chosen = config_named(_CONFIGS[unit], config)
         a_, g_, v_ = ([x[t] for t in indices] for x in (a, g, v))
         sizes, chunk = sizes_of(a_, g_), int(chosen.constants["CHUNK"])
-        slots = [size.groups * cdiv(size.outputs, chosen.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
+        parts = [size.groups * cdiv(size.outputs, chosen.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
         columns = {
             FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [size.samples for size in sizes],
@@ -162,20 +178,27 @@ def launch_project(
             _A: addresses(a_),
             _G: addresses(g_),
             _V: addresses(v_),
-            _CHANNELS: [v_OTI.shape[2] for v_OTI in v_],
             _INPUTS: [size.inputs // unit for size in sizes],
             _OUTPUTS: [size.outputs // unit for size in sizes],
+            _V_STRIDE: [v_OTI.stride(0) // unit for v_OTI in v_],
             **strides(_A_STRIDES, a_, unit),
             **strides(_G_STRIDES, g_, unit),
-            **strides(_V_STRIDES, v_, unit),
         }
-        add_partial_sums(chosen, slots, columns, a_[:1], y_LN)
+        add_partial_sums(chosen, parts, columns, a_[:1], y_LN)
     return y_LN
 
 
 def _example(dtype: torch.dtype, device: torch.device, half: bool) -> tuple[object, ...]:
     layers, views = example_layers(dtype, device, example_param_dtype(dtype, half))
     return *layers, views[2], [1, 1, 0], [2, 150]
+
+
+def _positions_example(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+    """Return layers of one block whose samples begin and end within tiles, or cover several; one has fewer samples."""
+    shapes = ((3, 1, 150, 20, 12), (5, 2, 21, 7, 5))
+    a, g = zip(*(example_factors(dtype, device, shape) for shape in shapes), strict=True)
+    v = [example_parameters(groups * outputs, 1, inputs, device)[0] for _, groups, _, inputs, outputs in shapes]
+    return list(a), list(g), v, [1, 1], [2, 5]
 
 
 SPECS = (
@@ -187,6 +210,7 @@ SPECS = (
         examples={
             "three layers": partial(_example, half=False),
             "half-precision parameters": partial(_example, half=True),
+            "many positions": _positions_example,
         },
         flops=lambda a, g, *_: product_flops(a, g),
         bytes=lambda a, g, v, blocks, shape: nbytes(*a, *g, *v) + 4 * shape[0] * shape[1],

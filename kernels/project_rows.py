@@ -21,7 +21,7 @@ from .dispatch import define_op, dispatch, expect, last_contiguous, zeros
 from .pointer_table import (
     ADD_PARTIAL_SUMS,
     AFTER_PARTIAL_SUMS,
-    FIRST_PART,
+    FIRST_SLOT,
     FIRST_TILE,
     FISHER_BLOCK,
     MAX_ENTRIES,
@@ -81,13 +81,13 @@ def project_rows(
 
 @triton.jit
 def _project_rows_kernel(
-    table_ptr, like_j_ptr, like_v_ptr, part_ptr, ENTRIES,
+    table_ptr, like_j_ptr, like_v_ptr, part_ptr, ENTRIES, WIDTH,
     UNIT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """part[chunk, n] = ⟨J_n, v⟩ over a chunk of one weight's columns, for BLOCK_R samples."""
+    """⟨J_n, v⟩ over a chunk of one weight's columns, for BLOCK_R of WIDTH samples; zero beyond the rows of J."""
     entry = entry_at(table_ptr, tl.program_id(0), ENTRIES, BLOCK_E)
     N = number(table_ptr, SAMPLES, entry, ENTRIES)
-    if tl.program_id(1) * BLOCK_R < N:
+    if tl.program_id(1) * BLOCK_R < WIDTH:
         chunk = tl.program_id(0) - number(table_ptr, FIRST_TILE, entry, ENTRIES)
         j_ptr = address(table_ptr, _J, entry, ENTRIES, like_j_ptr, UNIT)
         v_ptr = address(table_ptr, _V, entry, ENTRIES, like_v_ptr, 1)
@@ -100,15 +100,16 @@ def _project_rows_kernel(
         n = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         j_ptr += n.to(tl.int64)[:, None] * stride_jn
         total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for start in range(0, CHUNK, BLOCK_K):
+        columns = tl.minimum(CHUNK, K - chunk * CHUNK)
+        for start in range(0, tl.where(tl.program_id(1) * BLOCK_R < N, columns, 0), BLOCK_K):
             col = chunk * CHUNK + start + tl.arange(0, BLOCK_K)
             o, tap, i = output_tap_input(col, TAPS, INPUTS)
             at = o * stride_vo + tap * stride_vk + i * stride_vi
             v = tl.load(v_ptr + at, mask=col < K, other=0.0).to(tl.float32)
             j = tl.load(j_ptr + col[None, :], mask=(n < N)[:, None] & (col < K)[None, :], other=0.0)
             total += j.to(tl.float32) * v[None, :]
-        first = tl.load(table_ptr + ENTRIES * FIRST_PART + entry) + chunk.to(tl.int64) * N
-        tl.store(part_ptr + first + n, tl.sum(total, 1), mask=n < N)
+        slot = number(table_ptr, FIRST_SLOT, entry, ENTRIES) + chunk
+        tl.store(part_ptr + slot.to(tl.int64) * WIDTH + n, tl.sum(total, 1), mask=n < WIDTH)
 
 
 _TILINGS = {
@@ -119,7 +120,7 @@ _CONFIGS = {
     (dtype, unit): configs_of(
         _TILINGS,
         _project_rows_kernel,
-        f"*i64 {entries} *fp32 *fp32 i32",
+        f"*i64 {entries} *fp32 *fp32 i32 i32",
         constants={"UNIT": unit, "BLOCK_E": MAX_ENTRIES},
         unaligned=("ENTRIES",),
     )

@@ -28,12 +28,18 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 triton: Any = importlib.import_module("triton") if HAS_TRITON else _Absent()
 tl: Any = importlib.import_module("triton.language") if HAS_TRITON else _Absent()
 
-Constants = Mapping[str, int | bool]
+Constants = Mapping[str, int | bool | str]
 Example = Callable[[torch.dtype, torch.device], tuple[Any, ...]]
 
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 FLOATING = tuple(TRITON_TYPES)
 """The dtypes that most kernels accept."""
+
+TF32X3 = "tf32x3"
+"""The name of launch configurations in which tensor cores multiply float32: three products of two parts in TF32.
+
+Its error is that of float32, about 1e-6 of the factors' norms. In bfloat16, three products have ten times that.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Config:
         num_warps: warps of a program.
         num_stages: stages of the software pipeline.
         async_copies: whether the loads must compile to asynchronous copies of 16 bytes on CUDA.
-        name: the value of the op's ``config`` argument that selects it.
+        name: the value of the op's ``config`` argument that selects it. `TF32X3` is the one whose matrix products
+            are not those of float32.
     """
 
     kernel: Any
@@ -62,6 +69,11 @@ class Config:
     num_stages: int
     async_copies: bool
     name: str
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Return for which of Triton's backends it compiles: AMD's has no TF32 products in three parts."""
+        return ("cuda",) if self.name == TF32X3 else ("cuda", "hip")
 
     def block(self, dimension: str) -> int:
         """Return BLOCK_<dimension>: how many entries of a dimension one program covers."""
@@ -124,9 +136,22 @@ def configs_of(
     }
 
 
-def single_config(kernel: Any, types: str, chosen: Tiling, unaligned: Sequence[str] = ()) -> Config:
+def single_config(
+    kernel: Any, types: str, chosen: Tiling, unaligned: Sequence[str] = (), async_copies: bool = False
+) -> Config:
     """Return the only launch configuration of a kernel; its name is ``"default"``."""
-    return configs_of({"default": chosen}, kernel, types, unaligned=unaligned)["default"]
+    configs = configs_of({"default": chosen}, kernel, types, unaligned=unaligned, async_copies=async_copies)
+    return configs["default"]
+
+
+def config_named(configs: Mapping[str, Config], name: str) -> Config:
+    """Return the configuration of this name, or the default one for a variant of the kernel that has none."""
+    return configs.get(name, configs["default"])
+
+
+def in_tf32x3(num_warps: int, num_stages: int, **sizes: int) -> dict[str, Tiling]:
+    """Return the tiling of the configuration `TF32X3`, by its name."""
+    return {TF32X3: Tiling({**sizes, "PRECISION": TF32X3}, num_warps, num_stages)}
 
 
 def all_configs(*tables: Mapping[Any, Mapping[str, Config]]) -> tuple[Config, ...]:
@@ -167,7 +192,12 @@ class KernelSpec:
     @property
     def config_names(self) -> tuple[str, ...]:
         """Return the values of ``config`` other than the default, from which the tuner chooses."""
-        return tuple(dict.fromkeys(config.name for config in self.configs if config.name != "default"))
+        return self.names_for("cuda")
+
+    def names_for(self, backend: str) -> tuple[str, ...]:
+        """Return those of `config_names` that one of Triton's backends, ``"cuda"`` or ``"hip"``, can compile."""
+        names = (config.name for config in self.configs if config.name != "default" and backend in config.backends)
+        return tuple(dict.fromkeys(names))
 
 
 def nbytes(*tensors: Tensor) -> int:

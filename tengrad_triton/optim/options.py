@@ -16,6 +16,7 @@ from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likeli
 from tengrad_triton.optim.validation import check_bound, check_choice, check_count, is_number
 from tengrad_triton.tuning.plan import Plan
 from tengrad_triton.tuning.plan_file import load
+from tengrad_triton.tuning.precision import within_damping
 
 Unsupported = Literal["explicit", "sgd", "error"]
 RepresentationChoice = Literal["auto"] | Representation | Mapping[str, Representation]
@@ -41,10 +42,14 @@ class Options:
     trust_region: float | None
     relative_damping: bool
 
-    def choose(self, geometries: Mapping[str, Geometry], refresh_every: int) -> dict[str, Choice]:
-        """Return every weight's choice: by the user if given, else by the plan, else by the cost model."""
+    def choose(self, geometries: Mapping[str, Geometry], refresh_every: int, damping: float) -> dict[str, Choice]:
+        """Return every weight's choice: by the user if given, else by the plan, else by the cost model.
+
+        ``damping`` is the least one of all weights.
+        """
         given = None if self.representation == "auto" else self.representation
         choices = self.plan.choose(geometries, given, refresh_every, self.max_bytes)
+        choices = within_damping(choices, damping, self.relative_damping)
         if self.history == 1:
             return choices
         # A plan may choose a compressed J, which has lost the rows that a history needs.

@@ -254,13 +254,15 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         """Return the curvature of the batches since the last step."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else self._present_interval()
+        self._follow_schedules()
+        damping = min(group["damping"] for group in self.param_groups)
         options = RefreshOptions(
             fisher_rows=o.fisher_rows,
             history=o.history,
             tol=o.tol,
             relative_damping=o.relative_damping,
             release_calls=self._release_calls,
-            choose=partial(o.choose, refresh_every=steps),
+            choose=partial(o.choose, refresh_every=steps, damping=damping),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers),
             damping_of=self._damping_of,
             ops_for=self._ops_for,

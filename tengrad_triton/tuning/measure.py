@@ -7,7 +7,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels
+from tengrad_triton.kernels.spec import TF32X3
+from tengrad_triton.tuning.precision import TF32X3_ERROR
 
 
 def kernel_seconds(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:
@@ -54,27 +57,44 @@ def median_seconds(call: Callable[[], Any], seconds: float, on_gpu: bool) -> flo
 def _exact_configurations(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
     """Return the op in each launch configuration whose error is at most twice PyTorch's, both against float64.
 
-    Any other configuration is dropped with a warning. So is one that does not compile, or that needs more shared memory
+    In the configuration `TF32X3` it may be `TF32X3_ERROR`, for which `within_damping` allows. Any other configuration
+    is dropped with a warning. So is one that does not compile, or that needs more shared memory
     or registers than the device has.
     """
     op, error = getattr(kernels, spec.name), _error_of(spec, args)
-    allowed, passed = 2 * error(spec.torch_impl), {}
-    for name, call in {"triton": op, **{name: partial(op, config=name) for name in spec.config_names}}.items():
+    of_torch, passed = error(spec.torch_impl), {}
+    backend = "hip" if torch.version.hip else "cuda"
+    for name, call in {"triton": op, **{name: partial(op, config=name) for name in spec.names_for(backend)}}.items():
         try:
-            found = error(call)
+            with _new_memory_is_nan():
+                found = error(call)
         except Exception as failure:  # the errors of a compiler have no common base class
             reason = str(failure).partition("\n")[0]
             warnings.warn(f"{spec.name} ({name}) is dropped: {reason}", stacklevel=6)
             continue
-        if found <= allowed:
+        if found <= 2 * of_torch or (name == TF32X3 and found <= TF32X3_ERROR):
             passed[name] = call
         else:
             warnings.warn(f"{spec.name} ({name}) is dropped: its error is more than twice PyTorch's", stacklevel=6)
     return passed
 
 
+@contextmanager
+def _new_memory_is_nan() -> Iterator[None]:
+    """Fill uninitialized memory with NaN: a kernel that stores nothing would else find an earlier kernel's results."""
+    before, only_warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
+
+
 def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Callable[..., Any]], float]:
-    """Return a function from an implementation to its error against PyTorch in float64.
+    """Return a function from an implementation to its error, as a share of the result of PyTorch in float64.
 
     The op's definition is not the reference here, because it would form the explicit rows of large layers.
     """
@@ -88,9 +108,14 @@ def _error_of(spec: kernels.KernelSpec, args: tuple[Any, ...]) -> Callable[[Call
 
     def error(function: Callable[..., Any]) -> float:
         found = outputs(function, args)
-        return math.hypot(*((x.double() - truth).norm().item() for x, truth in zip(found, exact, strict=True)))
+        differences = [x.double() - truth for x, truth in zip(found, exact, strict=True)]
+        return _norm(differences) / _norm(exact)
 
     return error
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(x.norm().item() for x in tensors))
 
 
 def _in_float64(tensor: Tensor) -> Tensor:
