@@ -101,10 +101,14 @@ def load(folder: Path) -> list[Device]:
 
 
 def _documents(place: Path) -> dict[str, dict[str, Any]]:
-    """Return the result files of one machine, by suite. A summary has the commit if git could not be asked."""
+    """Return the result files of one machine, by suite; none for a folder of other files, such as machine code.
+
+    A summary has the commit if git could not be asked.
+    """
     files = [file for file in sorted(place.glob("*.json")) if file.stat().st_size]  # an interrupted suite's is empty
     read = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
     commit = read.pop("summary", {}).get("commit")
+    read = {suite: document for suite, document in read.items() if "machine_info" in document}
     for document in read.values():
         document["machine_info"]["commit"] = document["machine_info"]["commit"] or commit
     return {document["suite"]: document for document in read.values()}
