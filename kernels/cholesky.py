@@ -71,6 +71,7 @@ def _eliminate(tile, BLOCK: tl.constexpr):
     row = tl.arange(0, BLOCK)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     eliminated = tl.zeros((BLOCK, BLOCK), tl.float32)
+    pivots = tl.zeros((BLOCK,), tl.float32)
     for j in range(BLOCK):
         packed = tile - eliminated
         below = tl.sum(tl.where(col == j, packed, 0.0), 1)[:, None]
@@ -78,15 +79,17 @@ def _eliminate(tile, BLOCK: tl.constexpr):
         # One reduction gives every column the pivot, and its own entry in line j.
         across, pivot = tl.reduce((tl.where(row == j, packed, 0.0), tl.where(row == j, everywhere, 0.0)), 0, _add_pair)
         scaled = tl.div_rn(tl.where(col == j, 1.0, across[None, :]), pivot[None, :])
+        pivots = tl.where(tl.arange(0, BLOCK) == j, pivot, pivots)
         # The eliminated column becomes a column of the inverse.
         begins = (row > j) & (col == j)
         tile = tl.where(begins, 0.0, tile)
         eliminated = tl.where(begins, 0.0, eliminated) + tl.where(row > j, below, 0.0) * scaled
     packed = tile - eliminated
-    pivots = tl.sum(tl.where(row == col, packed, 0.0), 1)
     root = tl.sqrt_rn(pivots)[:, None]
-    lower = tl.trans(tl.div_rn(tl.where(row <= col, packed, 0.0), root))
-    inverse = tl.div_rn(tl.where(row > col, packed, tl.where(row == col, 1.0, 0.0)), root)
+    # One division serves both results: a second one needs registers that Triton 3.8 spills.
+    quotient = tl.div_rn(tl.where(row == col, 1.0, packed), root)
+    lower = tl.trans(tl.where(row < col, quotient, tl.where(row == col, root, 0.0)))
+    inverse = tl.where(row >= col, quotient, 0.0)
     return lower, inverse, pivots
 
 

@@ -26,7 +26,7 @@ from .pointer_table import (
     number,
     strided,
 )
-from .primitives import update_entries, weighted_rows
+from .primitives import output_tap_input, update_entries, weighted_rows
 from .project_rows import ROW_UNITS, example_rows, unit_of_rows
 from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
 from .update import (
@@ -123,11 +123,9 @@ def _expand_rows_update_kernel(
     stride_jn = number(table_ptr, _ROW_STRIDE, entry, ENTRIES) * UNIT
     K = number(table_ptr, _COLUMNS, entry, ENTRIES) * UNIT
     TAPS, INPUTS = number(table_ptr, _TAPS, entry, ENTRIES), number(table_ptr, _INPUTS, entry, ENTRIES)
-    col = tile.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    col = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     expanded = weighted_rows(j_ptr, w_ptr, col, N, K, stride_jn, BLOCK_N, BLOCK_K)
-    o = col // INPUTS // TAPS
-    tap = col // INPUTS % TAPS
-    i = col % INPUTS
+    o, tap, i = output_tap_input(col, TAPS, INPUTS)
     update_entries(
         param_ptr, momentum_ptr, grad_ptr,
         strided(table_ptr, PARAM_STRIDES, entry, ENTRIES, o, tap, i),

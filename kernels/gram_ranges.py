@@ -169,8 +169,9 @@ _RANGE_GRAM = {
     )
     for dtype, entries in TRITON_TYPES.items()
 }
+# Every thread loads 16 bytes of a tile at a time; with fewer threads some versions of Triton spill.
 _SUM_PRODUCTS = single_config(
-    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=_SUM_TILE), unaligned=("N",)
+    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=_SUM_TILE, num_warps=8), unaligned=("N",)
 )
 # The default for at most this many samples: they would fill a small part of a larger tile, which takes as long as all.
 _AT_MOST = {16: "smallest", 32: "small"}

@@ -55,6 +55,15 @@ def weighted_rows(j_ptr, w_ptr, col, N, K, stride_jn, BLOCK_N: tl.constexpr, BLO
 
 
 @triton.jit
+def output_tap_input(col, TAPS, INPUTS):
+    """Return the indices [o, t, i] of a column of J in a parameter's view [O, T, I]."""
+    row_of_inputs = col // INPUTS
+    o = row_of_inputs // TAPS
+    # Two divisions are enough: with the instructions of four, Triton 3.6 spills.
+    return o, row_of_inputs - o * TAPS, col - row_of_inputs * INPUTS
+
+
+@triton.jit
 def update_entries(
     param_ptr, momentum_ptr, grad_ptr, param_at, momentum_at, grad_at, inside, expanded, damping_ptr, settings_ptr,
     NESTEROV: tl.constexpr,

@@ -42,6 +42,7 @@ from .pointer_table import (
     number,
     strides,
 )
+from .primitives import output_tap_input
 from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, normal, tiling, tl, triton
 from .update import example_param_dtype, example_parameters
 
@@ -111,7 +112,8 @@ def _project_rows_kernel(
         columns = tl.minimum(CHUNK, K - chunk * CHUNK)
         for start in range(0, tl.where(tl.program_id(1) * BLOCK_R < N, columns, 0), BLOCK_K):
             col = chunk * CHUNK + start + tl.arange(0, BLOCK_K)
-            at = col // INPUTS // TAPS * stride_vo + col // INPUTS % TAPS * stride_vk + col % INPUTS * stride_vi
+            o, tap, i = output_tap_input(col, TAPS, INPUTS)
+            at = o * stride_vo + tap * stride_vk + i * stride_vi
             v = tl.load(v_ptr + at, mask=col < K, other=0.0).to(tl.float32)
             j = tl.load(j_ptr + col[None, :], mask=(n < N)[:, None] & (col < K)[None, :], other=0.0)
             total += j.to(tl.float32) * v[None, :]

@@ -10,5 +10,5 @@
     steps, optimizers, memory, scaling  the cases of each suite
     selection, suites, record           which cases run on which machine, and their result files
     results, targets, figures, report   the page
-    gpu/                                a command of its own
+    gpu/, host/, machine_code/          commands of their own
 """

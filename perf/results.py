@@ -108,7 +108,7 @@ def load(folder: Path) -> list[Device]:
 
 
 def _documents(place: Path) -> dict[str, dict[str, Any]]:
-    """Return the result files of one machine, by suite."""
+    """Return the result files of one machine, by suite; none for a folder of other files, such as machine code."""
     files = [file for file in sorted(place.glob("*.json")) if file.stat().st_size]  # an interrupted suite's is empty
     read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return {document["suite"]: document for document in read}
+    return {document["suite"]: document for document in read if "machine_info" in document}

@@ -6,7 +6,6 @@ As a program this file traces the ops; a process of its own does that, because i
 import contextlib
 import functools
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,31 +23,30 @@ if not kernels.spec.HAS_TRITON or os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("needs Triton's compiler", allow_module_level=True)
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from perf.machine_code.compiler import compile_config, resources_of, target_of
+from perf.machine_code.configurations import configurations, name_of
+from perf.machine_code.gpus import ARCHITECTURES
+from perf.machine_code.resources import faults
 
 SPECS = kernels.SPECS
 TF32X3 = kernels.spec.TF32X3
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-CUDA = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
-HIP = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {**kernels.spec.TRITON_TYPES, torch.int64: "*i64", torch.int32: "*i32"}
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}  # bytes that a program may have
 
 
-def _cases(targets):
-    """Every target with every configuration, once even where two ops share it."""
-    configs = {id(config): (row, config) for row in reversed(SPECS) for config in row.configs}.values()
+def _cases(backend):
+    """Every GPU of a maker with every configuration, once even where two ops share it."""
+    ops = {id(config): row.name for row in reversed(SPECS) for config in row.configs}
     return [
         pytest.param(
             config,
-            target,
-            id=f"{name}-{_label(row, config)}",
-            marks=[pytest.mark.slow] if _others_stand_for(name, config) else [],
+            architecture,
+            id=f"{target}-{ops[id(config)]}-{name.replace(' ', '-')}",
+            marks=[pytest.mark.slow] if _others_stand_for(target, config) else [],
         )
-        for name, target in targets.items()
-        for row, config in configs
-        if target.backend in config.backends
+        for target, architecture in ARCHITECTURES.items()
+        if architecture.backend == backend
+        for name, config in configurations(architecture).items()
     ]
 
 
@@ -65,84 +63,42 @@ def _others_stand_for(target, config):
     return target != "sm_90" and (config.name != "default" or (target == "sm_100" and not multiplies))
 
 
-def _label(row, config):
-    entries = next((kind for kind in ("fp16", "bf16") if f"*{kind}" in config.types), "fp32")
-    constants = "-".join(str(value) for value in config.constants.values())
-    return f"{row.name}-{config.name}-{config.kernel.__name__}-{entries}-{constants}"
-
-
-def compile_config(config, target):
-    """Compile one configuration for one target, with every argument but the unaligned ones a multiple of 16."""
-    names = config.kernel.arg_names
-    kinds = [tuple(kind.split(",")) if "," in kind else kind for kind in config.types.split()]
-    types = dict(zip([name for name in names if name not in config.constants], kinds, strict=True))
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in config.unaligned}
-    signature = types | dict.fromkeys(config.constants, "constexpr")
-    source = ASTSource(fn=config.kernel, signature=signature, constexprs=dict(config.constants), attrs=aligned)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return triton.compile(source, target=target, options=options)
-
-
-def _tool(name, *arguments):
-    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def cuda_resources(compiled, folder):
-    """Registers, bytes of local memory and the machine code of a kernel compiled for CUDA."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
-    return registers, stack + local, _tool("nvdisasm", "-c", "-ndf", str(cubin))
-
-
-def hip_resources(compiled):
-    """Vector registers, bytes of scratch memory and the machine code of a kernel compiled for AMD."""
-    code = compiled.asm["amdgcn"]
-    # Scalar registers that spill go to lanes of vector registers, not to memory.
-    registers, scratch = (
-        int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
-    )
-    return registers, scratch, code
-
-
 @pytest.fixture
 def _fresh_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
 
+def _without_faults(config, architecture):
+    """Compile a configuration; it spills nothing, fits into shared memory and is not empty."""
+    compiled = compile_config(config, architecture)
+    found = resources_of(compiled, architecture)
+    assert faults({architecture.name: {name_of(config): found}}) == []
+    return compiled, found
+
+
 @pytest.mark.usefixtures("_fresh_cache")
-@pytest.mark.parametrize(("config", "target"), _cases(CUDA))
-def test_config_compiles_for_cuda_without_spills(config, target, tmp_path):
-    compiled = compile_config(config, target)
-    _, spilled, code = cuda_resources(compiled, tmp_path)
-    assert spilled == 0
-    assert compiled.metadata.shared <= SHARED_MEMORY[target.arch]
-    assert not re.search(r"\b(STL|LDL)\b", code)
-    assert re.search(r"\bSTG\b", code), "an empty kernel: the compiler dropped every store"
+@pytest.mark.parametrize(("config", "architecture"), _cases("cuda"))
+def test_config_compiles_for_cuda_without_spills(config, architecture):
+    compiled, found = _without_faults(config, architecture)
     # Every other float32 dot asks for ieee, which the compiler has been seen to ignore.
     assert ("tf32" in compiled.asm["ptx"]) == (config.name == TF32X3)
     if config.name == TF32X3:  # on sm_100 the instruction does not name the type
-        assert re.search(r"\bUTCHMMA\b" if target.arch == 100 else r"\bHG?MMA\.\S*TF32", code)
+        assert {"HMMA.TF32", "HGMMA.TF32", "UTCHMMA"} & found.instructions.keys()
     if config.async_copies:
-        assert re.search(r"\bLDGSTS\.\S*128", code)
+        assert "LDGSTS.128" in found.instructions
 
 
 @pytest.mark.usefixtures("_fresh_cache")
-@pytest.mark.parametrize(("config", "target"), _cases(HIP))
-def test_config_compiles_for_amd_without_spills(config, target):
-    compiled = compile_config(config, target)
-    _, spilled, code = hip_resources(compiled)
-    assert spilled == 0
-    assert compiled.metadata.shared <= SHARED_MEMORY[target.arch]
-    assert re.search(r"\b(global|buffer)_store", code), "an empty kernel: the compiler dropped every store"
+@pytest.mark.parametrize(("config", "architecture"), _cases("hip"))
+def test_config_compiles_for_amd_without_spills(config, architecture):
+    _without_faults(config, architecture)
 
 
 class _Driver:
     """What tracing asks of Triton's driver."""
 
     def get_current_target(self):
-        return CUDA["sm_90"]
+        return target_of(ARCHITECTURES["sm_90"])
 
     def get_current_device(self):
         return 0

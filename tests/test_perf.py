@@ -45,7 +45,7 @@ def test_no_result_names_a_place_of_the_machine(quick):
         assert not [place for place in (str(ROOT), str(folder), str(Path.home())) if place in text], file.name
 
 
-# Tests do not import perf: one process runs all of this, without the packages that a GPU machine need not have.
+# These tests do not import perf: one process runs all of this, without the packages that a GPU machine need not have.
 CHECKS = {
     "a GPU machine needs no package of the command line": """
 import perf.suites, perf.__main__, perf.gpu.__main__, perf.gpu.pieces.__main__
