@@ -11,7 +11,7 @@ their op. `gram` also has `gram_rows`; `triangular` has `cholesky_inverse` and `
 `expand_factored` and `conv` have the products with factors. `dispatch` registers ops and chooses the implementation,
 `spec` defines `KernelSpec`, and `pointer_table` explains how one launch takes a list of tensors.
 
-Sums over half-precision entries are computed and returned in float32; rows of J keep the inputs' dtype.
+Sums over half-precision entries, rows of J among them, are computed and returned in float32.
 Docstrings cite the paper's equations by number, and the sections M1, M2, … of docs/math.md.
 
 Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group, K entries of a flat gradient, L Fisher

@@ -3,7 +3,7 @@
 """Rows J_n of convolutions: one matrix product for each sample and each tap of the convolution's kernel.
 
 A patch is the part of the input that one output position multiplies; a tap is one pixel of the convolution's kernel.
-The Triton kernel reads patches directly from a channels-last input. It sums in float32 and stores in the input's dtype.
+The Triton kernel reads patches directly from a channels-last input.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, K entries of a flat gradient. In the kernel INPUTS and
 OUTPUTS are those of a group, and P are positions.
@@ -66,7 +66,7 @@ def conv_sample_grads(
         config: the launch configuration of the kernel.
 
     Returns:
-        j_NK, summed in float32 and stored in the dtype of ``x_NCHW``.
+        j_NK, in the dtype of ``x_NCHW``, but in float32 for half precision.
 
     Raises:
         ValueError: the numbers of samples differ, the input has too few pixels for the output, or there is no such
@@ -113,7 +113,7 @@ def _patch_grads_kernel(
     taps = tl.num_programs(0) // tiles
     at = (output * taps + tap)[:, None] * INPUTS + i[None, :]
     inside = (o < OUTPUTS)[:, None] & (i < INPUTS)[None, :]
-    tl.store(j_ptr + at, total.to(j_ptr.dtype.element_ty), mask=inside)
+    tl.store(j_ptr + at, total, mask=inside)
 
 
 # Tensor cores do not multiply float32, so it has other tiles than half precision.
@@ -138,7 +138,7 @@ def _configs(tilings: Mapping[str, Tiling], entries: str) -> dict[str, Config]:
     return configs_of(
         tilings,
         _patch_grads_kernel,
-        3 * f"{entries} " + 14 * "i32 ",
+        2 * f"{entries} " + "*fp32 " + 14 * "i32 ",
         constants={"PRECISION": "ieee"},
         unaligned=("P", "OUT_W", "KERNEL_W"),
         async_copies=True,
@@ -169,7 +169,7 @@ def launch_patch_grads(
     """
     inputs, outputs = sizes[:2]
     groups = g.numel() // (g.shape[0] * outputs * sizes[2])
-    j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=x.dtype, device=x.device)
+    j_NK = torch.empty(g.shape[0], groups * outputs * taps * inputs, dtype=torch.float32, device=x.device)
     chosen = config_named(_CONFIGS[x.dtype], config)
     if chosen.name == "default" and x.dtype in _LARGE_CONFIGS and min(inputs, outputs) > chosen.block("I"):
         chosen = _LARGE_CONFIGS[x.dtype]["default"]
@@ -226,7 +226,7 @@ def _flops(x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], *rest: Any) -
 
 def _bytes(x_NCHW: Tensor, g_NOHW: Tensor, kernel_size: list[int], *rest: Any) -> int:
     written = x_NCHW.shape[0] * g_NOHW.shape[1] * x_NCHW.shape[1] // rest[-1] * kernel_size[0] * kernel_size[1]
-    return nbytes(x_NCHW, g_NOHW) + written * x_NCHW.element_size()
+    return nbytes(x_NCHW, g_NOHW) + 4 * written
 
 
 SPECS = (

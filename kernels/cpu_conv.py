@@ -21,7 +21,7 @@ _GROUPED_BYTES = 2**22  # or this much of J
 
 def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor) -> Tensor:
     """Take one batched product."""
-    return (g_NGPO.mT @ a_NGPI).flatten(1)
+    return (widen(g_NGPO).mT @ widen(a_NGPI)).flatten(1)
 
 
 def conv_sample_grads(
@@ -33,6 +33,7 @@ def conv_sample_grads(
     compute the weight gradient of one convolution in which every sample is a group. On a CPU, process as many samples
     at a time as the caches of all threads hold, so that the intermediate tensors stay small.
     """
+    x_NCHW, g_NOHW = widen(x_NCHW), widen(g_NOHW)
     n, outputs, height, width = g_NOHW.shape
     sizes, inputs = (kernel_size, stride, dilation, groups), x_NCHW.shape[1] // groups * kernel_size[0] * kernel_size[1]
     if height * width < _UNFOLD_BELOW * x_NCHW.shape[1] // groups:

@@ -40,7 +40,7 @@ def _depthwise_grads_kernel(
         total += x.to(tl.float32) * g.to(tl.float32)[:, None, :]
     at = (sample * OUTPUTS + o)[None, :] * TAPS + tap[:, None]
     inside = (tap < TAPS)[:, None] & (o < OUTPUTS)[None, :]
-    tl.store(j_ptr + at, tl.sum(total, 0).to(j_ptr.dtype.element_ty), mask=inside)
+    tl.store(j_ptr + at, tl.sum(total, 0), mask=inside)
 
 
 _TILINGS = {
@@ -53,7 +53,7 @@ _CONFIGS = {
     dtype: configs_of(
         _TILINGS,
         _depthwise_grads_kernel,
-        3 * f"{entries} " + 12 * "i32 ",
+        2 * f"{entries} " + "*fp32 " + 12 * "i32 ",
         unaligned=("MULTIPLIER", "TAPS", "P", "OUT_W", "KERNEL_W"),
     )
     for dtype, entries in TRITON_TYPES.items()
@@ -68,7 +68,7 @@ def launch_depthwise_grads(
     n, height, width, outputs = g_NHWO.shape
     taps = kernel_size[0] * kernel_size[1]
     chosen = config_named(_CONFIGS[x_NHWC.dtype], config)
-    j_NK = torch.empty(n, outputs * taps, dtype=x_NHWC.dtype, device=x_NHWC.device)
+    j_NK = torch.empty(n, outputs * taps, dtype=torch.float32, device=x_NHWC.device)
     sizes = (outputs, outputs // x_NHWC.shape[3], taps, height * width, width, kernel_size[1])
     grid = (cdiv(outputs, chosen.block("O")) * cdiv(taps, chosen.block("T")), n)
     chosen.launch(grid, x_NHWC, g_NHWO, j_NK, *sizes, *steps, x_NHWC.stride(0), g_NHWO.stride(0))

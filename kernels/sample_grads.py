@@ -28,7 +28,7 @@ def sample_grads(a_NGPI: Tensor, g_NGPO: Tensor, config: str = "default") -> Ten
         config: the launch configuration of the kernel.
 
     Returns:
-        j_NK, summed in float32 and stored in the dtype of ``a_NGPI``.
+        j_NK, in the dtype of ``a_NGPI``, but in float32 for half precision.
 
     Raises:
         ValueError: the factors have different samples, groups or positions, or there is no such launch configuration.
@@ -55,7 +55,7 @@ SPECS = (
         reference=reference.sample_grads,
         examples={name: partial(example_factors, shape=shape) for name, shape in _SHAPES.items()},
         flops=lambda a_NGPI, g_NGPO: 2 * a_NGPI.numel() * g_NGPO.shape[3],
-        bytes=lambda a_NGPI, g_NGPO: nbytes(a_NGPI, g_NGPO) + nbytes(a_NGPI) // a_NGPI.shape[2] * g_NGPO.shape[3],
+        bytes=lambda a_NGPI, g_NGPO: nbytes(a_NGPI, g_NGPO) + 4 * a_NGPI.numel() // a_NGPI.shape[2] * g_NGPO.shape[3],
         configs=PATCH_CONFIGS,
         dtypes=FLOATING,
         mutates=0,

@@ -109,7 +109,7 @@ def _sizes(call: Contribution) -> tuple[int, int, int] | None:
 
 
 def _outer_products(calls: Sequence[Contribution]) -> list[OuterProducts]:
-    return [call for call in calls if isinstance(call, OuterProducts)]
+    return [call.widened() for call in calls if isinstance(call, OuterProducts)]
 
 
 def _bias_of(param_name: str, by_param_name: Mapping[str, MicroBatches]) -> str | None:

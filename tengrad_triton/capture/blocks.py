@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from tengrad_triton.layers import call_parameters, is_uncalled, owned_parameters, require_exact_gradient, why_no_rule
+from tengrad_triton.layers import (
+    call_parameters,
+    is_uncalled,
+    only_moves_entries,
+    owned_parameters,
+    require_exact_gradient,
+    why_no_rule,
+)
 
 
 @dataclass(frozen=True)
@@ -98,11 +105,13 @@ class CapturedLayer:
         parameters: the parameters that its calls use, by their names within it. If two modules share a parameter, both
             have it here; `LayerParams` has it only for the first one, which owns it.
         has_rule: whether a rule covers the layer. If not, its rows come from running it again.
+        takes_half_precision: whether the rule gets tensors in half precision as they are; otherwise in float32.
     """
 
     layer: nn.Module
     parameters: Mapping[str, Tensor]
     has_rule: bool
+    takes_half_precision: bool
 
 
 def find_captured_layers(model: nn.Module, layers: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
@@ -113,7 +122,7 @@ def find_captured_layers(model: nn.Module, layers: Sequence[LayerParams]) -> dic
         used = {} if is_uncalled(name, modules) else call_parameters(module)
         parameters = {param_name: p for param_name, p in used.items() if p in with_rows}
         if parameters:
-            captured[name] = CapturedLayer(module, parameters, why_no_rule(module) is None)
+            captured[name] = CapturedLayer(module, parameters, why_no_rule(module) is None, only_moves_entries(module))
     return captured
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import Call, tensors_in
 
 UNKNOWN = -1
@@ -86,7 +87,8 @@ class LayerCall:
         """Return the output gradients times ``scale`` as the layer's rule expects them: one tensor, or a list."""
         grads = self.output_grads
         if scale != 1:
-            grads = [None if grad is None else scale * grad for grad in grads]
+            # In half precision the product would be rounded.
+            grads = [None if grad is None else scale * widen(grad) for grad in grads]
         if not self.returns_tensor or grads[0] is None:
             return grads
         return self._samples_first(grads[0])

@@ -49,10 +49,11 @@ def take_outer_rows(outer: OuterProducts, rows: Tensor) -> OuterProducts:
 
 
 def concat_outer(batches: Sequence[Sequence[OuterProducts]]) -> OuterProducts:
-    """Return all calls as one: joined along P within a micro-batch, along N between micro-batches.
+    """Return all calls as one, in float32 at least: joined along P within a micro-batch, along N between them.
 
     Where micro-batches have different numbers of positions, zeros fill up the shorter ones.
     """
+    batches = [[outer.widened() for outer in batch] for batch in batches]
     if len(batches) == 1 and len(batches[0]) == 1:
         return batches[0][0]
     if all(len(batch) == 1 for batch in batches):

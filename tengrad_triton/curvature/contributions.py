@@ -196,7 +196,7 @@ def contributions_of(
     for name, layer in layers.items():
         wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
         for x, output_grads in pairs_of(name) if wanted else ():
-            rule = canonical(layer.layer, _widen(x), _widen(output_grads))
+            rule = canonical(layer.layer, *_wide_enough(x, output_grads, layer.takes_half_precision))
             for param_name, parameter in layer.parameters.items():
                 if param_name in rule:
                     one = _checked(rule[param_name], parameter, samples, layer.layer, full_name(name, param_name))
@@ -217,8 +217,19 @@ def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Modul
     return PerSampleGrads(one.j_NK.reshape(-1, *parameter.shape)) if isinstance(one, PerSampleGrads) else one
 
 
+def _wide_enough(x: Inputs, output_grads: Any, takes_half_precision: bool) -> tuple[Inputs, Any]:
+    """Return what a rule gets: float32 in place of half precision, unless it takes that and both tensors have it.
+
+    A product of two half-precision numbers is exact in float32, so that rows of J from such factors are no less exact.
+    """
+    one_each = isinstance(x, Tensor) and isinstance(output_grads, Tensor) and x.dtype == output_grads.dtype
+    if one_each and takes_half_precision:
+        return x, output_grads
+    return _widen(x), _widen(output_grads)
+
+
 def _widen(value: Any) -> Any:
-    """Return the half-precision tensors of any nested structure in float32, which a Gram matrix needs."""
+    """Return the half-precision tensors of any nested structure in float32."""
     if isinstance(value, Call):
         return replace(value, args=_widen(value.args), kwargs=_widen(dict(value.kwargs)))
     return tree_map_only(Tensor, _widen_tensor, value)

@@ -92,15 +92,15 @@ class Geometry:
 def geometry_of(outer: OuterProducts) -> Geometry:
     """Return the sizes of one call's outer products."""
     n, groups, positions, outputs = outer.g_NGPO.shape
-    a, itemsize = outer.a, outer.g_NGPO.itemsize
+    a, itemsize = outer.a, max(4, outer.g_NGPO.itemsize)  # half precision is stored in float32
     if isinstance(a, ConvInput):
         conv = a.geometry
         sizes = f"{a.kernel_size} stride {conv.stride} padding {conv.padding} dilation {conv.dilation}"
         layout = f"conv {sizes} of {list(a.x_NCHW.shape[2:])}"
-        inputs, stored = a.inputs, a.x_NCHW.nbytes
+        inputs, stored = a.inputs, a.x_NCHW.numel()
     else:
-        layout, inputs, stored = "dense", a.shape[-1], a.nbytes
-    stored, device = stored + outer.g_NGPO.nbytes, outer.g_NGPO.device.type
+        layout, inputs, stored = "dense", a.shape[-1], a.numel()
+    stored, device = itemsize * (stored + outer.g_NGPO.numel()), outer.g_NGPO.device.type
     return Geometry(n, groups, positions, inputs, outputs, itemsize, stored, layout, device)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from tengrad_triton import kernels
 from tengrad_triton.kernels.conv_geometry import ConvGeometry, conv_geometries
+from tengrad_triton.kernels.dispatch import widen
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class ConvInput:
         """Return the object whose `pack` returned these fields."""
         return ConvInput(x_NCHW, kernel_size, next(conv_geometries(geometry)))
 
+    def widened(self) -> ConvInput:
+        """Return the input in float32 where it is in half precision."""
+        return replace(self, x_NCHW=widen(self.x_NCHW))
+
     @property
     def inputs(self) -> int:
         """Return I, the number of entries of a patch in one group."""
@@ -72,12 +77,19 @@ class OuterProducts:
         g_NGPO: the output gradients [N, G, P, O]: derivatives of each sample's own loss, which is not divided by the
             size of the batch, with respect to the layer's output.
 
+    Both factors may be in half precision, if that holds them exactly.
+
     The entries of J_n are in the order (G, O, I), which is also that of `matrix_view`. The weight itself has this
     order, except for a convolution: its input channel comes last in J_n, but before the taps in the weight.
     """
 
     a: Tensor | ConvInput
     g_NGPO: Tensor
+
+    def widened(self) -> OuterProducts:
+        """Return the factors in float32 where they are in half precision."""
+        a = self.a.widened() if isinstance(self.a, ConvInput) else widen(self.a)
+        return OuterProducts(a, widen(self.g_NGPO))
 
     @property
     def outputs(self) -> int:
@@ -91,7 +103,7 @@ class OuterProducts:
         return self.g_NGPO.shape[1] * self.outputs * inputs
 
     def sample_grads(self, ops: Any = kernels) -> Tensor:
-        """Return the explicit rows j_NK, computed by the ops that ``ops`` has as attributes."""
+        """Return the explicit rows j_NK, in float32 at least, computed by the ops that ``ops`` has as attributes."""
         if not isinstance(self.a, ConvInput):
             return ops.sample_grads(self.a, self.g_NGPO)
         geometry = self.a.geometry

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tengrad_triton.kernels.conv_geometry import ConvGeometry
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers.contribution import Canonical, ConvInput, OuterProducts, PerSampleGrads, canonical
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -65,7 +66,7 @@ def _numbers(padding: tuple[object, ...] | str) -> list[int]:
 
 
 def _bias_grads(grad_y: Tensor) -> PerSampleGrads:
-    return PerSampleGrads(grad_y.flatten(2).sum(2))
+    return PerSampleGrads(widen(grad_y).flatten(2).sum(2))
 
 
 @canonical.register

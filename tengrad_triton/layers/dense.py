@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers.contribution import Call, Canonical, OuterProducts, PerSampleGrads, arguments, canonical
 
 
@@ -21,7 +22,7 @@ def weight_grads(a: Tensor, g: Tensor) -> OuterProducts:
 
 def bias_grads(g: Tensor) -> PerSampleGrads:
     """Return the contribution to a bias [O] from output gradients ``g`` [N, …, O]: Σ_p g_np."""
-    return PerSampleGrads(g.reshape(len(g), -1, g.shape[-1]).sum(1))
+    return PerSampleGrads(widen(g).reshape(len(g), -1, g.shape[-1]).sum(1))
 
 
 @canonical.register

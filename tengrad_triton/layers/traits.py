@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,8 +12,10 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from tengrad_triton.layers.batch_norm import mixes_samples
 from tengrad_triton.layers.contribution import Call, canonical, first_tensor
+from tengrad_triton.layers.conv import Convolution, Transposed
 from tengrad_triton.layers.embedding import why_not_exact
 
+_MOVED = (nn.Linear, *get_args(Convolution), *get_args(Transposed))
 _SEQUENTIAL = (nn.MultiheadAttention, nn.RNNBase)
 _POINTWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 _HARMLESS_OVERRIDES = frozenset({"extra_repr", "reset_parameters", "__init__", "__repr__"})
@@ -35,6 +38,12 @@ def why_no_rule(layer: nn.Module) -> str | None:
     overridden = [name for cls in subclasses for name in vars(cls) if name in inherited]
     overridden += [name for name in vars(layer) if name == "forward"]
     return f"{type(layer).__name__} has its own {overridden[0]}" if overridden else None
+
+
+def only_moves_entries(layer: nn.Module) -> bool:
+    """Whether the layer's rule only moves entries into outer products, so that half precision holds the factors."""
+    known = next((c for c in type(layer).__mro__ if c in canonical.registry), None)
+    return known in _MOVED
 
 
 def require_exact_gradient(name: str, layer: nn.Module) -> None:
