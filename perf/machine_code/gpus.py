@@ -5,8 +5,9 @@ A core is NVIDIA's streaming multiprocessor (SM), or AMD's compute unit. Sources
     NVIDIA's cores   CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; how registers are
                      allocated: `cuda_occupancy.h` of the CUDA Toolkit
     AMD's cores      LLVM, "User Guide for AMDGPU Backend" (registers), and the CDNA 3 ISA guide (shared memory)
-    rates            data sheets "NVIDIA H100 Tensor Core GPU" (SXM5) and "NVIDIA H200 Tensor Core GPU" (SXM); those
-                     with sparsity are halved
+    rates            data sheets "NVIDIA H100 Tensor Core GPU" and "NVIDIA H200 Tensor Core GPU" for the SXM modules;
+                     rates with sparsity are halved
+    how many cores   white paper "NVIDIA H100 Tensor Core GPU Architecture"
 """
 
 from __future__ import annotations
@@ -88,6 +89,6 @@ class Rates:
     flops_per_second: Mapping[str, float]
 
 
-_HOPPER = {"FFMA": 67e12, "TF32": 494.7e12, "BF16": 989.4e12, "F16": 989.4e12}
+_HOPPER = {"FFMA": 67e12, "TF32": 494.5e12, "BF16": 989.5e12, "F16": 989.5e12}
 RATES: Mapping[str, Rates] = {"H100": Rates(132, 3.35e12, _HOPPER), "H200": Rates(132, 4.8e12, _HOPPER)}
 """The devices of `roofline.predicted_seconds`, which run sm_90."""

@@ -37,14 +37,15 @@ VERSIONS_NOTE = """Every configuration is compiled with every version for {targe
 {verdict}
 
 Versions allocate registers differently, mostly without consequence. The table has the configurations that spill with
-one of the versions, and those of which a core can hold more with one version than with another. An entry is the
-registers of a thread, the occupancy, and the bytes that a thread spills, if any."""
+one of the versions, and those whose occupancy with one version is less than three quarters of that with another. An
+entry is the registers of a thread, the occupancy, and the bytes that a thread spills, if any. In this table and the
+next ones, float16, which compiles as bfloat16 does, and updates with Nesterov's momentum are left out."""
 
 CODE_NOTE = """The default configurations, and those in which tensor cores multiply float32 (`tf32x3`), compiled by
-Triton {version}, the version that the tests run with. Left out are float16, which compiles as bfloat16 does, and
-updates with Nesterov's momentum. UNIT is the alignment of the arguments in elements. Counts are of instructions in the
-whole code of a kernel, which is mostly its inner loop, unrolled. A copy is an asynchronous one from global to shared
-memory; loads and stores are those of global memory. Copies, loads and stores have the bytes of one thread."""
+Triton {version}, the version that the tests run with. UNIT is the alignment of the arguments in elements. Counts are
+of instructions in the whole code of a kernel, which is mostly its inner loop, unrolled. A copy is an asynchronous one
+from global to shared memory; loads and stores are those of global memory. Copies, loads and stores have the bytes of
+one thread."""
 
 AMD_NOTE = """The same for AMD's MI300X (gfx942). `MFMA` are products on matrix cores, which also multiply float32."""
 
@@ -72,10 +73,15 @@ class _Row(NamedTuple):
     entries: Sequence[Resources]
 
     @property
+    def spills(self) -> bool:
+        """Whether it does with one of the versions."""
+        return any(entry.spilled for entry in self.entries)
+
+    @property
     def differs(self) -> bool:
-        """Whether one version spills, or lets a core hold more programs than another."""
-        shares = {entry.occupancy(ARCHITECTURES[self.target]) for entry in self.entries}
-        return len(shares) > 1 or any(entry.spilled for entry in self.entries)
+        """Whether the occupancy with one version is less than three quarters of that with another."""
+        shares = [entry.occupancy(ARCHITECTURES[self.target]) for entry in self.entries]
+        return min(shares) < 0.75 * max(shares)
 
 
 def generate(path: Path = ROOT / "docs" / "machine-code.md") -> None:
@@ -93,7 +99,9 @@ def page(results: dict[str, Matrix], predicted: Sequence[Prediction]) -> str:
         "## Versions of Triton\n",
         _versions_note(results, rows),
         "",
-        table(columns, map(_across_versions, (row for row in rows if row.differs))),
+        table(
+            columns, map(_across_versions, (row for row in rows if row.spills or (row.differs and _is_shown(row.name))))
+        ),
         "\n## Code for the H100 and H200\n",
         CODE_NOTE.format(version=pinned()),
         "",
@@ -112,13 +120,17 @@ def page(results: dict[str, Matrix], predicted: Sequence[Prediction]) -> str:
 
 def _rows(results: dict[str, Matrix]) -> Iterator[_Row]:
     for target, by_name in results[pinned()].items():
+        for version, matrix in results.items():
+            if matrix[target].keys() != by_name.keys():
+                command = f"python -m perf.machine_code --triton {version} {pinned()}"
+                raise ValueError(f"the results of Triton {version} and {pinned()} are not of one tree: run `{command}`")
         for name in by_name:
             yield _Row(target, name, [matrix[target][name] for matrix in results.values()])
 
 
 def _versions_note(results: dict[str, Matrix], rows: Sequence[_Row]) -> str:
     count = len(results[pinned()]["sm_90"])
-    spilling = sum(any(entry.spilled for entry in row.entries) for row in rows)
+    spilling = sum(row.spills for row in rows)
     versions = ", ".join(results)
     names = [f"{architecture.name} ({architecture.gpus})" for architecture in ARCHITECTURES.values()]
     if spilling:
@@ -139,6 +151,11 @@ def _across_versions(row: _Row) -> tuple[str, ...]:
     return _short(row.name), row.target, *cells
 
 
+def _is_shown(name: str) -> bool:
+    """Return whether no other row stands for a configuration."""
+    return "fp16" not in name and "NESTEROV=True" not in name
+
+
 def _short(name: str) -> str:
     """Return a configuration's name without what all have alike, or what another part says."""
     kernel, config, entries, *sizes = name.split()
@@ -154,8 +171,7 @@ _CODE = (
 
 def _code(target: str, matrix: Matrix) -> Iterator[tuple[str, ...]]:
     for name, entry in matrix[target].items():
-        _, config, entries, *_ = name.split()
-        if config not in ("default", TF32X3) or "fp16" in entries or "NESTEROV=True" in name:
+        if name.split()[1] not in ("default", TF32X3) or not _is_shown(name):
             continue
         kinds = entry.instructions
         yield (
@@ -195,11 +211,15 @@ def _roofline(predicted: Sequence[Prediction]) -> Iterator[tuple[str, ...]]:
         one = of_devices[0]  # the devices differ in their memory only
         yield (
             *(f"`{kernel}`", size, config, str(one.launches), str(one.programs)),
-            *(f"{one.flops / 1e9:.3g}", f"{one.bytes / 1e6:.3g}", one.arithmetic_kind, _us(one.arithmetic)),
+            *(_digits(one.flops / 1e9), _digits(one.bytes / 1e6), one.arithmetic_kind, _us(one.arithmetic)),
             *(_us(prediction.memory) for prediction in of_devices),
             *(_us(prediction.seconds) for prediction in of_devices),
             " / ".join(dict.fromkeys(prediction.bound for prediction in of_devices)),
         )
+
+
+def _digits(number: float) -> str:
+    return f"{number:.3g}" if number < 1e3 else f"{number:.0f}"
 
 
 def _us(seconds: float) -> str:

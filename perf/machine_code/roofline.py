@@ -96,13 +96,15 @@ def predicted_seconds(kernel: str, size: str, device: str, config: str = "defaul
 def predictions() -> tuple[Prediction, ...]:
     """Return a prediction for every op at every size of the GPU benchmarks, for every device.
 
-    Each has one for its default configuration, and another for TF32 in three products where that has other code.
+    Each has one for its default configuration, and another for TF32 in three products where that has other code. There
+    is none without results of the kernels that are launched.
     """
-    matrix = kept()[pinned()]
+    matrix = kept().get(pinned(), {"sm_90": {}})
     return tuple(
         _prediction(case, config, work, device, matrix)
         for case in sized(SPECS, "gpu")
         for config, work in _works(case)
+        if all(name_of(launch.config) in matrix["sm_90"] for launch in work.launches)
         for device in RATES
     )
 
