@@ -126,10 +126,10 @@ _FLOAT32 = {
     **in_tf32x3(BLOCK_P=32, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
 }
 _HALF = {
-    "default": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
+    "default": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
     "wide": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=128, num_warps=4, num_stages=3),
     "narrow": tiling(BLOCK_P=64, BLOCK_O=64, BLOCK_I=16, num_warps=4, num_stages=3),
-    "short": tiling(BLOCK_P=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=2),
+    "short": tiling(BLOCK_P=32, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=2),
 }
 # In half precision this is the default for layers with more inputs and outputs than the tile above.
 _HALF_LARGE = {"default": tiling(BLOCK_P=64, BLOCK_O=128, BLOCK_I=128, num_warps=8, num_stages=3)}
