@@ -56,9 +56,9 @@ def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table_ptr"])
-def _write_kernel(values, table_ptr, count):
-    """Decode the first ``count`` numbers, and write them to the table."""
-    for k in tl.static_range(len(values)):
+def _write_kernel(values, table_ptr, count, SIZE: tl.constexpr):
+    """Decode the first ``count`` of SIZE numbers, and write them to the table."""
+    for k in tl.static_range(SIZE):
         tl.store(table_ptr + k, (values[k] >> 1) - (1 << 61), mask=k < count)
 
 
@@ -66,7 +66,7 @@ _WRITERS = {
     size: single_config(
         _write_kernel,
         f"{','.join(size * ['i64'])} *i64 i32",
-        tiling(num_warps=1),
+        tiling(num_warps=1, SIZE=size),
         unaligned=("values", "table_ptr", "count"),
     )
     for size in _WRITE_SIZES
