@@ -99,7 +99,7 @@ class TensorList(list[Tensor]):
         """
         if pointers != self._pointers:
             pairs = zip(self, pointers, strict=True)
-            layouts = tuple([(x.shape, x.stride(), x.dtype, at % 16) for x, at in pairs])
+            layouts = tuple([(x.device, x.shape, x.stride(), x.dtype, at % 32) for x, at in pairs])
             self._layout, self._pointers = _number_of(layouts), pointers
         return self._layout
 

@@ -76,11 +76,30 @@ def linear_on(device):
 def test_a_model_on_two_devices_is_refused(optimizer):
     with FakeTensorMode():
         model = nn.Sequential(linear_on("cuda:0"), linear_on("cuda:1"))
-        said = r"Sequential are on cuda:0, cuda:1, but must be on one device: move them by model.to\(device\)"
+        said = r"parameters are on cuda:0, cuda:1, but must be on one device: move them by model.to\(device\)"
         with pytest.raises(ValueError, match=said):
             optimizer(model)
 
 
-def test_frozen_parameters_may_be_on_another_device():
-    model = nn.Sequential(nn.Linear(2, 3, device="meta").requires_grad_(False), nn.Linear(3, 2))
-    assert TENGraD(model)._generator.device == torch.device("cpu")
+@pytest.mark.parametrize("place", [0, 1])
+def test_frozen_parameters_may_be_on_another_device(place):
+    layers = [nn.Linear(2, 2)]
+    layers.insert(place, nn.Linear(2, 2, device="meta").requires_grad_(False))
+    model = nn.Sequential(*layers)
+    trained = layers[1 - place]
+    before = trained.weight.clone()
+    optimizer = TENGraD(model, fisher="empirical")
+    model.forward = trained.forward
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(3, 2)).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(trained.weight, before)
+
+
+def test_parameters_of_others_may_be_on_another_device():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    optimizer = TENGraD(model, model[0].parameters())
+    with pytest.raises(ValueError, match="are on cpu, meta, but must be on one device"):
+        optimizer.add_param_group({"params": model[1].parameters()})
+    assert len(optimizer.param_groups) == 1

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tengrad_triton import Plan, TENGraD, kernels
+from tengrad_triton import Plan, TENGraD, compile_train_step, kernels
 from tengrad_triton.curvature.choices import Choice
 from tengrad_triton.kernels.spec import TF32X3
 from tengrad_triton.tuning import measure
@@ -81,11 +81,34 @@ def test_too_small_a_damping_takes_float32_kernels(damping, relative, stays):
     )
 
 
+PLANNED = ("expand_update_", "gram", "project")
+
+
+def planned(model):
+    """An optimizer of a layer of 6 inputs and 4 outputs, whose plan has `TF32X3` kernels for 8 samples."""
+    seconds = {name: {"torch": 2.0, "triton": 1.0, TF32X3: 0.5} for name in PLANNED}
+    plan = Plan({"N8 G1 P1 I6 O4 dense 32-bit": {"factored": Measured(seconds, 1)}})
+    return TENGraD(model, damping=1e-2, refresh_every=1, representation="factored", plan=plan)
+
+
+def test_a_compiled_refresh_would_not_look_at_the_damping():
+    model, x, y = nn.Sequential(nn.Linear(6, 4)), torch.randn(8, 6), torch.zeros(8, dtype=torch.long)
+    optimizer = planned(model)
+    optimizer.refresh_every = 2
+    step = compile_train_step(model, F.cross_entropy, optimizer, backend="eager")
+    for _ in range(2):
+        step(x, y)
+    assert step.why_plain == "the plan's tf32x3 kernels are allowed or not by the damping of each refresh"
+    optimizer.param_groups[0]["damping"] = 1e-7
+    with pytest.warns(UserWarning, match="needs relative_damping=True"):
+        step(x, y)
+    assert optimizer.choices()["0.weight"].kernel_overrides == ()
+    step(x, y)  # reuses the curvature in float32
+
+
 def test_the_damping_of_each_refresh_decides():
     model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(8, 6)
-    seconds = {name: {"torch": 2.0, "triton": 1.0, TF32X3: 0.5} for name in ("gram", "project", "expand_update_")}
-    plan = Plan({"N8 G1 P1 I6 O4 dense 32-bit": {"factored": Measured(seconds, 1)}})
-    optimizer = TENGraD(model, damping=1e-2, refresh_every=1, representation="factored", plan=plan)
+    optimizer = planned(model)
 
     def overrides(damping):
         optimizer.param_groups[0]["damping"] = damping
@@ -93,7 +116,7 @@ def test_the_damping_of_each_refresh_decides():
         optimizer.step()
         return optimizer.choices()["0.weight"].kernel_overrides
 
-    assert overrides(1e-2) == tuple(f"{name}:{TF32X3}" for name in sorted(seconds))
+    assert overrides(1e-2) == tuple(f"{name}:{TF32X3}" for name in PLANNED)
     with pytest.warns(UserWarning, match="needs relative_damping=True and a damping of at least 8e-06"):
         assert overrides(1e-7) == ()
 

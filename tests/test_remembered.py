@@ -17,7 +17,7 @@ STEPS = 9
 def model():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 3)
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 5)
     )
 
 
@@ -33,6 +33,16 @@ def other_data(net, optimizer):
 
 def other_layout(net, optimizer):
     net.to(memory_format=torch.channels_last)
+
+
+def transposed(net, optimizer):
+    net[5].weight.data = net[5].weight.data.t()  # square, at the same address
+
+
+def swapped(net, optimizer):
+    optimizer.zero_grad()
+    for parameter in net.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().clone()))
 
 
 def other_momenta(net, optimizer):
@@ -59,6 +69,8 @@ def freeze(net, optimizer):
 EVENTS = {
     "parameters' data": other_data,
     "parameters' layout": other_layout,
+    "parameters' strides": transposed,
+    "swapped parameters": swapped,
     "momenta": other_momenta,
     "a loaded state": load,
     "learning rate": settings(lr=1e-3),

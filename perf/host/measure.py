@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("rounds", type=int)
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"ROUNDS must be at least 1, got {options.rounds}")
     try:
         print(json.dumps(measure(options.model, options.rounds)))
     except stand_in.NoStandInError as error:

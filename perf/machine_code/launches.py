@@ -48,7 +48,7 @@ def work_of(spec: KernelSpec, make: Callable[[torch.device], tuple[Any, ...]], c
         flops, moved = spec.flops(*arguments), spec.bytes(*arguments)
         with _recorded() as launches:
             spec.triton_impl(*arguments, **({} if config == "default" else {"config": config}))
-    return Work(arguments, tuple(launch for launch in launches if launch.config is not TABLE), flops, moved)
+    return Work(arguments, tuple(launch for launch in launches if launch.config not in TABLE), flops, moved)
 
 
 def _address(tensor: FakeTensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.compiled.functional_capture import CallTensors
+from tengrad_triton.curvature.choices import Choice
+from tengrad_triton.kernels.spec import TF32X3
 from tengrad_triton.layers import (
     Tap,
     arguments,
@@ -24,6 +26,7 @@ from tengrad_triton.layers import (
 )
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
+from tengrad_triton.tuning.precision import uses_tf32x3
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,15 @@ def why_not_compiled(access: StepAccess) -> str | None:
         return "the likelihood holds the labels of one batch, which would become constants of a compiled refresh"
     if access.adapts:
         return "damping='lm' compares losses before and after the step, which a compiled refresh does not support"
-    if any(choice.representation == "compressed" for choice in access.choices().values()):
+    return _why_not_chosen(access.choices().values())
+
+
+def _why_not_chosen(choices: Collection[Choice]) -> str | None:
+    """Return why these choices need the plain step for a refresh, or None if they do not."""
+    if any(choice.representation == "compressed" for choice in choices):
         return "the size of a compressed J depends on the data, but a compiled refresh has fixed sizes"
+    if any(map(uses_tf32x3, choices)):
+        return f"the plan's {TF32X3} kernels are allowed or not by the damping of each refresh"
     return None
 
 

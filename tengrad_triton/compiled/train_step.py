@@ -37,6 +37,7 @@ from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.optim.validation import check_loss
+from tengrad_triton.tuning.precision import without_tf32x3
 
 logger = logging.getLogger(__name__)
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -230,6 +231,7 @@ class TrainStep:
 
     def _functions(self, trained: frozenset[str], spec: TraceSpec) -> StepFunctions:
         access, options, choices = self._access, self._access.options, self._access.choices()
+        overrides = {choice.kernel_overrides for choice in choices.values()}
         names = {parameter: name for name, parameter in self._model.named_parameters()}
         layers = [layer for layer in access.layers if all(p in names for p in layer.parameters.values())]
         captured = access.capture.layers
@@ -249,7 +251,7 @@ class TrainStep:
             blocks={} if access.curvature is None else access.curvature.blocks,
             trust_region=options.trust_region,
             relative_damping=options.relative_damping,
-            ops={key: access.ops_for(key) for key in {(), *(c.kernel_overrides for c in choices.values())}},
+            ops={key: access.ops_for(key) for key in {(), *overrides, *map(without_tf32x3, overrides)}},
             capture=FunctionalCapture(
                 self._model, {name: captured[name].layer for name in spec.perturbations}, spec.samples_second
             ),

@@ -250,7 +250,8 @@ class _Launch:
         self._rows = [one.rows for one in self._jacobians]
         self._operands = tuple(map(_remembering, self._jacobians[0].operands_of(self._jacobians)))
         self._state = UpdateState(
-            params=_remembering([one.jacobian.view(one.target.parameter) for one in own]),
+            # A view of the parameter itself would refer to it, and torch swaps no tensor that others refer to.
+            params=_remembering([one.jacobian.view(one.target.parameter.detach()) for one in own]),
             momenta=_remembering([one.jacobian.view(one.target.momentum) for one in own]),
             grads=[],
             settings=_remembering([one.target.settings for one in own]),

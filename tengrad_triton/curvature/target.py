@@ -113,8 +113,10 @@ class RememberedTargets:
             (id(x), group["nesterov"], group.get("spring")) for x, group in zip(settings, groups, strict=True)
         ]
         for layer, param_name, (parameter, momentum, _) in trained:
-            # `model.to` gives a parameter another address.
-            key += (layer.name, param_name, parameter.data_ptr(), momentum.data_ptr())
+            # `model.to` gives a parameter another address, and `parameter.data` may be replaced by a view of itself.
+            key += (layer.name, param_name)
+            for x in (parameter, momentum):
+                key += (x.data_ptr(), x.dtype, x.shape, x.stride())
         if key != self._key:
             self._key, self._targets = key, targets_of(trained, groups, settings)
         return self._targets
@@ -142,7 +144,8 @@ class GroupSettings:
     def of(self, group: Mapping[str, Any]) -> Tensor:
         """Return the group's present numbers on its device, in float64 for float64 parameters and else in float32."""
         decay, lr = group["weight_decay"], group["lr"]
-        device = next((p.device for p in group["params"]), torch.device("cpu"))  # a group may be empty
+        trained = (p.device for p in group["params"] if p.requires_grad)
+        device = next(trained, torch.device("cpu"))  # a group may be empty
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
         momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's momentum is part of the gradient
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)

@@ -21,7 +21,7 @@ from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Ta
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.optim.validation import check_group, check_model, check_momenta, check_refresh_every
+from tengrad_triton.optim.validation import check_devices, check_group, check_model, check_momenta, check_refresh_every
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,8 +62,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
         self._unsupported = unsupported
         self._seed = torch.initial_seed() if seed is None else seed
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(self._seed)
         self._steps = 0  # the number of steps taken so far
         self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
@@ -75,6 +73,8 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._capture: Capture
         self._built = False
         super().__init__(model.parameters() if params is None else params, dict(defaults))
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(self._seed)
         self._rebuild()
 
     @abstractmethod
@@ -123,6 +123,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         group = self.param_groups[-1]
         schedule, group["damping"] = schedule_of(group["damping"])
         try:
+            check_devices(self.param_groups)
             self._check_group(group, schedule)
             if callable(schedule):
                 group["damping"] = schedule(self._steps)

@@ -48,18 +48,24 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def check_model(model: Any) -> torch.device:
-    """Raise unless the model is a module with trainable parameters on one device; return the device."""
+    """Raise unless the model is a module with trainable parameters; return the device of the first one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; parameters go to params=")
-    devices = list(dict.fromkeys(parameter.device for parameter in model.parameters() if parameter.requires_grad))
-    if not devices:
+    device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
+    if device is None:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
+    return device
+
+
+def check_devices(param_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless the trainable parameters of all groups are on one device."""
+    trained = (p for group in param_groups for p in group["params"] if p.requires_grad)
+    devices = dict.fromkeys(str(p.device) for p in trained)
     if len(devices) > 1:
         raise ValueError(
-            f"the trainable parameters of {type(model).__name__} are on {', '.join(map(str, devices))}, but must be on "
-            "one device: move them by model.to(device), or freeze the others"
+            f"the optimizer's parameters are on {', '.join(devices)}, but must be on one device: move them by "
+            "model.to(device), or freeze the others"
         )
-    return devices[0]
 
 
 def check_refresh_every(steps: Any) -> None:

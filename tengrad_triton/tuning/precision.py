@@ -12,7 +12,7 @@ the same numbers in all products, so that the step belongs to some Fisher matrix
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tengrad_triton.curvature.choices import Choice
@@ -39,8 +39,22 @@ def within_damping(choices: Mapping[str, Choice], damping: float, relative: bool
     return {name: _in_float32(name, choice) for name, choice in choices.items()}
 
 
+def uses_tf32x3(choice: Choice) -> bool:
+    """Whether some kernel of a weight multiplies in `TF32X3`."""
+    return any(map(_is_tf32x3, choice.kernel_overrides))
+
+
+def without_tf32x3(kernel_overrides: Iterable[str]) -> tuple[str, ...]:
+    """Return the overrides of kernels that multiply in float32."""
+    return tuple(kernel for kernel in kernel_overrides if not _is_tf32x3(kernel))
+
+
+def _is_tf32x3(kernel: str) -> bool:
+    return kernel.endswith(f":{TF32X3}")
+
+
 def _in_float32(name: str, choice: Choice) -> Choice:
-    dropped = [kernel for kernel in choice.kernel_overrides if kernel.endswith(f":{TF32X3}")]
+    dropped = list(filter(_is_tf32x3, choice.kernel_overrides))
     if not dropped:
         return choice
     warnings.warn(
@@ -48,4 +62,4 @@ def _in_float32(name: str, choice: Choice) -> Choice:
         f"least {LEAST_DAMPING:g}; float32 kernels run instead. Set both, or remove the plan",
         stacklevel=2,
     )
-    return replace(choice, kernel_overrides=tuple(k for k in choice.kernel_overrides if k not in dropped))
+    return replace(choice, kernel_overrides=without_tf32x3(choice.kernel_overrides))
