@@ -132,13 +132,13 @@ TARGETS: Sequence[Target] = (
 
 
 def verdicts(devices: Sequence[Device]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield target, machine, bound, measured and verdict for each machine, or once for a kind without a machine."""
+    """Yield target, machine, bound, measured and verdict: for each machine that has measured it, or once."""
     for target in TARGETS:
-        able = [device for device in devices if device.kind == target.kind] or [None]
-        for device in able:
-            value = None if device is None else target.measure(device)
-            where = {"cpu": "CPU", "cuda": "GPU"}[target.kind] if device is None else str(device.info["device"])
-            if value is None:
-                yield target.what, where, target.wanted(), "–", "not measured"
-            else:
-                yield target.what, where, target.wanted(), target.number(value), target.verdict(value)
+        values = [(device, target.measure(device)) for device in devices if device.kind == target.kind]
+        measured = [(device, value) for device, value in values if value is not None]
+        for device, value in measured:
+            where = str(device.info["device"])
+            yield target.what, where, target.wanted(), target.number(value), target.verdict(value)
+        if not measured:
+            where = {"cpu": "CPU", "cuda": "GPU"}[target.kind]
+            yield target.what, where, target.wanted(), "–", "not measured"
