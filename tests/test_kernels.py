@@ -225,7 +225,7 @@ def test_gram_is_the_gram_of_the_sample_grads():
 def test_gram_in_rounds_is_the_gram_at_once(monkeypatch):
     spec = next(spec for spec in SPECS if spec.name == "gram")
     arguments = spec.examples["groups and positions"](torch.float32, DEVICE)
-    monkeypatch.setattr(gram_ranges, "_PARTIAL_BYTES", 7 * 4 * 17 * 32)
+    monkeypatch.setattr(gram_ranges, "_PARTIAL_BYTES", 7 * 4 * 41 * 48)
     _assert_as_exact_as_torch(spec, arguments, run(spec, _kernel(spec), arguments), torch.float32)
 
 
