@@ -54,7 +54,8 @@ class PaperNGD:
         self._captured: dict[str, Captured] = {}
         generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
         layers = {
-            name: CapturedLayer(layer, dict(layer.named_parameters()), False) for name, layer in self._layers.items()
+            name: CapturedLayer(layer, dict(layer.named_parameters()), has_rule=False, takes_half_precision=False)
+            for name, layer in self._layers.items()
         }
         self._capture = Capture(model, layers, "sampled", likelihood_of("categorical"), generator)
         self._capture.arm()
