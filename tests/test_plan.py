@@ -189,8 +189,8 @@ class Gpu:
         monkeypatch.setattr(module, "_device_of", lambda args: torch.device("cuda"))
         monkeypatch.setattr(module, "median_seconds", self.median_seconds)
 
-    def median_seconds(self, call, seconds, on_gpu):
-        assert on_gpu
+    def median_seconds(self, call, seconds, device):
+        assert device.type == "cuda"
         kernel = getattr(call.func, "_name", None)  # of an op; the definition is a plain function
         who = call.keywords.get("config", "triton") if kernel else "torch"
         kernel = kernel or call.func.__name__.replace("_torch", "")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from perf.models import CLASSES
 from perf.models import MODELS as FULL
 from perf.timing import Timer, interleaved
 from tengrad_triton import TENGraD
+from tengrad_triton.curvature import geometry
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.recipes.models import conv_3c1f, mlp
@@ -50,11 +52,15 @@ MODELS = {
 
 
 def representations(model: str) -> dict[str, str]:
-    """Return how the full-size model keeps the J of its weights."""
+    """Return how the full-size model keeps the J of its weights on a GPU.
+
+    The choice of the cost model depends on the rates of the device and not on the number of samples.
+    """
     made = FULL[model]
     net, (x, y) = made.on(torch.device("cpu")), made.batch(SAMPLES, torch.device("cpu"))
     optimizer = tengrad(net, 1)
-    plain_step(net, optimizer)(x, y)
+    with patch.dict(geometry._FLOPS_PER_BYTE, cpu=geometry._FLOPS_PER_BYTE["cuda"]):
+        plain_step(net, optimizer)(x, y)
     weights = {name for name, parameter in net.named_parameters() if parameter.dim() > 1}
     return {name: choice.representation for name, choice in optimizer.choices().items() if name in weights}
 
