@@ -19,6 +19,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
 from tengrad_triton.curvature.concat import MicroBatches, row_count, take_rows
 from tengrad_triton.curvature.geometry import Geometry, geometry_of_calls
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads, canonical
 
 
@@ -232,8 +233,4 @@ def _widen(value: Any) -> Any:
     """Return the half-precision tensors of any nested structure in float32."""
     if isinstance(value, Call):
         return replace(value, args=_widen(value.args), kwargs=_widen(dict(value.kwargs)))
-    return tree_map_only(Tensor, _widen_tensor, value)
-
-
-def _widen_tensor(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+    return tree_map_only(Tensor, widen, value)

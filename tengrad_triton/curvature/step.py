@@ -82,10 +82,13 @@ class StepPlan:
             if jacobian is not None
         ]
         self._products = ProductPlan(self._entries)
+        groups: dict[int, set[int]] = {}
+        for one in self._entries:
+            groups.setdefault(one.block, set()).add(one.target.group)
+        self._has_one_rate = [len(groups[one.block]) == 1 for one in self._entries]
 
     def step_(self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None) -> None:
         """Do what the function of this name does."""
-        without_j = [(self.targets[place], grads[place]) for place in self._without_j]
         if self._entries:
             with phase("solve"):
                 own = [
@@ -100,8 +103,9 @@ class StepPlan:
             with phase("update"):
                 self._products.expand_update_(views, w, dampings)
         with phase("update"):
-            for target, grad in without_j:  # without J, SPRING is V + μ φ
-                direction = target.add_spring(grad, 1.0)
+            for place in self._without_j:  # without J, SPRING is V + μ φ
+                target = self.targets[place]
+                direction = target.add_spring(grads[place], 1.0)
                 update_(target.parameter, target.momentum, direction, target.settings, target.nesterov)
 
     def curvature_along(self, direction: Sequence[Tensor]) -> Tensor:
@@ -130,12 +134,9 @@ class StepPlan:
         self, grads: Sequence[Tensor], y_LN: Tensor, w: Sequence[Tensor], trust_region: float
     ) -> Tensor:
         """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each group's lr (M14)."""
-        groups: dict[int, set[int]] = {}
-        for one in self._entries:
-            groups.setdefault(one.block, set()).add(one.target.group)
         pairs = list(zip(self._entries, grads, strict=True))
-        one_rate = [pair for pair in pairs if len(groups[pair[0].block]) == 1]
-        several_rates = [pair for pair in pairs if len(groups[pair[0].block]) > 1]
+        one_rate = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if alone]
+        several_rates = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if not alone]
         norms = [self._norm_with_one_rate(one_rate, y_LN, w)] if one_rate else []
         norms += [self._norm_with_several_rates(several_rates, y_LN, w)] if several_rates else []
         return bounded_scale(sum(norms[1:], start=norms[0]), trust_region)

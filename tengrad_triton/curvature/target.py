@@ -108,7 +108,7 @@ class RememberedTargets:
 
     def of(self, trained: Sequence[Trained], groups: Groups, settings: Sequence[Tensor]) -> list[Target]:
         """Return an equal list to that of `targets_of`: the same object as in the last step where that is equal."""
-        # `model.to` gives a parameter another address, and a schedule may change a group.
+        # The user may change a group.
         key: list[Hashable] = [
             (id(x), group["nesterov"], group.get("spring")) for x, group in zip(settings, groups, strict=True)
         ]
