@@ -21,26 +21,29 @@ blocks.
 from .cholesky import SPECS as CHOLESKY_SPECS
 from .cholesky import cholesky
 from .conv import SPECS as CONV_SPECS
-from .conv import expand_conv_update_, project_conv
+from .conv import conv_products, expand_conv_update_, project_conv
 from .conv_sample_grads import SPECS as CONV_SAMPLE_GRADS_SPECS
 from .conv_sample_grads import conv_sample_grads
-from .dispatch import eager
+from .dispatch import eager, runs_kernel
 from .expand_factored import SPECS as EXPAND_SPECS
-from .expand_factored import expand_update_
+from .expand_factored import expand_update_, factors_products
 from .expand_rows import SPECS as EXPAND_ROWS_SPECS
-from .expand_rows import expand_rows_update_
+from .expand_rows import expand_rows_update_, rows_products
 from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
-from .launches import TensorList, without_memory
+from .launches import layout_of, without_memory
 from .project_factored import SPECS as PROJECT_SPECS
 from .project_factored import project
 from .project_rows import SPECS as PROJECT_ROWS_SPECS
 from .project_rows import project_rows
+from .repeated import ProductLaunches, RepeatedProducts, may_repeat
 from .sample_grads import SPECS as SAMPLE_GRADS_SPECS
 from .sample_grads import sample_grads
 from .spec import KernelSpec
 from .triangular import SPECS as TRIANGULAR_SPECS
 from .triangular import cholesky_inverse, cholesky_solve
+from .unfold_conv import SPECS as UNFOLD_SPECS
+from .unfold_conv import unfold_conv
 from .update import update_
 
 # One entry for each op: the tests, the benchmarks and the ahead-of-time compilation iterate over these.
@@ -55,26 +58,35 @@ SPECS: tuple[KernelSpec, ...] = (
     *PROJECT_ROWS_SPECS,
     *EXPAND_ROWS_SPECS,
     *CONV_SPECS,
+    *UNFOLD_SPECS,
 )
 
 __all__ = [
     "SPECS",
     "KernelSpec",
-    "TensorList",
+    "ProductLaunches",
+    "RepeatedProducts",
     "cholesky",
     "cholesky_inverse",
     "cholesky_solve",
+    "conv_products",
     "conv_sample_grads",
     "eager",
     "expand_conv_update_",
     "expand_rows_update_",
     "expand_update_",
+    "factors_products",
     "gram",
     "gram_rows",
+    "layout_of",
+    "may_repeat",
     "project",
     "project_conv",
     "project_rows",
+    "rows_products",
+    "runs_kernel",
     "sample_grads",
+    "unfold_conv",
     "update_",
     "without_memory",
 ]

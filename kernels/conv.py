@@ -17,9 +17,12 @@ from torch import Tensor
 from . import cpu_conv, cpu_update, reference
 from .conv_geometry import ConvGeometry, conv_geometries
 from .dispatch import define_op, dispatch, expect, zeros
-from .expand_factored import EXPAND_CONFIGS, launch_expand_update_
+from .expand_factored import EXPAND_CONFIGS, factors_products, launch_expand_update_
+from .launches import slots_of
 from .project_factored import PROJECT_CONFIGS, launch_project
+from .repeated import ProductLaunches, Temporaries
 from .spec import FLOATING, KernelSpec, nbytes, normal
+from .unfold_conv import UNFOLD_CONFIGS, empty_patches, launch_unfold, unfoldings
 from .update import example_numbers, example_param_dtype, expect_update, update_examples
 
 
@@ -73,8 +76,18 @@ def _project_conv(
     shape: list[int],
     config: str = "default",
 ) -> Tensor:
-    taps_first = [not v_OCHW.is_contiguous() for v_OCHW in v]
-    return launch_project(*_factors(x, g, v, sizes, taps_first), _views(v, taps_first), blocks, shape, config)
+    taps_first = _taps_first(v)
+    a = launch_unfold(x, _kernel_sizes(v), sizes, taps_first)
+    return launch_project(a, _factors(g, sizes), _views(v, taps_first), blocks, shape, config)
+
+
+def _taps_first(*weights: Sequence[Tensor]) -> list[bool]:
+    """Return for each convolution whether patches run over the taps first: not if all tensors are contiguous."""
+    return [not all(x.is_contiguous() for x in of_conv) for of_conv in zip(*weights, strict=True)]
+
+
+def _kernel_sizes(weights: Sequence[Tensor]) -> list[int]:
+    return [size for weight in weights for size in weight.shape[2:]]
 
 
 def _views(weights: Sequence[Tensor], taps_first: Sequence[bool]) -> list[Tensor]:
@@ -89,22 +102,10 @@ def _views(weights: Sequence[Tensor], taps_first: Sequence[bool]) -> list[Tensor
     ]
 
 
-def _factors(
-    x: Sequence[Tensor],
-    g: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    sizes: Sequence[int],
-    taps_first: Sequence[bool],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return a_NGPI and g_NGPO of every convolution."""
-    geometries = list(conv_geometries(sizes))
-    a = [
-        geometry.unfold(x_NCHW, weight.shape[2:], first)
-        for x_NCHW, weight, geometry, first in zip(x, weights, geometries, taps_first, strict=True)
-    ]
-    return a, [
-        g_NOHW.unflatten(1, (geometry.groups, -1)).flatten(3).mT for g_NOHW, geometry in zip(g, geometries, strict=True)
-    ]
+def _factors(g: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Return g_NGPO of every convolution."""
+    pairs = zip(g, conv_geometries(sizes), strict=True)
+    return [g_NOHW.unflatten(1, (geometry.groups, -1)).flatten(3).mT for g_NOHW, geometry in pairs]
 
 
 @define_op(mutates=("params", "momenta"))
@@ -156,11 +157,28 @@ def _expand_conv_update_(
     sizes: list[int], w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool,
     config: str = "default",
 ) -> None:  # fmt: skip
-    state = (params, momenta, grads)
-    taps_first = [not all(x.is_contiguous() for x in weights) for weights in zip(*state, strict=True)]
-    params_OTI, momenta_OTI, grads_OTI = (_views(weights, taps_first) for weights in state)
-    a, g = _factors(x, g, params, sizes, taps_first)
-    launch_expand_update_(params_OTI, momenta_OTI, grads_OTI, a, g, w, dampings, settings, nesterov, config)
+    taps_first = _taps_first(params, momenta, grads)
+    params_OTI, momenta_OTI, grads_OTI = (_views(weights, taps_first) for weights in (params, momenta, grads))
+    a = launch_unfold(x, _kernel_sizes(params), sizes, taps_first)
+    factors, numbers = (a, _factors(g, sizes)), (w, dampings, settings)
+    launch_expand_update_(params_OTI, momenta_OTI, grads_OTI, *factors, *numbers, nesterov, config)
+
+
+def conv_products(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], x: list[Tensor], g: list[Tensor],
+    sizes: list[int], w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool,
+    blocks: list[int], configs: Sequence[str],
+) -> ProductLaunches:  # fmt: skip
+    """Return the launches of `project_conv` and `expand_conv_update_`; ``configs`` has one of each."""
+    taps_first, kernel_sizes = _taps_first(params, momenta, grads), _kernel_sizes(params)
+    a = empty_patches(x, kernel_sizes, sizes)
+    unfolding = unfoldings(x, a, kernel_sizes, sizes, taps_first)
+    slots = slots_of(unfolding.launches, 1, len(a))
+    patches = Temporaries([a_NGPI.shape for a_NGPI in a], lambda _: unfolding.start(), 0, slots)
+    params_OTI, momenta_OTI, grads_OTI = (_views(weights, taps_first) for weights in (params, momenta, grads))
+    factors, numbers = (a, _factors(g, sizes)), (w, dampings, settings)
+    made = factors_products(params_OTI, momenta_OTI, grads_OTI, *factors, *numbers, nesterov, blocks, configs)
+    return made._replace(temporaries=(patches, *made.temporaries))
 
 
 # (shape of the input, outputs, kernel size, geometry) of some layers.
@@ -217,7 +235,7 @@ SPECS = (
         },
         flops=lambda x, g, v, *_: _flops(g, v),
         bytes=lambda x, g, v, sizes, blocks, shape: nbytes(*x, *g, *v) + 4 * shape[0] * shape[1],
-        configs=PROJECT_CONFIGS,
+        configs=(*PROJECT_CONFIGS, *UNFOLD_CONFIGS),
         dtypes=FLOATING,
         mutates=0,
     ),
@@ -229,7 +247,7 @@ SPECS = (
         examples=update_examples(_update_example),
         flops=lambda params, momenta, grads, x, g, *_: _flops(g, params) + 9 * sum(p.numel() for p in params),
         bytes=lambda params, momenta, grads, x, g, *_: 2 * nbytes(*params, *momenta) + nbytes(*grads, *x, *g),
-        configs=EXPAND_CONFIGS,
+        configs=(*EXPAND_CONFIGS, *UNFOLD_CONFIGS),
         dtypes=FLOATING,
         mutates=2,
     ),

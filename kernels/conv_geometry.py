@@ -74,6 +74,11 @@ def unpadded(stride: Sequence[int], dilation: Sequence[int], groups: int) -> Con
     return ConvGeometry((sh, sw), (0, 0), (dh, dw), groups)
 
 
+def kernel_sizes_of(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the kernel sizes of a list that holds their heights and widths one after the other."""
+    return zip(numbers[::2], numbers[1::2], strict=True)
+
+
 def conv_geometries(numbers: Sequence[int]) -> Iterator[ConvGeometry]:
     """Yield the geometries of a list that holds their `ConvGeometry.numbers` one after the other."""
     for at in range(0, len(numbers), 7):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conv_geometry import conv_geometries, unpadded
+from .conv_geometry import conv_geometries, kernel_sizes_of, unpadded
 from .dispatch import widen, zeros
 
 _UNFOLD_BELOW = 1.75  # with fewer positions for each channel, unfolding the input is faster (measured on two cores)
@@ -75,6 +75,13 @@ def _grouped_grads(
     x_1CHW, g_1OHW = (tensor.reshape(1, -1, *tensor.shape[2:]) for tensor in (x_NCHW, g_NOHW))
     size = (n * outputs, channels // groups, *kernel_size)
     return unpadded(stride, dilation, n * groups).weight_grad(x_1CHW, g_1OHW, size).permute(0, 2, 3, 1)
+
+
+def unfold_conv(x: list[Tensor], kernel_sizes: list[int], sizes: list[int], taps_first: list[bool]) -> list[Tensor]:
+    """Copy a strided view of each padded input."""
+    convolutions = zip(x, kernel_sizes_of(kernel_sizes), conv_geometries(sizes), taps_first, strict=True)
+    # Patches of one pixel may be a view of the input, and an op must not return its arguments.
+    return [g.unfold(widen(x_NCHW), kernel, first).clone() for x_NCHW, kernel, g, first in convolutions]
 
 
 def project_conv(

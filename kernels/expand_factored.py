@@ -8,6 +8,8 @@ a parameter's view O outputs of all groups, T taps of a convolution's kernel (1 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,11 +25,12 @@ from .factors import (
     unit_of,
     view_offsets,
 )
-from .launches import Launch, converted, entry_launch, prepared
+from .launches import Updates, converted, entry_launch, prepared
 from .pointer_table import (
     FIRST_TILE,
     MAX_ENTRIES,
     TABLE,
+    TABLE_CHANGES,
     Entries,
     address,
     entry_at,
@@ -37,6 +40,8 @@ from .pointer_table import (
     strides,
 )
 from .primitives import update_entries, weighted_outer
+from .project_factored import project_parts
+from .repeated import ProductLaunches, Temporaries
 from .spec import (
     FLOATING,
     KernelSpec,
@@ -198,7 +203,7 @@ _CONFIGS = {
     for unit in FACTOR_UNITS
     for nesterov in (False, True)
 }
-EXPAND_CONFIGS = (*all_configs(_CONFIGS), *TABLE)
+EXPAND_CONFIGS = (*all_configs(_CONFIGS), *TABLE, *TABLE_CHANGES)
 
 
 def launch_expand_update_(
@@ -206,15 +211,14 @@ def launch_expand_update_(
     w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str = "default",
 ) -> None:  # fmt: skip
     """Launch the kernel of `expand_update_`."""
-    arguments = (params, momenta, grads, a, g, w, dampings, settings, nesterov, config)
-    for launch in prepared(_launches, *arguments):
-        launch.start()
+    prepared(expand_updates, params, momenta, grads, a, g, w, dampings, settings, nesterov, config).start()
 
 
-def _launches(
+def expand_updates(
     params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], a: list[Tensor], g: list[Tensor],
     w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str,
-) -> list[Launch]:  # fmt: skip
+) -> Updates:  # fmt: skip
+    """Return the launches of `expand_update_`."""
     _expect_layers(params, momenta, grads, a, g, w, dampings, settings)
     copies: list[Tensor] = []
     a, g = (converted(widen_contiguous, factors, copies) for factors in (a, g))
@@ -241,7 +245,31 @@ def _launches(
             **strides(_G_STRIDES, g_, unit),
         }
         launches.append(entry_launch(chosen, tiles, columns, _POINTERS, entries, typed=4))
-    return launches
+    return Updates(launches)
+
+
+def factors_products(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], a: list[Tensor], g: list[Tensor],
+    w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, blocks: list[int],
+    configs: Sequence[str],
+) -> ProductLaunches:  # fmt: skip
+    """Return the launches of `project` and `expand_update_`; ``configs`` has one of each."""
+    (a, of_a), (g, of_g) = _as_read(a, 0), _as_read(g, 1)
+    parts = project_parts(a, g, grads, blocks, configs[0])
+    updates = expand_updates(params, momenta, grads, a, g, w, dampings, settings, nesterov, configs[1])
+    return ProductLaunches(parts, updates, 2, params, momenta, (*of_a, *of_g))
+
+
+def _as_read(factors: list[Tensor], argument: int) -> tuple[list[Tensor], list[Temporaries]]:
+    """Return factors as the kernels read them, and how each step gets these if they are no ``argument`` of project."""
+    read = [widen_contiguous(x) for x in factors]
+    if all(x is own for x, own in zip(read, factors, strict=True)):
+        return factors, []
+
+    def fill(made: list[Tensor]) -> None:
+        torch._foreach_copy_(made, factors)
+
+    return read, [Temporaries([x.shape for x in read], fill, argument, [()] * len(read))]
 
 
 def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:

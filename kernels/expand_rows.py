@@ -8,16 +8,19 @@ convolution's kernel (1 for other layers) and I inputs of a tap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import cpu_update, reference
 from .dispatch import define_op, dispatch, expect, last_contiguous, single_contiguous
-from .launches import Launch, converted, entry_launch, prepared
+from .launches import Updates, converted, entry_launch, prepared
 from .pointer_table import (
     FIRST_TILE,
     MAX_ENTRIES,
     TABLE,
+    TABLE_CHANGES,
     Entries,
     address,
     entry_at,
@@ -27,7 +30,8 @@ from .pointer_table import (
     strided,
 )
 from .primitives import output_tap_input, update_entries, weighted_rows
-from .project_rows import ROW_UNITS, example_rows, unit_of_rows
+from .project_rows import ROW_UNITS, example_rows, project_rows_parts, unit_of_rows
+from .repeated import ProductLaunches
 from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs_of, nbytes, tiling, tl, triton
 from .update import (
     AFTER_UPDATE,
@@ -151,22 +155,21 @@ _CONFIGS = {
     for unit in ROW_UNITS
     for nesterov in (False, True)
 }
-EXPAND_ROWS_CONFIGS = (*all_configs(_CONFIGS), *TABLE)
+EXPAND_ROWS_CONFIGS = (*all_configs(_CONFIGS), *TABLE, *TABLE_CHANGES)
 
 
 def _expand_rows_update_(
     params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor],
     w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str = "default",
 ) -> None:  # fmt: skip
-    arguments = (params, momenta, grads, j, w, dampings, settings, nesterov, config)
-    for launch in prepared(_launches, *arguments):
-        launch.start()
+    prepared(expand_rows_updates, params, momenta, grads, j, w, dampings, settings, nesterov, config).start()
 
 
-def _launches(
+def expand_rows_updates(
     params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor],
     w: list[Tensor], dampings: list[Tensor], settings: list[Tensor], nesterov: bool, config: str,
-) -> list[Launch]:  # fmt: skip
+) -> Updates:  # fmt: skip
+    """Return the launches of `expand_rows_update_`."""
     _expect_rows(params, momenta, grads, j, w, dampings, settings)
     copies: list[Tensor] = []
     j = converted(last_contiguous, j, copies)
@@ -190,7 +193,17 @@ def _launches(
         }
         tiles = [cdiv(j_NK.shape[1], chosen.block("K")) for j_NK in j_]
         launches.append(entry_launch(chosen, tiles, columns, _POINTERS, entries, typed=5))
-    return launches
+    return Updates(launches)
+
+
+def rows_products(
+    params: list[Tensor], momenta: list[Tensor], grads: list[Tensor], j: list[Tensor], w: list[Tensor],
+    dampings: list[Tensor], settings: list[Tensor], nesterov: bool, blocks: list[int], configs: Sequence[str],
+) -> ProductLaunches:  # fmt: skip
+    """Return the launches of `project_rows` and `expand_rows_update_`; ``configs`` has one of each."""
+    parts = project_rows_parts(j, grads, blocks, configs[0])
+    updates = expand_rows_updates(params, momenta, grads, j, w, dampings, settings, nesterov, configs[1])
+    return ProductLaunches(parts, updates, 1, params, momenta, ())
 
 
 def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:

@@ -110,10 +110,11 @@ def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
     inside = (n < N)[:, None] & (m < stride_pn)[None, :]
     first, middle, last = tl.load(product_ptr), tl.load(product_ptr + 1), tl.load(product_ptr + 2)
     aa = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for item in range(first, middle):
+    # Few samples have up to 512 items: the next five are on their way while one is added.
+    for item in tl.range(first, middle, num_stages=6):
         aa += tl.load(part_ptr + item * N * stride_pn + at, mask=inside, other=0.0)
     gg = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for item in range(middle, last):
+    for item in tl.range(middle, last, num_stages=6):
         gg += tl.load(part_ptr + item * N * stride_pn + at, mask=inside, other=0.0)
     return aa * tl.where(middle == last, 1.0, gg)
 
@@ -172,7 +173,11 @@ _RANGE_GRAM = {
 }
 # Every thread loads 16 bytes of a tile at a time; with fewer threads some versions of Triton spill.
 _SUM_PRODUCTS = single_config(
-    _sum_products_kernel, "*fp32 *i64 *i64 *fp32 i32 i32", tiling(BLOCK_N=_SUM_TILE, num_warps=8), unaligned=("N",)
+    _sum_products_kernel,
+    "*fp32 *i64 *i64 *fp32 i32 i32",
+    tiling(BLOCK_N=_SUM_TILE, num_warps=8),
+    unaligned=("N",),
+    async_copies=True,
 )
 # The default for at most this many samples: they would fill a small part of a larger tile, which takes as long as all.
 _AT_MOST = {16: "smallest", 32: "small"}

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .pointer_table import FIRST_TILE, Columns, Entries, Table, starts
+from .pointer_table import FIRST_TILE, Addresses, Columns, Entries, Table, starts
 from .spec import Config, Repeated, triton
 
 
@@ -81,48 +80,59 @@ def converted(convert: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], co
     return results
 
 
-class TensorList(list[Tensor]):
-    """A list of tensors that remembers their layouts, for callers that give the same list to an op in every step."""
+class Prepared(Protocol):
+    """What an op launches."""
 
-    _pointers: Sequence[int] | None = None
-    _layout = 0
+    @property
+    def launches(self) -> Sequence[Launch]:
+        """Return the launches whose tables point to the op's tensors."""
 
-    @staticmethod
-    def of(tensors: list[Tensor]) -> TensorList:
-        """Return the list itself, or its tensors in a list that remembers."""
-        return tensors if isinstance(tensors, TensorList) else TensorList(tensors)
-
-    def layout(self, pointers: Sequence[int]) -> int:
-        """Return a number for all that launches depend on of the tensors, except their addresses ``pointers``.
-
-        A tensor that has the address of the last call has its layout as well: the list keeps it alive.
-        """
-        if pointers != self._pointers:
-            pairs = zip(self, pointers, strict=True)
-            layouts = tuple([(x.device, x.shape, x.stride(), x.dtype, at % 32) for x, at in pairs])
-            self._layout, self._pointers = _number_of(layouts), pointers
-        return self._layout
+    def start(self) -> Any:
+        """Launch all kernels, and return the op's result."""
 
 
-_layouts: dict[Hashable, int] = {}
-_numbers = count()
-_MOST_LAYOUTS = 1024
+@dataclass(frozen=True)
+class Updates:
+    """The launches of an op that changes its arguments in place."""
+
+    launches: Sequence[Launch]
+
+    def start(self) -> None:
+        """Launch all kernels."""
+        for one in self.launches:
+            one.start()
 
 
-def _number_of(layouts: Hashable) -> int:
-    if len(_layouts) >= _MOST_LAYOUTS:  # the same layouts get another number, so their launches are prepared once more
-        _layouts.clear()
-    return _layouts.setdefault(layouts, next(_numbers))
+def slots_of(launches: Iterable[Launch], argument: int, count: int) -> list[list[int]]:
+    """Return, for each of ``count`` tensors in one list of an op, where the tables of its launches have its address."""
+    found: list[list[int]] = [[] for _ in range(count)]
+    for slot in (slot for one in launches for slot in one.table.slots if slot.argument == argument):
+        found[slot.place].append(slot.address)
+    return found
 
 
-L = TypeVar("L", bound=Launch)
+P = TypeVar("P", bound=Prepared)
 
 _MOST = 64  # how many ops' launches are kept; a table takes some kilobytes
-_kept: OrderedDict[Hashable, Any] = OrderedDict()
+_kept: OrderedDict[Hashable, tuple[Any, Addresses]] = OrderedDict()
 _keeps: ContextVar[bool] = ContextVar("keeps", default=True)
 
 
-def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L]:
+def may_keep(device: torch.device) -> bool:
+    """Return whether launches for tensors of a device may be repeated by a later call.
+
+    They may not while a CUDA graph is captured, because a replay must write the table that it reads; and not within
+    `without_memory`.
+    """
+    return _keeps.get() and not _is_capturing(device)
+
+
+def has_copies(launches: Iterable[Launch]) -> bool:
+    """Return whether some kernel reads a copy in place of an argument: it is freed after the op."""
+    return any(one.copies for one in launches)
+
+
+def prepared(prepare: Callable[..., P], *arguments: Any) -> P:
     """Return ``prepare(*arguments)``, or the launches of an earlier call with tensors of the same layouts.
 
     Args:
@@ -130,27 +140,33 @@ def prepared(prepare: Callable[..., Sequence[L]], *arguments: Any) -> Sequence[L
         arguments: lists of tensors first, as `Entries` has them, then others.
 
     Each stream has launches of its own, because only a stream orders the kernel that writes a table and those that read
-    it. So has each thread, because another one could write the table between the two. Launches are not kept while a
-    CUDA graph is captured, because a replay must write the table that it reads; nor where an argument was converted,
-    because the kernel then reads a copy, which is freed after the op.
+    it. So has each thread, because another one could write the table between the two.
     """
-    lists = [TensorList.of(x) for x in arguments if isinstance(x, list) and isinstance(x[0], Tensor)]
+    lists = [x for x in arguments if isinstance(x, list) and isinstance(x[0], Tensor)]
     device = lists[0][0].device
-    if not _keeps.get() or _is_capturing(device):
+    if not may_keep(device):
         return prepare(*arguments)
-    pointers = [[x.data_ptr() for x in tensors] for tensors in lists]
     others = tuple(tuple(x) if isinstance(x, list) else x for x in arguments[len(lists) :])
-    layouts = [tensors.layout(own) for tensors, own in zip(lists, pointers, strict=True)]
-    key = (prepare, threading.get_ident(), device, _stream(device), others, *layouts)
-    launches: Sequence[L] | None = _kept.pop(key, None)  # gone if the writes below are interrupted
-    if launches is None:
-        launches = prepare(*arguments)
-    else:
-        for launch in launches:
-            launch.table.point_to(pointers)
-    if not any(launch.copies for launch in launches):
-        _keep(key, launches)
-    return launches
+    layouts = tuple(tuple(layout_of(x) for x in tensors) for tensors in lists)
+    key = (prepare, threading.get_ident(), device, _stream(device), others, layouts)
+    present = [x.data_ptr() for tensors in lists for x in tensors]
+    if key in _kept:
+        found, addresses = _kept[key]
+        _kept.move_to_end(key)
+        addresses.become(present)
+        return cast("P", found)
+    made = prepare(*arguments)
+    if not has_copies(made.launches):
+        slots = [own for at, x in enumerate(lists) for own in slots_of(made.launches, at, len(x))]
+        _kept[key] = made, Addresses(slots, present, made.launches[0].table)
+        if len(_kept) > _MOST:
+            _kept.popitem(last=False)
+    return made
+
+
+def layout_of(x: Tensor) -> Hashable:
+    """Return all that launches depend on of a tensor, except its address."""
+    return x.device, x.dtype, x.shape, x.stride(), x.data_ptr() % 32
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -163,13 +179,6 @@ def _is_capturing(device: torch.device) -> bool:
 def _stream(device: torch.device) -> int:
     """Return the stream on which Triton launches; 0 without a GPU, where Triton's interpreter runs the kernels."""
     return triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
-
-
-def _keep(key: Hashable, launches: Any) -> None:
-    """Keep launches as the last ones used; the first ones go if there are too many."""
-    _kept[key] = launches
-    if len(_kept) > _MOST:
-        _kept.popitem(last=False)
 
 
 @contextmanager

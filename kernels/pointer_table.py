@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .spec import TRITON_TYPES, Repeated, single_config, tiling, tl, triton
+from .spec import TRITON_TYPES, Config, Repeated, single_config, tiling, tl, triton
 
 Key = TypeVar("Key", bound=Hashable)
 Columns = Mapping[Any, Sequence[int]]
@@ -62,17 +62,29 @@ def _write_kernel(values, table_ptr, count, SIZE: tl.constexpr):
         tl.store(table_ptr + k, (values[k] >> 1) - (1 << 61), mask=k < count)
 
 
-_WRITERS = {
-    size: single_config(
-        _write_kernel,
-        f"{','.join(size * ['i64'])} *i64 i32",
-        tiling(num_warps=1, SIZE=size),
-        unaligned=("values", "table_ptr", "count"),
-    )
-    for size in _WRITE_SIZES
-}
-TABLE = tuple(_WRITERS.values())
-_started: dict[tuple[torch.device, int], Repeated] = {}
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["table_ptr"])
+def _change_kernel(values, table_ptr, count, SIZE: tl.constexpr):
+    """Decode the first ``count`` of SIZE numbers, pairs of an address and of the number to write there."""
+    for k in tl.static_range(0, SIZE, 2):
+        at = ((values[k] >> 1) - (1 << 61)).to(table_ptr.dtype)
+        tl.store(at, (values[k + 1] >> 1) - (1 << 61), mask=k < count)
+
+
+def _writers(kernel: Any) -> dict[int, Config]:
+    return {
+        size: single_config(
+            kernel,
+            f"{','.join(size * ['i64'])} *i64 i32",
+            tiling(num_warps=1, SIZE=size),
+            unaligned=("values", "table_ptr", "count"),
+        )
+        for size in _WRITE_SIZES
+    }
+
+
+_WRITE, _CHANGE = _writers(_write_kernel), _writers(_change_kernel)
+TABLE, TABLE_CHANGES = tuple(_WRITE.values()), tuple(_CHANGE.values())
+_started: dict[Hashable, Repeated] = {}
 
 # Numbers reach the kernel as large odd ones. Triton compiles a kernel again for arguments that are 1, a multiple of 16,
 # or small enough for 32 bits; these are none of them, so one compiled kernel writes all numbers.
@@ -83,19 +95,20 @@ _PADDING = (_CODE_OF_ZERO,) * max(_WRITE_SIZES)
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return numbers as an int64 tensor without a copy from the host, which would wait for the device."""
     written = torch.empty(len(numbers), dtype=torch.int64, device=device)
-    _write(numbers, written)
+    _write(_WRITE, numbers, written)
     return written
 
 
-def _write(numbers: Sequence[int], to: Tensor) -> None:
-    """Write numbers to the first entries of a tensor."""
-    size = next((size for size in _WRITE_SIZES if len(numbers) <= size), max(_WRITE_SIZES))
-    if (to.device, size) not in _started:
-        _started[to.device, size] = Repeated(_WRITERS[size])
+def _write(writers: Mapping[int, Config], numbers: Sequence[int], to: Tensor) -> None:
+    """Write numbers to the first entries of a tensor, or pairs as `_change_kernel` takes them to its device."""
+    size = next((size for size in writers if len(numbers) <= size), max(writers))
+    key = (to.device, id(writers), size)
+    if key not in _started:
+        _started[key] = Repeated(writers[size])
     for first in range(0, len(numbers), size):
         part = numbers[first : first + size]
         encoded = (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)])
-        _started[to.device, size].start((1,), encoded, to[first:], len(part))
+        _started[key].start((1,), encoded, to[first:] if writers is _WRITE else to, len(part))
 
 
 def table_of(columns: Columns, device: torch.device) -> Tensor:
@@ -123,11 +136,26 @@ class Entries(NamedTuple):
         return [self.lists[argument][index] for index in self.indices]
 
 
+class Slot(NamedTuple):
+    """Where a table holds the address of a tensor.
+
+    Attributes:
+        argument: the index of the tensor's list among the lists of the op.
+        place: the index of the tensor in that list.
+        address: where the table has the tensor's address.
+    """
+
+    argument: int
+    place: int
+    address: int
+
+
 class Table:
-    """A table that follows its tensors when their addresses change.
+    """A table of one launch.
 
     Attributes:
         fields_FE: the table.
+        slots: where it holds addresses.
     """
 
     def __init__(self, columns: Columns, pointers: Mapping[Any, int], entries: Entries) -> None:
@@ -142,23 +170,39 @@ class Table:
             TypeError: the tensors are on several devices, or in dtypes that kernels do not take.
         """
         _expect_one_device(entries)
-        self._indices, self._arguments = entries.indices, [argument for _, argument in _by_index(pointers)]
-        self._fields = [index for index, _ in _by_index(pointers)]
-        self._addresses = [addresses(entries.of(argument)) for argument in self._arguments]
-        own = dict(zip(sorted(pointers, key=lambda field: field.value), self._addresses, strict=True))
+        own = {field: addresses(entries.of(argument)) for field, argument in pointers.items()}
         self.fields_FE = table_of({**columns, **own}, entries.lists[0][0].device)
+        first, bytes_of_field = self.fields_FE.data_ptr(), 8 * self.fields_FE.shape[1]
+        self.slots = [
+            Slot(argument, place, first + field.value * bytes_of_field + 8 * entry)
+            for field, argument in pointers.items()
+            for entry, place in enumerate(entries.indices)
+        ]
 
-    def point_to(self, lists: Sequence[Sequence[int]]) -> None:
-        """Write the addresses in ``lists``, those of the present tensors, where they are others than before."""
-        changed = []
-        for place, argument in enumerate(self._arguments):
-            present = [lists[argument][index] for index in self._indices]
-            if present != self._addresses[place]:
-                self._addresses[place] = present
-                changed.append(place)
-        for run in _runs([self._fields[place] for place in changed]):
-            numbers = [number for field in run for number in self._addresses[self._fields.index(field)]]
-            _write(numbers, self.fields_FE[run[0] :].view(-1))
+
+class Addresses:
+    """Addresses of tensors, in every slot that has them; they are written again where they change."""
+
+    def __init__(self, slots: Sequence[Sequence[int]], addresses: Sequence[int], table: Table) -> None:
+        """Note what the tables hold.
+
+        Args:
+            slots: for each tensor, the addresses of its slots.
+            addresses: of the tensors.
+            table: one of the tables.
+        """
+        self._slots, self._table_FE = slots, table.fields_FE
+        self._known: Sequence[int | None] = addresses
+
+    def become(self, addresses: Sequence[int]) -> None:
+        """Write those of the addresses that are others than before."""
+        if addresses == self._known:
+            return
+        pairs = zip(self._slots, self._known, addresses, strict=True)
+        changes = [number for slots, old, new in pairs if new != old for at in slots for number in (at, new)]
+        self._known = [None] * len(addresses)  # an interrupted write leaves it open what the tables hold
+        _write(_CHANGE, changes, self._table_FE)
+        self._known = addresses
 
 
 def _expect_one_device(entries: Entries) -> None:
@@ -166,22 +210,6 @@ def _expect_one_device(entries: Entries) -> None:
     kinds = {(str(x.device), str(x.dtype)) for x in tensors}
     if len({x.device for x in tensors}) > 1 or not {x.dtype for x in tensors} <= TRITON_TYPES.keys():
         raise TypeError(f"a kernel takes tensors of one device, in float32 or half precision; got {sorted(kinds)}")
-
-
-def _runs(fields: Sequence[int]) -> Iterator[list[int]]:
-    """Yield fields that follow one another in a table as one list."""
-    run: list[int] = []
-    for field in fields:
-        if run and field != run[-1] + 1:
-            yield run
-            run = []
-        run.append(field)
-    if run:
-        yield run
-
-
-def _by_index(pointers: Mapping[Any, int]) -> list[tuple[int, int]]:
-    return sorted((field.value, argument) for field, argument in pointers.items())
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:

@@ -26,17 +26,17 @@ from .launches import converted, prepared
 from .partial_sums import (
     ADD_PARTIAL_SUMS,
     AFTER_PARTIAL_SUMS,
-    FISHER_BLOCK,
     POSITIONS,
     SAMPLES,
     PartialSums,
-    partial_sums,
+    Parts,
     store_partial_sums,
 )
 from .pointer_table import (
     FIRST_TILE,
     MAX_ENTRIES,
     TABLE,
+    TABLE_CHANGES,
     Entries,
     address,
     entry_at,
@@ -162,35 +162,36 @@ _CONFIGS = {
     )
     for unit in FACTOR_UNITS
 }
-PROJECT_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, *TABLE)
+PROJECT_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, *TABLE, *TABLE_CHANGES)
 
 
 def launch_project(
     a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
     """Launch the kernels of `project`."""
-    y_LN = zeros(a[0], *shape)
-    for launch in prepared(_launches, a, g, v, blocks, shape, config):
-        launch.add_to(y_LN)
-    return y_LN
+    return prepared(_sums, a, g, v, blocks, shape, config).start()
 
 
-def _launches(
+def _sums(
     a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str
-) -> list[PartialSums]:
+) -> PartialSums:
+    return PartialSums(project_parts(a, g, v, blocks, config), shape)
+
+
+def project_parts(a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int], config: str) -> list[Parts]:
+    """Return the launches of `project`."""
     _expect_views(a, g, v)
     copies: list[Tensor] = []
     a, g = (converted(widen_contiguous, factors, copies) for factors in (a, g))
     v, launches = converted(_dense, v, copies), []
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
-    for unit, indices in launches_of(units, order=blocks):
+    for unit, indices in launches_of(units):
         chosen = config_named(_CONFIGS[unit], config)
         entries = Entries((a, g, v), indices, copies)
         a_, g_, v_ = map(entries.of, range(3))
         sizes, chunk = sizes_of(a_, g_), int(chosen.constants["CHUNK"])
         parts = [size.groups * cdiv(size.outputs, chosen.block("O")) * cdiv(size.inputs, chunk) for size in sizes]
         columns = {
-            FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [size.samples for size in sizes],
             POSITIONS: [size.positions for size in sizes],
             _INPUTS: [size.inputs // unit for size in sizes],
@@ -199,7 +200,8 @@ def _launches(
             **strides(_A_STRIDES, a_, unit),
             **strides(_G_STRIDES, g_, unit),
         }
-        launches.append(partial_sums(chosen, parts, columns, {_A: 0, _G: 1, _V: 2}, entries, typed=1, samples=shape[1]))
+        own_blocks = [blocks[t] for t in indices]
+        launches.append(Parts(chosen, parts, own_blocks, columns, {_A: 0, _G: 1, _V: 2}, entries, typed=1))
     return launches
 
 

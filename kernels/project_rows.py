@@ -23,16 +23,16 @@ from .partial_sums import (
     ADD_PARTIAL_SUMS,
     AFTER_PARTIAL_SUMS,
     FIRST_SLOT,
-    FISHER_BLOCK,
     POSITIONS,
     SAMPLES,
     PartialSums,
-    partial_sums,
+    Parts,
 )
 from .pointer_table import (
     FIRST_TILE,
     MAX_ENTRIES,
     TABLE,
+    TABLE_CHANGES,
     Entries,
     address,
     entry_at,
@@ -136,29 +136,30 @@ _CONFIGS = {
     for dtype, entries in TRITON_TYPES.items()
     for unit in ROW_UNITS
 }
-PROJECT_ROWS_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, *TABLE)
+PROJECT_ROWS_CONFIGS = (*all_configs(_CONFIGS), ADD_PARTIAL_SUMS, *TABLE, *TABLE_CHANGES)
 
 
 def _project_rows(
     j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str = "default"
 ) -> Tensor:
-    y_LN = zeros(j[0], *shape)
-    for launch in prepared(_launches, j, v, blocks, shape, config):
-        launch.add_to(y_LN)
-    return y_LN
+    return prepared(_sums, j, v, blocks, shape, config).start()
 
 
-def _launches(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str) -> list[PartialSums]:
+def _sums(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[int], config: str) -> PartialSums:
+    return PartialSums(project_rows_parts(j, v, blocks, config), shape)
+
+
+def project_rows_parts(j: list[Tensor], v: list[Tensor], blocks: list[int], config: str) -> list[Parts]:
+    """Return the launches of `project_rows`."""
     _expect_rows(j, v)
     copies: list[Tensor] = []
     j, launches = converted(last_contiguous, j, copies), []
     keys = [(j_NK.dtype, unit_of_rows(j_NK), v_OTI.dtype) for j_NK, v_OTI in zip(j, v, strict=True)]
-    for (dtype, unit, _), indices in launches_of(keys, order=blocks):
+    for (dtype, unit, _), indices in launches_of(keys):
         chosen = _CONFIGS[dtype, unit][config]
         entries = Entries((j, v), indices, copies)
         j_, v_ = entries.of(0), entries.of(1)
         columns = {
-            FISHER_BLOCK: [blocks[t] for t in indices],
             SAMPLES: [len(j_NK) for j_NK in j_],
             POSITIONS: [1] * len(indices),
             _ROW_STRIDE: [j_NK.stride(0) // unit for j_NK in j_],
@@ -168,7 +169,8 @@ def _launches(j: list[Tensor], v: list[Tensor], blocks: list[int], shape: list[i
             **strides(_V_STRIDES, v_),
         }
         chunks = [cdiv(j_NK.shape[1], int(chosen.constants["CHUNK"])) for j_NK in j_]
-        launches.append(partial_sums(chosen, chunks, columns, {_J: 0, _V: 1}, entries, typed=2, samples=shape[1]))
+        own_blocks = [blocks[t] for t in indices]
+        launches.append(Parts(chosen, chunks, own_blocks, columns, {_J: 0, _V: 1}, entries, typed=2))
     return launches
 
 

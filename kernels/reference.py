@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv_geometry import conv_geometries
+from .conv_geometry import conv_geometries, kernel_sizes_of
 
 Tensors = list[Tensor]
 
@@ -35,6 +35,17 @@ def conv_sample_grads(
     a_NGCTP = patches_NIP.unflatten(1, (groups, x_NCHW.shape[1] // groups, -1))
     g_NGOP = g_NOHW.flatten(2).unflatten(1, (groups, -1))
     return torch.einsum("ngop,ngctp->ngotc", g_NGOP, a_NGCTP).flatten(1)
+
+
+def unfold_conv(x: Tensors, kernel_sizes: list[int], sizes: list[int], taps_first: list[bool]) -> Tensors:
+    """The patches a_NGPI that `conv_sample_grads` multiplies; I runs over (C, T) or (T, C)."""
+    a = []
+    convolutions = zip(x, kernel_sizes_of(kernel_sizes), conv_geometries(sizes), taps_first, strict=True)
+    for x_NCHW, kernel, (stride, padding, dilation, groups), first in convolutions:
+        patches_NIP = F.unfold(x_NCHW, kernel, dilation, padding, stride)
+        a_NGPCT = patches_NIP.unflatten(1, (groups, -1, kernel[0] * kernel[1])).permute(0, 1, 4, 2, 3)
+        a.append((a_NGPCT.mT if first else a_NGPCT).flatten(3))
+    return a
 
 
 def gram_rows(j: Tensors, blocks: list[int], count: int) -> Tensor:

@@ -91,11 +91,13 @@ class Config:
     def start(self, grid: tuple[int, ...], *arguments: Tensor | int | tuple[Any, ...]) -> Any:
         """Launch on the tensors' device, from an op that is opaque to tracing; return what Triton compiled."""
         with device_of(*arguments):
-            return self._launch(self.kernel, grid, arguments)
+            # Triton 3.10 will add and multiply apart by default, in twice the instructions.
+            return self._launch(self.kernel, grid, arguments, enable_fp_fusion=True)
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> Any:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return kernel[grid](*arguments, **self.constants, **options)
+    def _launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], **options: bool) -> Any:
+        return kernel[grid](
+            *arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages, **options
+        )
 
 
 def _is_traced(arguments: Sequence[Any]) -> bool:

@@ -74,9 +74,8 @@ HOST_NOTE = """What a plain step that reuses the curvature takes the CPU on a ma
 least that time. No GPU is used here. Triton launches its kernels through a stand-in for the driver library, of
 which every call succeeds and does nothing (`perf/host`). The models have all their layers, but so few channels, pixels
 and samples that torch's own operations, which run on the CPU, take little more than their dispatch. SGD is torch's
-fused one. The inputs of convolutions that keep their factors are unfolded by such operations, in each step. `with a
-trust region` is a step with the library's defaults, the other one has the paper's settings. One thread; in most steps
-tensors have other addresses than before, as a CPU's allocator gives them."""
+fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
+thread; in most steps gradients have other addresses than before, as a CPU's allocator gives them."""
 
 
 def generate(results: Path, page: Path) -> None:

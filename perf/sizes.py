@@ -117,6 +117,10 @@ def _project_conv(n: int, channels: int, side: int, device: torch.device) -> tup
     return *factors, [weight], _PADDED, [0], [1, n]
 
 
+def _unfold_conv(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
+    return [_tensor(device, n, channels, side, side)], [3, 3], _PADDED, [False]
+
+
 def _conv_update(n: int, channels: int, side: int, device: torch.device) -> tuple[Any, ...]:
     state = [[_tensor(device, channels, channels, 3, 3)] for _ in range(3)]
     numbers = torch.tensor(0.3, device=device), torch.tensor([0.0, 0.5, 0.0, 0.0], device=device)
@@ -155,6 +159,7 @@ SIZES: Mapping[str, Mapping[str, Make]] = {
     "cholesky_solve": {f"{blocks} of {n}": partial(_solve, blocks, n) for blocks, n in _BATCHES},
     "project": {"linear 10368 to 500": partial(_project, *_FC), "512 samples, large": partial(_project, *_LARGE)},
     "project_conv": {"512 to 512 on 4 x 4": partial(_project_conv, 128, 512, 4)},
+    "unfold_conv": {"512 channels of 4 x 4": partial(_unfold_conv, 128, 512, 4)},
     "expand_conv_update_": {"512 to 512 on 4 x 4": partial(_conv_update, 128, 512, 4)},
     "project_rows": {
         "3C1F convolution": partial(_rows_and_entries, *_CONV),

@@ -70,7 +70,7 @@ IN_CONFIGS = [
 EACH_SPEC = [pytest.param(spec, id=spec.name) for spec in SPECS]
 
 
-INTERPRETED_FILES = (__file__, str(Path(__file__).with_name("test_prepared.py")))
+INTERPRETED_FILES = (__file__, *(str(Path(__file__).with_name(f"test_{of}.py")) for of in ("prepared", "repeated")))
 # What runs under the interpreter, in halves of about the same length, which two workers take at once.
 HALVES = [
     pytest.param("not slow", "project", id="project"),

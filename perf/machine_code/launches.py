@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from tengrad_triton.kernels.pointer_table import TABLE
+from tengrad_triton.kernels.pointer_table import TABLE, TABLE_CHANGES
 from tengrad_triton.kernels.spec import Config, KernelSpec
 
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)  # one for all calls, because ops may keep tables from call to call
@@ -48,7 +48,8 @@ def work_of(spec: KernelSpec, make: Callable[[torch.device], tuple[Any, ...]], c
         flops, moved = spec.flops(*arguments), spec.bytes(*arguments)
         with _recorded() as launches:
             spec.triton_impl(*arguments, **({} if config == "default" else {"config": config}))
-    return Work(arguments, tuple(launch for launch in launches if launch.config not in TABLE), flops, moved)
+    own = tuple(launch for launch in launches if launch.config not in (*TABLE, *TABLE_CHANGES))
+    return Work(arguments, own, flops, moved)
 
 
 def _address(tensor: FakeTensor) -> int:

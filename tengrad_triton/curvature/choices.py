@@ -75,7 +75,8 @@ OpsFor = Callable[[tuple[str, ...]], Ops]
 def ops_for(backend: Backend, kernel_overrides: Collection[str] = ()) -> Ops:
     """Return a namespace of the ops by name; each op runs Triton on CUDA tensors, and PyTorch code elsewhere.
 
-    With ``"torch"`` the namespace holds the PyTorch functions (`kernels.cpu` and its neighbours) themselves.
+    With ``"torch"`` the namespace holds the PyTorch functions (`kernels.cpu` and its neighbours) themselves. Its
+    ``configs`` maps the names of the others to their launch configurations.
 
     Args:
         backend: ``"torch"`` makes every op its PyTorch implementation.
@@ -92,9 +93,17 @@ def ops_for(backend: Backend, kernel_overrides: Collection[str] = ()) -> Ops:
             f"no kernels named {', '.join(sorted(unknown))}; there are {', '.join(sorted({*specs, *configs}))}"
         )
     ops: dict[str, Any] = {name: kernels.eager(getattr(kernels, name)) for name in specs}
+    chosen = dict.fromkeys(specs, "default")
     for override in set(kernel_overrides) & configs.keys():
-        name, config = configs[override]
-        ops[name] = partial(ops[name], config=config)
-    in_torch = specs if backend == "torch" else specs.keys() & set(kernel_overrides)
-    ops |= {name: specs[name].torch_impl for name in in_torch}
-    return SimpleNamespace(kernel_overrides=tuple(sorted(kernel_overrides)), **ops)
+        name, chosen[name] = configs[override]
+        ops[name] = partial(ops[name], config=chosen[name])
+    for name in specs if backend == "torch" else specs.keys() & set(kernel_overrides):
+        ops[name] = specs[name].torch_impl
+        del chosen[name]
+    return SimpleNamespace(kernel_overrides=tuple(sorted(kernel_overrides)), configs=chosen, **ops)
+
+
+def step_configs(ops: Ops, product_kernels: ProductKernels) -> list[str] | None:
+    """Return the launch configurations of project and expand; None if PyTorch code runs one of them."""
+    names = [product_kernels[product][0] for product in ("project", "expand")]
+    return [ops.configs[name] for name in names] if ops.configs.keys() >= set(names) else None

@@ -5,6 +5,7 @@ Dimensions: N samples, P positions, V rows of the embedding's weight, D entries 
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,52 @@ from typing_extensions import override
 from tengrad_triton.curvature.choices import FACTORED_KERNELS, Ops, ProductKernels, Representation
 from tengrad_triton.curvature.concat import concat_embedding, concat_outer, take_embedding_rows, take_outer_rows
 from tengrad_triton.curvature.jacobian import CHUNK_BYTES, Factored, PerSample
-from tengrad_triton.curvature.products import Jacobian, SingleJacobian
+from tengrad_triton.curvature.products import Jacobian, Operands, UpdateState
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts
 
 
+class _SingleJacobian(Jacobian):
+    """A `Jacobian` that shares no launch: it defines gram, project and expand for itself."""
+
+    @override
+    def _layout(self) -> Hashable:
+        return id(self)
+
+    @override
+    def view(self, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    @override
+    def gram_grouped(jacobians: Sequence[_SingleJacobian], blocks: list[int], count: int) -> Tensor:
+        return _placed(jacobians[0].gram(), blocks[0], count)
+
+    @staticmethod
+    @override
+    def operands_of(jacobians: Sequence[_SingleJacobian]) -> Operands:
+        return ()
+
+    @override
+    def project_grouped(self, operands: Operands, v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
+        y_N, (count, rows) = self.project(v[0]), shape
+        return _placed(torch.nn.functional.pad(y_N, (0, rows - len(y_N))), blocks[0], count)
+
+    @override
+    def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
+        tensors = (state.params[0], state.momenta[0], state.settings[0])
+        target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, group=0)
+        self.expand_update_(target, state.grads[0], state.w[0], state.dampings[0])
+
+
+def _placed(one: Tensor, block: int, count: int) -> Tensor:
+    whole = one.new_zeros(count, *one.shape)
+    whole[block] = one
+    return whole
+
+
 @dataclass(frozen=True)
-class EmbeddingJacobian(SingleJacobian):
+class EmbeddingJacobian(_SingleJacobian):
     """The J of an embedding's weight V × D, which a linear layer may share (a tied embedding and head).
 
     Neither one-hot vectors nor N rows of V × D entries are kept.

@@ -21,10 +21,12 @@ from tengrad_triton.curvature.choices import (
     Ops,
     ProductKernels,
     Representation,
+    step_configs,
 )
 from tengrad_triton.curvature.concat import concat_outer, take_outer_rows
 from tengrad_triton.curvature.geometry import geometry_of
 from tengrad_triton.curvature.products import Jacobian, Jacobians, Operands, UpdateState
+from tengrad_triton.kernels import ProductLaunches, conv_products, factors_products, rows_products
 from tengrad_triton.kernels.cholesky import LARGEST_BATCHED
 from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
@@ -80,11 +82,13 @@ class PerSample(Jacobian):
         return self.ops.project_rows(*operands, v, blocks, shape)
 
     @override
-    def expand_update_grouped_(
-        self, operands: Operands, state: UpdateState, w: list[Tensor], dampings: list[Tensor]
-    ) -> None:
-        *tensors, settings, nesterov = state
-        self.ops.expand_rows_update_(*tensors, *operands, w, dampings, settings, nesterov)
+    def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
+        self.ops.expand_rows_update_(*state.arguments(operands))
+
+    @override
+    def launches(self, operands: Operands, state: UpdateState, blocks: list[int]) -> ProductLaunches | None:
+        configs = step_configs(self.ops, PER_SAMPLE_KERNELS)
+        return None if configs is None else rows_products(*state.arguments(operands, blocks, configs))
 
     @override
     def combine(self, directions_RN: Tensor) -> PerSample:
@@ -177,12 +181,16 @@ class Factored(Jacobian):
         return self.ops.project(*operands, v, blocks, shape)
 
     @override
-    def expand_update_grouped_(
-        self, operands: Operands, state: UpdateState, w: list[Tensor], dampings: list[Tensor]
-    ) -> None:
-        (*tensors, settings, nesterov), is_conv = state, isinstance(self.factors.a, ConvInput)
+    def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
+        is_conv = isinstance(self.factors.a, ConvInput)
         expand_update_ = self.ops.expand_conv_update_ if is_conv else self.ops.expand_update_
-        expand_update_(*tensors, *operands, w, dampings, settings, nesterov)
+        expand_update_(*state.arguments(operands))
+
+    @override
+    def launches(self, operands: Operands, state: UpdateState, blocks: list[int]) -> ProductLaunches | None:
+        products = conv_products if isinstance(self.factors.a, ConvInput) else factors_products
+        configs = step_configs(self.ops, self.product_kernels)
+        return None if configs is None else products(*state.arguments(operands, blocks, configs))
 
     @override
     def combine(self, directions_RN: Tensor) -> PerSample:

@@ -14,23 +14,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from tengrad_triton.curvature.choices import Ops, Product, ProductKernels, Representation, implementation_names
 from tengrad_triton.curvature.target import Target
-from tengrad_triton.kernels import TensorList
+from tengrad_triton.kernels import ProductLaunches, RepeatedProducts, layout_of, may_repeat, runs_kernel
 
 Operands = tuple[Any, ...]
 """Arguments of an op that stand for J: its lists of rows or of factors."""
 
 
 class UpdateState(NamedTuple):
-    """What an update of several parameters reads and writes: lists with one tensor for each of them.
+    """What an update of several parameters reads and writes beside J: lists with one tensor for each of them.
 
     Attributes:
         params: updated in place.
         momenta: updated in place.
         grads: the gradients of what is minimized.
+        w: the coefficients of the rows of each J.
+        dampings: one of each.
         settings: [lr, momentum, weight_decay, shrink] of each.
         nesterov: whether the steps look ahead along the momenta.
     """
@@ -38,8 +39,14 @@ class UpdateState(NamedTuple):
     params: list[Tensor]
     momenta: list[Tensor]
     grads: list[Tensor]
+    w: list[Tensor]
+    dampings: list[Tensor]
     settings: list[Tensor]
     nesterov: bool
+
+    def arguments(self, operands: Operands, *others: Any) -> tuple[Any, ...]:
+        """Return the arguments of an op that updates, followed by others."""
+        return (*self[:3], *operands, *self[3:], *others)
 
 
 class Jacobian(ABC):
@@ -47,7 +54,7 @@ class Jacobian(ABC):
 
     Jacobians of the same `group_key` share kernel launches. `PerSample` calls the ops `gram_rows`, `project_rows` and
     `expand_rows_update_`. `Factored` calls `gram`, or `gram_rows` of rows that it forms, `project` and
-    `expand_update_`, or the last two for convolutions (`jacobian.py`). A `SingleJacobian` shares no launch.
+    `expand_update_`, or the last two for convolutions (`jacobian.py`). An `EmbeddingJacobian` shares none.
 
     The ``*_grouped`` functions take one list entry for each Jacobian. Where the result has ``count`` blocks, Jacobian t
     adds to index ``blocks[t]``.
@@ -122,13 +129,15 @@ class Jacobian(ABC):
         """
 
     @abstractmethod
-    def expand_update_grouped_(
-        self, operands: Operands, state: UpdateState, w: list[Tensor], dampings: list[Tensor]
-    ) -> None:
+    def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
         """Apply each Jacobian's `expand_update_`; the parameters, momenta and gradients of ``state`` are views.
 
         Any of the Jacobians can do it for all. Each w has as many entries as its J has rows.
         """
+
+    def launches(self, operands: Operands, state: UpdateState, blocks: list[int]) -> ProductLaunches | None:
+        """Return the launches of both products along the gradients of ``state``; None if an op has to be called."""
+        return None
 
     def gram(self) -> Tensor:
         """Return k_NN with K[n, m] = ⟨J_n, J_m⟩."""
@@ -144,49 +153,9 @@ class Jacobian(ABC):
         Entries of ``w_N`` beyond N are not read.
         """
         params, momenta, grads = ([self.view(x)] for x in (target.parameter, target.momentum, grad))
-        state = UpdateState(params, momenta, grads, [target.settings], target.nesterov)
-        self.expand_update_grouped_(self.operands_of([self]), state, [w_N[: self.rows]], [damping])
-
-
-class SingleJacobian(Jacobian):
-    """A `Jacobian` that shares no launch: it defines gram, project and expand for itself."""
-
-    @override
-    def _layout(self) -> Hashable:
-        return id(self)
-
-    @override
-    def view(self, x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    @override
-    def gram_grouped(jacobians: Sequence[SingleJacobian], blocks: list[int], count: int) -> Tensor:
-        return _placed(jacobians[0].gram(), blocks[0], count)
-
-    @staticmethod
-    @override
-    def operands_of(jacobians: Sequence[SingleJacobian]) -> Operands:
-        return ()
-
-    @override
-    def project_grouped(self, operands: Operands, v: list[Tensor], blocks: list[int], shape: list[int]) -> Tensor:
-        y_N, (count, rows) = self.project(v[0]), shape
-        return _placed(torch.nn.functional.pad(y_N, (0, rows - len(y_N))), blocks[0], count)
-
-    @override
-    def expand_update_grouped_(
-        self, operands: Operands, state: UpdateState, w: list[Tensor], dampings: list[Tensor]
-    ) -> None:
-        tensors = (state.params[0], state.momenta[0], state.settings[0])
-        target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, group=0)
-        self.expand_update_(target, state.grads[0], w[0], dampings[0])
-
-
-def _placed(one: Tensor, block: int, count: int) -> Tensor:
-    whole = one.new_zeros(count, *one.shape)
-    whole[block] = one
-    return whole
+        numbers = ([w_N[: self.rows]], [damping], [target.settings])
+        state = UpdateState(params, momenta, grads, *numbers, target.nesterov)
+        self.expand_update_grouped_(self.operands_of([self]), state)
 
 
 LayerJacobian = Mapping[str, Jacobian]
@@ -219,26 +188,53 @@ class ProductPlan:
     the gradients, the coefficients w and the dampings.
     """
 
-    def __init__(self, entries: Sequence[BlockEntry]) -> None:
+    def __init__(self, entries: Sequence[BlockEntry], shape: list[int]) -> None:
+        """Plan the products of some entries; ``shape`` is [L, N], with the largest number of rows of any block."""
         keys = [
             (one.jacobian.group_key("project"), one.jacobian.group_key("expand"), one.target.nesterov)
             for one in entries
         ]
-        self._launches = [_Launch(entries, places) for places in _groups(keys)]
+        self._launches, self._shape = [_Launch(entries, places) for places in _groups(keys)], shape
+        self._layouts: Sequence[Hashable] = ()
+        self._repeated: RepeatedProducts | None = None  # for gradients of these layouts
+        self._others: list[_Launch] = []
 
-    def views(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Return the gradients of the entries as the launches take them."""
-        return [launch.views(grads) for launch in self._launches]
+    def along(self, grads: Sequence[Tensor], once: bool = False) -> Products:
+        """Return the products of a step along gradients, one for each entry; ``once`` prepares nothing for others."""
+        if once or not may_repeat(grads[0]):
+            return Products(None, self._launches, grads, self._shape)
+        layouts = [layout_of(grad) for grad in grads]
+        if layouts != self._layouts:
+            (self._repeated, self._others), self._layouts = _repeated(self._launches, grads, self._shape), layouts
+        return Products(self._repeated, self._others, grads, self._shape)
 
-    def project(self, views: Sequence[list[Tensor]], count: int, rows: int) -> Tensor:
+
+class Products:
+    """The products of one step: those of some entries are launched by ``repeated``, the others call ops."""
+
+    def __init__(
+        self, repeated: RepeatedProducts | None, others: Sequence[_Launch], grads: Sequence[Tensor], shape: list[int]
+    ) -> None:
+        self._repeated, self._shape = repeated, shape
+        self._others = [(launch, launch.views(grads)) for launch in others]
+        if repeated is not None:
+            repeated.follow(grads)
+
+    def project(self) -> Tensor:
         """Return y_LN = J V, summed over the parameters of every block; zeros follow where a block has fewer rows."""
-        parts = [launch.project(own, [count, rows]) for launch, own in zip(self._launches, views, strict=True)]
+        parts = [launch.project(views, self._shape) for launch, views in self._others]
+        if self._repeated is not None:
+            parts.append(self._repeated.project())
         return sum(parts[1:], start=parts[0])
 
-    def expand_update_(self, views: Sequence[list[Tensor]], w: Sequence[Tensor], dampings: Sequence[Tensor]) -> None:
-        """Step every target along (grad − Jᵀ w) / damping; ``w`` and ``dampings`` have an entry for every block."""
-        for launch, own in zip(self._launches, views, strict=True):
-            launch.expand_update_(own, w, dampings)
+    def expand_update_(self, w_LN: Tensor, damping_L: Tensor) -> None:
+        """Step every target along (V − Jᵀ w) / damping."""
+        if self._repeated is not None:
+            self._repeated.expand_update_(w_LN, damping_L)
+        if self._others:
+            w, dampings = w_LN.unbind(), damping_L.unbind()
+            for launch, views in self._others:
+                launch.expand_update_(views, w, dampings)
 
 
 class _Launch:
@@ -246,37 +242,53 @@ class _Launch:
 
     def __init__(self, entries: Sequence[BlockEntry], places: list[int]) -> None:
         own = [entries[place] for place in places]
-        self._jacobians, self._blocks, self._places = [one.jacobian for one in own], [one.block for one in own], places
+        self.places = places
+        self._jacobians, self._blocks = [one.jacobian for one in own], [one.block for one in own]
         self._rows = [one.rows for one in self._jacobians]
-        self._operands = tuple(map(_remembering, self._jacobians[0].operands_of(self._jacobians)))
-        self._state = UpdateState(
-            # A view of the parameter itself would refer to it, and torch swaps no tensor that others refer to.
-            params=_remembering([one.jacobian.view(one.target.parameter.detach()) for one in own]),
-            momenta=_remembering([one.jacobian.view(one.target.momentum) for one in own]),
-            grads=[],
-            settings=_remembering([one.target.settings for one in own]),
-            nesterov=own[0].target.nesterov,
-        )
+        self._operands = self._jacobians[0].operands_of(self._jacobians)
+        # A view of the parameter itself would refer to it, and torch swaps no tensor that others refer to.
+        self._params = [one.jacobian.view(one.target.parameter.detach()) for one in own]
+        self._momenta = [one.jacobian.view(one.target.momentum) for one in own]
+        self._settings, self._nesterov = [one.target.settings for one in own], own[0].target.nesterov
 
     def views(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(self._jacobians, self._places, strict=True)
-        return _remembering([jacobian.view(grads[place]) for jacobian, place in pairs])
+        """Return the entries' gradients as the ops take them."""
+        return [one.view(grads[place]) for one, place in zip(self._jacobians, self.places, strict=True)]
 
     def project(self, views: list[Tensor], shape: list[int]) -> Tensor:
         return self._jacobians[0].project_grouped(self._operands, views, self._blocks, shape)
 
     def expand_update_(self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor]) -> None:
+        self._jacobians[0].expand_update_grouped_(self._operands, self._state(views, w, dampings))
+
+    def repeated(self, grads: Sequence[Tensor], w_LN: Tensor, damping_L: Tensor) -> ProductLaunches | None:
+        """Return the launches of both products, or None where they cannot be repeated."""
+        state = self._state(self.views(grads), w_LN.unbind(), damping_L.unbind())
+        if not runs_kernel(*self._operands, *state):
+            return None
+        launches = self._jacobians[0].launches(self._operands, state, self._blocks)
+        return launches if launches is not None and launches.may_repeat() else None
+
+    def _state(self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor]) -> UpdateState:
         own_w = [w[block] for block in self._blocks]
         own_w = [w_N if w_N.shape[0] == n else w_N[:n] for w_N, n in zip(own_w, self._rows, strict=True)]
-        state = self._state._replace(grads=views)
-        own_dampings = [dampings[block] for block in self._blocks]
-        self._jacobians[0].expand_update_grouped_(self._operands, state, own_w, own_dampings)
+        numbers = (own_w, [dampings[block] for block in self._blocks], self._settings)
+        return UpdateState(self._params, self._momenta, views, *numbers, self._nesterov)
 
 
-def _remembering(tensors: list[Any]) -> list[Any]:
-    """Return a list that the ops get in every step as one that remembers layouts; traced code takes no such list."""
-    plain = torch.compiler.is_compiling() or not isinstance(tensors[0], Tensor)
-    return tensors if plain else TensorList(tensors)
+def _repeated(
+    launches: Sequence[_Launch], grads: Sequence[Tensor], shape: list[int]
+) -> tuple[RepeatedProducts | None, list[_Launch]]:
+    """Return the kernel launches for gradients of these layouts, if there are any, and what has to call ops."""
+    w_LN = torch.zeros(shape, dtype=torch.float32, device=grads[0].device)
+    damping_L = torch.zeros_like(w_LN[:, 0])
+    made = [(one, one.repeated(grads, w_LN, damping_L)) for one in launches]
+    groups = [group for _, group in made if group is not None]
+    if not groups:
+        return None, list(launches)
+    places = [place for one, group in made if group is not None for place in one.places]
+    repeated = RepeatedProducts(groups, places, grads, w_LN, damping_L)
+    return repeated, [one for one, group in made if group is None]
 
 
 def _groups(keys: Sequence[Hashable]) -> Iterable[list[int]]:

@@ -81,7 +81,7 @@ class StepPlan:
             for jacobian, target in zip(j_of, targets, strict=True)
             if jacobian is not None
         ]
-        self._products = ProductPlan(self._entries)
+        self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
         groups: dict[int, set[int]] = {}
         for one in self._entries:
             groups.setdefault(one.block, set()).add(one.target.group)
@@ -95,13 +95,13 @@ class StepPlan:
                     one.target.add_spring(grads[place], self._dampings[one.block])
                     for place, one in zip(self._places, self._entries, strict=True)
                 ]
-                views = self._products.views(own)
-                y_LN = self._products.project(views, len(self._block_names), self._largest)
-                w, dampings = self._solve(y_LN, ops), self._dampings
+                products = self._products.along(own)
+                y_LN = products.project()
+                w_LN, damping_L = self._solve(y_LN, ops), self._damping_L
                 if trust_region is not None:  # d divides by α, so the scale ν of d is α / ν in its place
-                    dampings = (self._damping_L / self._trust_region_scale(own, y_LN, w, trust_region)).unbind()
+                    damping_L = damping_L / self._trust_region_scale(own, y_LN, w_LN, trust_region)
             with phase("update"):
-                self._products.expand_update_(views, w, dampings)
+                products.expand_update_(w_LN, damping_L)
         with phase("update"):
             for place in self._without_j:  # without J, SPRING is V + μ φ
                 target = self.targets[place]
@@ -112,64 +112,54 @@ class StepPlan:
         """Return δᵀ F δ (see the function of this name)."""
         if not self._entries:
             return torch.zeros(())
-        views = self._products.views([direction[place] for place in self._places])
-        y_LN = self._products.project(views, len(self._block_names), self._largest)
+        y_LN = self._products.along([direction[place] for place in self._places]).project()
         return y_LN.square().sum() / self._curvature_rows
 
-    def _solve(self, y_LN: Tensor, ops: Ops) -> list[Tensor]:
-        """Return w_N = (K + N α I)⁻¹ y of every block."""
+    def _solve(self, y_LN: Tensor, ops: Ops) -> Tensor:
+        """Return w_LN with w_N = (K + N α I)⁻¹ y of every block; zeros follow where a block has fewer rows."""
+        first = self._inverses[0]
+        if first.blocks == self._block_names:
+            return ops.cholesky_solve(first.inverse_BNN, y_LN.to(first.inverse_BNN.dtype))
         w: dict[str, Tensor] = {}
+        y = dict(zip(self._block_names, y_LN.unbind(), strict=True))
         for one in self._inverses:
             size = one.inverse_BNN.shape[-1]
-            if one.blocks == self._block_names and size == y_LN.shape[1]:
-                y_BN = y_LN
-            else:
-                y = dict(zip(self._block_names, y_LN.unbind(), strict=True))
-                y_BN = torch.stack([y[block][:size] for block in one.blocks])
+            y_BN = torch.stack([y[block][:size] for block in one.blocks])
             solved = ops.cholesky_solve(one.inverse_BNN, y_BN.to(one.inverse_BNN.dtype))
-            w |= dict(zip(one.blocks, solved.unbind(), strict=True))
-        return [w[block] for block in self._block_names]
+            w |= dict(zip(one.blocks, F.pad(solved, (0, self._largest - size)).unbind(), strict=True))
+        return torch.stack([w[block] for block in self._block_names])
 
-    def _trust_region_scale(
-        self, grads: Sequence[Tensor], y_LN: Tensor, w: Sequence[Tensor], trust_region: float
-    ) -> Tensor:
+    def _trust_region_scale(self, grads: Sequence[Tensor], y_LN: Tensor, w_LN: Tensor, trust_region: float) -> Tensor:
         """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each group's lr (M14)."""
         pairs = list(zip(self._entries, grads, strict=True))
         one_rate = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if alone]
         several_rates = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if not alone]
-        norms = [self._norm_with_one_rate(one_rate, y_LN, w)] if one_rate else []
-        norms += [self._norm_with_several_rates(several_rates, y_LN, w)] if several_rates else []
+        norms = [self._norm_with_one_rate(one_rate, y_LN, w_LN)] if one_rate else []
+        norms += [self._norm_with_several_rates(several_rates, w_LN)] if several_rates else []
         return bounded_scale(sum(norms[1:], start=norms[0]), trust_region)
 
-    def _norm_with_one_rate(
-        self, pairs: Sequence[tuple[BlockEntry, Tensor]], y_LN: Tensor, w: Sequence[Tensor]
-    ) -> Tensor:
+    def _norm_with_one_rate(self, pairs: Sequence[tuple[BlockEntry, Tensor]], y_LN: Tensor, w_LN: Tensor) -> Tensor:
         """Return Σ lr² ⟨d, V⟩ = Σ lr² (‖V‖² − ⟨J V, w⟩) / α over blocks with one lr, which needs no d."""
-        n, lr_of = y_LN.shape[1], {}
+        lr_of: dict[int, Tensor] = {}
         for one, _ in pairs:
             if one.target.group not in lr_of:
                 lr_of[one.target.group] = one.target.lr
         lr = {one.block: lr_of[one.target.group] for one, _ in pairs}
         weight_B = torch.stack(list(lr.values())).square() / torch.stack([self._dampings[block] for block in lr])
-        w_BN = torch.stack(
-            [w[block] if len(w[block]) == n else F.pad(w[block], (0, n - len(w[block]))) for block in lr]
-        )
-        y = y_LN.unbind()
-        inner_B = (torch.stack([y[block] for block in lr]) * w_BN).sum(1)
+        inner = (y_LN * w_LN).sum(1).unbind()
+        inner_B = torch.stack([inner[block] for block in lr])
         norm_T = torch.stack(torch._foreach_norm([grad for _, grad in pairs], 2, dtype=y_LN.dtype))
         weights = dict(zip(lr, weight_B.unbind(), strict=True))
         weight_T = torch.stack([weights[one.block] for one, _ in pairs])
         return (weight_T * norm_T.square()).sum() - (weight_B * inner_B).sum()
 
-    def _norm_with_several_rates(
-        self, pairs: Sequence[tuple[BlockEntry, Tensor]], y_LN: Tensor, w: Sequence[Tensor]
-    ) -> Tensor:
-        """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes two more products with J."""
+    def _norm_with_several_rates(self, pairs: Sequence[tuple[BlockEntry, Tensor]], w_LN: Tensor) -> Tensor:
+        """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes more products with J."""
         rates = {one.target.group: scratch_settings(one.target.settings) for one, _ in pairs}
         entries = [one._replace(target=one.target.in_scratch(rates[one.target.group])) for one, _ in pairs]
-        products, steps = ProductPlan(entries), [one.target.parameter for one in entries]
-        products.expand_update_(products.views([grad for _, grad in pairs]), w, self._dampings)
-        norm_T = torch.stack(torch._foreach_norm(steps, 2, dtype=y_LN.dtype))
+        plan, steps = ProductPlan(entries, list(w_LN.shape)), [one.target.parameter for one in entries]
+        plan.along([grad for _, grad in pairs], once=True).expand_update_(w_LN, self._damping_L)
+        norm_T = torch.stack(torch._foreach_norm(steps, 2, dtype=w_LN.dtype))
         damping_T = torch.stack([self._dampings[one.block] for one in entries])
-        projected_LN = products.project(products.views(steps), *y_LN.shape)
+        projected_LN = plan.along(steps, once=True).project()
         return projected_LN.square().sum() / self._curvature_rows + (damping_T * norm_T.square()).sum()

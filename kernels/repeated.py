@@ -1,0 +1,152 @@
+"""Both products with J for the weights of a whole step, launched again in every step with its gradients.
+
+Each op alone prepares its launches for its own arguments, allocates its result and writes its own tables. Here one
+write follows the gradients of all weights to their addresses, one kernel adds the partial sums of all weights, and what
+has to be converted is converted once for both products. A step then takes the host little more than its launches.
+
+Dimensions: L Fisher blocks, N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .dispatch import runs_kernel
+from .launches import Launch, Updates, has_copies, may_keep, slots_of
+from .partial_sums import PartialSums, Parts
+from .pointer_table import Addresses
+
+
+class Temporaries(NamedTuple):
+    """Tensors in float32 that launches read in place of a list of factors: made in every step, and freed after it.
+
+    Attributes:
+        shapes: of the tensors.
+        fill: fills them.
+        argument: the index of their list among the lists of project; among those of the update it is 3 more.
+        slots: for each tensor, where tables that ``fill`` reads have its address.
+    """
+
+    shapes: Sequence[Sequence[int]]
+    fill: Callable[[list[Tensor]], object]
+    argument: int
+    slots: Sequence[Sequence[int]]
+
+
+class ProductLaunches(NamedTuple):
+    """The launches of both products for some weights whose J have the same form.
+
+    Attributes:
+        parts: those of project.
+        updates: those of the update; its gradients are argument 2.
+        v_argument: the argument of project that the gradients are.
+        params: the parameters.
+        momenta: the momenta.
+        temporaries: what both read in place of the factors of J.
+    """
+
+    parts: Sequence[Parts]
+    updates: Updates
+    v_argument: int
+    params: Sequence[Tensor]
+    momenta: Sequence[Tensor]
+    temporaries: Sequence[Temporaries]
+
+    def may_repeat(self) -> bool:
+        """Return whether no launch reads a copy in place of an argument: the copy would be that of the first step."""
+        return not has_copies(self.updates.launches) and not any(part.entries.copies for part in self.parts)
+
+
+class RepeatedProducts:
+    """The launches of both products of a step.
+
+    The step must be on the stream of the launches before it, or wait for that: it writes their tables.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ProductLaunches],
+        places: Sequence[int],
+        grads: Sequence[Tensor],
+        w_LN: Tensor,
+        damping_L: Tensor,
+    ) -> None:
+        """Prepare the launches.
+
+        Args:
+            groups: those of weights that share launches.
+            places: the indices of their gradients, in the order of the groups.
+            grads: the gradients of a step, with which the launches were prepared.
+            w_LN: memory for the coefficients; the updates were prepared with its rows.
+            damping_L: memory for the dampings; the updates were prepared with its entries.
+        """
+        self._places, self._w_LN, self._damping_L = places, w_LN, damping_L
+        self._dampings: tuple[Tensor, int] | None = None  # what the dampings were copied from, and its version
+        self._sums = PartialSums([part for one in groups for part in one.parts], w_LN.shape)
+        self._updates = [launch for one in groups for launch in one.updates.launches]
+        self._temporaries = [made for one in groups for made in one.temporaries]
+        self._changed = [x for one in groups for x in (*one.params, *one.momenta)]
+        of_grads, of_temporaries = _slots(groups, self._sums.launches)
+        present = [grads[place].data_ptr() for place in places] + [0] * len(of_temporaries)
+        self._addresses = Addresses([*of_grads, *of_temporaries], present, self._sums.launches[0].table)
+        self._held: list[list[Tensor]] = []  # the temporaries, until the update
+
+    def follow(self, grads: Sequence[Tensor]) -> None:
+        """Take the gradients of a step; they have the layouts of those that the launches were prepared with."""
+        new = partial(torch.empty, dtype=torch.float32, device=self._w_LN.device)
+        self._held = [[new(shape) for shape in made.shapes] for made in self._temporaries]
+        present = [grads[place].data_ptr() for place in self._places]
+        self._addresses.become(present + [x.data_ptr() for tensors in self._held for x in tensors])
+        for made, tensors in zip(self._temporaries, self._held, strict=True):
+            made.fill(tensors)
+
+    def project(self) -> Tensor:
+        """Return y_LN = J V."""
+        return self._sums.start()
+
+    def expand_update_(self, w_LN: Tensor, damping_L: Tensor) -> None:
+        """Apply the updates, after which the temporaries are freed."""
+        self._w_LN.copy_(w_LN)
+        if self._dampings is None or self._dampings[0] is not damping_L or self._dampings[1] != damping_L._version:
+            self._damping_L.copy_(damping_L)
+            self._dampings = (damping_L, damping_L._version)
+        increment_version(self._changed)  # so that autograd refuses a backward that needs the old values
+        for launch in self._updates:
+            launch.start()
+        self._held = []
+
+
+def may_repeat(x: Tensor) -> bool:
+    """Return whether launches for a tensor such as ``x`` can be repeated now: none that a tracer has to see."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return runs_kernel(x) and may_keep(x.device)
+
+
+def _slots(groups: Sequence[ProductLaunches], projections: Sequence[Launch]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return where tables have the address of each gradient, and of each temporary tensor, in the order of the groups.
+
+    ``projections`` are the launches of all groups' parts.
+    """
+    of_grads: list[list[int]] = []
+    of_temporaries: list[list[int]] = []
+    rest = iter(projections)
+    for one in groups:
+        project, update, count = [next(rest) for _ in one.parts], one.updates.launches, len(one.params)
+        of_grads += _joined(slots_of(project, one.v_argument, count), slots_of(update, 2, count))
+        for made in one.temporaries:
+            readers = slots_of(project, made.argument, count), slots_of(update, made.argument + 3, count)
+            of_temporaries += _joined(*readers, made.slots)
+    return of_grads, of_temporaries
+
+
+def _joined(*slots: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the slots of each tensor, given those in some launches and those in others."""
+    return [[at for own in of_tensor for at in own] for of_tensor in zip(*slots, strict=True)]

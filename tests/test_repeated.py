@@ -1,0 +1,281 @@
+"""Steps that repeat the launches of the step before them: those of PyTorch's code, whatever changed in between.
+
+The tests run under Triton's interpreter (see `test_kernels.test_under_the_interpreter`) or on a GPU.
+"""
+
+import os
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tengrad_triton import TENGraD
+from tengrad_triton.curvature.choices import ops_for
+from tengrad_triton.kernels import dispatch, launches, pointer_table
+from tengrad_triton.kernels.spec import Repeated
+
+HARDWARE = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HARDWARE else "cpu")
+pytestmark = pytest.mark.skipif(
+    not HARDWARE and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="test_kernels.test_under_the_interpreter runs these",
+)
+N, STEPS = 5, 3
+
+
+def linear():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(N, 6)
+
+
+def convolutional():
+    net = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Conv2d(6, 4, 2), nn.Flatten(), nn.Linear(4, 4)
+    )
+    return net, torch.randn(N, 4, 4, 4)
+
+
+class Tokens(nn.Module):
+    """An embedding, whose products share no launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.embedding(x)).mean(1))
+
+
+def tokens():
+    return Tokens(), torch.randint(7, (N, 3))
+
+
+MODELS = {"linear": linear, "convolutional": convolutional, "tokens": tokens}
+OPTIONS = {
+    "plain": {"nesterov": False},
+    "rows and decay": {"representation": "per_sample", "weight_decay": 0.1},
+    "factors": {"representation": "factored"},
+    "one block, few rows": {"blocks": "network", "fisher_rows": 3},
+    "trust region": {"trust_region": 1e-3},
+    "SPRING": {"spring": 0.5, "momentum": 0.0},
+}
+
+QUICK = {
+    *(("linear", "rows and decay"), ("linear", "SPRING"), ("convolutional", "factors")),
+    *(("convolutional", "trust region"), ("tokens", "one block, few rows")),
+}
+CASES = [
+    pytest.param(model, options, marks=[] if (model, options) in QUICK else pytest.mark.slow)
+    for model in MODELS
+    for options in OPTIONS
+]
+
+
+class Run:
+    """A training run of which every step but the first reuses the curvature."""
+
+    reuses = False
+
+    def __init__(self, model, on_kernels, dtype=torch.float32, **options):
+        torch.manual_seed(0)
+        net, x = MODELS[model]()
+        self.net = net.to(DEVICE, dtype)
+        self.x = x.to(DEVICE, dtype) if x.is_floating_point() else x.to(DEVICE)
+        self.optimizer = TENGraD(self.net, refresh_every=100, seed=0, **options)
+        self.optimizer._ops_for = partial(ops_for, "auto" if on_kernels else "torch")
+        self.optimizer._ops = self.optimizer._ops_for()
+        self.set_to_none, self.held = True, []  # earlier gradients, so that later ones have other addresses
+
+    def backward(self, step):
+        labels = torch.randint(4, (N,), generator=torch.Generator().manual_seed(step)).to(DEVICE)
+        self.optimizer.zero_grad(self.set_to_none)
+        F.cross_entropy(self.net(self.x), labels).backward()
+        self.held += [p.grad for p in self.net.parameters()]
+
+    def update(self, step):
+        Run.reuses = step > 0
+        self.optimizer.step()
+
+    def step(self, step):
+        self.backward(step)
+        self.update(step)
+
+    def end(self):
+        return torch.cat([p.detach().flatten().double() for p in self.net.parameters()])
+
+    def repeated(self):
+        return self.optimizer._curvature.last_plan[0]._products._repeated
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    """Have steps run kernels on this machine once they reuse a curvature: other tests are of the refresh."""
+    monkeypatch.setattr(dispatch, "is_on_gpu", lambda x: HARDWARE or Run.reuses)
+
+
+def assert_as_exact_as_torch(runs):
+    """Of the same run in double precision, on the kernels and in PyTorch's code: the second errs at most twice as much.
+
+    The errors after some steps are sums of all steps' roundings.
+    """
+    exact, on_kernels, in_torch = (run.end() for run in runs)
+    assert (on_kernels - exact).norm() <= 2 * (in_torch - exact).norm()
+
+
+def runs_of(model, **options):
+    return [
+        Run(model, on_kernels, dtype, **options)
+        for on_kernels, dtype in ((False, torch.float64), (True, torch.float32), (False, torch.float32))
+    ]
+
+
+@pytest.mark.parametrize(("model", "options"), CASES)
+def test_steps_are_those_of_torch_code(model, options):
+    runs = runs_of(model, **OPTIONS[options])
+    for run in runs:
+        for step in range(STEPS):
+            run.step(step)
+    assert runs[1].repeated() is not None
+    assert_as_exact_as_torch(runs)
+
+
+def in_place(run, step):
+    run.set_to_none = False
+
+
+def other_data(run, step):
+    for parameter in run.net.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def channels_last_grads(run, step):
+    for parameter in run.net.parameters():
+        if parameter.dim() == 4:
+            parameter.grad = parameter.grad.to(memory_format=torch.channels_last)
+
+
+def offset_grads(run, step):
+    for parameter in run.net.parameters():
+        storage = torch.zeros(parameter.numel() + 1, dtype=parameter.dtype, device=DEVICE)
+        parameter.grad = storage[1:].view(parameter.shape).copy_(parameter.grad)
+
+
+def captured(run, step):
+    launches._is_capturing = lambda device: step == 2
+
+
+# What happens between the backward and each step from the second on.
+EVENTS = {
+    "gradients in place": in_place,
+    "parameters' data": other_data,
+    "channels-last gradients": channels_last_grads,
+    "unaligned gradients": offset_grads,
+    "a captured step": captured,
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_steps_follow_every_change(event, monkeypatch):
+    monkeypatch.setattr(launches, "_is_capturing", lambda device: False)
+    runs = runs_of("convolutional")
+    for run in runs:
+        for step in range(STEPS):
+            run.backward(step)
+            if step:
+                EVENTS[event](run, step)
+            run.update(step)
+    assert_as_exact_as_torch(runs)
+
+
+def test_a_step_writes_once_and_adds_once(monkeypatch):
+    run = Run("linear", on_kernels=True, representation="factored")
+    started, start = [], Repeated.start
+
+    def noted(self, *arguments):
+        started.append(self._config.kernel.fn.__name__.strip("_"))
+        return start(self, *arguments)
+
+    for step in range(STEPS):
+        run.backward(step)
+        started.clear()
+        monkeypatch.setattr(Repeated, "start", noted)
+        run.update(step)
+        monkeypatch.setattr(Repeated, "start", start)
+    kernels = [
+        *("change", "project", "project_rows", "add_partial_sums", "solve"),
+        *("expand_update", "expand_rows_update"),
+    ]
+    assert started == [f"{name}_kernel" for name in kernels]
+
+
+def test_a_captured_step_repeats_nothing(monkeypatch):
+    """A replay must write the tables that it reads, and a later step would not know that it did."""
+    run = Run("linear", on_kernels=True)
+    for step in range(STEPS):
+        run.step(step)
+    monkeypatch.setattr(launches, "_is_capturing", lambda device: True)
+    monkeypatch.setattr(pointer_table.Addresses, "become", None)
+    made, make = [], pointer_table.Table.__init__
+    monkeypatch.setattr(pointer_table.Table, "__init__", lambda *given: made.append(make(*given)))
+    run.step(STEPS)
+    assert made
+
+
+def test_an_interrupted_write_is_made_again(monkeypatch):
+    runs = runs_of("linear")
+    for run in runs:
+        run.step(0)
+        run.step(1)
+    write = pointer_table._write
+
+    def interrupted(writers, numbers, to):
+        write(writers, [number if at % 2 == 0 else 0 for at, number in enumerate(numbers)], to)
+        raise KeyboardInterrupt
+
+    runs[1].backward(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(pointer_table, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runs[1].optimizer.step()
+    for run in runs:
+        run.step(2)
+    assert_as_exact_as_torch(runs)
+
+
+def test_a_weight_whose_op_is_torch_code_repeats_nothing():
+    runs = runs_of("linear")
+    for run in runs:
+        run.optimizer._ops_for = lambda overrides=(): ops_for("auto", {*overrides, "project_rows"})
+        run.optimizer._ops = run.optimizer._ops_for()
+        for step in range(STEPS):
+            run.step(step)
+    plan = runs[1].optimizer._curvature.last_plan[0]._products
+    assert len(plan._others) == 1
+    assert_as_exact_as_torch(runs)
+
+
+def test_a_step_keeps_neither_gradients_nor_temporaries():
+    run = Run("convolutional", on_kernels=True, representation="factored")
+    for step in range(3):
+        run.step(step)
+    repeated = run.repeated()
+    assert [made.argument for made in repeated._temporaries] == [0, 1]  # patches, and output gradients
+    assert repeated._held == []
+    run.held.clear()
+    grads = [weakref.ref(p.grad) for p in run.net.parameters()]
+    run.optimizer.zero_grad()
+    assert not any(grad() is not None for grad in grads)
+
+
+def test_autograd_sees_that_parameters_change():
+    run = Run("linear", on_kernels=True)
+    run.step(0)
+    loss = run.net(run.x).square().sum()
+    run.backward(1)
+    versions = [p._version for p in run.net.parameters()]
+    run.optimizer.step()
+    assert all(p._version > version for p, version in zip(run.net.parameters(), versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
