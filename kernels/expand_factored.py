@@ -262,14 +262,15 @@ def factors_products(
 
 def _as_read(factors: list[Tensor], argument: int) -> tuple[list[Tensor], list[Temporaries]]:
     """Return factors as the kernels read them, and how each step gets these if they are no ``argument`` of project."""
-    read = [widen_contiguous(x) for x in factors]
-    if all(x is own for x, own in zip(read, factors, strict=True)):
+    if all(widen_contiguous(x) is x for x in factors):
         return factors, []
 
     def fill(made: list[Tensor]) -> None:
         torch._foreach_copy_(made, factors)
 
-    return read, [Temporaries([x.shape for x in read], fill, argument, [()] * len(read))]
+    shapes = [x.shape for x in factors]
+    read = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in factors]  # as each step makes them
+    return read, [Temporaries(shapes, fill, argument, [()] * len(factors))]
 
 
 def _example(dtype: torch.dtype, device: torch.device, nesterov: bool, half: bool) -> tuple[object, ...]:

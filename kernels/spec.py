@@ -109,7 +109,8 @@ def device_of(*arguments: Any) -> AbstractContextManager[Any]:
     """Return a context in which the GPU of the first tensor is the current one: Triton launches on that."""
     for x in arguments:
         if isinstance(x, Tensor):
-            return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+            is_current = not x.is_cuda or x.device.index == torch.cuda.current_device()
+            return nullcontext() if is_current else torch.cuda.device(x.device)
     raise TypeError("a launch needs a tensor, got none")
 
 

@@ -19,6 +19,7 @@ class Gpus:
     def __init__(self, monkeypatch):
         self.current = 0
         monkeypatch.setattr(torch.cuda, "device", self._as_current)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.current)
 
     @contextmanager
     def _as_current(self, device):

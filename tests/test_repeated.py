@@ -5,6 +5,7 @@ The tests run under Triton's interpreter (see `test_kernels.test_under_the_inter
 
 import os
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,8 +15,10 @@ from torch import nn
 
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.choices import ops_for
+from tengrad_triton.curvature.jacobian import Factored
 from tengrad_triton.kernels import dispatch, launches, pointer_table
 from tengrad_triton.kernels.spec import Repeated
+from tengrad_triton.layers import ConvInput, OuterProducts
 
 HARDWARE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HARDWARE else "cpu")
@@ -45,7 +48,7 @@ class Tokens(nn.Module):
         self.embedding, self.norm, self.head = nn.Embedding(7, 5), nn.LayerNorm(5), nn.Linear(5, 4)
 
     def forward(self, x):
-        return self.head(self.norm(self.embedding(x)).mean(1))
+        return self.head(self.norm(self.embedding(x))).mean(1)
 
 
 def tokens():
@@ -139,6 +142,38 @@ def test_steps_are_those_of_torch_code(model, options):
             run.step(step)
     assert runs[1].repeated() is not None
     assert_as_exact_as_torch(runs)
+
+
+def with_factors(optimizer, changed):
+    """Change the factors of all weights that an optimizer has factored."""
+    curvature = optimizer._curvature
+    curvature.last_plan.clear()
+    for layer in curvature.jacobians.values():
+        for name, one in layer.items():
+            if isinstance(one, Factored):
+                a, g = one.factors.a, one.factors.g_NGPO
+                a = replace(a, x_NCHW=changed(a.x_NCHW)) if isinstance(a, ConvInput) else changed(a)
+                layer[name] = replace(one, factors=OuterProducts(a, changed(g)))
+
+
+def permuted(x):
+    """The same entries, with samples in the place of positions in memory."""
+    return x.transpose(0, 2).contiguous().transpose(0, 2)
+
+
+@pytest.mark.parametrize("model", ["tokens", "convolutional"])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, permuted])
+def test_half_precision_factors_are_widened_in_each_step(model, layout):
+    ends = []
+    for changed in (lambda x: layout(x.half()), lambda x: x.half().float()):
+        run = Run(model, on_kernels=True, representation="factored")
+        run.step(0)
+        with_factors(run.optimizer, changed)
+        for step in range(1, STEPS):
+            run.step(step)
+        ends.append(run.end())
+        assert all(not tensors for tensors in run.repeated()._held)
+    assert torch.equal(*ends)
 
 
 def in_place(run, step):
