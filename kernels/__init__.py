@@ -9,7 +9,8 @@ Each op has three implementations with the same arguments, which its `KernelSpec
 The file of an op holds the op, its kernel, its launch configurations and its `KernelSpec`. Most files have the name of
 their op. `gram` also has `gram_rows`; `triangular` has `cholesky_inverse` and `cholesky_solve`; `project_factored`,
 `expand_factored` and `conv` have the products with factors. `dispatch` registers ops and chooses the implementation,
-`spec` defines `KernelSpec`, and `pointer_table` explains how one launch takes a list of tensors.
+`spec` defines `KernelSpec`, `pointer_table` explains how one launch takes a list of tensors, and `repeated` launches the
+products of a step again in the next one.
 
 Sums over half-precision entries, rows of J among them, are computed and returned in float32.
 Docstrings cite the paper's equations by number, and the sections M1, M2, … of docs/math.md.
