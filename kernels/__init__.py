@@ -9,8 +9,8 @@ Each op has three implementations with the same arguments, which its `KernelSpec
 The file of an op holds the op, its kernel, its launch configurations and its `KernelSpec`. Most files have the name of
 their op. `gram` also has `gram_rows`; `triangular` has `cholesky_inverse` and `cholesky_solve`; `project_factored`,
 `expand_factored` and `conv` have the products with factors. `dispatch` registers ops and chooses the implementation,
-`spec` defines `KernelSpec`, `pointer_table` explains how one launch takes a list of tensors, and `repeated` launches the
-products of a step again in the next one.
+`spec` defines `KernelSpec`, `pointer_table` explains how one launch takes a list of tensors, and `repeated` launches
+the products of a step again in the next one.
 
 Sums over half-precision entries, rows of J among them, are computed and returned in float32.
 Docstrings cite the paper's equations by number, and the sections M1, M2, … of docs/math.md.
@@ -32,7 +32,7 @@ from .expand_rows import SPECS as EXPAND_ROWS_SPECS
 from .expand_rows import expand_rows_update_, rows_products
 from .gram import SPECS as GRAM_SPECS
 from .gram import gram, gram_rows
-from .launches import layout_of, without_memory
+from .launches import launch_place, layout_of, without_memory
 from .project_factored import SPECS as PROJECT_SPECS
 from .project_factored import project
 from .project_rows import SPECS as PROJECT_ROWS_SPECS
@@ -79,6 +79,7 @@ __all__ = [
     "factors_products",
     "gram",
     "gram_rows",
+    "launch_place",
     "layout_of",
     "may_repeat",
     "project",

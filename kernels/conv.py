@@ -1,7 +1,7 @@
 """Project and expand for convolutions that keep their factors: the input and the output gradients.
 
 On a CPU, PyTorch's own convolutions compute both products without unfolding the input. The Triton kernels are those of
-`project_factored` and `expand_factored`. They need the unfolded input, which is freed after the launch.
+`project_factored` and `expand_factored`. They need the unfolded input, which is freed after the op or the step.
 
 Dimensions: N samples, C channels, O outputs, H and W pixels, L Fisher blocks; G, P, I as in `factors`.
 """

@@ -162,4 +162,5 @@ def contiguous(x: Tensor) -> Tensor:
 
 def last_contiguous(x: Tensor) -> Tensor:
     """Return the tensor with neighbours along its last dimension adjacent in memory; copy it only if they are not."""
-    return x if x.stride(-1) == 1 else contiguous(x)
+    # A last dimension of one entry may have any stride in a contiguous tensor; the clone's is 1.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

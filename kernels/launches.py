@@ -74,9 +74,9 @@ def dtype_examples_of(table: Table, entries: Entries, typed: int) -> tuple[Tenso
 
 
 def converted(convert: Callable[[Tensor], Tensor], tensors: Sequence[Tensor], copies: list[Tensor]) -> list[Tensor]:
-    """Return ``convert`` of each tensor; append those results that are not the tensor itself to ``copies``."""
+    """Return ``convert`` of each tensor; append those results that are not in the same memory to ``copies``."""
     results = [convert(x) for x in tensors]
-    copies += [result for result, x in zip(results, tensors, strict=True) if result is not x]
+    copies += [new for new, x in zip(results, tensors, strict=True) if new is not x and new.data_ptr() != x.data_ptr()]
     return results
 
 
@@ -138,9 +138,6 @@ def prepared(prepare: Callable[..., P], *arguments: Any) -> P:
     Args:
         prepare: returns the launches of an op, from its arguments.
         arguments: lists of tensors first, as `Entries` has them, then others.
-
-    Each stream has launches of its own, because only a stream orders the kernel that writes a table and those that read
-    it. So has each thread, because another one could write the table between the two.
     """
     lists = [x for x in arguments if isinstance(x, list) and isinstance(x[0], Tensor)]
     device = lists[0][0].device
@@ -148,7 +145,7 @@ def prepared(prepare: Callable[..., P], *arguments: Any) -> P:
         return prepare(*arguments)
     others = tuple(tuple(x) if isinstance(x, list) else x for x in arguments[len(lists) :])
     layouts = tuple(tuple(layout_of(x) for x in tensors) for tensors in lists)
-    key = (prepare, threading.get_ident(), device, _stream(device), others, layouts)
+    key = (prepare, launch_place(device), others, layouts)
     present = [x.data_ptr() for tensors in lists for x in tensors]
     if key in _kept:
         found, addresses = _kept[key]
@@ -162,6 +159,15 @@ def prepared(prepare: Callable[..., P], *arguments: Any) -> P:
         if len(_kept) > _MOST:
             _kept.popitem(last=False)
     return made
+
+
+def launch_place(device: torch.device) -> Hashable:
+    """Return where launches are repeated: the present thread, and its present stream on a device.
+
+    Only a stream orders the kernel that writes a table and those that read it. Another thread could write the table
+    between the two.
+    """
+    return threading.get_ident(), device, _stream(device)
 
 
 def layout_of(x: Tensor) -> Hashable:

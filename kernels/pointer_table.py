@@ -95,20 +95,27 @@ _PADDING = (_CODE_OF_ZERO,) * max(_WRITE_SIZES)
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return numbers as an int64 tensor without a copy from the host, which would wait for the device."""
     written = torch.empty(len(numbers), dtype=torch.int64, device=device)
-    _write(_WRITE, numbers, written)
+    for first, part, kernel in _parts(_WRITE, numbers, device):
+        kernel.start((1,), part, written[first:], min(len(numbers) - first, len(part)))
     return written
 
 
-def _write(writers: Mapping[int, Config], numbers: Sequence[int], to: Tensor) -> None:
-    """Write numbers to the first entries of a tensor, or pairs as `_change_kernel` takes them to its device."""
-    size = next((size for size in writers if len(numbers) <= size), max(writers))
-    key = (to.device, id(writers), size)
-    if key not in _started:
-        _started[key] = Repeated(writers[size])
+def _change(pairs: Sequence[int], table_FE: Tensor) -> None:
+    """Write numbers to addresses on the device of a table; each number follows its address."""
+    for first, part, kernel in _parts(_CHANGE, pairs, table_FE.device):
+        kernel.start((1,), part, table_FE, min(len(pairs) - first, len(part)))
+
+
+def _parts(
+    kernels: Mapping[int, Config], numbers: Sequence[int], device: torch.device
+) -> Iterator[tuple[int, tuple[int, ...], Repeated]]:
+    """Yield, for each launch, the index of its first number, all its numbers as the kernels take them, and a kernel."""
+    size = next((size for size in kernels if len(numbers) <= size), max(kernels))
+    config = kernels[size]
+    kernel = _started.setdefault((device, id(config)), Repeated(config))
     for first in range(0, len(numbers), size):
         part = numbers[first : first + size]
-        encoded = (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)])
-        _started[key].start((1,), encoded, to[first:] if writers is _WRITE else to, len(part))
+        yield first, (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)]), kernel
 
 
 def table_of(columns: Columns, device: torch.device) -> Tensor:
@@ -201,7 +208,7 @@ class Addresses:
         pairs = zip(self._slots, self._known, addresses, strict=True)
         changes = [number for slots, old, new in pairs if new != old for at in slots for number in (at, new)]
         self._known = [None] * len(addresses)  # an interrupted write leaves it open what the tables hold
-        _write(_CHANGE, changes, self._table_FE)
+        _change(changes, self._table_FE)
         self._known = addresses
 
 

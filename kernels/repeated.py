@@ -59,15 +59,15 @@ class ProductLaunches(NamedTuple):
     momenta: Sequence[Tensor]
     temporaries: Sequence[Temporaries]
 
-    def may_repeat(self) -> bool:
-        """Return whether no launch reads a copy in place of an argument: the copy would be that of the first step."""
+    def reads_no_copy(self) -> bool:
+        """Return whether no launch reads a copy in place of an argument: it would be that of the first step."""
         return not has_copies(self.updates.launches) and not any(part.entries.copies for part in self.parts)
 
 
 class RepeatedProducts:
     """The launches of both products of a step.
 
-    The step must be on the stream of the launches before it, or wait for that: it writes their tables.
+    All steps must be on one stream (see `launch_place`): only that orders the writes of their tables.
     """
 
     def __init__(
@@ -96,23 +96,27 @@ class RepeatedProducts:
         of_grads, of_temporaries = _slots(groups, self._sums.launches)
         present = [grads[place].data_ptr() for place in places] + [0] * len(of_temporaries)
         self._addresses = Addresses([*of_grads, *of_temporaries], present, self._sums.launches[0].table)
-        self._held: list[list[Tensor]] = []  # the temporaries, until the update
 
-    def follow(self, grads: Sequence[Tensor]) -> None:
-        """Take the gradients of a step; they have the layouts of those that the launches were prepared with."""
+    def follow(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Take the gradients of a step; they have the layouts of those that the launches were prepared with.
+
+        Returns:
+            tensors that the caller has to keep until the end of the step.
+        """
         new = partial(torch.empty, dtype=torch.float32, device=self._w_LN.device)
-        self._held = [[new(shape) for shape in made.shapes] for made in self._temporaries]
+        read = [[new(shape) for shape in made.shapes] for made in self._temporaries]
         present = [grads[place].data_ptr() for place in self._places]
-        self._addresses.become(present + [x.data_ptr() for tensors in self._held for x in tensors])
-        for made, tensors in zip(self._temporaries, self._held, strict=True):
+        self._addresses.become(present + [x.data_ptr() for tensors in read for x in tensors])
+        for made, tensors in zip(self._temporaries, read, strict=True):
             made.fill(tensors)
+        return read
 
     def project(self) -> Tensor:
         """Return y_LN = J V."""
         return self._sums.start()
 
     def expand_update_(self, w_LN: Tensor, damping_L: Tensor) -> None:
-        """Apply the updates, after which the temporaries are freed."""
+        """Apply the updates."""
         self._w_LN.copy_(w_LN)
         if self._dampings is None or self._dampings[0] is not damping_L or self._dampings[1] != damping_L._version:
             self._damping_L.copy_(damping_L)
@@ -120,7 +124,6 @@ class RepeatedProducts:
         increment_version(self._changed)  # so that autograd refuses a backward that needs the old values
         for launch in self._updates:
             launch.start()
-        self._held = []
 
 
 def may_repeat(x: Tensor) -> bool:

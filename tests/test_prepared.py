@@ -88,14 +88,14 @@ def written(monkeypatch):
     """Nothing is kept from other tests; count the tables made and the writes of numbers."""
     monkeypatch.setattr(launches, "_kept", type(launches._kept)())
     counts = {"tables": 0, "writes": 0}
-    make, write = pointer_table.Table.__init__, pointer_table._write
+    make, write = pointer_table.Table.__init__, pointer_table._parts
 
     def counted(name, function, *arguments):
         counts[name] += 1
         return function(*arguments)
 
     monkeypatch.setattr(pointer_table.Table, "__init__", lambda *given: counted("tables", make, *given))
-    monkeypatch.setattr(pointer_table, "_write", partial(counted, "writes", write))
+    monkeypatch.setattr(pointer_table, "_parts", partial(counted, "writes", write))
     return counts
 
 
@@ -141,14 +141,14 @@ def test_a_table_whose_write_was_interrupted_is_written_again(spec, written, mon
     first = example(spec)
     others = map_floats(torch.Tensor.clone, first)
     wanted = result(spec, first)
-    write = pointer_table._write
+    change = pointer_table._change
 
-    def interrupted(writers, numbers, to):
-        write(writers, [number if at % 2 == 0 else 0 for at, number in enumerate(numbers)], to)
+    def interrupted(pairs, table_FE):
+        change([number if at % 2 == 0 else 0 for at, number in enumerate(pairs)], table_FE)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pointer_table, "_write", interrupted)
+        patch.setattr(pointer_table, "_change", interrupted)
         with pytest.raises(KeyboardInterrupt):
             result(spec, others)
     assert_equal(result(spec, others), wanted)

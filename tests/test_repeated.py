@@ -16,7 +16,7 @@ from torch import nn
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.curvature.jacobian import Factored
-from tengrad_triton.kernels import dispatch, launches, pointer_table
+from tengrad_triton.kernels import RepeatedProducts, dispatch, launches, pointer_table
 from tengrad_triton.kernels.spec import Repeated
 from tengrad_triton.layers import ConvInput, OuterProducts
 
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.skipif(
     not HARDWARE and os.environ.get("TRITON_INTERPRET") != "1",
     reason="test_kernels.test_under_the_interpreter runs these",
 )
-N, STEPS = 5, 3
+N = 5
+STEPS = 4  # a refresh, a step that calls ops, one that prepares launches, and one that repeats them
 
 
 def linear():
@@ -38,6 +39,12 @@ def convolutional():
         nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), nn.Tanh(), nn.Conv2d(6, 4, 2), nn.Flatten(), nn.Linear(4, 4)
     )
     return net, torch.randn(N, 4, 4, 4)
+
+
+def channels_last():
+    """Factors in all orders: a depthwise convolution has one output in each group."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 2, groups=4), nn.Tanh(), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(36, 4))
+    return net, torch.randn(N, 4, 4, 4).to(memory_format=torch.channels_last)
 
 
 class Tokens(nn.Module):
@@ -55,7 +62,7 @@ def tokens():
     return Tokens(), torch.randint(7, (N, 3))
 
 
-MODELS = {"linear": linear, "convolutional": convolutional, "tokens": tokens}
+MODELS = {"linear": linear, "convolutional": convolutional, "channels-last": channels_last, "tokens": tokens}
 OPTIONS = {
     "plain": {"nesterov": False},
     "rows and decay": {"representation": "per_sample", "weight_decay": 0.1},
@@ -109,7 +116,8 @@ class Run:
         return torch.cat([p.detach().flatten().double() for p in self.net.parameters()])
 
     def repeated(self):
-        return self.optimizer._curvature.last_plan[0]._products._repeated
+        prepared = self.optimizer._curvature.last_plan[0]._products._prepared
+        return None if prepared is None else prepared[0]
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +180,7 @@ def test_half_precision_factors_are_widened_in_each_step(model, layout):
         for step in range(1, STEPS):
             run.step(step)
         ends.append(run.end())
-        assert all(not tensors for tensors in run.repeated()._held)
+        assert run.repeated() is not None
     assert torch.equal(*ends)
 
 
@@ -216,7 +224,7 @@ def test_steps_follow_every_change(event, monkeypatch):
     monkeypatch.setattr(launches, "_is_capturing", lambda device: False)
     runs = runs_of("convolutional")
     for run in runs:
-        for step in range(STEPS + 2):
+        for step in range(STEPS + 3):
             run.backward(step)
             if step >= STEPS:
                 EVENTS[event](run, step)
@@ -261,21 +269,21 @@ def test_a_captured_step_repeats_nothing(monkeypatch):
 def test_an_interrupted_write_is_made_again(monkeypatch):
     runs = runs_of("linear")
     for run in runs:
-        run.step(0)
-        run.step(1)
-    write = pointer_table._write
+        for step in range(STEPS):
+            run.step(step)
+    change = pointer_table._change
 
-    def interrupted(writers, numbers, to):
-        write(writers, [number if at % 2 == 0 else 0 for at, number in enumerate(numbers)], to)
+    def interrupted(pairs, table_FE):
+        change([number if at % 2 == 0 else 0 for at, number in enumerate(pairs)], table_FE)
         raise KeyboardInterrupt
 
-    runs[1].backward(2)
+    runs[1].backward(STEPS)
     with monkeypatch.context() as patch:
-        patch.setattr(pointer_table, "_write", interrupted)
+        patch.setattr(pointer_table, "_change", interrupted)
         with pytest.raises(KeyboardInterrupt):
             runs[1].optimizer.step()
     for run in runs:
-        run.step(2)
+        run.step(STEPS)
     assert_as_exact_as_torch(runs)
 
 
@@ -286,33 +294,52 @@ def test_a_weight_whose_op_is_torch_code_repeats_nothing():
         run.optimizer._ops = run.optimizer._ops_for()
         for step in range(STEPS):
             run.step(step)
-    plan = runs[1].optimizer._curvature.last_plan[0]._products
-    assert len(plan._others) == 1
+    _, others = runs[1].optimizer._curvature.last_plan[0]._products._prepared
+    assert len(others) == 1
     assert_as_exact_as_torch(runs)
 
 
-def test_a_step_keeps_neither_gradients_nor_temporaries():
-    run = Run("convolutional", on_kernels=True, representation="factored")
-    for step in range(3):
+def test_a_step_keeps_neither_gradients_nor_temporaries(monkeypatch):
+    run, read = Run("convolutional", on_kernels=True, representation="factored"), []
+    follow = RepeatedProducts.follow
+
+    def noted(self, grads):
+        made = follow(self, grads)
+        read.extend(weakref.ref(x) for tensors in made for x in tensors)
+        return made
+
+    monkeypatch.setattr(RepeatedProducts, "follow", noted)
+    for step in range(STEPS):
         run.step(step)
-    repeated = run.repeated()
-    assert [made.argument for made in repeated._temporaries] == [0, 1]  # patches, and output gradients
-    assert repeated._held == []
+    plan = run.optimizer._curvature.last_plan[0]
+    plan.curvature_along([p.grad for p in run.net.parameters()])
+    # Both convolutions have patches and output gradients, in two steps and along a direction.
+    assert len(read) == 3 * 2 * 2
     run.held.clear()
     grads = [weakref.ref(p.grad) for p in run.net.parameters()]
     run.optimizer.zero_grad()
-    assert not any(grad() is not None for grad in grads)
+    assert not any(tensor() is not None for tensor in (*read, *grads))
+
+
+def test_a_convolution_repeats_its_launches_in_every_layout():
+    run = Run("channels-last", on_kernels=True, representation="factored")
+    run.net.to(memory_format=torch.channels_last)
+    for step in range(STEPS):
+        run.step(step)
+    repeated, others = run.optimizer._curvature.last_plan[0]._products._prepared
+    assert repeated._temporaries
+    assert others == []
 
 
 def test_autograd_sees_that_parameters_change(monkeypatch):
     run = Run("linear", on_kernels=True)
-    run.step(0)
-    run.step(1)
+    for step in range(STEPS):
+        run.step(step)
     loss = run.net(run.x).square().sum()
-    run.backward(2)
+    run.backward(STEPS)
     versions = [p._version for p in run.net.parameters()]
     monkeypatch.setattr(launches.Launch, "start", lambda launch: None)  # the interpreter itself counts versions
-    run.update(2)
+    run.update(STEPS)
     assert all(p._version > version for p, version in zip(run.net.parameters(), versions, strict=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops, Product, ProductKernels, Representation, implementation_names
 from tengrad_triton.curvature.target import Target
-from tengrad_triton.kernels import ProductLaunches, RepeatedProducts, layout_of, may_repeat, runs_kernel
+from tengrad_triton.kernels import ProductLaunches, RepeatedProducts, launch_place, layout_of, may_repeat, runs_kernel
 
 Operands = tuple[Any, ...]
 """Arguments of an op that stand for J: its lists of rows or of factors."""
@@ -195,18 +195,20 @@ class ProductPlan:
             for one in entries
         ]
         self._launches, self._shape = [_Launch(entries, places) for places in _groups(keys)], shape
-        self._layouts: Sequence[Hashable] = ()
-        self._repeated: RepeatedProducts | None = None  # for gradients of these layouts
-        self._others: list[_Launch] = []
+        self._layouts: Sequence[Hashable] = ()  # of the last step's gradients
+        self._prepared: tuple[RepeatedProducts | None, list[_Launch]] | None = None  # for such gradients
 
     def along(self, grads: Sequence[Tensor], once: bool = False) -> Products:
-        """Return the products of a step along gradients, one for each entry; ``once`` prepares nothing for others."""
+        """Return the products of a step along gradients, one for each entry; ``once`` if it is the only such step."""
         if once or not may_repeat(grads[0]):
             return Products(None, self._launches, grads, self._shape)
-        layouts = [layout_of(grad) for grad in grads]
+        layouts = [launch_place(grads[0].device), *map(layout_of, grads)]
         if layouts != self._layouts:
-            (self._repeated, self._others), self._layouts = _repeated(self._launches, grads, self._shape), layouts
-        return Products(self._repeated, self._others, grads, self._shape)
+            self._layouts, self._prepared = layouts, None  # this may be the only step before a refresh
+            return Products(None, self._launches, grads, self._shape)
+        if self._prepared is None:
+            self._prepared = _repeated(self._launches, grads, self._shape)
+        return Products(*self._prepared, grads, self._shape)
 
 
 class Products:
@@ -217,8 +219,7 @@ class Products:
     ) -> None:
         self._repeated, self._shape = repeated, shape
         self._others = [(launch, launch.views(grads)) for launch in others]
-        if repeated is not None:
-            repeated.follow(grads)
+        self._read = None if repeated is None else repeated.follow(grads)
 
     def project(self) -> Tensor:
         """Return y_LN = J V, summed over the parameters of every block; zeros follow where a block has fewer rows."""
@@ -267,7 +268,7 @@ class _Launch:
         if not runs_kernel(*self._operands, *state):
             return None
         launches = self._jacobians[0].launches(self._operands, state, self._blocks)
-        return launches if launches is not None and launches.may_repeat() else None
+        return launches if launches is not None and launches.reads_no_copy() else None
 
     def _state(self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor]) -> UpdateState:
         own_w = [w[block] for block in self._blocks]
