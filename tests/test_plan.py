@@ -178,6 +178,8 @@ def test_every_configuration_that_a_plan_can_name_is_an_op():
     assert all(isinstance(getattr(ops, name.partition(":")[0]), partial) for name in named)
     with pytest.raises(ValueError, match="no kernels named project_rows:huge"):
         ops_for("auto", ("project_rows:huge",))
+    with pytest.raises(ValueError, match="no kernels named unfold_conv"):
+        ops_for("auto", ("unfold_conv",))
 
 
 class Gpu:
