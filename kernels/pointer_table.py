@@ -111,11 +111,12 @@ def _parts(
 ) -> Iterator[tuple[int, tuple[int, ...], Repeated]]:
     """Yield, for each launch, the index of its first number, all its numbers as the kernels take them, and a kernel."""
     size = next((size for size in kernels if len(numbers) <= size), max(kernels))
-    config = kernels[size]
-    kernel = _started.setdefault((device, id(config)), Repeated(config))
+    key = (device, id(kernels[size]))
+    if key not in _started:
+        _started[key] = Repeated(kernels[size])
     for first in range(0, len(numbers), size):
         part = numbers[first : first + size]
-        yield first, (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)]), kernel
+        yield first, (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)]), _started[key]
 
 
 def table_of(columns: Columns, device: torch.device) -> Tensor:
