@@ -21,7 +21,7 @@ from tengrad_triton.baselines.kronecker_curvature import (
 )
 from tengrad_triton.baselines.settings import Common, FisherOptions, with_defaults
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, full_name
-from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.hooks import Capture, CaptureOptions
 from tengrad_triton.curvature.contributions import gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.base import CurvatureOptimizer
@@ -77,11 +77,9 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
 
     @override
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
-        options = self._fisher
-        return Capture(
-            self.model, find_captured_layers(self._module, layers), options.fisher, options.likelihood, self._generator,
-            draws=options.fisher_samples, max_hessian_factor_bytes=MAX_BYTES, max_parameter_bytes=MAX_BYTES,
-        )  # fmt: skip
+        own, captured = self._fisher, find_captured_layers(self._module, layers)
+        options = CaptureOptions(own.fisher, own.likelihood, own.fisher_samples, max_bytes=MAX_BYTES)
+        return Capture(self.model, captured, options, self._generator, self._before_forward)
 
     @override
     def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:

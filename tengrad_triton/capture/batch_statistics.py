@@ -10,34 +10,45 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.flag import PassFlags
+from tengrad_triton.layers.batch_norm import broadcast, statistics, statistics_scale
 
 
 class _DetachedStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, detached: ScopedFlag) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.detached = detached
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, layer: nn.Module, flags: PassFlags
+    ) -> Tensor:
+        mean_C, inverse_C = statistics(layer, x)  # type: ignore[arg-type] # the hook is on batch norms only
+        ctx.save_for_backward(x, statistics_scale(layer, x), broadcast(mean_C, x), broadcast(inverse_C, x))
+        ctx.flags, ctx.has_affine = flags, weight is not None
         ctx.mark_dirty(y)  # y is not written to; marking it lets autograd return y itself instead of a copy
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (scale,) = ctx.saved_tensors
-        return (grad * scale, None, None, None) if ctx.detached.is_set else (None, grad, None, None)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.flags.detached.is_set:
+            return (None, grad, None, None, None, None)
+        x, scale, mean, inverse = ctx.saved_tensors
+        weight_grad, bias_grad = None, None
+        if ctx.flags.affine.is_set and ctx.has_affine:
+            dims = [0, *range(2, x.dim())]
+            weight_grad, bias_grad = (grad * (x - mean) * inverse).sum(dims), grad.sum(dims)
+        return (grad * scale, None, weight_grad, bias_grad, None, None)
 
 
-def with_detached_statistics(x: Tensor, y: Tensor, scale: Tensor, detached: ScopedFlag) -> Tensor:
-    """Return ``y`` with a backward pass that the flag ``detached`` switches between two derivatives.
+def with_detached_statistics(layer: nn.Module, x: Tensor, y: Tensor, flags: PassFlags) -> Tensor:
+    """Return ``y`` with a backward pass that the flags switch between two derivatives.
 
     Args:
-        x: the input of a batch norm, [N, C, *].
+        layer: a batch norm.
+        x: its input, [N, C, *].
         y: its output.
-        scale: the derivative of ``y`` with respect to ``x`` for constant statistics, [1, C, 1, …].
-        detached: while it is set, the gradient of ``x`` is ``scale`` times that of ``y``. Otherwise the backward pass
-            goes through the batch norm and its statistics.
+        flags: while ``detached`` is set, the gradient of ``x`` is that for constant statistics. The gradients of the
+            layer's own parameters are computed then only if ``affine`` is set too: they cost a pass over the data.
+            Otherwise the backward pass goes through the batch norm and its statistics.
     """
-    out: Tensor = _DetachedStatistics.apply(x, y, scale, detached)
+    out: Tensor = _DetachedStatistics.apply(x, y, layer.weight, layer.bias, layer, flags)
     return out

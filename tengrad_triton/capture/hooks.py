@@ -3,28 +3,29 @@
 The optimizer arms the hooks when its next step refreshes the curvature (`optim/base.py`). In a forward and a backward,
 this happens in this order:
 
-1. `_before_model` opens a `Record`, unless gradients are disabled or the forward is one of our own.
+1. `_before_model` opens a `Record`, unless gradients are disabled, the forward is one of our own, or `torch.func` or an
+   export traces it.
 2. `_before_layer` stores the random number generator's state for layers whose rule repeats their dropout.
 3. `_after_batch_norm` adds a backward pass with detached statistics to the output of a batch norm in training.
 4. `_after_layer` adds a `LayerCall` to the record: the inputs, and the edges of the outputs in the graph. An edge names
    a tensor's place in the graph: `torch.autograd.grad` takes it in place of the tensor, which need not be kept.
 5. `_after_model` finds the unattributed parameters: there are none where parameters are used in calls of their layers
-   only, each with one entry for each sample. For shapes that were not seen before, this takes two backward passes. Then
-   `OutputGrads` computes the output gradients, or `LossGrads` attaches hooks that copy those of the caller's loss. From
-   here on only the graph of the output refers to the record, so the record of a forward without a backward is freed
-   together with its graph.
-6. `_backward_reached` runs when the caller's backward begins, and moves the record to `Capture.records`.
+   only, each with one entry for each sample. Then `LikelihoodGrads` computes the output gradients, or `LossGrads`
+   attaches hooks that copy those of the caller's loss. Where a structure of the model is new, the rows are compared with
+   autograd (`rows/proof.py`). From here on only the graph of the output refers to the record, so the record of a forward
+   without a backward is freed together with its graph.
+6. `_on_backward` runs when a backward pass of the caller gets to the model's output. As soon as that pass has added to
+   a ``.grad``, the record counts (`counted.py`).
 
-After the backward, `Capture.find_remaining_rows` finds the rows that need all of it. The hooks of copies and pickles of
-the model do nothing.
+The hooks of copies and pickles of the model do nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,29 +34,56 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from tengrad_triton.capture.attribution import Attribution
+from tengrad_triton.capture.attach import call_on_backward
 from tengrad_triton.capture.batch_statistics import with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
-from tengrad_triton.capture.explicit_rows import ExplicitRows
-from tengrad_triton.capture.flag import ScopedFlag
-from tengrad_triton.capture.loss_grads import LossGrads
+from tengrad_triton.capture.counted import CountedRecords
+from tengrad_triton.capture.flag import PassFlags
+from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
+from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
 from tengrad_triton.capture.output_grads import OutputGrads
-from tengrad_triton.capture.record import UNKNOWN, LayerCall, Record
+from tengrad_triton.capture.outputs import Seen, Select, count_samples, differentiable, map_tensors
+from tengrad_triton.capture.record import LayerCall, Record
+from tengrad_triton.capture.rows.attribution import Attribution, Verify
+from tengrad_triton.capture.rows.explicit import ExplicitRows
+from tengrad_triton.capture.through_output import ThroughOutput
 from tengrad_triton.layers import (
     Call,
     draws_random_numbers,
     first_tensor,
-    locate_samples,
     may_draw_random_numbers,
     may_mix_samples,
     mixes_samples,
     rng_state,
-    samples_dim,
-    statistics_scale,
     tensors_in,
 )
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.profiling import phase
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """Which rows a capture records.
+
+    Attributes:
+        fisher: ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output; they take one
+            more backward pass. ``"exact"``: derivatives for every column of the likelihood's Hessian factor (M9).
+            ``"empirical"``: derivatives of the caller's loss.
+        likelihood: the distribution from which labels are drawn.
+        draws: how many labels are drawn for each sample.
+        output: which part of the model's output the likelihood sees.
+        verify: when the rows are compared with autograd.
+        max_bytes: the most bytes that the exact Hessian factor, or the rows of one parameter without a rule, may take.
+        include_unattributed: whether to find the rows of unattributed parameters.
+    """
+
+    fisher: Fisher
+    likelihood: Likelihood
+    draws: int = 1
+    output: Select = None
+    verify: Verify = "change"
+    max_bytes: float = float("inf")
+    include_unattributed: bool = False
 
 
 class Capture:
@@ -64,55 +92,38 @@ class Capture:
     Args:
         model: the module that the training loop calls, compiled or not.
         layers: the layers to record, by name, and the parameters whose rows their calls give.
-        fisher: the rows of J. ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output;
-            they take one more backward pass. ``"exact"``: derivatives for every column of the likelihood's Hessian
-            factor (M9). ``"empirical"``: derivatives of the caller's loss.
-        likelihood: the distribution from which labels are drawn.
+        options: which rows to record.
         generator: the random number generator that draws the labels.
-        on_forward: a bound method that is called when a recorded forward begins, or None; `TENGraD` frees the old J
-            there. Only a weak reference to its object is kept.
-        draws: how many labels are drawn for each sample.
-        max_hessian_factor_bytes: the most bytes that the exact Hessian factor may take.
-        max_parameter_bytes: the most bytes that the rows of one parameter without a rule may take.
-        include_unattributed: whether to find the rows of unattributed parameters.
+        on_forward: a bound method that is called when a recorded forward begins. It may call `follow`. Only a weak
+            reference to its object is kept.
 
     Attributes:
         layers: the argument ``layers``.
-        records: the recorded forwards that a backward has reached, in the order of the backwards. If a sample has
-            several rows, its forward has one record for each of them.
+        through_output: whether the caller's gradient came through the model's output only.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Mapping[str, CapturedLayer],
-        fisher: Fisher,
-        likelihood: Likelihood,
+        options: CaptureOptions,
         generator: torch.Generator,
-        *,
         on_forward: Callable[[], None] | None = None,
-        draws: int = 1,
-        max_hessian_factor_bytes: float = math.inf,
-        max_parameter_bytes: float = math.inf,
-        include_unattributed: bool = False,
     ) -> None:
         self._model, self._module = model, getattr(model, "_orig_mod", model)
-        self.layers = layers
-        self.records: list[Record] = []
-        self._sequence_first = any(samples_dim(captured.layer) == 1 for captured in layers.values())
-        self._fisher = fisher
+        self.layers, self._options = layers, options
         self._on_forward = _Hook(on_forward) if on_forward is not None else lambda: None
-        self._suspended, self._detached_statistics = ScopedFlag(), ScopedFlag()
-        self._attribution = Attribution(layers, self._detached_statistics, max_parameter_bytes)
-        rows = ExplicitRows(self._module, self._attribution, include_unattributed)
-        self._grads: LossGrads | OutputGrads
-        if fisher == "empirical":
-            self._grads = LossGrads(rows, self._detached_statistics, self._suspended)
-        else:
-            sampling = (likelihood, generator, draws, max_hessian_factor_bytes)
-            self._grads = OutputGrads(fisher, *sampling, rows, self._detached_statistics)
+        self._flags, self._counted = PassFlags(), CountedRecords()
+        self.through_output = ThroughOutput(self._flags.own)
+        self._attribution = Attribution(layers, options.max_bytes, options.verify)
+        rows = ExplicitRows(self._module, self._attribution, options.include_unattributed)
+        output_grads = OutputGrads(self._attribution, rows, self._flags)
+        self._of_loss = LossGrads(output_grads, rows, self._flags.own)
+        of_likelihood = (options.fisher, options.likelihood, generator, options.draws, options.max_bytes)
+        self._of_likelihood = LikelihoodGrads(output_grads, *of_likelihood)
         self._open: Record | None = None  # of the forward that is running
         self._handles: list[RemovableHandle] = []
+        self._layer_handles: list[RemovableHandle] = []
         self._eager = contextlib.ExitStack()
         self._rng_states: dict[str, Tensor] = {}
 
@@ -120,6 +131,11 @@ class Capture:
     def armed(self) -> bool:
         """Whether the hooks are on the model."""
         return bool(self._handles)
+
+    @property
+    def records(self) -> list[Record]:
+        """Return the records of the forwards that count, in the order of their backwards (`CountedRecords`)."""
+        return self._counted.records
 
     def arm(self) -> None:
         """Attach the hooks. Forward hooks on layers run before other forward hooks of the same layer."""
@@ -130,37 +146,61 @@ class Capture:
             self._model.register_forward_pre_hook(pre, with_kwargs=True),
             self._model.register_forward_hook(post, with_kwargs=True, always_call=True),
         ]
+        self._attach_to_layers()
+
+    def _attach_to_layers(self) -> None:
+        handles = self._layer_handles
         for name, captured in self.layers.items():
             hook = _Hook(self._after_layer, name)
-            self._handles.append(captured.layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            handles.append(captured.layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
             if may_draw_random_numbers(captured.layer):
-                before = _Hook(self._before_layer, name)
-                self._handles.append(captured.layer.register_forward_pre_hook(before))
+                handles.append(captured.layer.register_forward_pre_hook(_Hook(self._before_layer, name)))
         for layer in filter(may_mix_samples, self._module.modules()):
             hook = _Hook(self._after_batch_norm)
-            self._handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        self._counted.watch(self._attribution.trained())
+
+    def _detach_from_layers(self) -> None:
+        for handle in self._layer_handles:
+            handle.remove()
+        self._layer_handles.clear()
+        self._counted.watch([])
 
     def disarm(self) -> None:
         """Remove the hooks and forget what was recorded."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._open = [], None
+        self._detach_from_layers()
         self.forget()
+
+    def follow(self, layers: Mapping[str, CapturedLayer]) -> None:
+        """Record other layers from now on: the model has changed. What was recorded is forgotten."""
+        self.layers = layers
+        self.forget()
+        self._attribution.follow(layers)
+        if self.armed:
+            self._detach_from_layers()
+            self._attach_to_layers()
 
     def forget(self) -> None:
         """Forget what was recorded; the records are emptied, because a graph may still hold them."""
-        for record in self.records:
-            record.clear()
-        self.records.clear()
+        self._counted.forget()
 
-    def find_remaining_rows(self) -> None:
-        """Find the rows that need the whole backward; call this once after it and before reading ``records``.
+    def check_counted(self) -> None:
+        """Forget the records whose gradients were cleared since.
 
-        Only the empirical Fisher has such rows, for parameters without a rule.
+        Raises:
+            ValueError: the rows are derivatives of the caller's loss, but a forward that counts has none, because the
+                loss is made of derivatives of the model's output.
         """
-        with self._suspended.set():
-            for record in self.records:
-                self._grads.find_remaining_rows(record)
+        self._counted.drop_cleared()
+        if self._options.fisher == "empirical" and not all(record.has_rows() for record in self.records):
+            raise ValueError(
+                "fisher='empirical' takes rows from the derivative of the loss with respect to the model's output, but "
+                "this loss depends on derivatives of the output only: return from the model's forward what the loss is "
+                "a mean over, or use fisher='sampled' or 'exact'"
+            )
 
     @property
     def scale(self) -> int:
@@ -168,31 +208,33 @@ class Capture:
 
         The caller's loss is a mean. So for the empirical Fisher this is the number of samples of all forwards together.
         """
-        return sum(record.samples for record in self.records) if self._fisher == "empirical" else 1
+        return sum(record.samples for record in self.records) if self._options.fisher == "empirical" else 1
 
     # The hooks, in the order in which they are called
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._open = None
+        if _is_transformed():
+            return
         if isinstance(model, OptimizedModule):
             # Compiled code ignores hooks that were added later, so this one forward runs without compilation.
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        if torch.is_grad_enabled() and not self._suspended.is_set:
+        if torch.is_grad_enabled() and not self._flags.own.is_set:
             self._on_forward()
-            batch = next((x for x in tensors_in((args, kwargs)) if x.dim()), None)
-            call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)))
-            self._open = Record.of_forward(UNKNOWN if batch is None else len(batch), call)
+            self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
         if self._open is not None and draws_random_numbers(layer):
             self._rng_states[name] = rng_state(next(layer.parameters()).device)
 
     def _after_batch_norm(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
-        if self._open is None or not y.requires_grad or not mixes_samples(layer):
+        # A checkpointed part runs again within the backward pass, and has to save the same tensors.
+        again = torch._C._current_graph_task_id() >= 0 and not _is_transformed()
+        if not (self._open is not None or again) or not y.requires_grad or not mixes_samples(layer):
             return None
-        x = first_tensor(args, kwargs)
-        self._open.mixes_samples = True
-        return with_detached_statistics(x, y, statistics_scale(layer, x), self._detached_statistics)
+        if self._open is not None:
+            self._open.mixes_samples = True
+        return with_detached_statistics(layer, first_tensor(args, kwargs), y, self._flags)
 
     def _after_layer(self, name: str, layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         record, outputs = self._open, tensors_in(y)
@@ -203,43 +245,60 @@ class Capture:
         has_views = any(output._is_view() for output in outputs)
         returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        call, samples_second = Call(args, kwargs, self._rng_states.pop(name, None)), False
-        if self.layers[name].has_rule:
-            # For a layer whose output has the samples first, this is (None, False).
-            why_not, samples_second = locate_samples(layer, outputs[0], record.samples, self._sequence_first)
-            if why_not:
-                record.unbatched[name] = why_not
-        record.calls.setdefault(name, []).append(LayerCall.of_forward(call, returned, samples_second))
+        call = Call(args, kwargs, self._rng_states.pop(name, None))
+        record.calls.setdefault(name, []).append(LayerCall.of_forward(call, returned))
         return returned if has_views else None
 
-    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after_model(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self._eager.close()
         record, self._open = self._open, None
-        results = [result for result in tensors_in(output) if result.requires_grad]
-        if record is None or not results:
-            return
-        _check_batch(record, results[0])
-        with self._suspended.set(), phase("capture"):
-            self._attribution.check(record, results)
-            self._grads.after_forward(record, output, results)
+        if record is None:
+            return None
+        likelihood = None if self._options.fisher == "empirical" else self._options.likelihood
+        seen = Seen(self._options.output, likelihood)
+        selected, returned = seen.part_of(output), differentiable(output)
+        starts = differentiable(selected)
+        if not starts:
+            return None
+        record.samples, record.pick = count_samples(starts, (args, kwargs)), seen.tensors_of
+        with self._flags.own.set(), phase("capture"):
+            self._attribution.check(record, starts)
+            if likelihood is None:
+                self._of_loss.after_forward(record)
+            else:
+                self._of_likelihood.after_forward(record, selected, starts)
         # From here on only the graph refers to the record, until a backward reaches it.
-        results[0].register_hook(lambda grad: self._backward_reached(record))
+        callback = _Hook(self._on_backward, record, map_tensors(_without_graph, output))
+        return call_on_backward(output, returned or starts, callback)
 
-    def _backward_reached(self, record: Record) -> None:
-        if self.armed and not record.backward_seen:
-            record.backward_seen = True
-            self.records += [record, *record.extra_records]  # from here on, a further row is like a further sample
+    def _on_backward(
+        self, record: Record, output: Any, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+    ) -> None:
+        """Handle a backward pass of the caller; ``grads`` are the derivatives with respect to ``results``."""
+        if not self.armed or self._flags.own.is_set:
+            return
+        self._counted.reached(record, record.undo())
+        grads = [None if grad is None else grad.detach() for grad in grads]
+        if record.proves:
+            self.through_output.reached(record, results, grads, self._attribution.trained())
+        if self._options.fisher == "empirical":
+            with self._flags.own.set():
+                self._of_loss.on_backward(record, *loss_cotangents(record, output, results, grads))
 
 
-def _check_batch(record: Record, output: Tensor) -> None:
-    samples = len(output) if output.dim() else 0
-    if record.samples == UNKNOWN:
-        record.samples = samples
-    if samples != record.samples:
-        raise ValueError(
-            f"the model returned {samples} samples for an input of {record.samples}: return one output for each "
-            "sample, along the first dimension"
-        )
+def _without_graph(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.requires_grad)
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func`, forward-mode differentiation, a trace or an export runs the present forward."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
 
 
 class _Hook:

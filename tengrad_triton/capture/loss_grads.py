@@ -1,7 +1,7 @@
-"""Output gradients of the empirical Fisher: the backward of the caller's own loss computes them.
+"""The rows of the empirical Fisher: derivatives of the caller's own loss, found while its backward pass runs.
 
-Hooks copy them into the record while that backward runs. Two cases need a backward pass of our own: detached batch
-statistics, and unattributed parameters. It starts from the derivative of the loss with respect to the model's output.
+Where the calls of the layers give all rows, hooks copy the output gradients of that pass. Otherwise we run a pass of our
+own, which starts from the derivative of the loss with respect to the model's output.
 """
 
 from __future__ import annotations
@@ -12,61 +12,108 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tengrad_triton.capture.explicit_rows import ExplicitRows
 from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.output_grads import OutputGrads
+from tengrad_triton.capture.outputs import map_tensors
 from tengrad_triton.capture.record import LayerCall, Record
+from tengrad_triton.capture.rows.explicit import ExplicitRows
+from tengrad_triton.capture.rows.proof import Cotangents
 
 
 class LossGrads:
     """Fills in the output gradients of a record while the backward of the caller's loss runs.
 
     Args:
-        explicit_rows: finds the rows of parameters without a rule.
-        detached_statistics: a flag that is set during our own backward passes.
-        suspended: a flag that is set during our own passes, so that the hooks ignore them.
+        output_grads: runs backward passes of our own.
+        explicit_rows: knows which parameters have no rule.
+        own: a flag that is set during passes of our own.
     """
 
-    def __init__(self, explicit_rows: ExplicitRows, detached_statistics: ScopedFlag, suspended: ScopedFlag) -> None:
-        self._explicit_rows = explicit_rows
-        self._detached_statistics = detached_statistics
-        self._suspended = suspended
+    def __init__(self, output_grads: OutputGrads, explicit_rows: ExplicitRows, own: ScopedFlag) -> None:
+        self._output_grads, self._explicit_rows, self._own = output_grads, explicit_rows, own
 
-    def after_forward(self, record: Record, output: Any, results: Sequence[Tensor]) -> None:
-        """Attach the hooks; ``results`` are the tensors in the model's ``output`` that require gradients."""
-        if not record.mixes_samples:
-            _keep_output_grads(record)
-        for parameter in self._explicit_rows.rerun_parameters(record):
-            _keep_gradient_sum(record, parameter)
-        unattributed = self._explicit_rows.unattributed(record)
-        if record.mixes_samples or unattributed:
-            self._start_own_pass_at(results[0], record, unattributed)
+    def after_forward(self, record: Record) -> None:
+        """Attach the hooks, unless a pass of our own is needed."""
+        rows = self._explicit_rows
+        apart = record.mixes_samples or rows.rerun_parameters(record) or rows.unattributed(record)
+        record.own_pass = bool(apart) or record.proves or record.findings.all_through_output is False
+        if not record.own_pass:
+            _keep_output_grads(record, self._own)
 
-    def find_remaining_rows(self, record: Record) -> None:
-        """Fill in the rows that come from running layers again, which needs the output gradients of the backward."""
-        self._explicit_rows.fill_by_layer(record)
+    def on_backward(self, record: Record, results: Sequence[Tensor], grads: Cotangents) -> None:
+        """Run a pass of our own if one is needed; ``grads`` are the derivatives with respect to ``results``.
 
-    def _start_own_pass_at(self, output: Tensor, record: Record, unattributed: Sequence[Tensor]) -> None:
-        """Attach a hook that runs our own backward passes when the caller's backward reaches the model's output."""
-
-        def hook(grad: Tensor) -> None:
-            handle.remove()  # otherwise our own passes, which start here, would call this hook again
-            record.paused = True
-            with self._suspended.set(), self._detached_statistics.set():
-                if record.mixes_samples:
-                    _fill_output_grads(record, output, grad)
-                self._explicit_rows.fill_unattributed(record, unattributed, [output], [grad])
-            record.paused = False
-
-        handle = output.register_hook(hook)
+        Several backward passes of the caller add up.
+        """
+        if not record.own_pass:
+            return
+        before = record.cotangents or [None] * len(grads)
+        record.cotangents = [_sum(old, new) for old, new in zip(before, grads, strict=True)]
+        record.per_sample_grads.clear()
+        self._output_grads.fill(record, results, [record.cotangents], batched=False)
 
 
-def _keep_output_grads(record: Record) -> None:
+def loss_cotangents(
+    record: Record, output: Any, results: Sequence[Tensor], grads: Cotangents
+) -> tuple[Sequence[Tensor], Cotangents]:
+    """Return the tensors at which our own pass starts, and the derivative of the loss with respect to each of them.
+
+    Args:
+        record: of the forward.
+        output: what the model returned, detached.
+        results: the tensors in it that require gradients.
+        grads: the derivatives of the loss with respect to ``results``.
+    """
+    grads = _passed_on(results, grads, record.samples)
+
+    def starts_of(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        left = iter(tensors)
+
+        def replaced(x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                return x
+            own = next(left)
+            return torch.zeros_like(x).detach() if own is None else own
+
+        return record.pick(map_tensors(replaced, output))
+
+    with torch.enable_grad():  # the part that the user chose may be a view of a result
+        return starts_of(results), starts_of(grads)
+
+
+def _passed_on(results: Sequence[Tensor], grads: Cotangents, samples: int) -> Cotangents:
+    """Return the derivatives of the loss with respect to the results that have one entry for each sample.
+
+    The derivatives with respect to the others, such as a loss that the model returns, go on to those that they are
+    computed from.
+    """
+    batched = [place for place, result in enumerate(results) if result.dim() and len(result) == samples]
+    others = [place for place in range(len(results)) if place not in batched and grads[place] is not None]
+    if not others or not batched:
+        return grads
+    found = [grads[place] if place in batched else None for place in range(len(results))]
+    passed_on = torch.autograd.grad(
+        [results[place] for place in others], [results[place] for place in batched],
+        [grads[place] for place in others], retain_graph=True, allow_unused=True,
+    )  # fmt: skip
+    for place, grad in zip(batched, passed_on, strict=True):
+        found[place] = _sum(found[place], grad)
+    return found
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second
+
+
+def _keep_output_grads(record: Record, own: ScopedFlag) -> None:
     """Attach hooks by which the next backward stores the output gradients of every layer in the record."""
 
     def storing_hook(call: LayerCall, place: int, index: int) -> Callable[[Any], None]:
         def hook(grads: Any) -> None:
             grad = grads[index]
-            if grad is not None and not record.paused:
+            if grad is not None and not own.is_set:
                 # Store the tensor itself: autograd may overwrite a gradient to which only an alias refers.
                 constant = grad.detach() if grad.requires_grad else grad
                 before = call.output_grads[place]
@@ -76,24 +123,4 @@ def _keep_output_grads(record: Record) -> None:
 
     for call, place, edge in record.outputs_in_graph():
         edge.node.register_prehook(storing_hook(call, place, edge.output_nr))
-    record.release_edges()
-
-
-def _keep_gradient_sum(record: Record, parameter: Tensor) -> None:
-    """Attach a hook by which the next backward stores the parameter's gradient in the record."""
-
-    def hook(grad: Tensor) -> None:
-        handle.remove()
-        record.gradient_sums[id(parameter)] = grad.detach()
-
-    handle = parameter.register_hook(hook)
-
-
-def _fill_output_grads(record: Record, output: Tensor, grad: Tensor) -> None:
-    """Fill in all output gradients by one backward pass from ``grad``, the derivative with respect to ``output``."""
-    outputs = record.outputs_in_graph()
-    edges = [edge for _, _, edge in outputs]
-    grads = torch.autograd.grad(output, edges, grad, retain_graph=True, allow_unused=True)
-    for (call, place, _), output_grad in zip(outputs, grads, strict=True):
-        call.output_grads[place] = output_grad
     record.release_edges()

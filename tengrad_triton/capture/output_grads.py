@@ -1,76 +1,54 @@
-"""Output gradients of the sampled and the exact Fisher: computed right after the forward, before the caller's backward.
+"""Output gradients and explicit rows, by backward passes from the model's output while its graph exists.
 
-The rows of J are here derivatives of the likelihood and not of the caller's loss. A backward pass here computes the
-derivatives with respect to the layers' outputs, but no gradient of a parameter that has a rule.
-
-Dimensions: N samples, R rows of a sample.
+A backward pass here computes the derivatives with respect to the layers' outputs, but no gradient of a parameter that
+has a rule. For the sampled and the exact Fisher the passes follow the forward, and start from derivatives of the
+likelihood. For the empirical Fisher they start from the derivative of the caller's loss, within its backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from tengrad_triton.capture.explicit_rows import ExplicitRows
-from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.flag import PassFlags
 from tengrad_triton.capture.record import Record
-from tengrad_triton.capture.rerun import batched_grads
-from tengrad_triton.likelihoods import Fisher, HasHessianFactor, Likelihood
-
-RowGrads = tuple[Sequence[Tensor | None], Sequence[Tensor]]
-"""For one row of each sample: the derivatives with respect to what ``wanted`` lists, and to what the model returned."""
+from tengrad_triton.capture.rows.attribution import Attribution
+from tengrad_triton.capture.rows.explicit import ExplicitRows
+from tengrad_triton.capture.rows.proof import Cotangents, refuted
+from tengrad_triton.capture.rows.rerun import batched_grads
 
 
 class OutputGrads:
     """Fills in the output gradients of a record, and of an extra record for every further row of a sample.
 
     Args:
-        fisher: ``"sampled"``: a row for each label drawn from the likelihood; ``"exact"``: a row for each column of the
-            likelihood's Hessian factor.
-        likelihood: the likelihood whose negative logarithm the rows are derivatives of.
-        generator: the random number generator that draws the labels.
-        draws: how many labels are drawn for each sample.
-        max_hessian_factor_bytes: the most bytes that the exact Hessian factor may take.
+        attribution: knows the captured layers, and which parameters are unattributed.
         explicit_rows: finds the rows of parameters without a rule.
-        detached_statistics: a flag that is set during the backward passes.
+        flags: set during the backward passes.
     """
 
-    def __init__(
-        self,
-        fisher: Fisher,
-        likelihood: Likelihood,
-        generator: torch.Generator,
-        draws: int,
-        max_hessian_factor_bytes: float,
-        explicit_rows: ExplicitRows,
-        detached_statistics: ScopedFlag,
-    ) -> None:
-        self._fisher = fisher
-        self._likelihood = likelihood
-        self._generator = generator
-        self._draws = draws
-        self._max_hessian_factor_bytes = max_hessian_factor_bytes
-        self._explicit_rows = explicit_rows
-        self._detached_statistics = detached_statistics
+    def __init__(self, attribution: Attribution, explicit_rows: ExplicitRows, flags: PassFlags) -> None:
+        self._attribution, self._explicit_rows, self._flags = attribution, explicit_rows, flags
 
-    def after_forward(self, record: Record, output: Any, results: Sequence[Tensor]) -> None:
-        """Fill in the output gradients, and the explicit rows of parameters without a rule.
+    def fill(self, record: Record, results: Sequence[Tensor], cotangents: Sequence[Cotangents], *, batched: bool) -> None:
+        """Fill in the output gradients and the explicit rows, and compare them with autograd where this is due.
 
-        ``results`` are the tensors in the model's ``output`` that require gradients.
+        Args:
+            record: the record of the forward.
+            results: the tensors at which the passes start.
+            cotangents: for each row of a sample, the derivatives with respect to ``results``.
+            batched: whether one pass computes several rows, which takes the memory of several.
         """
         edges = [edge for _, _, edge in record.outputs_in_graph()]
         rerun, unattributed = self._explicit_rows.rerun_parameters(record), self._explicit_rows.unattributed(record)
-        if not edges and not unattributed:
-            return
-        with self._detached_statistics.set():
-            for index, (grads, cotangents) in enumerate(self._each_row(output, results, [*edges, *rerun])):
-                of_row = record if index == 0 else record.for_another_row()
-                if index > 0:
-                    record.extra_records.append(of_row)
+        records = [record, *(record.for_another_row() for _ in cotangents[1:])]
+        record.extra_records[:] = records[1:]
+        with self._flags.rows():
+            each = _each_row(results, [*edges, *rerun], cotangents, batched)
+            for of_row, grads, own in zip(records, each, cotangents, strict=True):
                 # Behind those of the edges, `grads` has the derivatives with respect to `rerun`.
                 for (call, place, _), grad in zip(of_row.outputs_in_graph(), grads, strict=False):
                     call.output_grads[place] = grad
@@ -78,36 +56,52 @@ class OutputGrads:
                 of_row.gradient_sums = {id(p): torch.zeros_like(p) if g is None else g for p, g in sums}
                 # Parameters whose rows a rerun of their module fails to reproduce are unattributed in all later rows.
                 unattributed += self._explicit_rows.fill_by_layer(of_row) if rerun else []
-                self._explicit_rows.fill_unattributed(of_row, unattributed, results, cotangents)
-        for of_row in (record, *record.extra_records):
+                self._fill_unattributed(of_row, unattributed, results, own)
+        if record.proves:
+            self._prove(records, results, cotangents)
+        for of_row in records:
             of_row.release_edges()
 
-    def find_remaining_rows(self, record: Record) -> None:
-        """Do nothing: the record has all its rows since the forward."""
+    def _prove(self, records: Sequence[Record], results: Sequence[Tensor], cotangents: Sequence[Cotangents]) -> None:
+        """Compare the rows with autograd, and find those of refuted parameters from the graph."""
+        layers, trained = self._attribution.layers, self._attribution.trained()
+        with self._flags.rows(affine=True):
+            wrong = refuted(records, results, cotangents, layers, trained)
+        for parameter, why in wrong.items():
+            too_large = self._attribution.why_too_large(records[0], parameter)
+            self._attribution.refute(records[0], parameter, too_large or why)
+        found = [p for p in self._explicit_rows.unattributed(records[0]) if any(p is other for other in wrong)]
+        with self._flags.rows():
+            for of_row, own in zip(records, cotangents, strict=True):
+                for parameter in wrong:
+                    of_row.per_sample_grads.pop(id(parameter), None)
+                self._fill_unattributed(of_row, found, results, own)
 
-    def _each_row(self, output: Any, results: Sequence[Tensor], wanted: Sequence[Any]) -> Iterator[RowGrads]:
-        """Yield the derivatives for one row of each sample at a time; ``wanted`` are edges and parameters."""
-        if self._fisher == "exact":
-            _check_factor_size(output, self._max_hessian_factor_bytes)
-            factor_RN = cast("HasHessianFactor", self._likelihood).hessian_factor(output)
-            factor_RN = factor_RN * len(factor_RN) ** 0.5  # F is the mean over the R rows of each sample
-            for index, grads in enumerate(batched_grads([output], wanted, [factor_RN])):
-                yield grads, [factor_RN[index]]
-            return
-        for _ in range(self._draws):
-            target = self._likelihood.sample(tree_map_only(Tensor, Tensor.detach, output), self._generator)
-            nll = self._likelihood.nll(output, target)  # the sum of the samples' own losses: no factor N follows
-            grads = torch.autograd.grad(nll, [*wanted, *results], retain_graph=True, allow_unused=True)
-            of_results = zip(results, grads[len(wanted) :], strict=True)
-            yield grads[: len(wanted)], [torch.zeros_like(r) if g is None else g for r, g in of_results]
+    def _fill_unattributed(
+        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Cotangents
+    ) -> None:
+        if parameters and any(c is not None for c in cotangents):
+            with self._flags.affine.set():
+                self._explicit_rows.fill_unattributed(record, parameters, results, cotangents)
 
 
-def _check_factor_size(output: Tensor, max_hessian_factor_bytes: float) -> None:
-    rows = output[0].numel()
-    needed = rows * output.numel() * output.element_size()
-    if needed > max_hessian_factor_bytes:
-        raise ValueError(
-            f"fisher='exact' takes {rows} rows for each of {len(output)} samples: the derivatives with respect to the "
-            f"model's output alone need {needed / 2**30:.2f} GiB, where max_bytes allows "
-            f"{max_hessian_factor_bytes / 2**30:.2f} GiB: use fisher='sampled' with fisher_samples=, or raise max_bytes"
-        )
+def _each_row(
+    results: Sequence[Tensor], wanted: Sequence[Any], cotangents: Sequence[Cotangents], batched: bool
+) -> Iterator[Sequence[Tensor | None]]:
+    """Yield the derivatives with respect to ``wanted``, which are edges and parameters, for one row at a time."""
+    used = [place for place in range(len(results)) if any(row[place] is not None for row in cotangents)]
+    if not wanted or not used:
+        for _ in cotangents:
+            yield [None] * len(wanted)
+        return
+    starts = [results[place] for place in used]
+    rows = [[_or_zeros(row[place], results[place]) for place in used] for row in cotangents]
+    if batched:
+        yield from batched_grads(starts, wanted, [torch.stack(of_rows) for of_rows in zip(*rows, strict=True)])
+        return
+    for row in rows:
+        yield torch.autograd.grad(starts, wanted, row, retain_graph=True, allow_unused=True)
+
+
+def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if cotangent is None else cotangent

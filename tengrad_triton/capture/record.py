@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import Call, tensors_in
-
-UNKNOWN = -1
-"""`Record.samples` until the number of samples is known."""
-
 
 @dataclass
 class LayerCall:
@@ -42,13 +39,13 @@ class LayerCall:
     versions: list[int]
 
     @classmethod
-    def of_forward(cls, call: Call, returned: Any, samples_second: bool) -> LayerCall:
+    def of_forward(cls, call: Call, returned: Any) -> LayerCall:
         """Return a call without output gradients, which a later backward pass will add."""
         outputs = tensors_in(returned)
         edges = [get_gradient_edge(y) if y.requires_grad else None for y in outputs]
         no_grads: list[Tensor | None] = [None] * len(outputs)
         is_tensor, shape = isinstance(returned, Tensor), tuple(outputs[0].shape)
-        return cls(call, edges, is_tensor, samples_second, shape, no_grads, _versions(call))
+        return cls(call, edges, is_tensor, False, shape, no_grads, _versions(call))
 
     @classmethod
     def with_grads(
@@ -104,56 +101,94 @@ def _versions(call: Call) -> list[int]:
 
 
 @dataclass
+class Findings:
+    """What was found out about the forwards of one structure.
+
+    Attributes:
+        refuted: for each parameter whose rows autograd contradicted, by id, the reason.
+        only_by_graph: the ids of parameters whose rows running the model again does not give.
+        forwards: how many such forwards there were.
+        all_through_output: whether the gradient of the caller's loss reached the parameters through the model's output
+            only; None before a backward has shown it.
+    """
+
+    refuted: dict[int, str] = field(default_factory=dict)
+    only_by_graph: set[int] = field(default_factory=set)
+    forwards: int = 0
+    all_through_output: bool | None = None
+
+
+@dataclass(eq=False)
 class Record:
     """One forward of the model: every call of every layer, and the output gradients for one row of each sample.
 
     Attributes:
-        samples: the number of samples, or `UNKNOWN`.
         call: the arguments of the model, detached from the graph.
+        samples: N; 0 until the forward ends.
+        pick: returns, from what the model returned, the tensors at which the backward passes for rows start.
         calls: the calls of each layer, by the layer's name.
+        findings: what was found out about forwards of the same structure.
+        proves: whether the rows of this forward are compared with autograd.
         layers_with_grads: the names of the layers that had output gradients for at least one call, for messages;
             `contributions.gather` fills it.
         unbatched: for each layer whose calls do not have one entry for each sample, by name, the reason.
         unattributed: for each parameter whose rows do not follow from calls of its layers, by id, the reason.
+        unused: the ids of the parameters that the graph of the output does not reach: their rows are zero.
         per_sample_grads: the rows [N, …] of parameters without a rule, by the parameter's id.
         gradient_sums: for each such parameter, by id, the sum of its rows over the samples, as autograd computes it.
         backward_seen: whether a backward pass of the caller's loss has reached the model's output.
-        paused: whether the hooks of `LossGrads` ignore the present backward pass, which is one of our own.
+        own_pass: whether the rows of the empirical Fisher come from a backward pass of our own.
+        cotangents: where they do, the derivative of the caller's loss with respect to what the model returned.
         used_backward_per_sample: whether some rows needed one backward pass for each sample, which is not compiled.
         mixes_samples: whether some layer's output for one sample depends on other samples.
         extra_records: further records of the same forward, one for each further row of a sample.
+        loss: what the likelihood saw and the derivative of the caller's loss with respect to it, to be compared; None
+            if they are not known.
     """
 
-    samples: int
     call: Call
-    calls: dict[str, list[LayerCall]]
-    layers_with_grads: set[str]
-    unbatched: dict[str, str]
-    unattributed: dict[int, str]
-    per_sample_grads: dict[int, Tensor]
-    gradient_sums: dict[int, Tensor]
-    backward_seen: bool
-    paused: bool
-    used_backward_per_sample: bool
-    mixes_samples: bool
-    extra_records: list[Record]
-
-    @classmethod
-    def of_forward(cls, samples: int, call: Call) -> Record:
-        """Return the record of a forward that begins now."""
-        return cls(
-            samples, call, calls={}, layers_with_grads=set(), unbatched={}, unattributed={}, per_sample_grads={},
-            gradient_sums={}, backward_seen=False, paused=False, used_backward_per_sample=False, mixes_samples=False,
-            extra_records=[],
-        )  # fmt: skip
+    samples: int = 0
+    pick: Callable[[Any], list[Tensor]] = tensors_in
+    calls: dict[str, list[LayerCall]] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
+    proves: bool = False
+    layers_with_grads: set[str] = field(default_factory=set)
+    unbatched: dict[str, str] = field(default_factory=dict)
+    unattributed: dict[int, str] = field(default_factory=dict)
+    unused: set[int] = field(default_factory=set)
+    per_sample_grads: dict[int, Tensor] = field(default_factory=dict)
+    gradient_sums: dict[int, Tensor] = field(default_factory=dict)
+    backward_seen: bool = False
+    own_pass: bool = False
+    cotangents: list[Tensor | None] | None = None
+    used_backward_per_sample: bool = False
+    mixes_samples: bool = False
+    extra_records: list[Record] = field(default_factory=list)
+    loss: tuple[Any, Tensor, Tensor] | None = None
 
     def for_another_row(self) -> Record:
         """Return a record of the same forward without output gradients, for a further row of each sample."""
         calls = {name: [call.without_grads() for call in calls] for name, calls in self.calls.items()}
         return replace(
             self, calls=calls, layers_with_grads=set(), per_sample_grads={}, gradient_sums={}, backward_seen=False,
-            paused=False, used_backward_per_sample=False, extra_records=[],
+            used_backward_per_sample=False, extra_records=[], loss=None,
         )  # fmt: skip
+
+    def undo(self) -> Callable[[], None]:
+        """Return a function that gives the record the output gradients and rows back that it has now."""
+        grads = [(call, list(call.output_grads)) for call in self.all_calls()]
+        rows, sums, cotangents = dict(self.per_sample_grads), dict(self.gradient_sums), self.cotangents
+
+        def restore() -> None:
+            for call, before in grads:
+                call.output_grads = before
+            self.per_sample_grads, self.gradient_sums, self.cotangents = rows, sums, cotangents
+
+        return restore
+
+    def has_rows(self) -> bool:
+        """Whether any row or output gradient is known."""
+        return bool(self.per_sample_grads) or any(call.has_grads for call in self.all_calls())
 
     def all_calls(self) -> list[LayerCall]:
         """Return the calls of all layers, always in the same order."""
@@ -171,6 +206,6 @@ class Record:
 
     def clear(self) -> None:
         """Drop all tensors. This matters if an output of the model still exists, whose graph refers to the record."""
-        self.call = Call(())
+        self.call, self.loss, self.cotangents = Call(()), None, None
         for collection in (self.calls, self.extra_records, self.per_sample_grads, self.gradient_sums):
             collection.clear()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from tengrad_triton.capture.rerun import ignore_vmap_warning
+from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions, StepState
 from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
@@ -215,8 +215,6 @@ class TrainStep:
         capture = self._access.capture
         if len(capture.records) != 1:
             return "the model is called several times in each step" if capture.records else NOT_SEEN
-        with torch.no_grad():
-            capture.find_remaining_rows()
         return trace_spec_of(capture.records[0], capture.layers, self._model)
 
     def _compile(self, x: Tensor, y: Tensor, spec: SpecOrReason, first: _FirstEvaluation) -> None:

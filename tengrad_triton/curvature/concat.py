@@ -21,13 +21,6 @@ Calls within a micro-batch add up; the samples of micro-batches follow each othe
 """
 
 
-def row_count(contribution: Contribution) -> int:
-    """Return how many samples a contribution covers."""
-    if isinstance(contribution, PerSampleGrads):
-        return len(contribution.j_NK)
-    return len(contribution.ids_NP if isinstance(contribution, EmbeddingGrads) else contribution.g_NGPO)
-
-
 def take_rows(contribution: Contribution, rows: Tensor) -> Contribution:
     """Return the contribution to some of the rows, given by their indices."""
     if isinstance(contribution, PerSampleGrads):

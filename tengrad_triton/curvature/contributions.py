@@ -1,26 +1,23 @@
-"""From captured calls of layers to what they contribute to the rows of every parameter.
-
-The plain step and the compiled step capture calls in different ways; from here on both run the same code.
-"""
+"""From captured calls of layers to what they contribute to the rows of every parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tengrad_triton.capture.blocks import CapturedLayer, LayerParams, full_name
+from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
-from tengrad_triton.curvature.concat import MicroBatches, row_count, take_rows
+from tengrad_triton.capture.rows.rule import ById, Pairs, contributions_of, pairs_of_calls
+from tengrad_triton.curvature.concat import MicroBatches, take_rows
 from tengrad_triton.curvature.geometry import Geometry, geometry_of_calls
-from tengrad_triton.kernels.dispatch import widen
-from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads, canonical
+from tengrad_triton.layers import Call, Inputs, PerSampleGrads
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Contributions:
     def batch_rows(self) -> list[int]:
         """Return how many rows each micro-batch has."""
         batches = next((batches for layer in self.by_layer.values() for batches in layer.values()), [])
-        return [row_count(calls[0]) for calls in batches]
+        return [calls[0].samples for calls in batches]
 
     @property
     def rows(self) -> int:
@@ -83,16 +80,12 @@ class Contributions:
         return geometries
 
 
-ById = dict[int, list[Contribution]]
-"""What the calls of one micro-batch contribute to each parameter, by the parameter's id."""
-Pairs = Sequence[tuple[Any, Any]]
-"""The input and the output gradients of each call of a layer."""
-
-
 def gather(
     layers: Sequence[LayerParams], capture: Capture, release_calls: bool
 ) -> tuple[Contributions, dict[str, str]]:
     """Return the contributions of the calls captured since the last step, and why some layers have none, by name.
+
+    Layers that no forward used have none either, but the second result does not name them.
 
     Args:
         layers: of the optimizer.
@@ -102,21 +95,26 @@ def gather(
 
     Raises:
         RuntimeError: nothing was captured.
-        ValueError: a rule returned rows of another size than its parameter.
+        ValueError: a rule returned rows of another size than its parameter; or the empirical Fisher has no rows,
+            because the loss is made of derivatives of the model's output.
     """
+    capture.check_counted()
     covered = {layer.name: layer for layer in layers if layer.why_sgd is None and layer.trained()}
     if covered and not capture.records:
         raise RuntimeError(
             "the curvature is due for a refresh, but there was no forward and backward of the model since the last "
             "step: call model(inputs) itself, with gradients enabled, before loss.backward() and optimizer.step()"
         )
-    capture.find_remaining_rows()  # of the empirical Fisher; the others have theirs since the forward
     # A record of a further row of the same samples is joined as a micro-batch is.
     batches = [_of_record(capture, record, release_calls) for record in capture.records]
     found: dict[str, Mapping[str, MicroBatches]] = {}
     missing: dict[str, str] = {}
     for name, layer in covered.items():
         trained = {param_name: layer.parameters[param_name] for param_name in layer.trained()}
+        if not any(id(p) in by_id for p in trained.values() for by_id in batches) and _is_idle(trained, capture):
+            continue
+        for parameter in trained.values():
+            _add_zero_rows(parameter, batches, capture.records)
         absent = [p for p in trained.values() if not all(id(p) in by_id for by_id in batches)]
         if absent:
             missing[name] = _why_missing(absent[0], capture)
@@ -144,8 +142,8 @@ def _of_record(capture: Capture, record: Record, release_calls: bool) -> ById:
             with_rule[name] = layer
 
     def pairs_of(name: str) -> Pairs:
-        calls = [call for call in calls_of.pop(name, []) if call.has_grads]
-        return [(_unshared(call.inputs(name), batch_storages), call.scaled_grads(scale)) for call in calls]
+        pairs = pairs_of_calls(name, calls_of.pop(name, []), scale)
+        return [(_unshared(x, batch_storages), output_grads) for x, output_grads in pairs]
 
     explicit = {key: scale * rows if scale != 1 else rows for key, rows in record.per_sample_grads.items()}
     return contributions_of(with_rule, pairs_of, explicit, record.unattributed, record.samples)
@@ -162,6 +160,18 @@ def _unshared(x: Inputs, batch_storages: Collection[int]) -> Inputs:
     return x.clone() if x.untyped_storage().data_ptr() in batch_storages else x
 
 
+def _is_idle(parameters: Mapping[str, Tensor], capture: Capture) -> bool:
+    """Whether no forward used any of the parameters."""
+    return all(id(p) in record.unused for p in parameters.values() for record in capture.records)
+
+
+def _add_zero_rows(parameter: Tensor, batches: Sequence[ById], records: Sequence[Record]) -> None:
+    """Add the rows of forwards that did not use a parameter; they are zero."""
+    for by_id, record in zip(batches, records, strict=True):
+        if id(parameter) not in by_id and id(parameter) in record.unused:
+            by_id[id(parameter)] = [PerSampleGrads(parameter.new_zeros(record.samples, *parameter.shape))]
+
+
 def _why_missing(parameter: Tensor, capture: Capture) -> str:
     """Return why a parameter has no rows."""
     for record in capture.records:
@@ -171,66 +181,4 @@ def _why_missing(parameter: Tensor, capture: Capture) -> str:
             param_names = [param_name for param_name, p in layer.parameters.items() if p is parameter]
             if param_names and name in record.layers_with_grads:
                 return f"the rule for {type(layer.layer).__name__} returned nothing for {param_names[0]}"
-    return "not called by the model's forward"
-
-
-def contributions_of(
-    layers: Mapping[str, CapturedLayer],
-    pairs_of: Callable[[str], Pairs],
-    per_sample_grads: Mapping[int, Tensor],
-    unattributed: Collection[int],
-    samples: int,
-) -> ById:
-    """Return what one micro-batch contributes to every parameter.
-
-    Args:
-        layers: the captured layers that have a rule, by name.
-        pairs_of: the captured calls of a layer, by its name.
-        per_sample_grads: rows [N, …] that were found without a rule, by the parameter's id.
-        unattributed: the ids of parameters whose rows do not follow from their layers' calls.
-        samples: N of the micro-batch.
-
-    Raises:
-        ValueError: a rule returned rows of another size than its parameter, or of other samples.
-    """
-    found: ById = {key: [PerSampleGrads(rows)] for key, rows in per_sample_grads.items()}
-    for name, layer in layers.items():
-        wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
-        for x, output_grads in pairs_of(name) if wanted else ():
-            rule = canonical(layer.layer, *_wide_enough(x, output_grads, layer.takes_half_precision))
-            for param_name, parameter in layer.parameters.items():
-                if param_name in rule:
-                    one = _checked(rule[param_name], parameter, samples, layer.layer, full_name(name, param_name))
-                    if id(parameter) in wanted:
-                        found.setdefault(id(parameter), []).append(one)
-    return found
-
-
-def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
-    """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if its sizes are wrong."""
-    rule = f"the rule for {type(layer).__name__}"
-    if one.entries != parameter.numel():
-        raise ValueError(
-            f"{rule} returned rows of {one.entries} entries for {name!r}, which has {parameter.numel()} entries"
-        )
-    if row_count(one) != samples:
-        raise ValueError(f"{rule} returned {row_count(one)} rows for {name!r}, but the batch has {samples} samples")
-    return PerSampleGrads(one.j_NK.reshape(-1, *parameter.shape)) if isinstance(one, PerSampleGrads) else one
-
-
-def _wide_enough(x: Inputs, output_grads: Any, takes_half_precision: bool) -> tuple[Inputs, Any]:
-    """Return what a rule gets: float32 in place of half precision, unless it takes that and both tensors have it.
-
-    A product of two half-precision numbers is exact in float32, so that rows of J from such factors are no less exact.
-    """
-    one_each = isinstance(x, Tensor) and isinstance(output_grads, Tensor) and x.dtype == output_grads.dtype
-    if one_each and takes_half_precision:
-        return x, output_grads
-    return _widen(x), _widen(output_grads)
-
-
-def _widen(value: Any) -> Any:
-    """Return the half-precision tensors of any nested structure in float32."""
-    if isinstance(value, Call):
-        return replace(value, args=_widen(value.args), kwargs=_widen(dict(value.kwargs)))
-    return tree_map_only(Tensor, widen, value)
+    return "what the rows are derivatives of does not depend on it"

@@ -92,6 +92,11 @@ class OuterProducts:
         return OuterProducts(a, widen(self.g_NGPO))
 
     @property
+    def samples(self) -> int:
+        """Return N."""
+        return len(self.g_NGPO)
+
+    @property
     def outputs(self) -> int:
         """Return O, the number of outputs of a group."""
         return self.g_NGPO.shape[3]
@@ -134,6 +139,11 @@ class EmbeddingGrads:
     num_embeddings: int
 
     @property
+    def samples(self) -> int:
+        """Return N."""
+        return len(self.ids_NP)
+
+    @property
     def entries(self) -> int:
         """Return K = V·D, the number of entries of J_n."""
         return self.num_embeddings * self.g_NPD.shape[2]
@@ -164,6 +174,11 @@ class PerSampleGrads:
     """
 
     j_NK: Tensor
+
+    @property
+    def samples(self) -> int:
+        """Return N."""
+        return len(self.j_NK)
 
     @property
     def entries(self) -> int:
@@ -245,4 +260,4 @@ def matrix_view(parameter: Tensor) -> Tensor:
 
 def flatten_rows(j_NK: Tensor) -> Tensor:
     """Return rows [N, *parameter.shape] flattened to [N, K], with the K entries in the order of `matrix_view`."""
-    return (j_NK.flatten(3).mT if j_NK.dim() > 3 else j_NK).flatten(1)
+    return (j_NK.flatten(3).mT if j_NK.dim() > 3 else j_NK).reshape(len(j_NK), -1)

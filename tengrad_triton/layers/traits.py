@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 from torch import Tensor, nn
@@ -108,13 +108,15 @@ def samples_dim(layer: nn.Module) -> int:
     return 1 if isinstance(layer, _SEQUENTIAL) and not layer.batch_first else 0
 
 
-def locate_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bool) -> tuple[str | None, bool]:
+def locate_samples(
+    layer: nn.Module, shape: Sequence[int], samples: int, sequence_first: bool
+) -> tuple[str | None, bool]:
     """Find which dimension of a call's output counts the samples.
 
     Args:
         layer: the layer that was called.
-        y: the first tensor that it returned.
-        samples: N, the number of samples of the model's input.
+        shape: of the first tensor that it returned.
+        samples: N, the number of samples.
         sequence_first: whether some layer of the model takes [sequence, samples, …]. Pointwise layers, such as Linear,
             may then get this order too.
 
@@ -124,10 +126,10 @@ def locate_samples(layer: nn.Module, y: Tensor, samples: int, sequence_first: bo
     """
     if isinstance(layer, _SEQUENTIAL):
         dim = samples_dim(layer)
-        fits = y.dim() == 3 and y.shape[dim] == samples
-        return None if fits else f"its output {tuple(y.shape)} has no batch of {samples} in dimension {dim}", False
-    first, second = (*y.shape[:2], -1, -1)[:2]
-    if sequence_first and y.dim() > 2 and isinstance(layer, _POINTWISE) and second == samples:
+        fits = len(shape) == 3 and shape[dim] == samples
+        return None if fits else f"its output {tuple(shape)} has no batch of {samples} in dimension {dim}", False
+    first, second = (*shape[:2], -1, -1)[:2]
+    if sequence_first and len(shape) > 2 and isinstance(layer, _POINTWISE) and second == samples:
         ambiguous = first == samples
         return ("its first two dimensions are both as large as the batch", False) if ambiguous else (None, True)
     if first == samples:

@@ -161,6 +161,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._warned.update(news)
         warnings.warn(f"no exact rows for {listed}: their parameters take the SGD step", stacklevel=3)
 
+    def _before_forward(self) -> None:
+        """Prepare for a forward that is recorded."""
+        self._release()
+
+    def _release(self) -> None:
+        """Free what no further step uses; called before a forward that is recorded."""
+
     def close(self) -> None:
         """Remove all hooks from the model. From then on, a step that is due for a refresh raises `RuntimeError`."""
         self._capture.disarm()

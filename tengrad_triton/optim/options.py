@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 from tengrad_triton.capture.blocks import BlocksChoice
+from tengrad_triton.capture.outputs import Select
+from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, Representation
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
@@ -20,7 +22,12 @@ from tengrad_triton.tuning.precision import within_damping
 
 Unsupported = Literal["explicit", "sgd", "error"]
 RepresentationChoice = Literal["auto"] | Representation | Mapping[str, Representation]
-_ALLOWED = {"fisher": FISHERS, "unsupported": ("explicit", "sgd", "error"), "backend": ("auto", "torch")}
+_ALLOWED = {
+    "fisher": FISHERS,
+    "unsupported": ("explicit", "sgd", "error"),
+    "backend": ("auto", "torch"),
+    "verify": ("change", "always", "never"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Options:
     tol: float
     trust_region: float | None
     relative_damping: bool
+    output: Select
+    verify: Verify
 
     def choose(self, geometries: Mapping[str, Geometry], refresh_every: int, damping: float) -> dict[str, Choice]:
         """Return every weight's choice: by the user if given, else by the plan, else by the cost model.

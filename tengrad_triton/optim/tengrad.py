@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tengrad_triton.capture.blocks import BlocksChoice, LayerParams, find_captured_layers, fisher_blocks_of
-from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.hooks import Capture, CaptureOptions
+from tengrad_triton.capture.outputs import Select
+from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, ops_for
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
@@ -96,6 +98,11 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             output gradients of the exact Fisher matrix, and the rows of each parameter without a rule.
         tol: the largest relative error α ‖Δd‖ / ‖∇L‖ of a ``"compressed"`` J (M7).
         seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
+        output: the part of what the model returns that the likelihood sees: a function of it, a key or an index. By
+            default ``logits``, or the only tensor with a batch, where the model returns several things.
+        verify: when rows are compared with autograd, by one more backward pass: ``"change"``, at the first refresh, at
+            some later ones and whenever the model has changed; ``"always"``; or ``"never"``. Where they differ, one
+            backward pass for each sample finds them.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message says which, and what was expected.
@@ -137,12 +144,15 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         max_bytes: int = MAX_BYTES,
         tol: float = 0.01,
         seed: int | None = None,
+        output: Select = None,
+        verify: Verify = "change",
     ) -> None:
         device = check_model(model)
         self._options = validate(
             device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
+            output=output, verify=verify,
         )  # fmt: skip
         # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
@@ -172,13 +182,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         covered = [layer.name for layer in layers if layer.why_sgd is None]
         self._check_dampings(fisher_blocks_of(o.blocks, layers, covered), layers)
         captured = find_captured_layers(self._module, layers)
-        fisher = (o.fisher, o.likelihood, self._generator)
-        release = self._release if o.history == 1 else None
-        explicit = o.unsupported == "explicit"
-        return Capture(
-            self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples,
-            max_hessian_factor_bytes=o.max_bytes, max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
-        )  # fmt: skip
+        options = CaptureOptions(
+            o.fisher, o.likelihood, o.fisher_samples, o.output, o.verify, o.max_bytes, o.unsupported == "explicit"
+        )
+        return Capture(self.model, captured, options, self._generator, self._before_forward)
 
     def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:
         """Raise unless all layers of each block have the same damping."""
@@ -240,9 +247,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
                 sign = -1 if group["maximize"] else 1
                 group["damping"] = schedule.adapted(group["damping"], sign * actual, predicted)
 
+    @override
     def _release(self) -> None:
         """Free J before the forward of a refresh: no further step uses it, and the new J needs the memory."""
-        if self._curvature is not None:
+        if self._curvature is not None and self._options.history == 1:
             self._curvature = self._curvature.released()
 
     @override

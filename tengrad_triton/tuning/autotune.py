@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tengrad_triton import kernels
 from tengrad_triton.capture.blocks import find_captured_layers, find_layer_params, full_name
-from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.hooks import Capture, CaptureOptions
 from tengrad_triton.curvature.choices import Representation
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions, gather
@@ -100,7 +100,7 @@ def autotune(
 def _contributions(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> Contributions:
     layers = find_layer_params(model, [{"params": list(model.parameters())}], rows_without_rule=False)
     captured = find_captured_layers(model, layers)
-    capture = Capture(model, captured, "empirical", LIKELIHOODS["gaussian"], torch.Generator(x.device))
+    capture = Capture(model, captured, CaptureOptions("empirical", LIKELIHOODS["gaussian"]), torch.Generator(x.device))
     capture.arm()
     loss_fn(model(x)).backward()
     contributions, _ = gather(layers, capture, release_calls=False)

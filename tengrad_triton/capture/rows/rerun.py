@@ -9,7 +9,7 @@ Dimensions: N samples, R cotangents; "j_N…" is [N, *parameter.shape].
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tengrad_triton.capture.record import LayerCall
+from tengrad_triton.capture.rows.unobserved import unobserved
 from tengrad_triton.layers import tensors_in
 
 _CHUNK_BYTES = 256 * 2**20  # one `vmap` computes rows of at most this size
@@ -26,7 +27,12 @@ _SAMPLES_PER_PASS = 16  # the backward passes of this many samples are batched i
 
 
 def rerun_rows(
-    layer: nn.Module, parameters: Mapping[str, Tensor], calls: Sequence[LayerCall], samples: int, scale: int
+    layer: nn.Module,
+    parameters: Mapping[str, Tensor],
+    calls: Sequence[LayerCall],
+    samples: int,
+    scale: int,
+    outputs_of: Callable[[Any], Sequence[Tensor]] = tensors_in,
 ) -> dict[str, Tensor]:
     """Return the rows j_N… of parameters, summed over the calls of their layer, by vector-Jacobian products.
 
@@ -36,17 +42,24 @@ def rerun_rows(
         calls: recorded calls of the layer; calls without output gradients are left out.
         samples: N.
         scale: a factor that multiplies the output gradients.
+        outputs_of: returns the tensors, among what the layer returns, that the output gradients belong to.
 
     Raises:
         RuntimeError: `torch.func` cannot transform what the layer does.
     """
-    with ignore_vmap_warning(), torch.no_grad():
-        rows = [_rows_of_call(layer, parameters, call, samples, scale) for call in calls if call.has_grads]
+    with ignore_vmap_warning(), torch.no_grad(), unobserved(layer):
+        with_grads = [call for call in calls if call.has_grads]
+        rows = [_rows_of_call(layer, parameters, call, samples, scale, outputs_of) for call in with_grads]
     return {name: torch.stack([part[name] for part in rows]).sum(0) for name in parameters}
 
 
 def _rows_of_call(
-    layer: nn.Module, parameters: Mapping[str, Tensor], call: LayerCall, samples: int, scale: int
+    layer: nn.Module,
+    parameters: Mapping[str, Tensor],
+    call: LayerCall,
+    samples: int,
+    scale: int,
+    outputs_of: Callable[[Any], Sequence[Tensor]],
 ) -> dict[str, Tensor]:
     leaves, spec = tree_flatten((call.call.args, dict(call.call.kwargs)))
     is_batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in leaves]
@@ -61,7 +74,7 @@ def _rows_of_call(
 
         def forward(parameters: Mapping[str, Tensor]) -> list[Tensor]:
             buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-            outputs = tensors_in(functional_call(layer, {**buffers, **parameters}, args, kwargs))
+            outputs = outputs_of(functional_call(layer, {**buffers, **parameters}, args, kwargs))
             return [outputs[index] for index in with_grads]
 
         transformed: Any = vjp(forward, detached)
@@ -90,7 +103,7 @@ def sums_to(rows_N: Tensor, total: Tensor) -> bool:
 
     Rounding errors are much smaller, and the gradient of another function differs much more.
     """
-    size = rows_N.flatten(1).norm(dim=1).sum()
+    size = rows_N.reshape(len(rows_N), -1).norm(dim=1).sum()
     off = (rows_N.sum(0) - total).norm()
     return bool(off <= torch.finfo(rows_N.dtype).eps ** 0.5 * size)
 

@@ -7,7 +7,8 @@ There are three ways to find them, each slower and more general than the one bef
 3. take one backward pass for each sample through the graph of the forward, which is exact for any model.
 
 The first two are exact only if the module computes the same function again and does not mix samples. So the sum of the
-rows is compared with the gradient that autograd computes. If the two differ, the third way is taken.
+rows, each times a random number, is compared with the gradient that autograd computes. If the two differ, the third
+way is taken.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.attribution import Attribution
 from tengrad_triton.capture.record import LayerCall, Record
-from tengrad_triton.capture.rerun import backward_rows, rerun_rows, sums_to
+from tengrad_triton.capture.rows.attribution import Attribution
+from tengrad_triton.capture.rows.rerun import backward_rows, rerun_rows, sums_to
+from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 
 # torch.func raises these for operations that it cannot transform.
 _RERUN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
@@ -38,7 +40,6 @@ class ExplicitRows:
         self._model = model
         self._attribution = attribution
         self._include_unattributed = include_unattributed
-        self._only_by_graph: set[int] = set()  # ids of parameters for which way 2 failed
 
     def rerun_parameters(self, record: Record) -> list[Tensor]:
         """Return the parameters whose rows come from running a layer again, once for each layer that uses them."""
@@ -67,44 +68,55 @@ class ExplicitRows:
             expected = record.gradient_sums.get(id(parameter))
             total = torch.stack(parts).sum(0) if parts else None
             if expected is None or total is None or not sums_to(total, expected):
-                self._attribution.mark_irreproducible(record, parameter)
+                self._attribution.refute(record, parameter)
                 irreproducible.append(parameter)
             else:
                 record.per_sample_grads[id(parameter)] = total
         return irreproducible
 
     def fill_unattributed(
-        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor | None]
     ) -> None:
         """Fill in rows of ``parameters`` by running the model again or, if that is not exact, from the graph.
 
         ``cotangents`` are the derivatives of the samples' losses with respect to ``results``, the tensors that the
         model returned.
         """
-        if not parameters:
-            return
-        rerun = [] if record.mixes_samples else [p for p in parameters if id(p) not in self._only_by_graph]
+        parameters = [p for p in parameters if id(p) not in record.per_sample_grads]
+        known = record.findings.only_by_graph
+        rerun = [] if record.mixes_samples else [p for p in parameters if id(p) not in known]
         if rerun:
             record.per_sample_grads |= self._by_model(record, rerun, results, cotangents)
         rest = [p for p in parameters if id(p) not in record.per_sample_grads]
-        self._only_by_graph |= set(map(id, rest))
+        known |= set(map(id, rest))
         if rest:
-            rows = backward_rows(results, cotangents, rest, record.samples)
+            rows = backward_rows(*_with_cotangent(results, cotangents), rest, record.samples)
             record.per_sample_grads |= {id(p): j for p, j in zip(rest, rows, strict=True)}
             record.used_backward_per_sample = True
 
     def _by_model(
-        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor]
+        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor | None]
     ) -> dict[int, Tensor]:
-        """Run the model again; return, by the parameter's id, the rows that sum to the parameter's gradient."""
+        """Run the model again; return, by the parameter's id, the rows that autograd confirms."""
         named = {name: p for name, p in self._model.named_parameters() if any(p is other for other in parameters)}
-        sums = torch.autograd.grad(
-            results, list(named.values()), cotangents, retain_graph=True, materialize_grads=True, allow_unused=True
-        )
+        starts, given = _with_cotangent(results, cotangents)
+        weights_N = random_weights(record.samples, given[0])
+        expected = torch.autograd.grad(
+            starts, list(named.values()), [multiply_samples(weights_N, c) for c in given],
+            retain_graph=True, materialize_grads=True, allow_unused=True,
+        )  # fmt: skip
         call = LayerCall.with_grads(record.call, list(cotangents), returns_tensor=False, samples_second=False)
         try:
-            rows = rerun_rows(self._model, named, [call], record.samples, scale=1)
+            rows = rerun_rows(self._model, named, [call], record.samples, 1, record.pick)
         except _RERUN_ERRORS:
             return {}
-        pairs = zip(named.items(), sums, strict=True)
-        return {id(p): rows[name] for (name, p), expected in pairs if sums_to(rows[name], expected)}
+        weighted = {name: multiply_samples(weights_N, rows_N) for name, rows_N in rows.items()}
+        pairs = zip(named.items(), expected, strict=True)
+        return {id(p): rows[name] for (name, p), total in pairs if sums_to(weighted[name], total)}
+
+
+def _with_cotangent(
+    results: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor]]:
+    pairs = [(result, c) for result, c in zip(results, cotangents, strict=True) if c is not None]
+    return [result for result, _ in pairs], [c for _, c in pairs]

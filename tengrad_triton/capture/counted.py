@@ -1,0 +1,122 @@
+"""Which forwards count: those whose gradients are in the parameters' ``.grad``.
+
+A forward counts as soon as a backward pass that went through its output has added to a parameter's ``.grad``. It counts
+until that ``.grad`` is cleared, whoever clears it. A derivative with respect to an input adds to no ``.grad``. If it has
+a graph of its own (``create_graph=True``), its forward counts with the next backward pass: a loss of derivatives need not
+pass through the output again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
+
+from tengrad_triton.capture.record import Record
+
+
+@dataclass
+class _Witness:
+    """A parameter, its ``.grad`` after a backward pass, and the version of that tensor."""
+
+    parameter: Tensor
+    grad: TensorWeakRef
+    version: int
+
+    def is_cleared(self) -> bool:
+        """Whether the parameter's ``.grad`` has been cleared since."""
+        present = self.parameter.grad
+        if present is None or (present is self.grad() and present._version == self.version):
+            return present is None
+        return not bool(present.any())
+
+
+class CountedRecords:
+    """The records of the forwards that count, in the order of their backward passes.
+
+    Attributes:
+        records: these records. If a sample has several rows, its forward has one record for each of them.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        # Those that the present backward pass has reached, with what to call if it adds to no `.grad`.
+        self._present: list[tuple[Record, Callable[[], None]]] = []
+        self._pass, self._has_added = -1, False
+        self._differentiated: list[weakref.ref[Record]] = []  # alive while their graph is
+        self._witnesses: dict[int, _Witness] = {}  # by the parameter's id
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Watch the ``.grad`` of these parameters, and no others any more."""
+        for handle in self._handles:
+            handle.remove()
+        hook = _WeakHook(self)
+        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+
+    def forget(self) -> None:
+        """Forget all records; they are emptied, because a graph may still hold them."""
+        for record in self.records:
+            record.clear()
+        self.records.clear()
+        self._witnesses.clear()
+
+    def reached(self, record: Record, undo: Callable[[], None]) -> None:
+        """Note that the present backward pass has reached the output of a forward.
+
+        Args:
+            record: of that forward.
+            undo: called at the end of the pass if it has added to no ``.grad``.
+        """
+        self.drop_cleared()
+        present = torch._C._current_graph_task_id()
+        if present != self._pass:  # the last pass may have ended with an error
+            self._pass, self._present, self._has_added = present, [], False
+            torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+        self._present.append((record, undo))
+        if torch.is_grad_enabled():  # this backward pass makes a graph
+            self._differentiated.append(weakref.ref(record))
+
+    def _ended(self) -> None:
+        present, self._present = self._present, []
+        for _, undo in present if not self._has_added else []:
+            undo()
+
+    def drop_cleared(self) -> None:
+        """Forget the records whose gradients were cleared."""
+        if self._witnesses and all(witness.is_cleared() for witness in self._witnesses.values()):
+            self.forget()
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """Note that a backward pass has added to a parameter's ``.grad``."""
+        self._has_added = True
+        derived = [record for ref in self._differentiated if (record := ref()) is not None]
+        for record in (*(record for record, _ in self._present), *derived):
+            if not record.backward_seen:
+                record.backward_seen = True
+                self.records += [record, *record.extra_records]  # from here on, a further row is like a further sample
+        self._differentiated.clear()
+        grad = parameter.grad
+        if grad is not None and self.records:
+            self._witnesses[id(parameter)] = _Witness(parameter, TensorWeakRef(grad), grad._version)
+
+
+class _WeakHook:
+    """A hook on parameters, which outlive the optimizer. Copies and pickles of it do nothing."""
+
+    def __init__(self, counted: CountedRecords | None = None) -> None:
+        self._counted = weakref.ref(counted) if counted is not None else lambda: None
+
+    def __call__(self, parameter: Tensor) -> None:
+        counted = self._counted()
+        if counted is not None:
+            counted.accumulated(parameter)
+
+    def __reduce__(self) -> Any:
+        return _WeakHook, ()

@@ -1,0 +1,93 @@
+"""The rows of the sampled and the exact Fisher: derivatives of the likelihood, found right after the forward.
+
+Dimensions: N samples, R rows of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.capture.output_grads import OutputGrads
+from tengrad_triton.capture.outputs import map_tensors
+from tengrad_triton.capture.record import Record
+from tengrad_triton.capture.rows.proof import Cotangents
+from tengrad_triton.capture.rows.rerun import batched_grads
+from tengrad_triton.likelihoods import Fisher, HasHessianFactor, Likelihood
+
+
+class LikelihoodGrads:
+    """Fills in the output gradients of a record from derivatives of the likelihood.
+
+    Args:
+        output_grads: runs the backward passes.
+        fisher: ``"sampled"``: a row for each label drawn from the likelihood; ``"exact"``: a row for each column of the
+            likelihood's Hessian factor.
+        likelihood: the likelihood whose negative logarithm the rows are derivatives of.
+        generator: the random number generator that draws the labels.
+        draws: how many labels are drawn for each sample.
+        max_hessian_factor_bytes: the most bytes that the exact Hessian factor may take.
+    """
+
+    def __init__(
+        self,
+        output_grads: OutputGrads,
+        fisher: Fisher,
+        likelihood: Likelihood,
+        generator: torch.Generator,
+        draws: int,
+        max_hessian_factor_bytes: float,
+    ) -> None:
+        self._output_grads = output_grads
+        self._fisher, self._likelihood, self._generator, self._draws = fisher, likelihood, generator, draws
+        self._max_hessian_factor_bytes = max_hessian_factor_bytes
+
+    def after_forward(self, record: Record, selected: Any, results: Sequence[Tensor]) -> None:
+        """Fill in the output gradients, and the explicit rows of parameters without a rule.
+
+        ``results`` are the tensors that require gradients in ``selected``, the part of the output that the likelihood
+        sees.
+        """
+        # Derivatives with respect to copies: one output may be computed from another one.
+        leaves: list[Tensor] = []
+
+        def copy(x: Tensor) -> Tensor:
+            own = x.detach()
+            if any(x is result for result in results):
+                leaves.append(own.requires_grad_())
+            return own
+
+        seen = map_tensors(copy, selected)
+        with torch.enable_grad():
+            cotangents = self._exact(seen, leaves) if self._fisher == "exact" else self._sampled(seen, leaves)
+        self._output_grads.fill(record, results, cotangents, batched=self._fisher == "exact")
+
+    def _exact(self, output: Any, leaves: Sequence[Tensor]) -> list[Cotangents]:
+        _check_factor_size(output, self._max_hessian_factor_bytes)
+        factor_RN = cast("HasHessianFactor", self._likelihood).hessian_factor(output)
+        factor_RN = factor_RN * len(factor_RN) ** 0.5  # F is the mean over the R rows of each sample
+        if any(output is leaf for leaf in leaves):
+            return [[factor if leaf is output else None for leaf in leaves] for factor in factor_RN]
+        return [list(grads) for grads in batched_grads([output], leaves, [factor_RN])]
+
+    def _sampled(self, output: Any, leaves: Sequence[Tensor]) -> list[Cotangents]:
+        rows: list[Cotangents] = []
+        for _ in range(self._draws):
+            target = self._likelihood.sample(map_tensors(Tensor.detach, output), self._generator)
+            nll = self._likelihood.nll(output, target)  # the sum of the samples' own losses: no factor N follows
+            rows.append(torch.autograd.grad(nll, leaves, retain_graph=True, allow_unused=True))
+        return rows
+
+
+def _check_factor_size(output: Tensor, max_hessian_factor_bytes: float) -> None:
+    rows = output[0].numel()
+    needed = rows * output.numel() * output.element_size()
+    if needed > max_hessian_factor_bytes:
+        raise ValueError(
+            f"fisher='exact' takes {rows} rows for each of {len(output)} samples: the derivatives with respect to the "
+            f"model's output alone need {needed / 2**30:.2f} GiB, where max_bytes allows "
+            f"{max_hessian_factor_bytes / 2**30:.2f} GiB: use fisher='sampled' with fisher_samples=, or raise max_bytes"
+        )

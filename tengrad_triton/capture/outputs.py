@@ -1,0 +1,135 @@
+"""What the model returned: its tensors, the part that the likelihood sees, and the number of samples."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from tengrad_triton.layers import tensors_in
+from tengrad_triton.likelihoods import Reparametrized
+
+Select = Callable[[Any], Any] | str | int | None
+"""Which part of the model's output the likelihood sees: a function of the output, a key or name, an index, or None."""
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return nested tuples, lists, dictionaries and dataclasses with ``function`` applied to every tensor in them."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        if not _is_dataclass(leaf):
+            return leaf
+        twin = copy.copy(leaf)
+        for name in _fields(leaf):
+            object.__setattr__(twin, name, map_tensors(function, getattr(leaf, name)))
+        return twin
+
+    return tree_map(of_leaf, tree)
+
+
+def output_tensors(tree: Any) -> list[Tensor]:
+    """Return all tensors within nested tuples, lists, dictionaries and dataclasses."""
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    map_tensors(note, tree)
+    return found
+
+
+def differentiable(tree: Any) -> list[Tensor]:
+    """Return those of the `output_tensors` that require gradients."""
+    return [x for x in output_tensors(tree) if x.requires_grad]
+
+
+class Seen:
+    """The part of the model's output that the rows are derivatives of.
+
+    Without a choice this is the whole output. The likelihoods of this package take one tensor, so for them it is the
+    only tensor with a batch, or the one named ``logits``, where the model returns several things.
+
+    Args:
+        choice: of the user.
+        likelihood: of the rows; None for those of the caller's loss.
+    """
+
+    def __init__(self, choice: Select, likelihood: Any) -> None:
+        self._choice, self._takes_one = choice, isinstance(likelihood, Reparametrized)
+        self._places: list[int] = []  # of the tensors that require gradients, in the last part
+
+    def part_of(self, output: Any) -> Any:
+        """Return the part of the model's output.
+
+        Raises:
+            ValueError: the output has no such part.
+        """
+        part = self._part_of(output)
+        self._places = [place for place, x in enumerate(output_tensors(part)) if x.requires_grad]
+        return part
+
+    def tensors_of(self, output: Any) -> list[Tensor]:
+        """Return, of an output of the same structure, the tensors that required gradients in `part_of`."""
+        found = output_tensors(self._part_of(output))
+        return [found[place] for place in self._places]
+
+    def _part_of(self, output: Any) -> Any:
+        choice = self._choice
+        if callable(choice):
+            return choice(output)
+        if choice is not None:
+            try:
+                return getattr(output, choice) if _has(output, choice) else output[choice]
+            except (KeyError, IndexError, TypeError) as error:
+                described = _described(output)
+                raise ValueError(f"output={choice!r} is no part of what the model returned: {described}") from error
+        if isinstance(output, Tensor) or not self._takes_one:
+            return output
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if isinstance(logits, Tensor):
+            return logits
+        batched = [x for x in output_tensors(output) if x.dim()]
+        return batched[0] if len(batched) == 1 else output
+
+
+def count_samples(selected: Sequence[Tensor], batch: Any) -> int:
+    """Return N, the number of entries in the first dimension of what the likelihood sees.
+
+    Raises:
+        ValueError: there is no such dimension, or the tensors differ in it and none has as many entries as the input.
+    """
+    sizes = [len(x) for x in selected if x.dim()]
+    if not sizes:
+        raise ValueError(
+            "the model returned a scalar: return one output for each sample, along the first dimension; if it returns "
+            "its loss too, pass output= to say which part the likelihood sees"
+        )
+    given = next((len(x) for x in tensors_in(batch) if x.dim()), None)
+    return given if given in sizes else sizes[0]
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields(value: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+
+
+def _has(output: Any, choice: Any) -> bool:
+    return isinstance(choice, str) and not isinstance(output, Mapping) and hasattr(output, choice)
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} with {', '.join(map(repr, output))}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)}"
+    return type(output).__name__

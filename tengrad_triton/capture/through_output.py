@@ -1,0 +1,89 @@
+"""Whether the gradient of the caller's loss reaches the parameters through the model's output only.
+
+A penalty on parameters or on derivatives, an auxiliary loss, and a layer that is called beside the model add to the
+gradient, but F has no rows of them. One more backward pass from the output shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.record import Findings, Record
+from tengrad_triton.capture.rows.proof import Cotangents
+
+
+class ThroughOutput:
+    """Compares, within one backward pass of the caller, what goes through the model's output with what arrives.
+
+    Args:
+        own: a flag that is set during our own passes.
+
+    Attributes:
+        beside: the parameters to which some of the gradient came another way, since the last `clear`.
+    """
+
+    def __init__(self, own: ScopedFlag) -> None:
+        self._own = own
+        self.beside: list[Tensor] = []
+        self._expected: dict[int, Tensor | None] = {}
+        self._arrived: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._findings: list[Findings] = []
+        self._parameters: dict[int, Tensor] = {}
+
+    def reached(
+        self, record: Record, results: Sequence[Tensor], grads: Cotangents, parameters: Sequence[Tensor]
+    ) -> None:
+        """Find what goes through the output of one forward, and compare when the caller's backward pass ends."""
+        # A user's hook on a parameter changes its gradient; what arrives before it cannot be seen.
+        parameters = [p for p in parameters if not p._backward_hooks]
+        pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        if not parameters or not pairs or torch.is_grad_enabled():  # a pass that makes a graph is not the last one
+            return
+        starts, cotangents = zip(*pairs, strict=True)
+        with self._own.set(), torch.no_grad():
+            through = torch.autograd.grad(starts, parameters, cotangents, retain_graph=True, allow_unused=True)
+        if not self._findings:
+            torch.autograd.Variable._execution_engine.queue_callback(self._compare)
+        self._findings.append(record.findings)
+        for p, grad in zip(parameters, through, strict=True):
+            if id(p) not in self._expected:
+                self._handles.append(get_gradient_edge(p).node.register_prehook(self._arrival(id(p))))
+            before = self._expected.get(id(p))
+            self._expected[id(p)] = grad if before is None else before if grad is None else before + grad
+        self._parameters = {id(p): p for p in parameters}
+
+    def _arrival(self, key: int) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            if grads[0] is not None and not self._own.is_set:
+                self._arrived[key] = grads[0].detach().clone()  # what accumulates it may write to it
+
+        return hook
+
+    def _compare(self) -> None:
+        size = sum(float(grad.double().norm()) for grad in self._arrived.values())
+        beside = [key for key, grad in self._arrived.items() if _differs(grad, self._expected[key], size)]
+        self.beside += [self._parameters[key] for key in beside]
+        for findings in self._findings if self._arrived else []:
+            findings.all_through_output = findings.all_through_output is not False and not beside
+        self._clear_pass()
+
+    def _clear_pass(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for collection in (self._expected, self._arrived, self._handles, self._findings):
+            collection.clear()
+
+
+def _differs(arrived: Tensor, expected: Tensor | None, size_of_all: float) -> bool:
+    """Whether two gradients differ by more than rounding errors; None stands for zero."""
+    off = arrived if expected is None else arrived - expected
+    size = arrived.norm() if expected is None else torch.maximum(arrived.norm(), expected.norm())
+    eps = max(torch.finfo(arrived.dtype).eps, 2.0**-10 if arrived.device.type == "cuda" else 0.0)
+    return bool(torch.isfinite(size)) and bool(off.norm() > eps**0.5 * size + eps**0.75 * size_of_all)
