@@ -265,3 +265,8 @@ def _check_output(output: Any, name: str, expected: str, dims: Container[int] = 
         raise TypeError(f"likelihood={name!r} expects {expected}; the model returned {type(output).__name__}: {remedy}")
     if output.dim() not in dims:
         raise ValueError(f"likelihood={name!r} expects {expected}; the model returned {tuple(output.shape)}: {remedy}")
+
+
+def why_loss_differs(likelihood: Any, output: Tensor, grad: Tensor) -> str | None:
+    method = getattr(likelihood, "why_loss_differs", None)
+    return None if method is None else method(output, grad)

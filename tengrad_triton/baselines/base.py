@@ -120,6 +120,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
 
         One warning names all other parameters that have gradients.
         """
+        self._reports.loss(self._capture, self._module)
         with phase("capture"):
             contributions, missing = gather(self._layers, self._capture, release_calls=False)
         known = [] if self._curvature is None else list(self._curvature.layers)
@@ -133,7 +134,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
             for param_name in param_names
         ]
         without = {name: "no Kronecker factors" for name in names if name not in factored}
-        self._report_uncovered({**missing, **without})
+        self._reports.uncovered({**missing, **without})
         return batches
 
     def _previous(self, batches: Sequence[LayerBatch]) -> dict[KroneckerLayer, S]:

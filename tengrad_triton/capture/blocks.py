@@ -114,6 +114,14 @@ class CapturedLayer:
     takes_half_precision: bool
 
 
+def structure_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return what `find_layer_params` and `find_captured_layers` depend on: it differs if the model has changed."""
+    return tuple(
+        (name, module, type(module), tuple((key, id(p)) for key, p in module._parameters.items()))
+        for name, module in model.named_modules()
+    )
+
+
 def find_captured_layers(model: nn.Module, layers: Sequence[LayerParams]) -> dict[str, CapturedLayer]:
     """Return, by name, the layers whose calls use parameters with rows, even if another layer owns these."""
     with_rows = {p for layer in layers if layer.why_sgd is None for p in layer.parameters.values()}

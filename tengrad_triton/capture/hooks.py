@@ -23,6 +23,7 @@ The hooks of copies and pickles of the model do nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ from tengrad_triton.layers import (
     rng_state,
     tensors_in,
 )
-from tengrad_triton.likelihoods import Fisher, Likelihood
+from tengrad_triton.likelihoods import Fisher, Likelihood, why_loss_differs
 from tengrad_triton.profiling import phase
 
 
@@ -84,6 +85,12 @@ class CaptureOptions:
     verify: Verify = "change"
     max_bytes: float = float("inf")
     include_unattributed: bool = False
+
+
+_WHY_NOT_COMPILED = (
+    "while a refresh of the curvature is due, the optimizer's hooks run between the layers: with fullgraph=True make the "
+    "optimizer with the compiled model, TENGraD(torch.compile(model, fullgraph=True))"
+)
 
 
 class Capture:
@@ -202,6 +209,21 @@ class Capture:
                 "a mean over, or use fisher='sampled' or 'exact'"
             )
 
+    def why_loss_differs(self) -> str | None:
+        """Return why the caller's loss is not the mean of the likelihood's negative logarithm, as far as is known.
+
+        Only forwards whose rows are compared with autograd show it.
+        """
+        if self._options.fisher == "empirical":
+            return None
+        samples = sum(record.samples for record in self.records if not record.is_extra)
+        for record in self.records:
+            if record.seen is not None and record.cotangents is not None and record.cotangents[0] is not None:
+                why = why_loss_differs(*record.seen, record.cotangents[0] * samples)
+                if why is not None:
+                    return why
+        return None
+
     @property
     def scale(self) -> int:
         """Return the number by which to multiply the output gradients to get those of each sample's own loss.
@@ -267,6 +289,8 @@ class Capture:
                 self._of_loss.after_forward(record)
             else:
                 self._of_likelihood.after_forward(record, selected, starts)
+                if record.proves and isinstance(selected, Tensor):  # its targets may be those of this batch
+                    record.seen = (copy.copy(likelihood), selected.detach())
         # From here on only the graph refers to the record, until a backward reaches it.
         callback = _Hook(self._on_backward, record, map_tensors(_without_graph, output))
         return call_on_backward(output, returned or starts, callback)
@@ -281,9 +305,13 @@ class Capture:
         grads = [None if grad is None else grad.detach() for grad in grads]
         if record.proves:
             self.through_output.reached(record, results, grads, self._attribution.trained())
-        if self._options.fisher == "empirical":
+        is_empirical = self._options.fisher == "empirical"
+        if record.own_pass or (record.proves and not is_empirical):
             with self._flags.own.set():
-                self._of_loss.on_backward(record, *loss_cotangents(record, output, results, grads))
+                starts, cotangents = loss_cotangents(record, output, results, grads)
+                record.add_cotangents(cotangents)
+                if is_empirical:
+                    self._of_loss.on_backward(record, starts)
 
 
 def _without_graph(x: Tensor) -> Tensor:
@@ -308,6 +336,7 @@ class _Hook:
         self._method = weakref.WeakMethod(method)
         self._bound = bound
 
+    @torch.compiler.disable(reason=_WHY_NOT_COMPILED)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any) -> Any:
         method = self._method()
         return None if method is None else method(*self._bound, *args)

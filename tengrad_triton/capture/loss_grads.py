@@ -15,7 +15,7 @@ from torch import Tensor
 from tengrad_triton.capture.flag import ScopedFlag
 from tengrad_triton.capture.output_grads import OutputGrads
 from tengrad_triton.capture.outputs import map_tensors
-from tengrad_triton.capture.record import LayerCall, Record
+from tengrad_triton.capture.record import LayerCall, Record, add
 from tengrad_triton.capture.rows.explicit import ExplicitRows
 from tengrad_triton.capture.rows.proof import Cotangents
 
@@ -40,17 +40,11 @@ class LossGrads:
         if not record.own_pass:
             _keep_output_grads(record, self._own)
 
-    def on_backward(self, record: Record, results: Sequence[Tensor], grads: Cotangents) -> None:
-        """Run a pass of our own if one is needed; ``grads`` are the derivatives with respect to ``results``.
-
-        Several backward passes of the caller add up.
-        """
-        if not record.own_pass:
-            return
-        before = record.cotangents or [None] * len(grads)
-        record.cotangents = [_sum(old, new) for old, new in zip(before, grads, strict=True)]
+    def on_backward(self, record: Record, starts: Sequence[Tensor]) -> None:
+        """Run a pass of our own, from ``record.cotangents``, the derivatives of the loss with respect to ``starts``."""
+        assert record.cotangents is not None
         record.per_sample_grads.clear()
-        self._output_grads.fill(record, results, [record.cotangents], batched=False)
+        self._output_grads.fill(record, starts, [record.cotangents], batched=False)
 
 
 def loss_cotangents(
@@ -64,21 +58,24 @@ def loss_cotangents(
         results: the tensors in it that require gradients.
         grads: the derivatives of the loss with respect to ``results``.
     """
-    grads = _passed_on(results, grads, record.samples)
+    grads, absent = _passed_on(results, grads, record.samples), set()
 
     def starts_of(tensors: Sequence[Tensor | None]) -> list[Tensor]:
         left = iter(tensors)
 
         def replaced(x: Tensor) -> Tensor:
-            if not x.requires_grad:
-                return x
-            own = next(left)
-            return torch.zeros_like(x).detach() if own is None else own
+            own = next(left) if x.requires_grad else x
+            if own is None:
+                own = torch.zeros_like(x).detach()
+                absent.add(id(own))
+            return own
 
         return record.pick(map_tensors(replaced, output))
 
     with torch.enable_grad():  # the part that the user chose may be a view of a result
-        return starts_of(results), starts_of(grads)
+        starts, cotangents = starts_of(results), starts_of(grads)
+    sized = [c if c.dim() and len(c) == record.samples and id(c) not in absent else None for c in cotangents]
+    return starts, sized
 
 
 def _passed_on(results: Sequence[Tensor], grads: Cotangents, samples: int) -> Cotangents:
@@ -97,14 +94,8 @@ def _passed_on(results: Sequence[Tensor], grads: Cotangents, samples: int) -> Co
         [grads[place] for place in others], retain_graph=True, allow_unused=True,
     )  # fmt: skip
     for place, grad in zip(batched, passed_on, strict=True):
-        found[place] = _sum(found[place], grad)
+        found[place] = add(found[place], grad)
     return found
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
 
 
 def _keep_output_grads(record: Record, own: ScopedFlag) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,12 +138,12 @@ class Record:
         gradient_sums: for each such parameter, by id, the sum of its rows over the samples, as autograd computes it.
         backward_seen: whether a backward pass of the caller's loss has reached the model's output.
         own_pass: whether the rows of the empirical Fisher come from a backward pass of our own.
-        cotangents: where they do, the derivative of the caller's loss with respect to what the model returned.
+        cotangents: the derivative of the caller's loss with respect to what ``pick`` returns, where it is needed.
         used_backward_per_sample: whether some rows needed one backward pass for each sample, which is not compiled.
         mixes_samples: whether some layer's output for one sample depends on other samples.
         extra_records: further records of the same forward, one for each further row of a sample.
-        loss: what the likelihood saw and the derivative of the caller's loss with respect to it, to be compared; None
-            if they are not known.
+        is_extra: whether this is one of the extra records of another one.
+        seen: the likelihood and the tensor that it saw, to be compared with the caller's loss; None if that is not due.
     """
 
     call: Call
@@ -164,15 +164,21 @@ class Record:
     used_backward_per_sample: bool = False
     mixes_samples: bool = False
     extra_records: list[Record] = field(default_factory=list)
-    loss: tuple[Any, Tensor, Tensor] | None = None
+    is_extra: bool = False
+    seen: tuple[Any, Tensor] | None = None
 
     def for_another_row(self) -> Record:
         """Return a record of the same forward without output gradients, for a further row of each sample."""
         calls = {name: [call.without_grads() for call in calls] for name, calls in self.calls.items()}
         return replace(
             self, calls=calls, layers_with_grads=set(), per_sample_grads={}, gradient_sums={}, backward_seen=False,
-            used_backward_per_sample=False, extra_records=[], loss=None,
+            used_backward_per_sample=False, extra_records=[], cotangents=None, is_extra=True, seen=None,
         )  # fmt: skip
+
+    def add_cotangents(self, cotangents: Sequence[Tensor | None]) -> None:
+        """Add the derivatives of a further backward pass of the caller to `cotangents`."""
+        before = self.cotangents or [None] * len(cotangents)
+        self.cotangents = [add(old, new) for old, new in zip(before, cotangents, strict=True)]
 
     def undo(self) -> Callable[[], None]:
         """Return a function that gives the record the output gradients and rows back that it has now."""
@@ -206,6 +212,13 @@ class Record:
 
     def clear(self) -> None:
         """Drop all tensors. This matters if an output of the model still exists, whose graph refers to the record."""
-        self.call, self.loss, self.cotangents = Call(()), None, None
+        self.call, self.seen, self.cotangents = Call(()), None, None
         for collection in (self.calls, self.extra_records, self.per_sample_grads, self.gradient_sums):
             collection.clear()
+
+
+def add(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return the sum of two tensors; None stands for zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first + second

@@ -23,14 +23,11 @@ class ThroughOutput:
 
     Args:
         own: a flag that is set during our own passes.
-
-    Attributes:
-        beside: the parameters to which some of the gradient came another way, since the last `clear`.
     """
 
     def __init__(self, own: ScopedFlag) -> None:
         self._own = own
-        self.beside: list[Tensor] = []
+        self._beside: list[Tensor] = []
         self._expected: dict[int, Tensor | None] = {}
         self._arrived: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -59,6 +56,11 @@ class ThroughOutput:
             self._expected[id(p)] = grad if before is None else before if grad is None else before + grad
         self._parameters = {id(p): p for p in parameters}
 
+    def take(self) -> list[Tensor]:
+        """Return the parameters to which some of the gradient came another way since the last call."""
+        beside, self._beside = self._beside, []
+        return beside
+
     def _arrival(self, key: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
             if grads[0] is not None and not self._own.is_set:
@@ -69,7 +71,7 @@ class ThroughOutput:
     def _compare(self) -> None:
         size = sum(float(grad.double().norm()) for grad in self._arrived.values())
         beside = [key for key, grad in self._arrived.items() if _differs(grad, self._expected[key], size)]
-        self.beside += [self._parameters[key] for key in beside]
+        self._beside += [self._parameters[key] for key in beside]
         for findings in self._findings if self._arrived else []:
             findings.all_through_output = findings.all_through_output is not False and not beside
         self._clear_pass()

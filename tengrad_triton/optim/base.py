@@ -6,7 +6,6 @@ Its subclasses, `TENGraD` and the baselines' `KroneckerOptimizer`, define the cu
 from __future__ import annotations
 
 import logging
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tengrad_triton.capture.blocks import LayerParams, find_layer_params
+from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Target, grads_of, trained_of
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
+from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.validation import check_devices, check_group, check_model, check_momenta, check_refresh_every
 
@@ -68,7 +68,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
         self._group_settings: dict[int, GroupSettings] = {}
         self._remembered = RememberedTargets()
-        self._warned: set[str] = set()
+        self._reports = Reports(unsupported)
         self._layers: list[LayerParams] = []
         self._capture: Capture
         self._built = False
@@ -137,8 +137,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
 
     def _rebuild(self) -> None:
         """Find the layers of all parameters, and arm a capture for them: the next step refreshes the curvature."""
-        layers = find_layer_params(self._module, self.param_groups, rows_without_rule=self._unsupported == "explicit")
-        self._report_uncovered({layer.name: layer.why_sgd for layer in layers if layer.why_sgd})
+        layers = self._find_layers()
         capture = self._new_capture(layers)
         if self._built:
             self.close()
@@ -146,23 +145,18 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._layers, self._curvature, self._built = layers, None, True
         self._capture.arm()
 
-    def _report_uncovered(self, uncovered: Mapping[str, str]) -> None:
-        """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.
-
-        Args:
-            uncovered: for each of these layers, by its name, why it has no rows.
-        """
-        news = {name: why for name, why in uncovered.items() if name not in self._warned}
-        if not news:
-            return
-        listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in news.items())
-        if self._unsupported == "error":
-            raise ValueError(f"no exact rows for {listed}; with unsupported='sgd' their parameters take the SGD step")
-        self._warned.update(news)
-        warnings.warn(f"no exact rows for {listed}: their parameters take the SGD step", stacklevel=3)
+    def _find_layers(self) -> list[LayerParams]:
+        self._structure = structure_of(self._module)
+        layers = find_layer_params(self._module, self.param_groups, rows_without_rule=self._unsupported == "explicit")
+        self._reports.uncovered({layer.name: layer.why_sgd for layer in layers if layer.why_sgd})
+        return layers
 
     def _before_forward(self) -> None:
-        """Prepare for a forward that is recorded."""
+        """Prepare for a forward that is recorded: follow changes of the model, and free memory."""
+        if structure_of(self._module) != self._structure:
+            layers = self._find_layers()
+            self._capture.follow(find_captured_layers(self._module, layers))
+            self._layers = layers
         self._release()
 
     def _release(self) -> None:

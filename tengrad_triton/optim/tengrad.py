@@ -221,6 +221,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed(), 0
+        self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
         before = [target.parameter.clone() for target in targets] if self.adapts and age == 0 else []
         step_(curvature, targets, grads, self._ops, self._options.trust_region)
         if closure is not None and before:
@@ -273,8 +274,9 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers),
             damping_of=self._damping_of,
             ops_for=self._ops_for,
-            report=self._report_uncovered,
+            report=self._reports.uncovered,
         )
+        self._reports.loss(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
         return refresh(self._capture, self._layers, options, self._curvature, row_generator)
 

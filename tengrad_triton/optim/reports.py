@@ -1,0 +1,87 @@
+"""The warnings of an optimizer: each is given once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.target import Target
+from tengrad_triton.optim.options import Unsupported
+
+_STEP_DEPTH = 5  # stack frames from a warning here up to the caller of `step`
+
+
+class Reports:
+    """Warns of what the curvature does not cover, and of losses that the rows are not derivatives of.
+
+    Args:
+        unsupported: whether layers without rows are warned of or refused.
+    """
+
+    def __init__(self, unsupported: Unsupported) -> None:
+        self._unsupported = unsupported
+        self._said: set[str] = set()
+        self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
+
+    def uncovered(self, uncovered: Mapping[str, str]) -> None:
+        """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.
+
+        Args:
+            uncovered: for each of these layers, by its name, why it has no rows.
+        """
+        news = {name: why for name, why in uncovered.items() if name not in self._said}
+        if not news:
+            return
+        listed = "; ".join(f"{name or 'the model'} ({why})" for name, why in news.items())
+        if self._unsupported == "error":
+            raise ValueError(f"no exact rows for {listed}; with unsupported='sgd' their parameters take the SGD step")
+        self._said.update(news)
+        warnings.warn(f"no exact rows for {listed}: their parameters take the SGD step", stacklevel=_STEP_DEPTH)
+
+    def idle(self, layers: Sequence[LayerParams], targets: Sequence[Target], curvature: Any, known: Any) -> None:
+        """Warn once about each layer that has a gradient now, but had no part in the last refresh.
+
+        Args:
+            layers: of the optimizer.
+            targets: the parameters to update.
+            curvature: the present curvature. Nothing is checked as long as it and the targets are the same.
+            known: the names of the layers that it covers.
+        """
+        if self._checked[0] is targets and self._checked[1] is curvature:
+            return
+        self._checked = (targets, curvature)
+        covered: Collection[str] = {layer.name for layer in layers if layer.why_sgd is None} - self._said
+        idle = dict.fromkeys(t.layer for t in targets if t.layer in covered and t.layer not in known)
+        if idle:
+            self._said.update(idle)
+            listed = ", ".join(name or "the model" for name in idle)
+            warnings.warn(
+                f"no rule gave rows of {listed} at the last refresh of the curvature (frozen or not called then): their "
+                "parameters take the SGD step until a refresh that they have a part in",
+                stacklevel=_STEP_DEPTH - 1,
+            )
+
+    def loss(self, capture: Capture, model: nn.Module) -> None:
+        """Warn once of each way in which the loss of the captured batches is not the one that the rows are of."""
+        if beside := capture.through_output.take():
+            names = {id(p): name for name, p in model.named_parameters()}
+            listed = ", ".join(names.get(id(p), "?") for p in beside[:3]) + (", …" if len(beside) > 3 else "")
+            self._once(
+                "beside",
+                f"a part of the gradient of {listed} does not come through what the model returned (a penalty, an "
+                "auxiliary loss, a derivative of the output, or a layer that is called beside the model): the gradient "
+                "has that part, but the Fisher matrix has no rows of it",
+            )
+        why = capture.why_loss_differs()
+        if why is not None:
+            self._once("loss", f"the loss is not that of the likelihood: {why}")
+
+    def _once(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, stacklevel=_STEP_DEPTH)
