@@ -21,7 +21,8 @@ from tengrad_triton.baselines.kronecker_curvature import (
 )
 from tengrad_triton.baselines.settings import Common, FisherOptions, with_defaults
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, full_name
-from tengrad_triton.capture.hooks import Capture, CaptureOptions
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.curvature.contributions import gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.base import CurvatureOptimizer

@@ -1,9 +1,9 @@
 """Which forwards count: those whose gradients are in the parameters' ``.grad``.
 
-A forward counts as soon as a backward pass that went through its output has added to a parameter's ``.grad``. It counts
-until that ``.grad`` is cleared, whoever clears it. A derivative with respect to an input adds to no ``.grad``. If it has
-a graph of its own (``create_graph=True``), its forward counts with the next backward pass: a loss of derivatives need not
-pass through the output again.
+A forward counts as soon as a backward pass that went through its output has added to a parameter's ``.grad``. It
+counts until that ``.grad`` is cleared, whoever clears it. A derivative with respect to an input adds to no ``.grad``.
+If it has a graph of its own (``create_graph=True``), its forward counts with the next backward pass: a loss of
+derivatives need not pass through the output again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
+from tengrad_triton.capture.hook import Hook
 from tengrad_triton.capture.record import Record
 
 
@@ -57,7 +57,7 @@ class CountedRecords:
         """Watch the ``.grad`` of these parameters, and no others any more."""
         for handle in self._handles:
             handle.remove()
-        hook = _WeakHook(self)
+        hook = Hook(self._accumulated)
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
     def forget(self) -> None:
@@ -93,7 +93,7 @@ class CountedRecords:
         if self._witnesses and all(witness.is_cleared() for witness in self._witnesses.values()):
             self.forget()
 
-    def accumulated(self, parameter: Tensor) -> None:
+    def _accumulated(self, parameter: Tensor) -> None:
         """Note that a backward pass has added to a parameter's ``.grad``."""
         self._has_added = True
         derived = [record for ref in self._differentiated if (record := ref()) is not None]
@@ -105,18 +105,3 @@ class CountedRecords:
         grad = parameter.grad
         if grad is not None and self.records:
             self._witnesses[id(parameter)] = _Witness(parameter, TensorWeakRef(grad), grad._version)
-
-
-class _WeakHook:
-    """A hook on parameters, which outlive the optimizer. Copies and pickles of it do nothing."""
-
-    def __init__(self, counted: CountedRecords | None = None) -> None:
-        self._counted = weakref.ref(counted) if counted is not None else lambda: None
-
-    def __call__(self, parameter: Tensor) -> None:
-        counted = self._counted()
-        if counted is not None:
-            counted.accumulated(parameter)
-
-    def __reduce__(self) -> Any:
-        return _WeakHook, ()

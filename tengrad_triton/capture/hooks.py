@@ -11,9 +11,9 @@ this happens in this order:
    a tensor's place in the graph: `torch.autograd.grad` takes it in place of the tensor, which need not be kept.
 5. `_after_model` finds the unattributed parameters: there are none where parameters are used in calls of their layers
    only, each with one entry for each sample. Then `LikelihoodGrads` computes the output gradients, or `LossGrads`
-   attaches hooks that copy those of the caller's loss. Where a structure of the model is new, the rows are compared with
-   autograd (`rows/proof.py`). From here on only the graph of the output refers to the record, so the record of a forward
-   without a backward is freed together with its graph.
+   attaches hooks that copy those of the caller's loss. Where a structure of the model is new, the rows are compared
+   with autograd (`rows/proof.py`). From here on only the graph of the output refers to the record, so the record of a
+   forward without a backward is freed together with its graph.
 6. `_on_backward` runs when a backward pass of the caller gets to the model's output. As soon as that pass has added to
    a ``.grad``, the record counts (`counted.py`).
 
@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,17 +33,17 @@ from torch._dynamo import OptimizedModule
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from tengrad_triton.capture.attach import call_on_backward
-from tengrad_triton.capture.batch_statistics import with_detached_statistics
+from tengrad_triton.capture.batch_statistics import PassFlags, with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
-from tengrad_triton.capture.flag import PassFlags
+from tengrad_triton.capture.hook import Hook, is_transformed
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
 from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
+from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.output_grads import OutputGrads
-from tengrad_triton.capture.outputs import Seen, Select, count_samples, differentiable, map_tensors
+from tengrad_triton.capture.outputs import Seen, call_on_backward, count_samples, differentiable, map_tensors
 from tengrad_triton.capture.record import LayerCall, Record
-from tengrad_triton.capture.rows.attribution import Attribution, Verify
+from tengrad_triton.capture.rows.attribution import Attribution
 from tengrad_triton.capture.rows.explicit import ExplicitRows
 from tengrad_triton.capture.through_output import ThroughOutput
 from tengrad_triton.layers import (
@@ -58,39 +56,8 @@ from tengrad_triton.layers import (
     rng_state,
     tensors_in,
 )
-from tengrad_triton.likelihoods import Fisher, Likelihood, why_loss_differs
+from tengrad_triton.likelihoods import why_loss_differs
 from tengrad_triton.profiling import phase
-
-
-@dataclass(frozen=True)
-class CaptureOptions:
-    """Which rows a capture records.
-
-    Attributes:
-        fisher: ``"sampled"``: derivatives of the likelihood at labels drawn from the model's own output; they take one
-            more backward pass. ``"exact"``: derivatives for every column of the likelihood's Hessian factor (M9).
-            ``"empirical"``: derivatives of the caller's loss.
-        likelihood: the distribution from which labels are drawn.
-        draws: how many labels are drawn for each sample.
-        output: which part of the model's output the likelihood sees.
-        verify: when the rows are compared with autograd.
-        max_bytes: the most bytes that the exact Hessian factor, or the rows of one parameter without a rule, may take.
-        include_unattributed: whether to find the rows of unattributed parameters.
-    """
-
-    fisher: Fisher
-    likelihood: Likelihood
-    draws: int = 1
-    output: Select = None
-    verify: Verify = "change"
-    max_bytes: float = float("inf")
-    include_unattributed: bool = False
-
-
-_WHY_NOT_COMPILED = (
-    "while a refresh of the curvature is due, the optimizer's hooks run between the layers: with fullgraph=True make the "
-    "optimizer with the compiled model, TENGraD(torch.compile(model, fullgraph=True))"
-)
 
 
 class Capture:
@@ -119,7 +86,7 @@ class Capture:
     ) -> None:
         self._model, self._module = model, getattr(model, "_orig_mod", model)
         self.layers, self._options = layers, options
-        self._on_forward = _Hook(on_forward) if on_forward is not None else lambda: None
+        self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags.own)
         self._attribution = Attribution(layers, options.max_bytes, options.verify)
@@ -148,7 +115,7 @@ class Capture:
         """Attach the hooks. Forward hooks on layers run before other forward hooks of the same layer."""
         if self.armed:
             return
-        pre, post = _Hook(self._before_model), _Hook(self._after_model)
+        pre, post = Hook(self._before_model), Hook(self._after_model)
         self._handles = [
             self._model.register_forward_pre_hook(pre, with_kwargs=True),
             self._model.register_forward_hook(post, with_kwargs=True, always_call=True),
@@ -158,12 +125,12 @@ class Capture:
     def _attach_to_layers(self) -> None:
         handles = self._layer_handles
         for name, captured in self.layers.items():
-            hook = _Hook(self._after_layer, name)
+            hook = Hook(self._after_layer, name)
             handles.append(captured.layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
             if may_draw_random_numbers(captured.layer):
-                handles.append(captured.layer.register_forward_pre_hook(_Hook(self._before_layer, name)))
+                handles.append(captured.layer.register_forward_pre_hook(Hook(self._before_layer, name)))
         for layer in filter(may_mix_samples, self._module.modules()):
-            hook = _Hook(self._after_batch_norm)
+            hook = Hook(self._after_batch_norm)
             handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
         self._counted.watch(self._attribution.trained())
 
@@ -236,13 +203,14 @@ class Capture:
 
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         self._open = None
-        if _is_transformed():
+        if is_transformed():
             return
         if isinstance(model, OptimizedModule):
             # Compiled code ignores hooks that were added later, so this one forward runs without compilation.
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_grad_enabled() and not self._flags.own.is_set:
             self._on_forward()
+            self._counted.watch(self._attribution.trained())  # a parameter may have been swapped for another tensor
             self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
@@ -251,7 +219,7 @@ class Capture:
 
     def _after_batch_norm(self, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> Tensor | None:
         # A checkpointed part runs again within the backward pass, and has to save the same tensors.
-        again = torch._C._current_graph_task_id() >= 0 and not _is_transformed()
+        again = torch._C._current_graph_task_id() >= 0 and not is_transformed()
         if not (self._open is not None or again) or not y.requires_grad or not mixes_samples(layer):
             return None
         if self._open is not None:
@@ -292,7 +260,7 @@ class Capture:
                 if record.proves and isinstance(selected, Tensor):  # its targets may be those of this batch
                     record.seen = (copy.copy(likelihood), selected.detach())
         # From here on only the graph refers to the record, until a backward reaches it.
-        callback = _Hook(self._on_backward, record, map_tensors(_without_graph, output))
+        callback = Hook(self._on_backward, record, map_tensors(_without_graph, output))
         return call_on_backward(output, returned or starts, callback)
 
     def _on_backward(
@@ -316,31 +284,3 @@ class Capture:
 
 def _without_graph(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.requires_grad)
-
-
-def _is_transformed() -> bool:
-    """Whether `torch.func`, forward-mode differentiation, a trace or an export runs the present forward."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-    )
-
-
-class _Hook:
-    """A hook that keeps only a weak reference to its object, and does nothing on copies and pickles of the model."""
-
-    def __init__(self, method: Callable[..., Any], *bound: Any) -> None:
-        self._method = weakref.WeakMethod(method)
-        self._bound = bound
-
-    @torch.compiler.disable(reason=_WHY_NOT_COMPILED)  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any) -> Any:
-        method = self._method()
-        return None if method is None else method(*self._bound, *args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The exit of a null context takes any arguments and returns None; it unpickles without this package.
-        return getattr, (contextlib.nullcontext(), "__exit__")

@@ -1,7 +1,7 @@
 """The rows of the empirical Fisher: derivatives of the caller's own loss, found while its backward pass runs.
 
-Where the calls of the layers give all rows, hooks copy the output gradients of that pass. Otherwise we run a pass of our
-own, which starts from the derivative of the loss with respect to the model's output.
+Where the calls of the layers give all rows, hooks copy the output gradients of that pass. Otherwise we run a pass of
+our own, which starts from the derivative of the loss with respect to the model's output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.batch_statistics import ScopedFlag
 from tengrad_triton.capture.output_grads import OutputGrads
 from tengrad_triton.capture.outputs import map_tensors
 from tengrad_triton.capture.record import LayerCall, Record, add

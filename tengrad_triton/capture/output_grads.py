@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tengrad_triton.capture.flag import PassFlags
+from tengrad_triton.capture.batch_statistics import PassFlags
 from tengrad_triton.capture.record import Record
 from tengrad_triton.capture.rows.attribution import Attribution
 from tengrad_triton.capture.rows.explicit import ExplicitRows
@@ -33,7 +33,9 @@ class OutputGrads:
     def __init__(self, attribution: Attribution, explicit_rows: ExplicitRows, flags: PassFlags) -> None:
         self._attribution, self._explicit_rows, self._flags = attribution, explicit_rows, flags
 
-    def fill(self, record: Record, results: Sequence[Tensor], cotangents: Sequence[Cotangents], *, batched: bool) -> None:
+    def fill(
+        self, record: Record, results: Sequence[Tensor], cotangents: Sequence[Cotangents], *, batched: bool
+    ) -> None:
         """Fill in the output gradients and the explicit rows, and compare them with autograd where this is due.
 
         Args:

@@ -1,4 +1,4 @@
-"""What the model returned: its tensors, the part that the likelihood sees, and the number of samples."""
+"""What the model returned: its tensors, the part that the likelihood sees, the number of samples, and a callback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -15,6 +16,8 @@ from tengrad_triton.likelihoods import Reparametrized
 
 Select = Callable[[Any], Any] | str | int | None
 """Which part of the model's output the likelihood sees: a function of the output, a key or name, an index, or None."""
+Callback = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
+"""Takes the tensors that the model returned, and the derivatives with respect to them."""
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -86,7 +89,7 @@ class Seen:
             return choice(output)
         if choice is not None:
             try:
-                return getattr(output, choice) if _has(output, choice) else output[choice]
+                return getattr(output, str(choice)) if _has(output, choice) else output[choice]
             except (KeyError, IndexError, TypeError) as error:
                 described = _described(output)
                 raise ValueError(f"output={choice!r} is no part of what the model returned: {described}") from error
@@ -113,6 +116,37 @@ def count_samples(selected: Sequence[Tensor], batch: Any) -> int:
         )
     given = next((len(x) for x in tensors_in(batch) if x.dim()), None)
     return given if given in sizes else sizes[0]
+
+
+class _Together(torch.autograd.Function):
+    """Copies tensors, so that one node of the graph gets the derivatives of all of them at once."""
+
+    @staticmethod
+    def forward(ctx: Any, callback: Callback, *results: Tensor) -> tuple[Tensor, ...]:
+        ctx.callback = callback
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*results)
+        return tuple(result.clone() for result in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.callback(ctx.saved_tensors, grads)
+        return (None, *grads)
+
+
+def call_on_backward(output: Any, results: Sequence[Tensor], callback: Callback) -> Any:
+    """Have a backward pass that reaches ``results`` call back; return the output to use in place of ``output``.
+
+    Hooks on several tensors would be called one after the other, when autograd has freed a part of the graph. And a
+    hook that needs its tensor would keep it alive.
+
+    Args:
+        output: what the model returned.
+        results: the tensors in it that require gradients.
+        callback: called in every backward pass that reaches any of them.
+    """
+    copies = dict(zip(map(id, results), _Together.apply(callback, *results), strict=True))
+    return map_tensors(lambda x: copies.get(id(x), x), output)
 
 
 def _is_dataclass(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import Call, tensors_in
 
+
 @dataclass
 class LayerCall:
     """One call of a layer.

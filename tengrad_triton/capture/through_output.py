@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tengrad_triton.capture.flag import ScopedFlag
+from tengrad_triton.capture.batch_statistics import ScopedFlag
 from tengrad_triton.capture.record import Findings, Record
 from tengrad_triton.capture.rows.proof import Cotangents
 

@@ -12,11 +12,11 @@ from torch.func import functional_call, grad, grad_and_value, vjp
 from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.rerun import rerun_rows
+from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
 from tengrad_triton.compiled.trace_spec import TraceSpec
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Choices, Ops
-from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.curvature.refresh import jacobians_of
 from tengrad_triton.curvature.step import step_

@@ -61,8 +61,8 @@ class Reports:
             self._said.update(idle)
             listed = ", ".join(name or "the model" for name in idle)
             warnings.warn(
-                f"no rule gave rows of {listed} at the last refresh of the curvature (frozen or not called then): their "
-                "parameters take the SGD step until a refresh that they have a part in",
+                f"no rule gave rows of {listed} at the last refresh of the curvature (frozen or not called then): "
+                "their parameters take the SGD step until a refresh that they have a part in",
                 stacklevel=_STEP_DEPTH - 1,
             )
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tengrad_triton.capture.blocks import BlocksChoice, LayerParams, find_captured_layers, fisher_blocks_of
-from tengrad_triton.capture.hooks import Capture, CaptureOptions
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tengrad_triton import kernels
 from tengrad_triton.capture.blocks import find_captured_layers, find_layer_params, full_name
-from tengrad_triton.capture.hooks import Capture, CaptureOptions
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.curvature.choices import Representation
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions, gather

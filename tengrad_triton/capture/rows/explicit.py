@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rows.attribution import Attribution
+from tengrad_triton.capture.rows.proof import Cotangents
 from tengrad_triton.capture.rows.rerun import backward_rows, rerun_rows, sums_to
 from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 
@@ -75,7 +76,11 @@ class ExplicitRows:
         return irreproducible
 
     def fill_unattributed(
-        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+        self,
+        record: Record,
+        parameters: Sequence[Tensor],
+        results: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
     ) -> None:
         """Fill in rows of ``parameters`` by running the model again or, if that is not exact, from the graph.
 
@@ -95,7 +100,11 @@ class ExplicitRows:
             record.used_backward_per_sample = True
 
     def _by_model(
-        self, record: Record, parameters: Sequence[Tensor], results: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+        self,
+        record: Record,
+        parameters: Sequence[Tensor],
+        results: Sequence[Tensor],
+        cotangents: Sequence[Tensor | None],
     ) -> dict[int, Tensor]:
         """Run the model again; return, by the parameter's id, the rows that autograd confirms."""
         named = {name: p for name, p in self._model.named_parameters() if any(p is other for other in parameters)}

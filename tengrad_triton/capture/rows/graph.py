@@ -11,8 +11,8 @@ from torch import Tensor
 
 _DETACHING = "_DetachedStatisticsBackward"  # it refers to a batch norm's parameters, which is no use of them
 _REENTRANT = "CheckpointFunctionBackward"
-# The nodes that can route samples to others by numbers that are not part of the graph's structure, such as an index, and
-# the attributes that tell along which dimension they do. Nodes without such an attribute do it along all of them.
+# The nodes that can route samples to others by numbers that are not part of the graph's structure, such as an index,
+# and the attributes that tell along which dimension they do. Nodes without such an attribute do it along all of them.
 _ROUTING = {
     **dict.fromkeys(("Index", "IndexPut"), "_saved_indices"),
     **dict.fromkeys(("IndexSelect", "IndexAdd", "IndexCopy", "Gather", "Scatter", "ScatterAdd", "Sort"), "_saved_dim"),

@@ -1,8 +1,8 @@
 """The proof that rows are right: autograd's own derivative of a random combination of the samples' losses.
 
-For random weights r_n the sum Σ_n r_n J_n over the rows of a parameter must be the gradient of Σ_n r_n ℓ_n. One backward
-pass gives that gradient for all parameters. Rows that lack a use of their parameter, that a wrong rule gives, or that
-belong to other samples, do not pass.
+For random weights r_n the sum Σ_n r_n J_n over the rows of a parameter must be the gradient of Σ_n r_n ℓ_n. One
+backward pass gives that gradient for all parameters. Rows that lack a use of their parameter, that a wrong rule gives,
+or that belong to other samples, do not pass.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.record import LayerCall, Record
-from tengrad_triton.capture.rows.rule import pairs_of_calls, contributions_of
+from tengrad_triton.capture.rows.rule import contributions_of, pairs_of_calls
 from tengrad_triton.capture.rows.weights import multiply_samples, random_weights, weighted_sum
 from tengrad_triton.layers import PerSampleGrads, matrix_view, tensors_in
 
 _OTHER_SAMPLES = "its outputs for one sample reach the losses of other samples"
 _OTHER_ROWS = (
-    "its rule and the recorded calls do not give what autograd gives: the model takes derivatives in its forward, or the "
-    "rule is wrong"
+    "its rule and the recorded calls do not give what autograd gives: the model takes derivatives in its forward, or "
+    "the rule is wrong"
 )
 Cotangents = Sequence[Tensor | None]
-"""For each tensor at which the backward passes for rows start, the derivative [N, …] of the samples' losses, or None."""
+"""For each tensor at which the passes for rows start, the derivative [N, …] of the samples' losses, or None."""
 
 
 @dataclass
@@ -133,7 +133,9 @@ def _size_of(calls: Sequence[LayerCall]) -> Tensor:
     """Return a bound on the norms of the products that the rows of these calls are sums of."""
 
     def norm(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([x.detach().double().norm() for x in tensors if x.is_floating_point()] or [torch.ones(())]).sum()
+        return torch.stack(
+            [x.detach().double().norm() for x in tensors if x.is_floating_point()] or [torch.ones(())]
+        ).sum()
 
     grads = [norm([g for g in call.output_grads if g is not None]) for call in calls]
     inputs = [norm(tensors_in((call.call.args, call.call.kwargs))).clamp(min=1) for call in calls]

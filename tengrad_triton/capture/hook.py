@@ -1,0 +1,44 @@
+"""A hook of ours on the user's modules and parameters, and where hooks have to keep out of the way."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_WHY_NOT_COMPILED = (
+    "while a refresh of the curvature is due, the optimizer's hooks run between the layers: with fullgraph=True make "
+    "the optimizer with the compiled model, TENGraD(torch.compile(model, fullgraph=True))"
+)
+
+
+class Hook:
+    """A hook that keeps only a weak reference to its object, and does nothing on copies and pickles of the model."""
+
+    def __init__(self, method: Callable[..., Any], *bound: Any) -> None:
+        self._method = weakref.WeakMethod(method)
+        self._bound = bound
+
+    @torch.compiler.disable(reason=_WHY_NOT_COMPILED)  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> Any:
+        """Call the method, if its object still exists."""
+        method = self._method()
+        return None if method is None else method(*self._bound, *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The exit of a null context takes any arguments and returns None; it unpickles without this package.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func`, forward-mode differentiation, a trace or an export runs the present forward."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    )
