@@ -29,9 +29,10 @@ _OTHERS = "use likelihood='gaussian' for mse_loss, 'bernoulli' for binary_cross_
 class _Rows(NamedTuple):
     """What is known of each row of classes, each [S]."""
 
-    slope: Tensor  # these three are those of `Lines`
+    slope: Tensor  # these four are those of `Lines`
     bound: Tensor
     fits: Tensor
+    log_odds: Tensor
     silent: Tensor  # without any derivative, though one is to be expected
     total: Tensor  # the sum over the classes
     total_differs: Tensor  # whether it is not 0
@@ -59,29 +60,23 @@ def why_not_categorical(output: Tensor, grad: Tensor, omega: Tensor, ignores: bo
             f"{stray} labels that do not count, by likelihood.target or sample_weight, have a derivative other than 0: "
             "set both to those of this batch"
         )
-    output_SC, grad_SC, omega_S = output_SC[count_S], grad_SC[count_S], omega_S[count_S]
+    if not bool(count_S.all()):
+        output_SC, grad_SC, omega_S = output_SC[count_S], grad_SC[count_S], omega_S[count_S]
     error, samples = rounding(output, grad), len(output)
     scale = (grad_SC.abs().amax(1) / omega_S).max().clamp(min=1)
     part = max(1, _ELEMENTS // output.shape[-1])
     parts = zip(output_SC.split(part), grad_SC.split(part), omega_S.split(part), strict=True)
     found_in = [_rows_of(*_terms(o, g, omega, samples, scale)) for o, g, omega in parts]
     rows = _Rows(*map(torch.cat, zip(*found_in, strict=True)))
-    silent = int(rows.silent.sum())
-    if silent > _by_chance(len(output_SC) * error ** (output.shape[-1] - 1)):
+    if (silent := int(rows.silent.sum())) > _by_chance(len(output_SC) * error ** (output.shape[-1] - 1)):
         return _silence(silent, len(output_SC), "labels", not ignores)
-    lines = Lines(rows.slope, rows.bound, rows.fits, output.shape[-1] - (3 if output.shape[-1] > 3 else 2))
+    lines = Lines(rows.slope, rows.bound, rows.fits, rows.log_odds)
     if output.shape[-1] == 2:
         lines = _two_classes(*(value[:, 1] for value in _terms(output_SC, grad_SC, omega_S, samples, scale)))
-    found = factors(lines, error)
+    found = factors(lines)
     if found is not None:
         return _factor_reason(found, len(output))
-    if bool(rows.total_differs.any()):
-        worst = rows.total[rows.total.abs().argmax()]
-        return (
-            f"the derivative sums to {float(worst):.3g} over the classes, where that of a cross entropy sums to 0: the "
-            f"loss is not a cross entropy of these logits alone: {_OTHERS}"
-        )
-    return _target_reason(rows.least, rows.most, rows.no_target)
+    return _total_reason(rows) or _target_reason(rows.least, rows.most, rows.no_target)
 
 
 def why_not_bernoulli(output: Tensor, grad: Tensor, omega: Tensor) -> str | None:
@@ -105,7 +100,7 @@ def why_not_bernoulli(output: Tensor, grad: Tensor, omega: Tensor) -> str | None
     silent = int(((h == 0) & (torch.minimum(p, 1 - p) > 8 * tolerance) & ((p - 0.5).abs() > tolerance)).sum())
     if silent > _by_chance(len(h) * error):
         return _silence(silent, len(h), "outputs", False)
-    found = factors(_two_classes(p, h, tolerance), error)
+    found = factors(_two_classes(p, h, tolerance))
     if found is not None:
         return _factor_reason(found, len(output))
     y = p - h
@@ -152,14 +147,16 @@ def why_not_this(output: Tensor, grad: Tensor, expected: Tensor, size: Tensor, n
     """
     if not _says_something(grad):
         return None
-    error, noise = rounding(output, grad), underflow(len(output), output, grad)
+    given, error = grad, rounding(output, grad)
     grad, size = grad.to(expected.dtype), size.expand_as(output)
+    # The factor of the mean is rounded, to a number that float16 hardly has if there are many outputs.
+    noise = underflow(len(output), output, given) + underflow(output.numel(), output, given) * size
     if bool(((grad - expected).abs() <= error * (size + grad.abs()) + noise).all()):
         return None
     scale = (grad.abs().max() / expected.abs().max().clamp(min=1e-30)).clamp(min=1)
     tolerance = error * (scale * size + grad.abs()) + noise
     wide_rows = (value.reshape(-1, output.shape[-1]) for value in (expected, grad, tolerance))
-    found = factors(through_zero(*wide_rows), error)
+    found = factors(through_zero(*wide_rows))
     if found is not None:
         return _factor_reason(found, len(output))
     differs = float((grad - expected).abs().max())
@@ -196,7 +193,7 @@ def _rows_of(p: Tensor, h: Tensor, tolerance: Tensor) -> _Rows:
     saturated = 1 - p.amax(1) <= 8 * tolerance.amax(1)
     total, y = h.sum(1), p - h
     return _Rows(
-        lines.slope, lines.bound, lines.fits, (h == 0).all(1) & spread & ~saturated,
+        lines.slope, lines.bound, lines.fits, lines.log_odds, (h == 0).all(1) & spread & ~saturated,
         total, total.abs() > tolerance.sum(1), y.amin(1), y.amax(1), (y < -tolerance).any(1),
     )  # fmt: skip
 
@@ -240,6 +237,16 @@ def _factor_reason(found: Factors, samples: int) -> str:
         f"the derivative is {low:.3g} times that of the mean over the samples, as of "
         f"{f'a sum over the {samples} samples' if is_sum else 'another reduction'}, a factor, or a loss that "
         "GradScaler scales by a constant: use reduction='mean' without a factor, or choose the learning rate for it"
+    )
+
+
+def _total_reason(rows: _Rows) -> str | None:
+    if not bool(rows.total_differs.any()):
+        return None
+    worst = rows.total[rows.total.abs().argmax()]
+    return (
+        f"the derivative sums to {float(worst):.3g} over the classes, where that of a cross entropy sums to 0: the "
+        f"loss is not a cross entropy of these logits alone: {_OTHERS}"
     )
 
 

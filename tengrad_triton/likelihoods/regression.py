@@ -5,6 +5,7 @@ Dimensions: S rows, each a regression of its own; K points of each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 _ROUNDINGS = 4  # of a result: twice what softmax, its logarithm, the product and the mean make at worst
 _REST = 1e-3  # 1 − leverage, below which one point makes the line, whatever the rounding of the leverage
-_ODDS = 1e-4  # how likely rows of another kind may lie on lines by chance
+_LOG_ODDS = math.log(1e-6)  # how likely rows of another kind may lie on lines by chance
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class Lines:
         bound: how far rounding, or one point that belongs to something else, could move the slope [S]; inf where the
             points say nothing.
         fits: whether all points lie on the line, up to rounding [S].
-        spare: how many points of a row are more than what makes a line.
+        log_odds: the logarithm of how likely this is for points that belong to no line [S].
     """
 
     slope: Tensor
     bound: Tensor
     fits: Tensor
-    spare: int
+    log_odds: Tensor
 
 
 def rounding(*tensors: Tensor) -> float:
@@ -46,12 +47,14 @@ def underflow(samples: int, *tensors: Tensor) -> float:
 
 def through_zero(x_SK: Tensor, h_SK: Tensor, tolerance_SK: Tensor) -> Lines:
     """Return the lines h = slope · x, if x belongs to the loss for certain."""
-    square_S = x_SK.square().sum(1)
+    square_S, size_S = x_SK.square().sum(1), h_SK.abs().sum(1)
     slope_S = _quotient((x_SK * h_SK).sum(1), square_S, 0.0)
     bound_S = _quotient((x_SK.abs() * tolerance_SK).sum(1), square_S, torch.inf)
     moved_SK = torch.where(square_S > 0, bound_S, 0.0)[:, None] * x_SK.abs()
     fits_SK = (h_SK - slope_S[:, None] * x_SK).abs() <= tolerance_SK + moved_SK
-    return Lines(slope_S, bound_S, fits_SK.all(1), x_SK.shape[1])
+    # Each point would lie within its tolerance of the line by chance, with the tolerance over the points' range.
+    log_odds_S = _quotient(2 * tolerance_SK.sum(1), size_S, 1.0).clamp(1e-30, 1).log()
+    return Lines(slope_S, bound_S, fits_SK.all(1), log_odds_S * x_SK.shape[1])
 
 
 def through_points(x_SK: Tensor, h_SK: Tensor, tolerance_SK: Tensor, mask_SK: Tensor, intercept: bool) -> Lines:
@@ -74,8 +77,8 @@ def through_points(x_SK: Tensor, h_SK: Tensor, tolerance_SK: Tensor, mask_SK: Te
     bound_S = _quotient((centered_SK.abs() * tolerance_SK).sum(1), centered_SK.square().sum(1), torch.inf)
     rest_S = (1 - leverage_S).where(leverage_S < 1 - _REST, 0.0)
     bound_S = _quotient(torch.maximum(bound_S, lines.bound), rest_S, torch.inf)
-    spare = int(count_S1.max()) - 1 - intercept
-    return Lines(lines.slope, bound_S, lines.fits, spare)
+    spare_S = (count_S1[:, 0] - (2 if intercept else 1)).clamp(min=0)
+    return Lines(lines.slope, bound_S, lines.fits, lines.log_odds / x_SK.shape[1] * spare_S)
 
 
 @dataclass(frozen=True)
@@ -87,24 +90,24 @@ class Factors:
     constant: bool
 
 
-def factors(lines: Lines, rounding_error: float) -> Factors | None:
+def factors(lines: Lines) -> Factors | None:
     """Return the factors of the rows.
 
-    None says that there is nothing to say: a row is on no line, or none has a slope other than 1, or what is off is too
-    little for the precision.
+    None says that there is nothing to say: most rows are on no line, or none has a slope other than 1, or those that
+    have may lie on lines by chance.
     """
-    off_S = (lines.slope - 1).abs() > lines.bound
-    evidence = rounding_error ** (int(off_S.sum()) * max(lines.spare, 0))
-    if not bool(lines.fits.all()) or not bool(off_S.any()) or evidence > _ODDS:
+    off_S = lines.fits & ((lines.slope - 1).abs() > lines.bound)
+    rows, off = len(off_S), int(off_S.sum())
+    log_odds = float(lines.log_odds[off_S].sum()) + off * math.log(rows)  # those that are on a line may be any
+    if 2 * int(lines.fits.sum()) < rows or not off or log_odds > _LOG_ODDS:
         return None
-    least, most = (lines.slope - lines.bound).max(), (lines.slope + lines.bound).min()
-    clear_S = lines.bound < 0.1 * lines.slope.abs()
-    if least <= most and 2 * int(clear_S.sum()) >= len(clear_S):
-        best = float(lines.slope[lines.bound.argmin()])
-        return Factors(best, best, True)
-    off_S &= lines.bound < (lines.slope - 1).abs().clamp(min=0.1) / 2
-    slopes = lines.slope[off_S] if bool(off_S.any()) else lines.slope[lines.bound.argmin()][None]
-    return Factors(float(slopes.min()), float(slopes.max()), False)
+    slope, bound = lines.slope[off_S], lines.bound[off_S]
+    sure = bound <= (slope - 1).abs().clamp(min=0.1) / 2
+    seen = slope[sure if bool(sure.any()) else bound == bound.min()]
+    low, high = float(seen.min()), float(seen.max())
+    best = float(slope[bound.argmin()])
+    same = bool((slope - bound).max() <= (slope + bound).min()) and high - low <= 0.1 * abs(best)
+    return Factors(best, best, True) if same and 2 * off > rows else Factors(low, high, False)
 
 
 def _quotient(numerator: Tensor, denominator: Tensor, otherwise: float) -> Tensor:
