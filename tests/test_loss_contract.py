@@ -52,6 +52,10 @@ def mixed(output):
     return 0.7 * F.cross_entropy(output, LABELS_N) + 0.3 * F.cross_entropy(output, LABELS_N.flip(0))
 
 
+def mixed_two(output):
+    return 0.7 * F.cross_entropy(output, YN) + 0.3 * F.cross_entropy(output, 1 - YN)
+
+
 def right_already(output):
     return F.cross_entropy(output, output.argmax(1))
 
@@ -74,7 +78,7 @@ LAST, SECOND = {"shape": (N, 4, C)}, {"shape": (N, C, 4)}
 TWO, ONE = {"shape": (N, 2)}, {"shape": (1, C)}
 YN = torch.arange(N) % 2
 
-# (what, likelihood, loss, of the output: shape, dtype, scale; a part of the sentence, or None)
+# (what, likelihood, loss, of the output: shape, dtype, scale, what is added to two classes; a part of the sentence, or None)
 LOSSES_SEEN = [
     ("labels", NLL, ce(LABELS_N), {}, None),
     ("smoothed", NLL, ce(LABELS_N, label_smoothing=0.1), {}, None),
@@ -83,6 +87,7 @@ LOSSES_SEEN = [
     ("labels, at equal logits", NLL, ce(LABELS_N), {"scale": 0.0}, None),
     ("a teacher's labels", NLL, ce(SOFT_NC), {}, None),
     ("mixed", NLL, mixed, {}, None),
+    ("mixed, all other classes out of question", NLL, mixed_two, {"first_two": 20.0}, None),
     ("two classes", NLL, ce(YN), TWO, None),
     ("two classes, smoothed", NLL, ce(YN, label_smoothing=0.2), TWO, None),
     ("one sample", NLL, ce(LABELS_N[:1]), ONE, None),
@@ -168,8 +173,9 @@ LOSSES_SEEN = [
 @pytest.mark.parametrize("case", LOSSES_SEEN, ids=[case[0] for case in LOSSES_SEEN])
 def test_a_loss_of_another_kind_is_seen_and_the_likelihoods_own_is_not(case):
     _, likelihood, loss, settings, part = case
-    settings = {"shape": (N, C), "dtype": torch.float32, "scale": 1.5, **settings}
+    settings = {"shape": (N, C), "dtype": torch.float32, "scale": 1.5, "first_two": 0.0, **settings}
     output = settings["scale"] * torch.randn(settings["shape"], generator=torch.Generator().manual_seed(0))
+    output[:, :2] += settings["first_two"]
     found = why(likelihood, loss, output.to(settings["dtype"]))
     assert found is None if part is None else part in str(found), found
 
