@@ -78,7 +78,7 @@ LAST, SECOND = {"shape": (N, 4, C)}, {"shape": (N, C, 4)}
 TWO, ONE = {"shape": (N, 2)}, {"shape": (1, C)}
 YN = torch.arange(N) % 2
 
-# (what, likelihood, loss, of the output: shape, dtype, scale, what is added to two classes; a part of the sentence, or None)
+# (name, likelihood, loss, of the output: shape, dtype, scale, first_two; a part of the sentence or None)
 LOSSES_SEEN = [
     ("labels", NLL, ce(LABELS_N), {}, None),
     ("smoothed", NLL, ce(LABELS_N, label_smoothing=0.1), {}, None),
