@@ -11,10 +11,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from tengrad_triton.capture.hook import Hook
@@ -51,14 +52,6 @@ class CountedRecords:
         self._pass, self._has_added = -1, False
         self._differentiated: list[weakref.ref[Record]] = []  # alive while their graph is
         self._witnesses: dict[int, _Witness] = {}  # by the parameter's id
-        self._handles: list[RemovableHandle] = []
-
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Watch the ``.grad`` of these parameters, and no others any more."""
-        for handle in self._handles:
-            handle.remove()
-        hook = Hook(self._accumulated)
-        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
 
     def forget(self) -> None:
         """Forget all records; they are emptied, because a graph may still hold them."""
@@ -67,11 +60,12 @@ class CountedRecords:
         self.records.clear()
         self._witnesses.clear()
 
-    def reached(self, record: Record, undo: Callable[[], None]) -> None:
+    def reached(self, record: Record, parameters: Sequence[Tensor], undo: Callable[[], None]) -> None:
         """Note that the present backward pass has reached the output of a forward.
 
         Args:
             record: of that forward.
+            parameters: those whose ``.grad`` counts.
             undo: called at the end of the pass if it has added to no ``.grad``.
         """
         self.drop_cleared()
@@ -79,6 +73,10 @@ class CountedRecords:
         if present != self._pass:  # the last pass may have ended with an error
             self._pass, self._present, self._has_added = present, [], False
             torch.autograd.Variable._execution_engine.queue_callback(self._ended)
+            # These nodes of the graph add to a `.grad`. A hook on the parameter itself does not survive `swap_tensors`.
+            for parameter in parameters:
+                hook = Hook(self._accumulated, parameter)
+                get_gradient_edge(parameter).node.register_hook(hook)  # it lives as long as the graph
         self._present.append((record, undo))
         if torch.is_grad_enabled():  # this backward pass makes a graph
             self._differentiated.append(weakref.ref(record))
@@ -93,7 +91,7 @@ class CountedRecords:
         if self._witnesses and all(witness.is_cleared() for witness in self._witnesses.values()):
             self.forget()
 
-    def _accumulated(self, parameter: Tensor) -> None:
+    def _accumulated(self, parameter: Tensor, *_: Any) -> None:
         """Note that a backward pass has added to a parameter's ``.grad``."""
         self._has_added = True
         derived = [record for ref in self._differentiated if (record := ref()) is not None]

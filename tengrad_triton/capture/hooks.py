@@ -132,13 +132,11 @@ class Capture:
         for layer in filter(may_mix_samples, self._module.modules()):
             hook = Hook(self._after_batch_norm)
             handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
-        self._counted.watch(self._attribution.trained())
 
     def _detach_from_layers(self) -> None:
         for handle in self._layer_handles:
             handle.remove()
         self._layer_handles.clear()
-        self._counted.watch([])
 
     def disarm(self) -> None:
         """Remove the hooks and forget what was recorded."""
@@ -210,7 +208,6 @@ class Capture:
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_grad_enabled() and not self._flags.own.is_set:
             self._on_forward()
-            self._counted.watch(self._attribution.trained())  # a parameter may have been swapped for another tensor
             self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
@@ -269,10 +266,11 @@ class Capture:
         """Handle a backward pass of the caller; ``grads`` are the derivatives with respect to ``results``."""
         if not self.armed or self._flags.own.is_set:
             return
-        self._counted.reached(record, record.undo())
+        trained = self._attribution.trained()
+        self._counted.reached(record, trained, record.undo())
         grads = [None if grad is None else grad.detach() for grad in grads]
         if record.proves:
-            self.through_output.reached(record, results, grads, self._attribution.trained())
+            self.through_output.reached(record, results, grads, trained)
         is_empirical = self._options.fisher == "empirical"
         if record.own_pass or (record.proves and not is_empirical):
             with self._flags.own.set():

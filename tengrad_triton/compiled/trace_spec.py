@@ -24,7 +24,7 @@ from tengrad_triton.layers import (
     replay_rng,
     rule_reads_values,
 )
-from tengrad_triton.likelihoods import Reparametrized
+from tengrad_triton.likelihoods import Reparametrized, holds_a_batch
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.tuning.precision import uses_tf32x3
 
@@ -68,11 +68,21 @@ def why_not_compiled(access: StepAccess) -> str | None:
             f"{type(options.likelihood).__name__} is not a subclass of Reparametrized, but a compiled refresh draws "
             "labels by noise() and from_noise()"
         )
-    if options.fisher == "sampled" and getattr(options.likelihood, "target", None) is not None:
-        return "the likelihood holds the labels of one batch, which would become constants of a compiled refresh"
+    of_one_batch = why_of_one_batch(options.likelihood) if options.fisher == "sampled" else None
+    if of_one_batch is not None:
+        return of_one_batch
     if access.adapts:
         return "damping='lm' compares losses before and after the step, which a compiled refresh does not support"
     return _why_not_chosen(access.choices().values())
+
+
+def why_of_one_batch(likelihood: Any) -> str | None:
+    """Return that labels or weights of one batch are set, which may happen between any two steps; None if not."""
+    if not holds_a_batch(likelihood):
+        return None
+    return (
+        "the likelihood holds the labels of one batch, or weights, which would become constants of a compiled refresh"
+    )
 
 
 def _why_not_chosen(choices: Collection[Choice]) -> str | None:

@@ -29,6 +29,7 @@ from tengrad_triton.compiled.trace_spec import (
     TraceSpec,
     trace_spec_of,
     why_not_compiled,
+    why_of_one_batch,
 )
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.woodbury import Curvature
@@ -107,11 +108,7 @@ class _FirstEvaluation:
 
 
 class TrainStep:
-    """A training step, made by `compile_train_step`; call it with a batch.
-
-    Attributes:
-        why_plain: why refreshes take the plain step; None if they are compiled.
-    """
+    """A training step, made by `compile_train_step`; call it with a batch. `why_plain` says what is not compiled."""
 
     def __init__(self, loss_fn: LossFn, access: StepAccess, mode: str | None, backend: str) -> None:
         self._model, self._loss_fn, self._access = access.module, loss_fn, access
@@ -157,10 +154,10 @@ class TrainStep:
     @property
     def why_plain(self) -> str | None:
         """Return why refreshes take the plain step; None if they are compiled."""
-        if self._untraceable is not None or self._steps is None:
+        steps = self._steps
+        if self._untraceable is not None or steps is None:
             return self._untraceable or "no step was taken yet"
-        spec = self._steps.spec
-        return spec if isinstance(spec, str) else None
+        return steps.spec if isinstance(steps.spec, str) else why_of_one_batch(steps.functions.likelihood)
 
     def _plain_from_now_on(self, error: Exception, x: Tensor, y: Tensor) -> Tensor:
         self._untraceable = f"the refresh cannot be traced in one graph: {error}"
