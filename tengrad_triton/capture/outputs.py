@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tengrad_triton.layers import tensors_in
@@ -21,23 +21,27 @@ Callback = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Return nested tuples, lists, dictionaries and dataclasses with ``function`` applied to every tensor in them."""
+    """Return nested tuples, lists and dictionaries with ``function`` applied to every tensor in them.
+
+    The attributes of objects, such as dataclasses, count too; the objects are copied.
+    """
 
     def of_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return function(leaf)
-        if not _is_dataclass(leaf):
+        if not _has_attributes(leaf):
             return leaf
         twin = copy.copy(leaf)
-        for name in _fields(leaf):
-            object.__setattr__(twin, name, map_tensors(function, getattr(leaf, name)))
+        for name, value in vars(leaf).items():
+            if isinstance(value, (Tensor, tuple, list, dict)) or dataclasses.is_dataclass(value):
+                object.__setattr__(twin, name, map_tensors(function, value))
         return twin
 
     return tree_map(of_leaf, tree)
 
 
 def output_tensors(tree: Any) -> list[Tensor]:
-    """Return all tensors within nested tuples, lists, dictionaries and dataclasses."""
+    """Return all tensors within nested tuples, lists, dictionaries and attributes of objects."""
     found: list[Tensor] = []
 
     def note(x: Tensor) -> Tensor:
@@ -149,12 +153,8 @@ def call_on_backward(output: Any, results: Sequence[Tensor], callback: Callback)
     return map_tensors(lambda x: copies.get(id(x), x), output)
 
 
-def _is_dataclass(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def _fields(value: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+def _has_attributes(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value)
 
 
 def _has(output: Any, choice: Any) -> bool:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rows.attribution import Attribution
-from tengrad_triton.capture.rows.proof import Cotangents
 from tengrad_triton.capture.rows.rerun import backward_rows, rerun_rows, sums_to
 from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 
