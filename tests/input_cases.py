@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SAMPLES, TOKENS = 8, 5
+from tengrad_triton import TENGraD, compile_train_step
+
+SAMPLES, TOKENS, REFRESH = 8, 5, 3
 
 
 class Mean(nn.Module):
@@ -117,3 +119,38 @@ def batches(x_of, y_of, sizes):
     """Return a batch (x, y) for each of the sizes."""
     draw = torch.Generator().manual_seed(0)
     return [(x_of(draw, size), y_of(draw, size)) for size in sizes]
+
+
+def small(**options):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    return net, TENGraD(net, refresh_every=REFRESH, seed=0, **options)
+
+
+def numbers(sizes):
+    draw = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 8, generator=draw, dtype=torch.float64), torch.randint(3, (size,), generator=draw))
+        for size in sizes
+    ]
+
+
+def plain(net, optimizer, loss_fn=F.cross_entropy):
+    def step(x, y):
+        optimizer.zero_grad()
+        loss = loss_fn(net(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def compiled(net, optimizer, loss_fn=F.cross_entropy, backend="eager"):
+    return compile_train_step(net, loss_fn, optimizer, backend=backend)
+
+
+def assert_same(net, twin):
+    for (name, p), q in zip(net.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-8, atol=1e-8), name
