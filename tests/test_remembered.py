@@ -94,7 +94,7 @@ def test_steps_are_those_of_a_loop_that_remembers_nothing(event, options):
     for remembered in (RememberedTargets, Forgetful):
         net = model()
         optimizer = TENGraD(net, refresh_every=6, seed=0, **options)
-        optimizer._remembered = remembered()
+        optimizer._remembered = remembered(lambda trained: None)
         for step in range(STEPS):
             x, y = batch(step)
             if step == 3:

@@ -145,8 +145,8 @@ def find_layer_params(
         rows_without_rule: whether parameters that no rule covers have rows; otherwise they take the SGD step.
 
     Raises:
-        ValueError: a module's parameters are in different groups, or an option of a module makes its gradient differ
-            from the derivative of the loss.
+        ValueError: a module's parameters are in different groups, or an option of a module with trainable parameters
+            makes its gradient differ from the derivative of the loss.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
     modules = dict(model.named_modules())
@@ -156,7 +156,8 @@ def find_layer_params(
         owned = {key: p for key, p in owned_parameters(name, modules).items() if p in group_of}
         if not owned:
             continue
-        require_exact_gradient(name, module)
+        if any(p.requires_grad for p in owned.values()):  # a step checks what is thawed later
+            require_exact_gradient(name, module)
         indices = {group_of.pop(p) for p in set(owned.values())}
         if len(indices) > 1:
             raise ValueError(

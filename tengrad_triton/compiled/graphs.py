@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
+from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.capture.record import LayerCall
@@ -82,7 +83,7 @@ class StepFunctions:
     capture: FunctionalCapture
     spec: TraceSpec
 
-    def reuse(self, state: StepState, packed: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
+    def reuse(self, state: StepState, packed: Mapping[str, Any], x: Any, y: Any) -> Tensor:
         """Take a step with the present curvature ``packed``; return the loss."""
         output, pull, _ = self._forward(state, {}, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
@@ -98,18 +99,19 @@ class StepFunctions:
         damping_L: Tensor,
         failures_L: Tensor,
         noise: Tensor | None,
-        x: Tensor,
-        y: Tensor,
+        x: Any,
+        y: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Take a step with the curvature of this batch; return the loss and the packed curvature."""
-        x = x.clone()  # the curvature may keep x, and the training loop may write its next batch into the same tensor
+        # The curvature may keep x, and the training loop may write its next batch into the same tensors.
+        x, samples = tree_map_only(Tensor, Tensor.clone, x), self.spec.samples
         forward = self._forward(state, perturbations, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(forward[0], y)
         grads, by_perturbation = forward[1](grad_output)
         # If the model mixes samples, the rows come from a second forward, in which batch statistics are constants.
         mixes = any(mixes_samples(module) for module in self.model.modules())
         of_rows = self._forward(state, perturbations, x, detach_statistics=True) if mixes else forward
-        scale = len(x)  # the loss is a mean, but a row is the gradient of one sample's own loss
+        scale = samples  # the loss is a mean, but a row is the gradient of one sample's own loss
         if self.likelihood is not None and noise is not None:
             target = self.likelihood.from_noise(of_rows[0], noise)
             grad_output, scale = grad(self.likelihood.nll)(of_rows[0], target), 1
@@ -118,13 +120,13 @@ class StepFunctions:
         contributions = self._contributions(of_rows[2], by_perturbation, grad_output, scale, x)
         jacobians = jacobians_of(contributions, self.choices, self.ops.__getitem__)
         curvature = factor(
-            jacobians, self.blocks, (len(x),), damping_L, failures_L, self.ops[()], {}, self.relative_damping
+            jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping
         )
         self._step(curvature, state, grads)
         return loss, pack_curvature(curvature)
 
     def _contributions(
-        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Tensor
+        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Any
     ) -> Contributions:
         """Return the contributions of the recorded calls, for each layer of a Fisher block."""
 
@@ -136,9 +138,9 @@ class StepFunctions:
             return [(call.inputs(name), call.scaled_grads(scale)) for call in calls]
 
         with_rule = {name: self.captured[name] for name in tensors if self.captured[name].has_rule}
-        explicit = self._rows_of_reruns(tensors, by_perturbation, scale, len(x))
+        explicit = self._rows_of_reruns(tensors, by_perturbation, scale)
         explicit |= self._rows_of_model(x, grad_output, scale)
-        by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, len(x))
+        by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, self.spec.samples)
         in_blocks = {name for names in self.blocks.values() for name in names}
         return Contributions(
             {
@@ -151,9 +153,7 @@ class StepFunctions:
     def _calls(self, name: str, tensors: CallTensors, by_perturbation: CallTensors) -> list[LayerCall]:
         return [call for call in self.capture.layer_calls(name, tensors, by_perturbation) if call.has_grads]
 
-    def _rows_of_reruns(
-        self, tensors: CallTensors, by_perturbation: CallTensors, scale: int, samples: int
-    ) -> dict[int, Tensor]:
+    def _rows_of_reruns(self, tensors: CallTensors, by_perturbation: CallTensors, scale: int) -> dict[int, Tensor]:
         """Return the rows of layers without a rule, by the parameter's id: each layer is run again in `torch.func`."""
         rows: dict[int, Tensor] = {}
         for name in tensors:
@@ -165,21 +165,21 @@ class StepFunctions:
                     if p.requires_grad and id(p) not in self.spec.unattributed
                 }
                 calls = self._calls(name, tensors, by_perturbation)
-                for param_name, own in rerun_rows(layer.layer, wanted, calls, samples, scale).items():
+                for param_name, own in rerun_rows(layer.layer, wanted, calls, self.spec.samples, scale).items():
                     key = id(wanted[param_name])
                     rows[key] = rows[key] + own if key in rows else own
         return rows
 
-    def _rows_of_model(self, x: Tensor, grad_output: Tensor, scale: int) -> dict[int, Tensor]:
+    def _rows_of_model(self, x: Any, grad_output: Tensor, scale: int) -> dict[int, Tensor]:
         """Return the rows of `TraceSpec.from_model`, by the parameter's id. The whole model is run again."""
         parameters = self.spec.from_model
         if not parameters:
             return {}
         call = LayerCall.with_grads(Call((x,)), [grad_output], returns_tensor=True, samples_second=False)
-        rows = rerun_rows(self.model, parameters, [call], len(x), scale)
+        rows = rerun_rows(self.model, parameters, [call], self.spec.samples, scale)
         return {id(parameters[name]): own for name, own in rows.items()}
 
-    def _forward(self, state: StepState, perturbations: CallTensors, x: Tensor, detach_statistics: bool) -> ForwardPass:
+    def _forward(self, state: StepState, perturbations: CallTensors, x: Any, detach_statistics: bool) -> ForwardPass:
         """Call the model. A forward with detached statistics is a second one, so it does not update buffers."""
         trained = {name: state.parameters[name].detach() for name in self.trained}
         frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}

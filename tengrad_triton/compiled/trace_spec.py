@@ -34,6 +34,7 @@ class TraceSpec:
     """What a compiled refresh takes over from one refresh of the plain step.
 
     Attributes:
+        samples: N, the number of samples of the batch.
         perturbations: zeros for each layer and each of its calls, at the outputs whose output gradients are needed.
         samples_second: for each of these calls, whether the second dimension counts the samples.
         unattributed: the ids of unattributed parameters.
@@ -41,6 +42,7 @@ class TraceSpec:
             the model.
     """
 
+    samples: int
     perturbations: CallTensors
     samples_second: Mapping[str, Sequence[bool]]
     unattributed: frozenset[int]
@@ -50,7 +52,7 @@ class TraceSpec:
 SpecOrReason = TraceSpec | str
 """The specification of a compiled refresh, or the reason why refreshes are not compiled."""
 NOT_SEEN = "no refresh was seen yet"
-NO_CAPTURE = TraceSpec({}, {}, frozenset(), {})
+NO_CAPTURE = TraceSpec(0, {}, {}, frozenset(), {})
 """The specification if refreshes are not compiled: nothing is captured."""
 
 
@@ -115,7 +117,7 @@ def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn
         samples_second[name] = [call.samples_second for call in calls]
     found = record.unattributed.keys() & record.per_sample_grads.keys()
     from_model = {name: p for name, p in model.named_parameters() if id(p) in found}
-    return TraceSpec(perturbations, samples_second, frozenset(record.unattributed), from_model)
+    return TraceSpec(record.samples, perturbations, samples_second, frozenset(record.unattributed), from_model)
 
 
 def _perturbations(layer: nn.Module, call: LayerCall) -> dict[str, Tensor]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,26 +18,17 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
-from tengrad_triton.compiled.functional_capture import FunctionalCapture
-from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions, StepState
+from tengrad_triton.compiled.graphs import LossFn, StepState
+from tengrad_triton.compiled.prepare import CompiledSteps, FirstEvaluation, prepare
+from tengrad_triton.compiled.signatures import MOST, ModelState, Prepared, Signature, batch_signature
 from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
-from tengrad_triton.compiled.trace_spec import (
-    NO_CAPTURE,
-    NOT_SEEN,
-    SpecOrReason,
-    TraceSpec,
-    trace_spec_of,
-    why_not_compiled,
-    why_of_one_batch,
-)
+from tengrad_triton.compiled.trace_spec import NOT_SEEN, SpecOrReason, TraceSpec, trace_spec_of, why_not_compiled
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.kernels import without_memory
-from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.optim.validation import check_loss
-from tengrad_triton.tuning.precision import without_tf32x3
 
 logger = logging.getLogger(__name__)
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -50,13 +40,22 @@ def compile_train_step(
 ) -> TrainStep:
     """Return ``train_step(x, y) -> loss``, which does what the plain loop does for one batch, as one compiled function.
 
-    The first step is a plain step, which shows the sizes of all tensors. The function that reuses the curvature is
-    compiled at the next step, the function that refreshes it at the next refresh. Model, optimizer and ``state_dict``
-    stay ordinary: plain and compiled steps can follow each other in any order. A batch of another size takes the plain
-    step, and so does a refresh that cannot be compiled; ``train_step.why_plain`` says why.
+    The first step with a kind of batch is a plain step, which shows the sizes of all tensors. When that kind of batch
+    comes again, the functions for it are compiled: one that reuses the curvature, and one, at the next refresh, that
+    refreshes it. Kinds of batches differ in structure, shapes, dtypes, and in the values of what is no tensor. Once a
+    kind has been compiled for, another one is too if it comes twice in a row, up to four kinds. All other batches, such
+    as a smaller one at the end of each epoch, take the plain step; so does a refresh that cannot be compiled;
+    ``train_step.why_plain`` says why. It is the same where the model changes: its mode, what of it is frozen, the
+    optimizer's groups.
+
+    Model, optimizer and ``state_dict`` stay ordinary: plain and compiled steps can follow each other in any order. The
+    optimizer's step hooks run once in each step, as in ``optimizer.step(closure)``: before the forward and after the
+    update. They see no ``.grad``. Learning rate schedulers count every step.
 
     Args:
-        model: the optimizer's model, which takes ``x``.
+        model: the optimizer's model, which takes ``x`` as its only argument and returns a tensor, samples first. A
+            dictionary is not spread over keyword arguments: wrap a model that needs this in a module whose ``forward``
+            calls it by ``model(**x)``, and make the optimizer for that module.
         loss_fn: takes the model's output and ``y``; returns a scalar mean over the samples.
         optimizer: the optimizer of that model.
         mode: the mode of `torch.compile`. With ``"reduce-overhead"``, which replays CUDA graphs, J keeps its address:
@@ -77,36 +76,6 @@ def compile_train_step(
     return TrainStep(loss_fn, StepAccess(optimizer), mode, backend)
 
 
-@dataclass(frozen=True)
-class CompiledSteps:
-    """The compiled functions, and the batch and the specification that they were made for.
-
-    Attributes:
-        batch: the shapes and dtypes of x and y.
-        output: a tensor like the model's output, to draw noise for.
-        spec: the specification of the refresh, or why refreshes are not compiled.
-        functions: the functions before their compilation.
-        reuse: the compiled `StepFunctions.reuse`.
-        refresh: the compiled `StepFunctions.refresh`.
-    """
-
-    batch: Any
-    output: Tensor
-    spec: SpecOrReason
-    functions: StepFunctions
-    reuse: Callable[..., Any]
-    refresh: Callable[..., Any]
-
-
-@dataclass
-class _FirstEvaluation:
-    """The first evaluation of a plain step's closure; ``trained`` names the parameters with a gradient."""
-
-    output: Tensor
-    spec: SpecOrReason
-    trained: frozenset[str]
-
-
 class TrainStep:
     """A training step, made by `compile_train_step`; call it with a batch. `why_plain` says what is not compiled."""
 
@@ -116,28 +85,51 @@ class TrainStep:
         self._mode = mode
         self._buffers = StaticBuffers() if mode in _CUDA_GRAPH_MODES else None
         self._buffered: Curvature | None = None  # the curvature whose tensors are in the buffers
-        self._steps: CompiledSteps | None = None
-        self._warned = False
+        self._model_state, self._prepared = ModelState(access), Prepared[CompiledSteps]()
+        self._warned = self._loss_is_checked = False
         self._untraceable: str | None = None  # why the refresh could not be traced
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, x: Any, y: Any) -> Tensor:
         """Take one step with a batch; return its loss, a scalar, from before the step.
 
         Args:
-            x: the model's input, samples first.
-            y: the target of ``loss_fn``, samples first.
+            x: the model's input: a tensor, samples first, or tensors in nested tuples, lists and dictionaries. Other
+                entries (numbers, strings, None) are constants of what is compiled.
+            y: the target of ``loss_fn``, nested in the same way.
 
         Raises:
             ValueError: ``loss_fn`` returned no scalar, or no mean over the samples.
+            TypeError: the batch holds something else, or the model returned no tensor.
             RuntimeError: the model or the loss cannot be traced in one graph.
         """
-        due, steps, curvature = self._access.refresh_is_due, self._steps, self._access.curvature
-        if steps is None or not self._fits(steps, x, y):
-            return self._plain(x, y)
-        refreshes = due and self.why_plain is None
-        reuses = not due and curvature is not None and self._is_from_batches_of(len(x), curvature)
+        signature = Signature(batch_signature(x, y), self._model_state.read())
+        steps = self._prepared.find(signature, self._access.layers)
+        if steps is None:
+            self._warn_of_another(signature)
+        was_traceable = self._untraceable is None
+        loss = self._access.step(lambda: self._take(signature, steps, x, y))
+        if self._untraceable is not None and was_traceable:
+            first_line = self._untraceable.splitlines()[0]
+            warnings.warn(f"refreshes take the plain step ({first_line}); see train_step.why_plain", stacklevel=2)
+        return loss
+
+    @property
+    def why_plain(self) -> str | None:
+        """Return why refreshes take the plain step; None if they are compiled."""
+        latest = self._prepared.latest
+        if self._untraceable is not None or latest is None:
+            return self._untraceable or "no step was taken yet"
+        return latest[1].why_plain
+
+    def _take(self, signature: Signature, steps: CompiledSteps | None, x: Any, y: Any) -> Tensor:
+        """Take the step that fits, within the optimizer's step hooks."""
+        due, curvature = self._access.refresh_is_due, self._access.curvature
+        if steps is None:
+            return self._plain(signature, None, x, y)
+        refreshes = due and self._untraceable is None and steps.why_plain is None
+        reuses = not due and curvature is not None and self._is_from_batches_of(len(steps.output), curvature)
         if not refreshes and not reuses:
-            return self._plain(x, y)
+            return self._plain(signature, steps, x, y)
         self._access.detach_hooks()
         try:
             with torch.no_grad():
@@ -145,66 +137,62 @@ class TrainStep:
         except TorchDynamoException as error:
             self._access.attach_hooks_if_due()
             if due:
-                return self._plain_from_now_on(error, x, y)
+                self._untraceable = f"the refresh cannot be traced in one graph: {error}"
+                return self._plain(signature, steps, x, y)
             raise RuntimeError(
                 f"the step cannot be traced in one graph: {error}\nThe plain loop (zero_grad, forward, backward, "
                 "optimizer.step()) does the same without compilation"
             ) from error
 
-    @property
-    def why_plain(self) -> str | None:
-        """Return why refreshes take the plain step; None if they are compiled."""
-        steps = self._steps
-        if self._untraceable is not None or steps is None:
-            return self._untraceable or "no step was taken yet"
-        return steps.spec if isinstance(steps.spec, str) else why_of_one_batch(steps.functions.likelihood)
-
-    def _plain_from_now_on(self, error: Exception, x: Tensor, y: Tensor) -> Tensor:
-        self._untraceable = f"the refresh cannot be traced in one graph: {error}"
-        first_line = self._untraceable.splitlines()[0]
-        warnings.warn(f"refreshes take the plain step ({first_line}); see train_step.why_plain", stacklevel=3)
-        return self._plain(x, y)
-
     def _is_from_batches_of(self, samples: int, curvature: Curvature) -> bool:
         """Whether the number of rows fits batches of this size. Any other number would trigger a recompilation."""
         return curvature.rows % samples == 0 or curvature.rows == self._access.options.fisher_rows
 
-    def _fits(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> bool:
-        """Whether the compiled functions are for batches like this one; warns once if they are not."""
-        batch = _signature(x, y)
-        if batch != steps.batch and not self._warned:
-            self._warned = True
-            warnings.warn(f"compiled for {steps.batch}: a batch of {batch} takes the plain step", stacklevel=3)
-        return batch == steps.batch
+    def _warn_of_another(self, signature: Signature) -> None:
+        """Warn, once, that there are compiled functions, but not for this signature."""
+        latest = self._prepared.latest
+        if self._warned or latest is None or not self._prepared.keeps_any:
+            return
+        self._warned = True
+        if latest[0].batch != signature.batch:
+            what = f"compiled for {latest[0]}: a batch of {signature}"
+        else:
+            what = (
+                "the model's mode, its frozen parameters or a group's settings have changed since it was compiled: it"
+            )
+        until = f"until such a step comes twice in a row (at most {MOST} kinds are compiled)"
+        warnings.warn(f"{what} takes the plain step, {until}", stacklevel=3)
 
     # The plain step, from which the compiled functions are made
 
-    def _plain(self, x: Tensor, y: Tensor) -> Tensor:
-        before, first = self._steps, None
-        wants_spec = before is None or (isinstance(before.spec, str) and before.batch == _signature(x, y))
+    def _plain(self, signature: Signature, steps: CompiledSteps | None, x: Any, y: Any) -> Tensor:
+        first: FirstEvaluation | None = None
+        wants_spec = self._prepared.takes_more if steps is None else steps.why_plain is not None
 
         def closure() -> Tensor:
             nonlocal first
             self._access.zero_grad()
             output = self._model(x)
+            _require_tensor(output)
             loss = self._loss_fn(output, y)
-            if before is None and first is None:
+            if not self._loss_is_checked:
                 check_loss(self._loss_fn, output, y, loss)
+                self._loss_is_checked = True
             loss.backward()
             if first is None:
                 spec = self._trace_spec() if wants_spec else NOT_SEEN
                 trained = frozenset(name for name, p in self._model.named_parameters() if p.grad is not None)
-                first = _FirstEvaluation(output.detach(), spec, trained)
+                first = FirstEvaluation(output.detach(), spec, trained)
             return loss.detach()
 
         loss = self._access.plain_step(closure)
         self._access.zero_grad()
-        seen = cast("_FirstEvaluation", first)
+        seen = cast("FirstEvaluation", first)
         spec = why_not_compiled(self._access) or seen.spec
-        if before is None or (wants_spec and isinstance(spec, TraceSpec)):
-            self._compile(x, y, spec, seen)
-        elif wants_spec and spec != NOT_SEEN:
-            self._steps = replace(before, spec=spec)
+        if wants_spec and (steps is None or isinstance(spec, TraceSpec)):
+            self._prepare(signature, spec, seen)
+        elif wants_spec and steps is not None and spec != NOT_SEEN:
+            self._prepared.put(signature, replace(steps, spec=spec))
         return loss
 
     def _trace_spec(self) -> SpecOrReason:
@@ -214,44 +202,14 @@ class TrainStep:
             return "the model is called several times in each step" if capture.records else NOT_SEEN
         return trace_spec_of(capture.records[0], capture.layers, self._model)
 
-    def _compile(self, x: Tensor, y: Tensor, spec: SpecOrReason, first: _FirstEvaluation) -> None:
-        functions = self._functions(first.trained, spec if isinstance(spec, TraceSpec) else NO_CAPTURE)
+    def _prepare(self, signature: Signature, spec: SpecOrReason, first: FirstEvaluation) -> None:
         # CUDA graphs are not used for refreshes, because a refresh returns new tensors.
-        refresh = torch.compile(functions.refresh, mode=None if self._buffers else self._mode, **self._compile_options)
-        reuse = torch.compile(functions.reuse, mode=self._mode, **self._compile_options)
-        self._steps = CompiledSteps(_signature(x, y), first.output, spec, functions, reuse, refresh)
-        logger.info("compiled for %s; refreshes: %s", self._steps.batch, self.why_plain or "compiled")
+        modes = (None if self._buffers else self._mode, self._mode)
+        steps = prepare(self._access, self._loss_fn, spec, first, modes, self._compile_options)
+        self._prepared.put(signature, steps)
+        logger.info("prepared for %s; refreshes: %s", signature, self._untraceable or steps.why_plain or "compiled")
         if self._buffers:
-            mark_static(self._state(self._steps))
-
-    def _functions(self, trained: frozenset[str], spec: TraceSpec) -> StepFunctions:
-        access, options, choices = self._access, self._access.options, self._access.choices()
-        overrides = {choice.kernel_overrides for choice in choices.values()}
-        names = {parameter: name for name, parameter in self._model.named_parameters()}
-        layers = [layer for layer in access.layers if all(p in names for p in layer.parameters.values())]
-        captured = access.capture.layers
-        sampled = options.fisher == "sampled" and isinstance(options.likelihood, Reparametrized)
-        return StepFunctions(
-            model=self._model,
-            loss_fn=self._loss_fn,
-            layers=layers,
-            captured=captured,
-            names={
-                (layer.name, param_name): names[p] for layer in layers for param_name, p in layer.parameters.items()
-            },
-            trained=trained,
-            likelihood=cast("Reparametrized", options.likelihood) if sampled else None,
-            choices=choices,
-            groups=[{name: group[name] for name in STATIC_SETTINGS} for group in access.groups],
-            blocks={} if access.curvature is None else access.curvature.blocks,
-            trust_region=options.trust_region,
-            relative_damping=options.relative_damping,
-            ops={key: access.ops_for(key) for key in {(), *overrides, *map(without_tf32x3, overrides)}},
-            capture=FunctionalCapture(
-                self._model, {name: captured[name].layer for name in spec.perturbations}, spec.samples_second
-            ),
-            spec=spec,
-        )
+            mark_static(self._state(steps))
 
     # The compiled steps
 
@@ -260,7 +218,7 @@ class TrainStep:
         momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.functions.trained}
         return StepState(parameters, dict(self._model.named_buffers()), momenta, self._access.settings())
 
-    def _compiled_reuse(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> Tensor:
+    def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))
         replays = self._buffers is not None
         with steps.functions.capture.attached(records=False), without_memory() if replays else nullcontext():
@@ -276,7 +234,7 @@ class TrainStep:
         self._buffered = unpack_curvature(packed, self._access.layers, self._access.ops_for)
         return self._buffered
 
-    def _compiled_refresh(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> Tensor:
+    def _compiled_refresh(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         access, functions, before = self._access, steps.functions, self._access.generator.get_state()
         noise = None if functions.likelihood is None else functions.likelihood.noise(steps.output, access.generator)
         access.release()
@@ -291,5 +249,9 @@ class TrainStep:
         return loss
 
 
-def _signature(x: Tensor, y: Tensor) -> Any:
-    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in (x, y))
+def _require_tensor(output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returned a {type(output).__name__}, but a compiled step needs one tensor: return only the "
+            "output that the loss takes, or use the plain loop"
+        )

@@ -100,9 +100,13 @@ class RememberedTargets:
     """The targets of the last step, as long as nothing but the gradients has changed.
 
     So whatever is derived from a list of targets, such as views of parameters, can be remembered for that list.
+
+    Args:
+        check: is called with what has changed, before it is remembered; raises if a step cannot update it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[Sequence[Trained]], None]) -> None:
+        self._check = check
         self._key: list[Hashable] = []
         self._targets: list[Target] = []
 
@@ -118,6 +122,7 @@ class RememberedTargets:
             for x in (parameter, momentum):
                 key += (x.data_ptr(), x.dtype, x.shape, x.stride())
         if key != self._key:
+            self._check(trained)
             self._key, self._targets = key, targets_of(trained, groups, settings)
         return self._targets
 
@@ -142,14 +147,17 @@ class GroupSettings:
         self._tensor = torch.empty(0)
 
     def of(self, group: Mapping[str, Any]) -> Tensor:
-        """Return the group's present numbers on its device, in float64 for float64 parameters and else in float32."""
+        """Return the group's present numbers on its device, in float64 for float64 parameters and else in float32.
+
+        Frozen parameters do not count.
+        """
         decay, lr = group["weight_decay"], group["lr"]
-        trained = (p.device for p in group["params"] if p.requires_grad)
-        device = next(trained, torch.device("cpu"))  # a group may be empty
+        trained = [p for p in group["params"] if p.requires_grad]
+        device = trained[0].device if trained else torch.device("cpu")  # a group may be empty
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
         momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's momentum is part of the gradient
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in group["params"]) else torch.float32
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
         if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, device):
             self._tensor, self._numbers = torch.zeros(4, dtype=dtype, device=device), (0.0,) * 4
         for index, (old, new) in enumerate(zip(self._numbers, numbers, strict=True)):

@@ -19,9 +19,11 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Target, grads_of, trained_of
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
+from tengrad_triton.optim.parameters import check_parameters, check_trained
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.optim.validation import check_devices, check_group, check_model, check_momenta, check_refresh_every
+from tengrad_triton.optim.validation import check_group, check_model, check_momenta, check_refresh_every
+from tengrad_triton.optim.whole_step import WholeStep
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,7 +69,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._curvature: C | None = None
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
         self._group_settings: dict[int, GroupSettings] = {}
-        self._remembered = RememberedTargets()
+        self._remembered = RememberedTargets(check_trained)
         self._reports = Reports(unsupported)
         self._layers: list[LayerParams] = []
         self._capture: Capture
@@ -123,7 +125,7 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         group = self.param_groups[-1]
         schedule, group["damping"] = schedule_of(group["damping"])
         try:
-            check_devices(self.param_groups)
+            check_parameters(self.param_groups)
             self._check_group(group, schedule)
             if callable(schedule):
                 group["damping"] = schedule(self._steps)
@@ -188,6 +190,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
                 the step needs a closure, and there is none. After this or any other error, parameters and momenta
                 have the values that they had before the call.
         """
+        return closure.take() if isinstance(closure, WholeStep) else self._step(closure)
+
+    def _step(self, closure: Callable[[], T] | None) -> T | None:
+        """Do what `step` does between its hooks."""
         if closure is None and (why := self._why_closure()) is not None:
             raise RuntimeError(why)
         loss = None

@@ -15,6 +15,7 @@ from tengrad_triton.curvature.refresh import failures_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.optim.options import Options
 from tengrad_triton.optim.tengrad import TENGraD
+from tengrad_triton.optim.whole_step import WholeStep
 
 
 class StepAccess:
@@ -98,9 +99,15 @@ class StepAccess:
         """Return for each block its damping ε at this step, and how many of its factorizations have failed."""
         return self._optimizer._damping_of(blocks), failures_of(list(blocks), self.curvature)
 
+    def step(self, take: Callable[[], Tensor]) -> Tensor:
+        """Have ``take`` take the optimizer's next step: its step hooks run, and schedulers count the step."""
+        loss = self._optimizer.step(WholeStep(take))
+        assert loss is not None  # ``take`` returns one
+        return loss
+
     def plain_step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Take the plain step, which is not compiled."""
-        loss = self._optimizer.step(closure)
+        """Take the plain step, which is not compiled, without step hooks: for use within `step`."""
+        loss = self._optimizer._step(closure)
         assert loss is not None  # the closure returns one
         return loss
 

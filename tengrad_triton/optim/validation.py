@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 INFINITY = float("inf")
 
@@ -57,17 +58,6 @@ def check_model(model: Any) -> torch.device:
     return device
 
 
-def check_devices(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless the trainable parameters of all groups are on one device."""
-    trained = (p for group in param_groups for p in group["params"] if p.requires_grad)
-    devices = dict.fromkeys(str(p.device) for p in trained)
-    if len(devices) > 1:
-        raise ValueError(
-            f"the optimizer's parameters are on {', '.join(devices)}, but must be on one device: move them by "
-            "model.to(device), or freeze the others"
-        )
-
-
 def check_refresh_every(steps: Any) -> None:
     """Raise unless ``refresh_every`` is a whole number of at least 1 step."""
     if not isinstance(steps, int) or isinstance(steps, bool):
@@ -94,9 +84,6 @@ def check_group(group: Mapping[str, Any]) -> None:
             f"spring={spring} keeps the last natural gradient, and weight decay would be mixed into it: "
             "use decoupled_weight_decay=True"
         )
-    for parameter in group["params"]:
-        if not parameter.is_floating_point():
-            raise TypeError(f"parameters must be real floating point, got {parameter.dtype}")
 
 
 def _check_lr(lr: Any) -> None:
@@ -106,12 +93,28 @@ def _check_lr(lr: Any) -> None:
         raise ValueError(f"lr must be a number or a tensor with one element, got shape {tuple(lr.shape)}")
 
 
-def check_loss(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, y: Tensor, loss: Tensor) -> None:
-    """Raise unless the loss is a scalar that does not change when the batch is doubled."""
+def check_loss(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, y: Any, loss: Tensor) -> None:
+    """Raise unless the loss is a scalar that does not change when the batch is doubled.
+
+    Args:
+        loss_fn: takes the output and the target.
+        output: what the model returned, samples first.
+        y: the target, a tensor or nested tensors. What has an entry for each sample is doubled; where the loss fails
+            with that, as with one entry for each token, every tensor is.
+        loss: what ``loss_fn`` returned for them.
+    """
     if loss.dim() != 0:
         raise ValueError(f"loss_fn must return a scalar mean over the samples, got shape {tuple(loss.shape)}")
+
+    def loss_of_doubled(is_doubled: Callable[[Tensor], bool]) -> Tensor:
+        twice = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if is_doubled(t) else t, y)
+        return loss_fn(torch.cat([output, output]), twice)
+
     with torch.no_grad():
-        doubled = loss_fn(torch.cat([output, output]), torch.cat([y, y]))
+        try:
+            doubled = loss_of_doubled(lambda t: t.dim() > 0 and len(t) == len(output))
+        except (RuntimeError, ValueError):
+            doubled = loss_of_doubled(lambda t: t.dim() > 0)
     if not torch.isclose(doubled, loss, rtol=1e-2):
         raise ValueError(
             f"loss_fn must return a mean over the samples: it gave {loss.item():.4g} for a batch and "

@@ -1,0 +1,116 @@
+"""Prepare the compiled functions of one signature from a plain step; `torch.compile` compiles at their first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.compiled.functional_capture import FunctionalCapture
+from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions
+from tengrad_triton.compiled.trace_spec import NO_CAPTURE, SpecOrReason, TraceSpec, why_of_one_batch
+from tengrad_triton.likelihoods import Reparametrized
+from tengrad_triton.optim.step_access import StepAccess
+from tengrad_triton.tuning.precision import without_tf32x3
+
+
+@dataclass(frozen=True)
+class CompiledSteps:
+    """The compiled functions, and the specification that they were made for.
+
+    Attributes:
+        output: a tensor like the model's output, to draw noise for.
+        spec: the specification of the refresh, or why refreshes are not compiled.
+        functions: the functions before their compilation.
+        reuse: the compiled `StepFunctions.reuse`.
+        refresh: the compiled `StepFunctions.refresh`.
+    """
+
+    output: Tensor
+    spec: SpecOrReason
+    functions: StepFunctions
+    reuse: Callable[..., Any]
+    refresh: Callable[..., Any]
+
+    @property
+    def why_plain(self) -> str | None:
+        """Return why refreshes are not compiled at present; None if they are."""
+        return self.spec if isinstance(self.spec, str) else why_of_one_batch(self.functions.likelihood)
+
+
+@dataclass
+class FirstEvaluation:
+    """The first evaluation of a plain step's closure; ``trained`` names the parameters with a gradient."""
+
+    output: Tensor
+    spec: SpecOrReason
+    trained: frozenset[str]
+
+
+def prepare(
+    access: StepAccess,
+    loss_fn: LossFn,
+    spec: SpecOrReason,
+    first: FirstEvaluation,
+    modes: tuple[str | None, str | None],
+    options: Mapping[str, Any],
+) -> CompiledSteps:
+    """Return the functions for batches like that of a plain step.
+
+    Args:
+        access: to the optimizer.
+        loss_fn: the training loop's loss.
+        spec: the specification of the refresh, or why refreshes are not compiled.
+        first: the first evaluation in the plain step.
+        modes: the modes of `torch.compile` for the refresh and the reuse.
+        options: further options of `torch.compile`.
+    """
+    functions = _functions(access, loss_fn, first.trained, spec if isinstance(spec, TraceSpec) else NO_CAPTURE)
+    refresh = torch.compile(_with_own_code(functions.refresh), mode=modes[0], **options)
+    reuse = torch.compile(_with_own_code(functions.reuse), mode=modes[1], **options)
+    return CompiledSteps(first.output, spec, functions, reuse, refresh)
+
+
+def _with_own_code(method: Any) -> Callable[..., Any]:
+    """Return the method with a copy of its code: Dynamo counts its recompilations, and ends at 8, for each code."""
+    function = method.__func__
+    own = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return MethodType(own, method.__self__)
+
+
+def _functions(access: StepAccess, loss_fn: LossFn, trained: frozenset[str], spec: TraceSpec) -> StepFunctions:
+    model, options, choices = access.module, access.options, access.choices()
+    overrides = {choice.kernel_overrides for choice in choices.values()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    layers = [layer for layer in access.layers if all(p in names for p in layer.parameters.values())]
+    captured = access.capture.layers
+    sampled = options.fisher == "sampled" and isinstance(options.likelihood, Reparametrized)
+    return StepFunctions(
+        model=model,
+        loss_fn=loss_fn,
+        layers=layers,
+        captured=captured,
+        names={(layer.name, param_name): names[p] for layer in layers for param_name, p in layer.parameters.items()},
+        trained=trained,
+        likelihood=cast("Reparametrized", options.likelihood) if sampled else None,
+        choices=choices,
+        groups=[{name: group[name] for name in STATIC_SETTINGS} for group in access.groups],
+        blocks={} if access.curvature is None else access.curvature.blocks,
+        trust_region=options.trust_region,
+        relative_damping=options.relative_damping,
+        ops={key: access.ops_for(key) for key in {(), *overrides, *map(without_tf32x3, overrides)}},
+        capture=FunctionalCapture(
+            model, {name: captured[name].layer for name in spec.perturbations}, spec.samples_second
+        ),
+        spec=spec,
+    )
