@@ -25,7 +25,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import DampingSchedule, LevenbergMarquardt
+from tengrad_triton.optim.damping import DampingSchedule, LevenbergMarquardt, check_dampings
 from tengrad_triton.optim.summary import ParameterSummary, Summary, sgd_entry
 from tengrad_triton.profiling import phase
 from tengrad_triton.tuning.plan import MAX_BYTES
@@ -78,6 +78,8 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
     @override
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
         options = self._fisher
+        alone = {layer.name: [layer.name] for layer in layers if layer.why_sgd is None}
+        check_dampings(alone, layers, self.param_groups, self._damping_schedules)
         return Capture(
             self.model, find_captured_layers(self._module, layers), options.fisher, options.likelihood, self._generator,
             draws=options.fisher_samples, max_hessian_factor_bytes=MAX_BYTES, max_parameter_bytes=MAX_BYTES,
@@ -154,8 +156,20 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
     def _params_of(self, layer: KroneckerLayer) -> LayerParams:
         return next(params for params in self._layers if params.name == layer.module)
 
-    def _group_of(self, layer: KroneckerLayer) -> dict[str, Any]:
-        return self.param_groups[self._params_of(layer).group]
+    def _setting_of(self, layer: KroneckerLayer, name: str) -> Any:
+        """Return a setting that weight and bias share, because they are preconditioned together.
+
+        Raises:
+            ValueError: their parameter groups have different ones.
+        """
+        groups = self._params_of(layer).groups
+        values = {self.param_groups[groups[param_name]][name] for param_name in layer.param_names}
+        if len(values) > 1:
+            raise ValueError(
+                f"{' and '.join(layer.param_names)} of {layer.module or 'the model'!r} are preconditioned together and "
+                f"need one {name}, got {', '.join(map(str, sorted(values)))}: give their parameter groups the same"
+            )
+        return values.pop()
 
     @override
     def _packed(self, curvature: KroneckerCurvature[S]) -> dict[str, Any]:

@@ -135,6 +135,8 @@ class TrainStep:
             RuntimeError: the model or the loss cannot be traced in one graph.
         """
         due, steps, curvature = self._access.refresh_is_due, self._steps, self._access.curvature
+        if steps is not None and steps.functions.captured is not self._access.capture.layers:
+            self._steps = steps = None  # `add_param_group` has changed the layers
         if steps is None or not self._fits(steps, x, y):
             return self._plain(x, y)
         refreshes = due and self.why_plain is None
@@ -258,12 +260,10 @@ class TrainStep:
             spec=spec,
         )
 
-    # The compiled steps
-
     def _state(self, steps: CompiledSteps) -> StepState:
         parameters = dict(self._model.named_parameters())
         momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.functions.trained}
-        return StepState(parameters, dict(self._model.named_buffers()), momenta, self._access.settings())
+        return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.settings_and_rates())
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Tensor, y: Tensor) -> Tensor:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))

@@ -116,12 +116,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         """Add a parameter group; its parameters take part from the next step on, which refreshes the curvature.
 
         Raises:
-            ValueError: a setting is out of range, or the group splits a layer's parameters; nothing has changed then.
+            ValueError: a setting is out of range, or does not fit the others of a block; nothing has changed then.
             TypeError: a setting has the wrong type; nothing has changed then.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         schedule, group["damping"] = schedule_of(group["damping"])
+        self._damping_schedules.append(schedule)
         try:
             check_devices(self.param_groups)
             self._check_group(group, schedule)
@@ -130,10 +131,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
             check_group(group)
             if self._built:
                 self._rebuild()
-        except (TypeError, ValueError):
+        except Exception:
             self.param_groups.pop()
+            self._damping_schedules.pop()
             raise
-        self._damping_schedules.append(schedule)
 
     def _rebuild(self) -> None:
         """Find the layers of all parameters, and arm a capture for them: the next step refreshes the curvature."""
@@ -219,7 +220,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     def _rearm(self) -> None:
         """Drop the captured tensors, and attach the hooks if the next step refreshes, or else remove them."""
         self._capture.forget()
-        if self._refresh_is_due():
+        try:
+            due = self._refresh_is_due()
+        except Exception:
+            due = True  # this step is taken: the next one calls `refresh_every` again and raises, before it begins
+        if due:
             self._capture.arm()
         else:
             self._capture.disarm()
