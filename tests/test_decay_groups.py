@@ -114,12 +114,11 @@ class DenseSteps:
         for name, d in self.directions(v).items():
             own, theta, m = self.settings[name], self.model.get_parameter(name), self.momenta[name]
             mu = 0.0 if own["spring"] else own["momentum"]
-            if not own["decoupled_weight_decay"]:
-                d = d + own["weight_decay"] * theta
-            m.mul_(mu).add_(d)
-            if own["decoupled_weight_decay"]:
-                theta.mul_(1 - own["lr"] * own["weight_decay"])
-            theta.sub_(own["lr"] * (d + mu * m if own["nesterov"] else m))
+            coupled, shrink = (0.0, 1.0)[:: 1 if own["decoupled_weight_decay"] else -1]
+            along = d + coupled * own["weight_decay"] * theta
+            m.mul_(mu).add_(along)
+            theta.mul_(1 - own["lr"] * shrink * own["weight_decay"])
+            theta.sub_(own["lr"] * (along + mu * m if own["nesterov"] else m))
 
 
 def prepared(case):
@@ -266,15 +265,15 @@ def baseline_step(make, weights, others, kl_clip=None):
     model = perceptron().double()
     before, (x, y) = copy.deepcopy(model), batch(0)
     bound = {"kl_clip": kl_clip} if make in (KFAC, EKFAC) else {}
+    optimizer = make(model, groups_of(model, weights, others), lr=0.1, momentum=0.0, seed=0, **bound)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
     with pytest.warns(UserWarning, match="no Kronecker factors"):
-        optimizer = make(model, groups_of(model, weights, others), lr=0.1, momentum=0.0, seed=0, **bound)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
         optimizer.step(closure)
     taken = {name: p - model.get_parameter(name) for name, p in before.named_parameters()}
     return taken, before, optimizer

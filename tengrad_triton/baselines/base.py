@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -47,6 +48,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         common: the settings that all baselines have.
     """
 
+    made_anew = ("_compiled_step",)
     kernels: ClassVar[str]
     """The names of the routines that a refresh calls, for the summary."""
 
@@ -63,7 +65,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         settings = with_defaults(type(self).__name__, common)
         unsupported, seed = settings.pop("unsupported"), settings.pop("seed")
         self._fisher = fisher
-        self._compiled_step: Callable[..., None] | None = None
+        self._compile_options: dict[str, Any] | None = None
         defaults = {"lr": lr, **settings}
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
 
@@ -102,7 +104,14 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
             mode: the mode of `torch.compile`.
             backend: the backend of `torch.compile`.
         """
-        self._compiled_step = torch.compile(step_, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+        self._compile_options = {"mode": mode, "backend": backend}
+        vars(self).pop("_compiled_step", None)
+
+    @cached_property
+    def _compiled_step(self) -> Callable[..., None] | None:
+        """Return what `compile_step` compiled, or None; a copy of the optimizer compiles it again."""
+        options = self._compile_options
+        return None if options is None else torch.compile(step_, fullgraph=True, dynamic=False, **options)
 
     def _update_targets(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams, find_layer_params
-from tengrad_triton.capture.hooks import Capture
-from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Target, grads_of, trained_of
+from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
+from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.summary import Summary
@@ -28,7 +28,7 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 
-class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
+class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     """An optimizer that computes a curvature C from the batches of some steps, and uses it in the steps between.
 
     A subclass defines when a capture is due, how the curvature is computed, how a step uses it, and how it is packed.
@@ -66,20 +66,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
-        self._group_settings: dict[int, GroupSettings] = {}
-        self._remembered = RememberedTargets()
+        self._forget_addresses()
         self._warned: set[str] = set()
         self._layers: list[LayerParams] = []
-        self._capture: Capture
         self._built = False
         super().__init__(model.parameters() if params is None else params, dict(defaults))
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self._seed)
         self._rebuild()
-
-    @abstractmethod
-    def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
-        """Return the capture for these layers; raises `ValueError` if the settings of their groups contradict."""
 
     @abstractmethod
     def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
@@ -98,14 +92,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self, targets: Sequence[Target], grads: Sequence[Tensor], closure: Callable[[], Any] | None, loss: Any
     ) -> tuple[C, int]:
         """Update the targets; return the curvature used, and the number of steps taken with it before this one."""
-
-    @abstractmethod
-    def _packed(self, curvature: C) -> dict[str, Any]:
-        """Return a curvature as nested dictionaries of tensors and numbers."""
-
-    @abstractmethod
-    def _unpacked(self, packed: Mapping[str, Any]) -> C:
-        """Return the curvature that `_packed` stored; raises `ValueError` if it belongs to another model."""
 
     @abstractmethod
     def summary(self) -> Summary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ class StepAccess:
 
     def __init__(self, optimizer: TENGraD) -> None:
         self._optimizer = optimizer
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to copy a compiled step, whose code belongs to one model."""
+        raise TypeError(
+            "a compiled step is not copied: copy the model and the optimizer together, and call compile_train_step for "
+            "the copies"
+        )
 
     @property
     def module(self) -> nn.Module:

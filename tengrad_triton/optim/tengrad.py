@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from typing_extensions import override
 from tengrad_triton.capture.blocks import BlocksChoice, LayerParams, find_captured_layers, fisher_blocks_of
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
-from tengrad_triton.curvature.choices import Backend, Choice, ops_for
+from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
 from tengrad_triton.curvature.step import predicted_change, step_
 from tengrad_triton.curvature.target import Target, fill_on_device, restored_on_error
@@ -107,6 +107,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     """
 
     state_key = "tengrad"
+    made_anew = ("_ops",)
 
     def __init__(
         self,
@@ -146,7 +147,6 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         )  # fmt: skip
         # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
-        self._ops = self._ops_for()
         self._release_calls = device.type != "cpu" or max_bytes < MAX_BYTES
         defaults = {
             "lr": lr, "damping": damping, "momentum": momentum, "nesterov": nesterov, "spring": spring,
@@ -183,6 +183,11 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:
         """Raise unless all parameters of each block have the same damping."""
         check_dampings(blocks, layers, self.param_groups, self._damping_schedules)
+
+    @cached_property
+    def _ops(self) -> Ops:
+        """Return the ops without kernel overrides."""
+        return self._ops_for()
 
     @property
     def adapts(self) -> bool:
