@@ -94,18 +94,20 @@ def batch(step):
     return torch.rand(7, 8, generator=generator), torch.randint(5, (7,), generator=generator)
 
 
+def closure_of(model, optimizer, x, y):
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
 def train(model, optimizer, first, last):
     torch.manual_seed(first)  # dropout's
     for step in range(first, last):
-        x, y = batch(step)
-
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(closure_of(model, optimizer, *batch(step)))
 
 
 def prepared(case, steps):
@@ -181,7 +183,10 @@ def test_a_scheduler_and_several_optimizers_come_along(way):
     run(model, optimizers, scheduler)
     twin = WAYS[way]((model, optimizers, scheduler))
     assert "step" in vars(optimizers[0])  # the scheduler's own
-    assert torch.equal(run(*twin), run(model, optimizers, scheduler))
+    before = flat(model)
+    ended = run(*twin)
+    assert torch.equal(flat(model), before)
+    assert torch.equal(ended, run(model, optimizers, scheduler))
     assert twin[1][0].param_groups[0]["lr"] == optimizers[0].param_groups[0]["lr"]
 
 
@@ -193,9 +198,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("steps", [0, 5])
-@pytest.mark.parametrize("case", ["defaults", "kfac", "little memory"])
+@pytest.mark.parametrize("steps", [0, 4])  # steps that refresh
+@pytest.mark.parametrize("case", ["defaults", "little memory", "ekfac"])
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.filterwarnings("ignore:no exact rows")
 def test_a_batch_that_has_begun_belongs_to_the_original(moment, case, steps):
     """The copy has no gradients, as with torch.optim, and no rows of that batch either."""
     model, optimizer = prepared(case, steps)
@@ -207,20 +213,20 @@ def test_a_batch_that_has_begun_belongs_to_the_original(moment, case, steps):
     assert torch.equal(flat(twin), before)
     for parameter in twin.parameters():
         parameter.grad = torch.ones_like(parameter)
-    if copied._refresh_is_due():  # at step 0, or 5 of 0, 1, 2, 3, 4, 5
-        with pytest.raises(RuntimeError, match="no forward and backward of the model since"):
-            copied.step()
-        assert torch.equal(flat(twin), before)
-    if moment == "before the forward":
-        loss = F.cross_entropy(model(batch(steps)[0]), batch(steps)[1])
+    with pytest.raises(RuntimeError, match="no forward and backward of the model since"):
+        copied.step()
+    assert torch.equal(flat(twin), before)
+    train(twin, copied, steps, steps + 1)  # its own forward and backward of the same batch
     if loss is not None:
         loss.backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the first refresh of K-FAC warns
-        optimizer.step()
-        train(twin, copied, steps, steps + 1)  # its own forward and backward of the same batch
     if moment == "before the forward":
+        train(model, optimizer, steps, steps + 1)
         assert torch.equal(flat(twin), flat(model))
+    else:
+        optimizer.step()
+    expected = prepared(case, steps)
+    train(*expected, steps, steps + 1)
+    assert torch.equal(flat(model), flat(expected[0]))
 
 
 def hooks_on(model):
@@ -310,7 +316,7 @@ def test_a_copy_stays_on_its_type_of_device():
     file = io.BytesIO()
     torch.save(prepared("defaults", 2), file)
     file.seek(0)
-    with pytest.raises(RuntimeError, match="copied on cpu cannot go on on meta, .* without map_location"):
+    with pytest.raises(RuntimeError, match=r"copied on cpu cannot go on on meta, .* without map_location"):
         torch.load(file, map_location="meta", weights_only=False)
 
 
