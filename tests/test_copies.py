@@ -243,8 +243,8 @@ def test_copies_of_copies_gather_no_hooks(way):
     train(*pair, 0, 2)
 
 
-def doubled(module, args, output):
-    return 2 * output
+def scaled(module, args, output):
+    return 0.8 * output
 
 
 ELSEWHERE = """
@@ -262,9 +262,8 @@ def test_another_process_keeps_the_users_hooks(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))
     monkeypatch.setattr(RemovableHandle, "next_id", 0)
-    for _ in range(12):
-        model[0].register_forward_hook(doubled)
-    monkeypatch.undo()
+    for _ in range(6):
+        model[0].register_forward_hook(scaled)
     optimizer, path = TENGraD(model, seed=0), str(tmp_path / "pair")
     with open(path, "wb") as file:
         pickle.dump((model, optimizer), file)
