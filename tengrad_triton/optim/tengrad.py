@@ -170,7 +170,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
         o = self._options
         covered = [layer.name for layer in layers if layer.why_sgd is None]
-        self._check_dampings(fisher_blocks_of(o.blocks, layers, covered), layers)
+        blocks = fisher_blocks_of(o.blocks, layers, covered)
+        check_dampings(blocks, layers, self.param_groups, self._damping_schedules)
         captured = find_captured_layers(self._module, layers)
         fisher = (o.fisher, o.likelihood, self._generator)
         release = self._release if o.history == 1 else None
@@ -179,10 +180,6 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             self.model, captured, *fisher, on_forward=release, draws=o.fisher_samples,
             max_hessian_factor_bytes=o.max_bytes, max_parameter_bytes=o.max_bytes, include_unattributed=explicit,
         )  # fmt: skip
-
-    def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:
-        """Raise unless all parameters of each block have the same damping."""
-        check_dampings(blocks, layers, self.param_groups, self._damping_schedules)
 
     @cached_property
     def _ops(self) -> Ops:
@@ -278,7 +275,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
-        self._check_dampings(blocks, self._layers)
+        check_dampings(blocks, self._layers, self.param_groups, self._damping_schedules)
         group_of = {layer.name: next(iter(layer.groups.values())) for layer in self._layers}
         dampings = [self.param_groups[group_of[names[0]]]["damping"] for names in blocks.values()]
         return fill_on_device(dampings, self._generator.device)
