@@ -143,6 +143,7 @@ def gradients(model, x, y):
 
 
 def take_steps(model, optimizer, oracle, compiled, events=None):
+    torch.compiler.reset()  # each test compiles anew
     step_ours = compile_train_step(model, F.cross_entropy, optimizer, backend="aot_eager") if compiled else None
     for step in range(6):
         x, y = batch(step)
