@@ -38,7 +38,7 @@ def optimizer_of(model, fisher, likelihood="categorical", **options):
 
 
 def rows_of_graph(model, seen, cotangents):
-    """Return {name: [R·N, *shape]}: the gradients of each row of each sample, through the graph of the outputs ``seen``.
+    """Return {name: [R·N, *shape]}: the gradients of every sample's rows, through the graph of the outputs ``seen``.
 
     ``cotangents`` are R lists of tensors shaped like ``seen``.
     """
@@ -58,7 +58,7 @@ def rows_of_graph(model, seen, cotangents):
 
 
 def cotangents_of(fisher, seen, loss, likelihood, target, total):
-    """Return R lists of the derivatives [N, …] of the samples' own losses, or of the likelihood, with respect to ``seen``.
+    """Return R lists of derivatives [N, …] of the samples' own losses, or of the likelihood, with respect to ``seen``.
 
     ``loss`` is the caller's, of ``total`` samples in all its forwards.
     """

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import TENGraD
-from tengrad_triton.curvature.target import RememberedTargets, targets_of
+from tengrad_triton.curvature.target import RememberedTargets, rate_indices, targets_of
 
 STEPS = 9
 
@@ -84,7 +84,7 @@ EVENTS = {
 
 class Forgetful(RememberedTargets):
     def of(self, trained, groups, settings):
-        return targets_of(trained, groups, settings)
+        return targets_of(trained, groups, settings, rate_indices(groups))
 
 
 @pytest.mark.parametrize("options", [{}, {"spring": 0.9, "momentum": 0.0}], ids=["momentum", "SPRING"])

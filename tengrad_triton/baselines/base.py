@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.curvature.contributions import gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import DampingSchedule, LevenbergMarquardt
+from tengrad_triton.optim.damping import DampingSchedule, LevenbergMarquardt, check_dampings
 from tengrad_triton.optim.summary import ParameterSummary, Summary, sgd_entry
 from tengrad_triton.profiling import phase
 from tengrad_triton.tuning.plan import MAX_BYTES
@@ -48,6 +49,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         common: the settings that all baselines have.
     """
 
+    made_anew = ("_compiled_step",)
     kernels: ClassVar[str]
     """The names of the routines that a refresh calls, for the summary."""
 
@@ -64,7 +66,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         settings = with_defaults(type(self).__name__, common)
         unsupported, seed = settings.pop("unsupported"), settings.pop("seed")
         self._fisher = fisher
-        self._compiled_step: Callable[..., None] | None = None
+        self._compile_options: dict[str, Any] | None = None
         defaults = {"lr": lr, **settings}
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
 
@@ -79,6 +81,8 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
     @override
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
         own, captured = self._fisher, find_captured_layers(self._module, layers)
+        alone = {layer.name: [layer.name] for layer in layers if layer.why_sgd is None}
+        check_dampings(alone, layers, self.param_groups, self._damping_schedules)
         options = CaptureOptions(own.fisher, own.likelihood, own.fisher_samples, max_bytes=MAX_BYTES)
         return Capture(self.model, captured, options, self._generator, self._before_forward)
 
@@ -99,7 +103,14 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
             mode: the mode of `torch.compile`.
             backend: the backend of `torch.compile`.
         """
-        self._compiled_step = torch.compile(step_, fullgraph=True, dynamic=False, mode=mode, backend=backend)
+        self._compile_options = {"mode": mode, "backend": backend}
+        vars(self).pop("_compiled_step", None)
+
+    @cached_property
+    def _compiled_step(self) -> Callable[..., None] | None:
+        """Return what `compile_step` compiled, or None; a copy of the optimizer compiles it again."""
+        options = self._compile_options
+        return None if options is None else torch.compile(step_, fullgraph=True, dynamic=False, **options)
 
     def _update_targets(
         self,
@@ -154,8 +165,20 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
     def _params_of(self, layer: KroneckerLayer) -> LayerParams:
         return next(params for params in self._layers if params.name == layer.module)
 
-    def _group_of(self, layer: KroneckerLayer) -> dict[str, Any]:
-        return self.param_groups[self._params_of(layer).group]
+    def _setting_of(self, layer: KroneckerLayer, name: str) -> Any:
+        """Return a setting that weight and bias share, because they are preconditioned together.
+
+        Raises:
+            ValueError: their parameter groups have different ones.
+        """
+        groups = self._params_of(layer).groups
+        values = {self.param_groups[groups[param_name]][name] for param_name in layer.param_names}
+        if len(values) > 1:
+            raise ValueError(
+                f"{' and '.join(layer.param_names)} of {layer.module or 'the model'!r} are preconditioned together and "
+                f"need one {name}, got {', '.join(map(str, sorted(values)))}: give their parameter groups the same"
+            )
+        return values.pop()
 
     @override
     def _packed(self, curvature: KroneckerCurvature[S]) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class EkfacState:
         rotated_GOI = self.basis_g_GOO.mT @ v_GOI @ self.basis_a_GII
         return self.basis_g_GOO @ rotated_GOI.div_(self.scale_GOI + self.damping) @ self.basis_a_GII.mT
 
+    def squared_norm(self, v_GOI: Tensor) -> Tensor:
+        """Return vᵀ F v with the damped F that `solve` inverts."""
+        rotated_GOI = self.basis_g_GOO.mT @ v_GOI @ self.basis_a_GII
+        return (rotated_GOI.square() * (self.scale_GOI + self.damping)).sum()
+
     @property
     def representation(self) -> str:
         """Return a description of the state, for the summary."""
@@ -111,7 +116,7 @@ class EKFAC(FisherFactorOptimizer[EkfacState]):
             for batch in batches:
                 layer, basis = batch.layer, bases[batch.layer]
                 scale_GOI = self._scale(batch, basis, None if new_basis else previous[layer].scale_GOI)
-                damping = scale_GOI.new_full((), self._group_of(layer)["damping"])
+                damping = scale_GOI.new_full((), self._setting_of(layer, "damping"))
                 states[layer] = EkfacState(*factors[layer], *basis, scale_GOI, damping)
             return KroneckerCurvature(states, count, self._failures_with(failures)), 0 if new_basis else self._age
 

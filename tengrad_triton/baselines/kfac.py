@@ -39,6 +39,11 @@ class KfacState:
         """Return (Γ + √α / π I)⁻¹ V (A + π √α I)⁻¹."""
         return self.inverse_g_GOO @ v_GOI @ self.inverse_a_GII
 
+    def squared_norm(self, v_GOI: Tensor) -> Tensor:
+        """Return vᵀ F v with the damped F that `solve` inverts."""
+        left_GOI = torch.linalg.solve(self.inverse_g_GOO, v_GOI)
+        return (torch.linalg.solve(self.inverse_a_GII, left_GOI, left=False) * v_GOI).sum()
+
     @property
     def representation(self) -> str:
         """Return a description of the state, for the summary."""
@@ -83,7 +88,7 @@ class KFAC(FisherFactorOptimizer[KfacState]):
                 }
                 return KroneckerCurvature(kept, count, before.failures), self._age
             self._follow_schedules()
-            pairs = [damped(*factors, self._group_of(layer)["damping"]) for layer, factors in running.items()]
+            pairs = [damped(*factors, self._setting_of(layer, "damping")) for layer, factors in running.items()]
             inverses, failures = by_size(inverse, [factor for pair in pairs for factor in pair])
             states = {
                 layer: KfacState(*factors, *inverses[2 * index : 2 * index + 2])

@@ -64,21 +64,43 @@ def step_(
         layers: each layer that has Kronecker factors, with its `LayerState`.
         targets: the parameters, updated in place.
         grads: the gradient of what is minimized with respect to each.
-        kl_clip: κ; all preconditioned gradients d are scaled by min(1, (κ / Σ lr² ⟨d, ∇L⟩)^½) (Ba, Grosse and Martens
-            2017, section 5). None for no bound.
+        kl_clip: κ; all preconditioned gradients d are scaled by min(1, (κ / Σ δᵀ F δ)^½) with δ = lr d (Ba, Grosse and
+            Martens 2017, section 5). None for no bound.
     """
     with phase("solve"):
         directions = _directions(layers, targets, grads)
         if kl_clip is not None and directions:
-            inner = [
-                t.lr.square() * (directions[t.layer, t.param_name] * grad).sum()
-                for t, grad in zip(targets, grads, strict=True)
-                if (t.layer, t.param_name) in directions
-            ]
-            torch._foreach_mul_(list(directions.values()), bounded_scale(torch.stack(inner).sum(), kl_clip))
+            torch._foreach_mul_(
+                list(directions.values()), bounded_scale(_squared_norm(layers, targets, grads, directions), kl_clip)
+            )
     with phase("update"):
         for t, grad in zip(targets, grads, strict=True):
             update_(t.parameter, t.momentum, directions.get((t.layer, t.param_name), grad), t.settings, t.nesterov)
+
+
+def _squared_norm(
+    layers: Sequence[tuple[KroneckerLayer, Any]],
+    targets: Sequence[Target],
+    grads: Sequence[Tensor],
+    directions: Mapping[tuple[str, str], Tensor],
+) -> Tensor:
+    """Return Σ δᵀ F δ with δ = lr d: lr² ⟨d, ∇L⟩ for a layer with one learning rate, as F d = ∇L.
+
+    Where the learning rates of weight and bias differ, the layer's `squared_norm` takes products with F.
+    """
+    by_name = {(t.layer, t.param_name): (t, grad) for t, grad in zip(targets, grads, strict=True)}
+    parts = []
+    for layer, state in layers:
+        names = [(layer.module, param_name) for param_name in layer.param_names]
+        if names[0] not in directions:
+            continue
+        if len({by_name[name][0].rate for name in names}) == 1:
+            lr = by_name[names[0]][0].lr
+            parts += [lr.square() * (directions[name] * by_name[name][1]).sum() for name in names]
+        else:
+            steps = {name[1]: by_name[name][0].lr * directions[name] for name in names}
+            parts.append(state.squared_norm(layer.to_matrix(steps, len(state.a_GII), state.a_GII.dtype)))
+    return torch.stack(parts).sum()
 
 
 def _directions(

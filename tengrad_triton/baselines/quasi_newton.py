@@ -21,7 +21,9 @@ from tengrad_triton.baselines.kronecker import KroneckerLayer, LayerBatch
 from tengrad_triton.baselines.kronecker_curvature import KroneckerCurvature
 from tengrad_triton.baselines.linalg import add_to_diagonal, by_size, inverse
 from tengrad_triton.baselines.settings import Common, fisher_options
-from tengrad_triton.curvature.target import Target
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.target import Target, restored_on_error
 from tengrad_triton.optim.validation import check_range
 from tengrad_triton.profiling import phase
 
@@ -98,6 +100,16 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
         )  # the derivatives of the loss itself: no label is drawn
         super().__init__(model, params, lr, refresh_every=refresh_every, fisher=gradients, **common)
 
+    @override
+    def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
+        for layer in layers:
+            if len({bool(self.param_groups[index]["maximize"]) for index in layer.groups.values()}) > 1:
+                raise ValueError(
+                    f"{type(self).__name__} approximates one Hessian for all parameters of {layer.name!r}, so they are "
+                    "all minimized or all maximized: give their parameter groups the same maximize"
+                )
+        return super()._new_capture(layers)
+
     @abstractmethod
     def _identity(self, like_GO: Tensor) -> H:
         """Return H_g = I for vectors of this shape, dtype and device."""
@@ -130,17 +142,18 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
             return curvature, self._age
         assert closure is not None  # `step` has raised otherwise
         curvature, before = self._with_input_factors()
-        self._update_targets(curvature, targets, grads, None)
-        self._capture.forget()
-        with torch.enable_grad():
-            closure()
-        batches = self._gather()
-        with phase("curvature"):
-            after = self._means_of(batches)
-            states = {
-                layer: self._updated(layer, state, before[layer], after[layer]) if layer in after else state
-                for layer, state in curvature.layers.items()
-            }
+        with restored_on_error(targets):
+            self._update_targets(curvature, targets, grads, None)
+            self._capture.forget()
+            with torch.enable_grad():
+                closure()
+            batches = self._gather()
+            with phase("curvature"):
+                after = self._means_of(batches)
+                states = {
+                    layer: self._updated(layer, state, before[layer], after[layer]) if layer in after else state
+                    for layer, state in curvature.layers.items()
+                }
         return replace(curvature, layers=states), 0
 
     def _with_input_factors(self) -> tuple[KroneckerCurvature[KbfgsState[H]], dict[KroneckerLayer, Means]]:
@@ -189,14 +202,14 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
 
     def _root_damping(self, layer: KroneckerLayer) -> float:
         """Return √α."""
-        return float(self._group_of(layer)["damping"]) ** 0.5
+        return float(self._setting_of(layer, "damping")) ** 0.5
 
     def _updated(
         self, layer: KroneckerLayer, state: KbfgsState[H], before: Means, after: Means
     ) -> KbfgsState[H]:  # fmt: skip
         """Return the state after one BFGS update of each side."""
         root, weight = self._root_damping(layer), 1 - self._stat_decay
-        sign = -1.0 if self._group_of(layer)["maximize"] else 1.0
+        sign = -1.0 if self._setting_of(layer, "maximize") else 1.0
         s_GO = state.s_GO.lerp(after.z_GO - before.z_GO, weight)
         y_GO = state.y_GO.lerp(sign * (after.g_GO - before.g_GO), weight)
         pair = double_damping(state.output_side, s_GO, y_GO, _MU_1, min(root, 1.0))

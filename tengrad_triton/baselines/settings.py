@@ -57,8 +57,8 @@ _MODEL = """
 model: the module that the training loop calls, wrapped in `torch.compile` or not. Samples are the first dimension
     of its inputs and its output.
 params: parameters or groups of them; all of the model's by default. Groups may have their own ``lr``, ``damping``,
-    ``momentum``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay`` and ``maximize``; a layer's parameters
-    must share a group.
+    ``momentum``, ``nesterov``, ``weight_decay``, ``decoupled_weight_decay`` and ``maximize``. A layer's parameters may
+    be in different groups, which then need one ``damping``.
 lr: the learning rate, a number or a 0-dim tensor.
 """
 _COMMON = f"""

@@ -32,14 +32,14 @@ class LayerParams:
         name: the module's name in the model.
         layer: the module itself.
         parameters: the parameters, by their names within the module.
-        group: the index of the optimizer's parameter group that all of them are in.
+        groups: the index of each parameter's group in the optimizer, by the parameter's name within the module.
         why_sgd: why they take the SGD step, or None if they have rows.
     """
 
     name: str
     layer: nn.Module
     parameters: Mapping[str, nn.Parameter]
-    group: int
+    groups: Mapping[str, int]
     why_sgd: str | None
 
     def trained(self) -> list[str]:
@@ -145,8 +145,8 @@ def find_layer_params(
         rows_without_rule: whether parameters that no rule covers have rows; otherwise they take the SGD step.
 
     Raises:
-        ValueError: a module's parameters are in different groups, or an option of a module with trainable parameters
-            makes its gradient differ from the derivative of the loss.
+        ValueError: an option of a module with trainable parameters makes its gradient differ from the derivative of
+            the loss.
     """
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
     modules = dict(model.named_modules())
@@ -158,14 +158,11 @@ def find_layer_params(
             continue
         if any(p.requires_grad for p in owned.values()):  # a step checks what is thawed later
             require_exact_gradient(name, module)
-        indices = {group_of.pop(p) for p in set(owned.values())}
-        if len(indices) > 1:
-            raise ValueError(
-                f"{', '.join(owned)} of {name or type(module).__name__!r} are in different parameter groups; they form "
-                "one block of the Fisher matrix: put them into one group"
-            )
+        own_groups = {key: group_of[p] for key, p in owned.items()}
+        for parameter in set(owned.values()):
+            del group_of[parameter]
         why = next((why_uncovered[p] for p in owned.values() if p in why_uncovered), None)
-        layers.append(LayerParams(name, module, owned, indices.pop(), why))
+        layers.append(LayerParams(name, module, owned, own_groups, why))
     return layers + _params_of_no_module(model, group_of)
 
 
@@ -175,7 +172,8 @@ def _params_of_no_module(model: nn.Module, group_of: Mapping[nn.Parameter, int])
     for index in set(group_of.values()):
         parameters = [p for p, group in group_of.items() if group == index]
         named = {str(k): parameter for k, parameter in enumerate(parameters)}
-        layers.append(LayerParams(f"group {index}", model, named, index, "not a parameter of the model"))
+        own_groups, why = dict.fromkeys(named, index), "not a parameter of the model"
+        layers.append(LayerParams(f"group {index}", model, named, own_groups, why))
     return layers
 
 

@@ -37,12 +37,16 @@ perturbations); and the recorded tensors."""
 
 
 class StepState(NamedTuple):
-    """The tensors that a step reads and updates in place; ``settings`` has one for each parameter group."""
+    """The tensors that a step reads and updates in place; ``settings`` has one for each parameter group.
+
+    ``rates`` has the `rate_indices` of the groups: a step is compiled again where other groups have one learning rate.
+    """
 
     parameters: Named
     buffers: Named
     momenta: Named
     settings: Sequence[Tensor]
+    rates: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ class StepFunctions:
 
     def _step(self, curvature: Curvature, state: StepState, grads: Named) -> None:
         trained = self._trained(state, grads)
-        targets = targets_of(trained, self.groups, state.settings)
+        targets = targets_of(trained, self.groups, state.settings, state.rates)
         step_(curvature, targets, grads_of(trained, self.groups), self.ops[()], self.trust_region)
 
     def _trained(self, state: StepState, grads: Named) -> list[Trained]:

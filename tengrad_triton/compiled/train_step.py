@@ -211,12 +211,10 @@ class TrainStep:
         if self._buffers:
             mark_static(self._state(steps))
 
-    # The compiled steps
-
     def _state(self, steps: CompiledSteps) -> StepState:
         parameters = dict(self._model.named_parameters())
         momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.functions.trained}
-        return StepState(parameters, dict(self._model.named_buffers()), momenta, self._access.settings())
+        return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.settings_and_rates())
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))

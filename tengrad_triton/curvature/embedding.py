@@ -50,7 +50,7 @@ class _SingleJacobian(Jacobian):
     @override
     def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
         tensors = (state.params[0], state.momenta[0], state.settings[0])
-        target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, group=0)
+        target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, rate=0)
         self.expand_update_(target, state.grads[0], state.w[0], state.dampings[0])
 
 

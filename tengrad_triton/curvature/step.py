@@ -82,10 +82,10 @@ class StepPlan:
             if jacobian is not None
         ]
         self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
-        groups: dict[int, set[int]] = {}
+        rates: dict[int, set[int]] = {}
         for one in self._entries:
-            groups.setdefault(one.block, set()).add(one.target.group)
-        self._has_one_rate = [len(groups[one.block]) == 1 for one in self._entries]
+            rates.setdefault(one.block, set()).add(one.target.rate)
+        self._has_one_rate = [len(rates[one.block]) == 1 for one in self._entries]
 
     def step_(self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None) -> None:
         """Do what the function of this name does."""
@@ -130,7 +130,7 @@ class StepPlan:
         return torch.stack([w[block] for block in self._block_names])
 
     def _trust_region_scale(self, grads: Sequence[Tensor], y_LN: Tensor, w_LN: Tensor, trust_region: float) -> Tensor:
-        """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each group's lr (M14)."""
+        """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each own lr (M14)."""
         pairs = list(zip(self._entries, grads, strict=True))
         one_rate = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if alone]
         several_rates = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if not alone]
@@ -142,9 +142,9 @@ class StepPlan:
         """Return Σ lr² ⟨d, V⟩ = Σ lr² (‖V‖² − ⟨J V, w⟩) / α over blocks with one lr, which needs no d."""
         lr_of: dict[int, Tensor] = {}
         for one, _ in pairs:
-            if one.target.group not in lr_of:
-                lr_of[one.target.group] = one.target.lr
-        lr = {one.block: lr_of[one.target.group] for one, _ in pairs}
+            if one.target.rate not in lr_of:
+                lr_of[one.target.rate] = one.target.lr
+        lr = {one.block: lr_of[one.target.rate] for one, _ in pairs}
         weight_B = torch.stack(list(lr.values())).square() / torch.stack([self._dampings[block] for block in lr])
         inner = (y_LN * w_LN).sum(1).unbind()
         inner_B = torch.stack([inner[block] for block in lr])
@@ -155,8 +155,8 @@ class StepPlan:
 
     def _norm_with_several_rates(self, pairs: Sequence[tuple[BlockEntry, Tensor]], w_LN: Tensor) -> Tensor:
         """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes more products with J."""
-        rates = {one.target.group: scratch_settings(one.target.settings) for one, _ in pairs}
-        entries = [one._replace(target=one.target.in_scratch(rates[one.target.group])) for one, _ in pairs]
+        rates = {one.target.rate: scratch_settings(one.target.settings) for one, _ in pairs}
+        entries = [one._replace(target=one.target.in_scratch(rates[one.target.rate])) for one, _ in pairs]
         plan, steps = ProductPlan(entries, list(w_LN.shape)), [one.target.parameter for one in entries]
         plan.along([grad for _, grad in pairs], once=True).expand_update_(w_LN, self._damping_L)
         norm_T = torch.stack(torch._foreach_norm(steps, 2, dtype=w_LN.dtype))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Target(NamedTuple):
             decoupled weight decay.
         nesterov: whether the step looks ahead along the momentum.
         spring: μ of SPRING (docs/math.md, M13); 0 without it.
-        group: the index of the parameter's group.
+        rate: the learning rate's index: targets with the same index have the same learning rate (see `rate_indices`).
     """
 
     layer: str
@@ -33,7 +34,7 @@ class Target(NamedTuple):
     settings: Tensor
     nesterov: bool
     spring: float
-    group: int
+    rate: int
 
     @property
     def lr(self) -> Tensor:
@@ -82,18 +83,38 @@ def trained_of(layers: Sequence[LayerParams], tensors_of: TensorsOf) -> list[Tra
     return trained
 
 
-def targets_of(trained: Sequence[Trained], groups: Groups, settings: Sequence[Tensor]) -> list[Target]:
-    """Return a target for every parameter of `trained_of`; ``settings`` has `GroupSettings.of` for each group."""
+def rate_indices(groups: Groups) -> tuple[int, ...]:
+    """Return for each group the index of the first group whose learning rate is known to be the same.
+
+    Tensors count as the same where they are one object: to compare their numbers would wait for the device.
+    """
+    first: dict[Hashable, int] = {}
+    rates = [("tensor", id(group["lr"])) if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
+    return tuple(first.setdefault(rate, index) for index, rate in enumerate(rates))
+
+
+def targets_of(
+    trained: Sequence[Trained], groups: Groups, settings: Sequence[Tensor], rates: Sequence[int]
+) -> list[Target]:
+    """Return a target for every parameter of `trained_of`.
+
+    Args:
+        trained: the parameters, with their tensors.
+        groups: the parameter groups.
+        settings: `GroupSettings.of` each group.
+        rates: `rate_indices` of the groups.
+    """
     targets = []
     for layer, param_name, (parameter, momentum, _) in trained:
-        group, own = groups[layer.group], (parameter, momentum, settings[layer.group])
-        targets.append(Target(layer.name, param_name, *own, group["nesterov"], group.get("spring", 0.0), layer.group))
+        index = layer.groups[param_name]
+        group, own = groups[index], (parameter, momentum, settings[index])
+        targets.append(Target(layer.name, param_name, *own, group["nesterov"], group.get("spring", 0.0), rates[index]))
     return targets
 
 
 def grads_of(trained: Sequence[Trained], groups: Groups) -> list[Tensor]:
     """Return the gradient of what is minimized with respect to every parameter of `trained_of`."""
-    return [-grad if groups[layer.group]["maximize"] else grad for layer, _, (_, _, grad) in trained]
+    return [-grad if groups[layer.groups[name]]["maximize"] else grad for layer, name, (_, _, grad) in trained]
 
 
 class RememberedTargets:
@@ -113,8 +134,10 @@ class RememberedTargets:
     def of(self, trained: Sequence[Trained], groups: Groups, settings: Sequence[Tensor]) -> list[Target]:
         """Return an equal list to that of `targets_of`: the same object as in the last step where that is equal."""
         # The user may change a group.
+        rates = rate_indices(groups)
         key: list[Hashable] = [
-            (id(x), group["nesterov"], group.get("spring")) for x, group in zip(settings, groups, strict=True)
+            *rates,
+            *((id(x), group["nesterov"], group.get("spring")) for x, group in zip(settings, groups, strict=True)),
         ]
         for layer, param_name, (parameter, momentum, _) in trained:
             # `model.to` gives a parameter another address, and `parameter.data` may be replaced by a view of itself.
@@ -123,8 +146,23 @@ class RememberedTargets:
                 key += (x.data_ptr(), x.dtype, x.shape, x.stride())
         if key != self._key:
             self._check(trained)
-            self._key, self._targets = key, targets_of(trained, groups, settings)
+            self._key, self._targets = key, targets_of(trained, groups, settings, rates)
         return self._targets
+
+
+@contextmanager
+def restored_on_error(targets: Sequence[Target]) -> Iterator[None]:
+    """Give parameters and momenta the values back that they have now, if an error leaves the context.
+
+    That takes a copy of them, so it is for steps that call the user's code after their update.
+    """
+    updated = [x.detach() for target in targets for x in (target.parameter, target.momentum)]
+    before = [x.clone() for x in updated]
+    try:
+        yield
+    except Exception:
+        torch._foreach_copy_(updated, before)
+        raise
 
 
 def bounded_scale(total: Tensor, bound: float) -> Tensor:

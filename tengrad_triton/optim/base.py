@@ -6,7 +6,7 @@ Its subclasses, `TENGraD` and the baselines' `KroneckerOptimizer`, define the cu
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
-from tengrad_triton.capture.hooks import Capture
-from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Target, grads_of, trained_of
+from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
+from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.options import Unsupported
-from tengrad_triton.optim.parameters import check_parameters, check_trained
+from tengrad_triton.optim.parameters import check_parameters
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.validation import check_group, check_model, check_momenta, check_refresh_every
@@ -30,7 +30,7 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 
-class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
+class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     """An optimizer that computes a curvature C from the batches of some steps, and uses it in the steps between.
 
     A subclass defines when a capture is due, how the curvature is computed, how a step uses it, and how it is packed.
@@ -68,20 +68,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
-        self._group_settings: dict[int, GroupSettings] = {}
-        self._remembered = RememberedTargets(check_trained)
+        self._forget_addresses()
         self._reports = Reports(unsupported)
         self._layers: list[LayerParams] = []
-        self._capture: Capture
         self._built = False
         super().__init__(model.parameters() if params is None else params, dict(defaults))
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self._seed)
         self._rebuild()
-
-    @abstractmethod
-    def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
-        """Return the capture for these layers; raises `ValueError` if the settings of their groups contradict."""
 
     @abstractmethod
     def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
@@ -102,14 +96,6 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         """Update the targets; return the curvature used, and the number of steps taken with it before this one."""
 
     @abstractmethod
-    def _packed(self, curvature: C) -> dict[str, Any]:
-        """Return a curvature as nested dictionaries of tensors and numbers."""
-
-    @abstractmethod
-    def _unpacked(self, packed: Mapping[str, Any]) -> C:
-        """Return the curvature that `_packed` stored; raises `ValueError` if it belongs to another model."""
-
-    @abstractmethod
     def summary(self) -> Summary:
         """Return an entry for every parameter: its block, representation, kernels and bytes; printable as a table."""
 
@@ -118,12 +104,13 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         """Add a parameter group; its parameters take part from the next step on, which refreshes the curvature.
 
         Raises:
-            ValueError: a setting is out of range, or the group splits a layer's parameters; nothing has changed then.
+            ValueError: a setting is out of range, or does not fit the others of a block; nothing has changed then.
             TypeError: a setting has the wrong type; nothing has changed then.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         schedule, group["damping"] = schedule_of(group["damping"])
+        self._damping_schedules.append(schedule)
         try:
             check_parameters(self.param_groups)
             self._check_group(group, schedule)
@@ -132,10 +119,10 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
             check_group(group)
             if self._built:
                 self._rebuild()
-        except (TypeError, ValueError):
+        except Exception:
             self.param_groups.pop()
+            self._damping_schedules.pop()
             raise
-        self._damping_schedules.append(schedule)
 
     def _rebuild(self) -> None:
         """Find the layers of all parameters, and arm a capture for them: the next step refreshes the curvature."""
@@ -226,7 +213,11 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     def _rearm(self) -> None:
         """Drop the captured tensors, and attach the hooks if the next step refreshes, or else remove them."""
         self._capture.forget()
-        if self._refresh_is_due():
+        try:
+            due = self._refresh_is_due()
+        except Exception:
+            due = True  # this step is taken: the next one calls `refresh_every` again and raises, before it begins
+        if due:
             self._capture.arm()
         else:
             self._capture.disarm()
@@ -244,7 +235,14 @@ class CurvatureOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             parameter = layer.parameters[param_name]
             grad = parameter.grad
-            return None if grad is None else (parameter, self._momentum_of(parameter), grad)
+            if grad is None:
+                return None
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"the gradient of {layer.full_name_of(param_name)!r} is sparse, but a step needs dense ones: "
+                    "replace it by grad.to_dense()"
+                )
+            return parameter, self._momentum_of(parameter), grad
 
         trained, groups = trained_of(self._layers, tensors_of), self.param_groups
         return self._remembered.of(trained, groups, self._settings()), grads_of(trained, groups)

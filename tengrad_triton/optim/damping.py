@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
+
+from tengrad_triton.capture.blocks import LayerParams
 
 Schedule = Callable[[int], float]
 """A function from the number of steps taken so far to the damping."""
@@ -69,6 +71,43 @@ def schedule_of(damping: Any) -> tuple[DampingSchedule | None, Any]:
     if isinstance(schedule, LevenbergMarquardt):
         return schedule, schedule.start
     return (schedule, schedule) if callable(schedule) else (None, damping)
+
+
+def check_dampings(
+    blocks: Mapping[str, Sequence[str]],
+    layers: Sequence[LayerParams],
+    groups: Sequence[Mapping[str, Any]],
+    schedules: Sequence[DampingSchedule | None],
+) -> None:
+    """Raise unless all parameters of each block have the same damping, which is adapted alike where it is adapted.
+
+    All else may differ within a block: the block's F + α I has no other setting.
+
+    Args:
+        blocks: the names of the layers that are solved together, by the name of their block.
+        layers: of the optimizer.
+        groups: the optimizer's parameter groups, with the present dampings.
+        schedules: one of each group.
+    """
+    indices_of = {layer.name: set(layer.groups.values()) for layer in layers}
+    for block, names in blocks.items():
+        indices = sorted({index for name in names for index in indices_of[name]})
+        dampings = {groups[index]["damping"] for index in indices}
+        if len(dampings) > 1:
+            raise ValueError(
+                f"the parameters of block {block!r} are solved together and need one damping, got "
+                f"{', '.join(map(str, sorted(dampings)))}: give their parameter groups the same"
+            )
+        if len({_adaptation(groups[index], schedules[index]) for index in indices}) > 1:
+            raise ValueError(
+                f"the parameters of block {block!r} are solved together, but their groups' dampings are adapted in "
+                "different ways: give these groups the same damping='lm' and the same maximize"
+            )
+
+
+def _adaptation(group: Mapping[str, Any], schedule: DampingSchedule | None) -> tuple[LevenbergMarquardt, bool] | None:
+    """Return what the adaptation of a group's damping depends on; None where it is not adapted."""
+    return (schedule, bool(group["maximize"])) if isinstance(schedule, LevenbergMarquardt) else None
 
 
 def number_of(loss: Any) -> float:

@@ -22,6 +22,11 @@ from tengrad_triton.tuning.precision import within_damping
 
 Unsupported = Literal["explicit", "sgd", "error"]
 RepresentationChoice = Literal["auto"] | Representation | Mapping[str, Representation]
+PAPER: Mapping[str, Any] = {
+    "lr": 3e-3, "damping": 0.1, "relative_damping": False, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3,
+    "refresh_every": 100, "fisher": "sampled", "history": 1, "trust_region": None,
+}  # fmt: skip
+"""The paper's settings for 3C1F on Fashion-MNIST (appendix, table 6)."""
 _ALLOWED = {
     "fisher": FISHERS,
     "unsupported": ("explicit", "sgd", "error"),

@@ -28,6 +28,10 @@ class Reports:
         self._said: set[str] = set()
         self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over: what was said."""
+        return {**vars(self), "_checked": (None, None)}
+
     def uncovered(self, uncovered: Mapping[str, str]) -> None:
         """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.
 

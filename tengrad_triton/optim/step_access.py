@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.choices import Choice, OpsFor
 from tengrad_triton.curvature.refresh import failures_of
+from tengrad_triton.curvature.target import rate_indices
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.optim.options import Options
 from tengrad_triton.optim.tengrad import TENGraD
@@ -27,6 +28,13 @@ class StepAccess:
 
     def __init__(self, optimizer: TENGraD) -> None:
         self._optimizer = optimizer
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to copy a compiled step, whose code belongs to one model."""
+        raise TypeError(
+            "a compiled step is not copied: copy the model and the optimizer together, and call compile_train_step for "
+            "the copies"
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -87,9 +95,9 @@ class StepAccess:
         """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""
         return self._optimizer.choices()
 
-    def settings(self) -> list[Tensor]:
-        """Return each group's [lr, momentum, weight_decay, shrink], as a tensor that keeps its address."""
-        return self._optimizer._settings()
+    def settings_and_rates(self) -> tuple[list[Tensor], tuple[int, ...]]:
+        """Return each group's [lr, momentum, weight_decay, shrink], at a fixed address, and its `rate_indices`."""
+        return self._optimizer._settings(), rate_indices(self.groups)
 
     def momentum_of(self, parameter: Tensor) -> Tensor:
         """Return a parameter's momentum buffer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,19 @@ from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
-from tengrad_triton.curvature.choices import Backend, Choice, ops_for
+from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
 from tengrad_triton.curvature.step import predicted_change, step_
-from tengrad_triton.curvature.target import Target, fill_on_device
+from tengrad_triton.curvature.target import Target, fill_on_device, restored_on_error
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt, number_of
+from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt, check_dampings, number_of
 from tengrad_triton.optim.interval import Growing
-from tengrad_triton.optim.options import RepresentationChoice, Unsupported, validate
+from tengrad_triton.optim.options import PAPER, RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
-
-PAPER: Mapping[str, Any] = {
-    "lr": 3e-3, "damping": 0.1, "relative_damping": False, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3,
-    "refresh_every": 100, "fisher": "sampled", "history": 1, "trust_region": None,
-}  # fmt: skip
-"""The paper's settings for 3C1F on Fashion-MNIST (appendix, table 6)."""
 
 
 class TENGraD(CurvatureOptimizer[Curvature]):
@@ -54,7 +48,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             dimension of its inputs and its output.
         params: parameters or groups of them; all of the model's by default. Groups may have their own ``lr``,
             ``damping``, ``momentum``, ``nesterov``, ``spring``, ``weight_decay``, ``decoupled_weight_decay`` and
-            ``maximize``; a layer's parameters must share a group.
+            ``maximize``. A layer's parameters may be in different groups; those of one block need one ``damping``.
         lr: the learning rate, a number or a 0-dim tensor.
         damping: ε > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`), which adapts ε to how well the
             quadratic model predicted each refreshing step. ``"lm"`` needs ``step(closure)``, and evaluates the closure
@@ -115,6 +109,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     """
 
     state_key = "tengrad"
+    made_anew = ("_ops",)
 
     def __init__(
         self,
@@ -157,7 +152,6 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         )  # fmt: skip
         # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
-        self._ops = self._ops_for()
         self._release_calls = device.type != "cpu" or max_bytes < MAX_BYTES
         defaults = {
             "lr": lr, "damping": damping, "momentum": momentum, "nesterov": nesterov, "spring": spring,
@@ -181,23 +175,18 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
         o = self._options
         covered = [layer.name for layer in layers if layer.why_sgd is None]
-        self._check_dampings(fisher_blocks_of(o.blocks, layers, covered), layers)
+        blocks = fisher_blocks_of(o.blocks, layers, covered)
+        check_dampings(blocks, layers, self.param_groups, self._damping_schedules)
         captured = find_captured_layers(self._module, layers)
         options = CaptureOptions(
             o.fisher, o.likelihood, o.fisher_samples, o.output, o.verify, o.max_bytes, o.unsupported == "explicit"
         )
         return Capture(self.model, captured, options, self._generator, self._before_forward)
 
-    def _check_dampings(self, blocks: FisherBlocks, layers: Sequence[LayerParams]) -> None:
-        """Raise unless all layers of each block have the same damping."""
-        group_of = {layer.name: layer.group for layer in layers}
-        for block, names in blocks.items():
-            dampings = {self.param_groups[group_of[name]]["damping"] for name in names}
-            if len(dampings) > 1:
-                raise ValueError(
-                    f"the layers of block {block!r} are solved together and need one damping, got "
-                    f"{', '.join(map(str, sorted(dampings)))}: give their parameter groups the same"
-                )
+    @cached_property
+    def _ops(self) -> Ops:
+        """Return the ops without kernel overrides."""
+        return self._ops_for()
 
     @property
     def adapts(self) -> bool:
@@ -223,9 +212,12 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         if curvature is None or self._refresh_is_due():
             curvature, age = self._refreshed(), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
-        before = [target.parameter.clone() for target in targets] if self.adapts and age == 0 else []
-        step_(curvature, targets, grads, self._ops, self._options.trust_region)
-        if closure is not None and before:
+        if closure is None or age > 0 or not self.adapts:
+            step_(curvature, targets, grads, self._ops, self._options.trust_region)
+            return curvature, age
+        before = [target.parameter.clone() for target in targets]
+        with restored_on_error(targets):
+            step_(curvature, targets, grads, self._ops, self._options.trust_region)
             self._adapt(curvature, targets, grads, before, closure, loss)
         return curvature, age
 
@@ -242,8 +234,12 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         steps = [target.parameter - old for target, old in zip(targets, before, strict=True)]
         predicted = float(predicted_change(curvature, targets, grads, steps))
         self._capture.disarm()
-        with torch.enable_grad():
-            actual = number_of(closure()) - number_of(loss)
+        try:
+            with torch.enable_grad():
+                actual = number_of(closure()) - number_of(loss)
+        except Exception:
+            self._capture.arm()  # the refresh is still due
+            raise
         for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
             if isinstance(schedule, LevenbergMarquardt):
                 sign = -1 if group["maximize"] else 1
@@ -284,8 +280,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
-        self._check_dampings(blocks, self._layers)
-        group_of = {layer.name: layer.group for layer in self._layers}
+        check_dampings(blocks, self._layers, self.param_groups, self._damping_schedules)
+        group_of = {layer.name: next(iter(layer.groups.values())) for layer in self._layers}
         dampings = [self.param_groups[group_of[names[0]]]["damping"] for names in blocks.values()]
         return fill_on_device(dampings, self._generator.device)
 

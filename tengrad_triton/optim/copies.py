@@ -1,0 +1,163 @@
+"""Copies of an optimizer, by `copy.deepcopy`, `pickle` and `torch.save`: they train on as the original would.
+
+A copy has the curvature, its age, the momenta, the schedules, the state of the generator, and the warnings that were
+given. What belongs to the original's hooks and to its memory of addresses is made anew. As in `torch.optim`, gradients
+and the hooks on the optimizer are not copied. So a batch whose forward or backward was already run belongs to the
+original: the copy needs a forward and a backward of its own before its next step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.target import GroupSettings, RememberedTargets
+from tengrad_triton.optim.parameters import check_trained
+
+C = TypeVar("C")
+_COMPLETED = ("_capture", "_generator", "_curvature", "_group_settings", "_remembered")
+_HOOKS_OF_OPTIMIZERS = tuple(
+    f"_optimizer_{of}_{when}_hooks" for of in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
+)
+
+
+class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
+    """What a copy of an optimizer takes over, and what it makes anew. A subclass defines the curvature C."""
+
+    made_anew: ClassVar[tuple[str, ...]] = ()
+    """The attributes that a copy does not take over: each is computed again when it is first read."""
+
+    model: nn.Module
+    _module: nn.Module
+    _layers: list[LayerParams]
+    _capture: Capture
+    _generator: torch.Generator
+    _curvature: C | None
+
+    @abstractmethod
+    def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
+        """Return the capture for these layers; raises `ValueError` if the settings of their groups contradict."""
+
+    @abstractmethod
+    def _packed(self, curvature: C) -> dict[str, Any]:
+        """Return a curvature as nested dictionaries of tensors and numbers."""
+
+    @abstractmethod
+    def _unpacked(self, packed: Mapping[str, Any]) -> C:
+        """Return the curvature that `_packed` stored; raises `ValueError` if it belongs to another model."""
+
+    def _forget_addresses(self) -> None:
+        """Forget what steps remember of the parameters' addresses."""
+        self._group_settings: dict[int, GroupSettings] = {}
+        self._remembered = RememberedTargets(check_trained)
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over, its model included. The optimizer itself stays as it is."""
+        left_out = {
+            *_COMPLETED,
+            *self.made_anew,
+            *_HOOKS_OF_OPTIMIZERS,
+            "step",
+        }  # schedulers put a `step` on the object
+        copied = {
+            "armed": self._capture.armed,
+            "device": str(self._device_of_parameters()),
+            "generator": (str(self._generator.device), self._generator.get_state()),
+            "curvature": None if self._curvature is None else _without_shared_storage(self._packed(self._curvature)),
+        }
+        return {**{name: x for name, x in vars(self).items() if name not in left_out}, "_copied": copied}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the copy that `__getstate__` described; torch's `load_state_dict` gives only groups and momenta.
+
+        A model that contains its optimizer is not whole yet when its optimizer is copied. Then the copy is completed
+        when something of it is first used, such as `zero_grad`.
+
+        Raises:
+            RuntimeError: the copy is loaded onto another type of device.
+        """
+        super().__setstate__(state)
+        if "_copied" in state and _is_whole(self._module):
+            self._complete()
+
+    if not TYPE_CHECKING:  # it would hide misspelt attributes
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _COMPLETED and "_copied" in vars(self):
+                self._complete()
+                return getattr(self, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _complete(self) -> None:
+        """Make anew what `__getstate__` has left out."""
+        copied, device = vars(self).pop("_copied"), self._device_of_parameters()
+        if device.type != torch.device(copied["device"]).type:
+            raise RuntimeError(
+                f"an optimizer that was copied on {copied['device']} cannot go on on {device}, which has other random "
+                "numbers and kernels: make a new optimizer, or load it without map_location"
+            )
+        _remove_inert_hooks(self.model)
+        self._forget_addresses()
+        name, generator_state = copied["generator"]
+        self._generator = torch.Generator(name)
+        self._generator.set_state(generator_state.cpu())
+        self._curvature = None if copied["curvature"] is None else self._unpacked(copied["curvature"])
+        self._capture = self._new_capture(self._layers)
+        if copied["armed"]:
+            self._capture.arm()
+
+    def _device_of_parameters(self) -> torch.device:
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+
+
+def _without_shared_storage(packed: Any) -> Any:
+    """Return nested tensors, each with a storage of its own: plain pickle writes the whole storage of every view."""
+    if isinstance(packed, Mapping):
+        return {key: _without_shared_storage(value) for key, value in packed.items()}
+    if isinstance(packed, list):
+        return [_without_shared_storage(value) for value in packed]
+    is_part = isinstance(packed, Tensor) and packed.untyped_storage().nbytes() > packed.nbytes
+    return packed.clone() if is_part else packed
+
+
+def _is_whole(model: nn.Module) -> bool:
+    """Whether all modules of a model are copied already."""
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if "_modules" not in vars(module):
+            return False
+        waiting += [child for child in vars(module)["_modules"].values() if child is not None]
+    return True
+
+
+def _hooks_of(module: nn.Module) -> Iterator[dict[int, Any]]:
+    for name, hooks in vars(module).items():
+        if name.endswith("_hooks") and isinstance(hooks, dict):
+            yield hooks
+
+
+def _remove_inert_hooks(model: nn.Module) -> None:
+    """Remove what the hooks of `Capture` became in a copy of the model, so that copies of copies do not gather them.
+
+    The next hook that is added gets a number above those of the hooks that came with the model. Without that, torch
+    could give it the number of such a hook, and drop that one, where the model was unpickled in another process.
+    """
+    most = -1
+    for hooks in (hooks for module in model.modules() for hooks in _hooks_of(module)):
+        for number, hook in list(hooks.items()):
+            most = max(most, number)
+            if isinstance(getattr(hook, "__self__", None), contextlib.nullcontext):
+                del hooks[number]
+    RemovableHandle.next_id = max(RemovableHandle.next_id, most + 1)
