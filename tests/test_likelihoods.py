@@ -267,6 +267,7 @@ def test_what_was_said_reaches_the_fisher_matrix():
     assert (j_NK.mT @ j_NK / optimizer._curvature.rows - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:the loss is not that of the likelihood")  # which knows weights that it has not
 @pytest.mark.parametrize("name", ["target", "sample_weight"])
 def test_a_compiled_step_sees_what_is_said_after_it_was_compiled(name):
     """Said, and then taken back: the refresh is the plain one exactly while something is set."""

@@ -63,7 +63,7 @@ class ThroughOutput:
 
     def _arrival(self, key: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if grads[0] is not None and not self._own.is_set:
+            if grads[0] is not None and not grads[0].is_sparse and not self._own.is_set:
                 self._arrived[key] = grads[0].detach().clone()  # what accumulates it may write to it
 
         return hook

@@ -235,17 +235,17 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             parameter = layer.parameters[param_name]
             grad = parameter.grad
-            if grad is None:
-                return None
+            return None if grad is None else (parameter, self._momentum_of(parameter), grad)
+
+        trained, groups = trained_of(self._layers, tensors_of), self.param_groups
+        targets = self._remembered.of(trained, groups, self._settings())
+        for layer, param_name, (_, _, grad) in trained:
             if grad.layout != torch.strided:
                 raise RuntimeError(
                     f"the gradient of {layer.full_name_of(param_name)!r} is sparse, but a step needs dense ones: "
                     "replace it by grad.to_dense()"
                 )
-            return parameter, self._momentum_of(parameter), grad
-
-        trained, groups = trained_of(self._layers, tensors_of), self.param_groups
-        return self._remembered.of(trained, groups, self._settings()), grads_of(trained, groups)
+        return targets, grads_of(trained, groups)
 
     def _settings(self) -> list[Tensor]:
         """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""

@@ -75,8 +75,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             and ``nll(output, target)``, and ``hessian_factor(output)`` for the exact Fisher matrix; the empirical one
             needs none.
         fisher_samples: the number of labels drawn for each sample.
-        fisher_rows: the most rows that a refresh uses. If there are more, this number of them is drawn at random, so F
-            is unbiased.
+        fisher_rows: the most rows that a refresh uses: so many of them are drawn at random, and F is unbiased.
         history: the number of refreshes whose rows are kept; F is the mean over all of them.
         blocks: ``"layer"``, a block for the parameters that each module owns directly; ``"network"``, one for all
             parameters; or lists of modules' names, a block for each list.
@@ -93,11 +92,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             output gradients of the exact Fisher matrix, and the rows of each parameter without a rule.
         tol: the largest relative error α ‖Δd‖ / ‖∇L‖ of a ``"compressed"`` J (M7).
         seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
-        output: the part of what the model returns that the likelihood sees: a function of it, a key or an index. By
-            default ``logits``, or the only tensor with a batch, where the model returns several things.
-        verify: when rows are compared with autograd, by one more backward pass: ``"change"``, at the first refresh, at
-            some later ones and whenever the model has changed; ``"always"``; or ``"never"``. Where they differ, one
-            backward pass for each sample finds them.
+        output: the part of the model's output that the likelihood sees: a function of it, a key or an index. By default
+            ``logits``, or the only tensor with a batch.
+        verify: when a further backward pass compares rows with autograd: ``"change"`` (at the first refresh, at some
+            later ones and whenever the model has changed), ``"always"`` or ``"never"``.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message says which, and what was expected.

@@ -144,7 +144,7 @@ def _size_of(calls: Sequence[LayerCall]) -> Tensor:
 
 def _agrees(own: _Sum, grad: Tensor) -> bool:
     """Whether the two agree within rounding errors, which differ between two ways to add the same numbers up."""
-    expected = matrix_view(grad).flatten()
+    expected = matrix_view(grad.to_dense() if grad.is_sparse else grad).flatten()
     if not torch.isfinite(expected).all():
         return True  # nothing can be said; the step itself will not use such rows
     eps = _precision(max(own.dtype, grad.dtype, key=lambda one: torch.finfo(one).eps), grad.device)
