@@ -86,7 +86,17 @@ def dense_steps(blocks, rows, grads):
 
 
 def check_steps(
-    make, batches, fisher, *, loss=F.cross_entropy, call=None, see=None, before=None, likelihood=None, **options
+    make,
+    batches,
+    fisher,
+    *,
+    loss=F.cross_entropy,
+    call=None,
+    see=None,
+    before=None,
+    likelihood=None,
+    mixes=False,
+    **options,
 ):
     """Take a step for each batch; every parameter's has to be that of the dense solve with rows through the graph.
 
@@ -95,14 +105,13 @@ def check_steps(
         batches: pairs of the model's input and a target.
         fisher: which rows.
         loss: of what the model returns and a target.
-        call: how the loop calls the model; by default ``model(x)``.
         see: from what the model returns to the tensor that the likelihood sees; by default all of it.
         before: called with the model, the optimizer and the number of the step before each forward.
-        likelihood: a name; by default categorical.
+        likelihood: a name.
+        mixes: whether rows go through the statistics of batch norms.
         options: of the optimizer.
     """
-    likelihood, see = likelihood or "categorical", see or (lambda output: output)
-    call = call or (lambda model, x: model(x))
+    see = see or (lambda output: output)
     torch.manual_seed(0)
     model = make().double()
     optimizer, drawn = optimizer_of(model, fisher, likelihood, **options)
@@ -112,24 +121,35 @@ def check_steps(
         optimizer.zero_grad()
         drawn.targets.clear()
         state = torch.get_rng_state()
-        loss(call(model, x), y).backward()
+        loss(model(x), y).backward()
         torch.set_rng_state(state)
         grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         old = {name: p.detach().clone() for name, p in model.named_parameters()}
-        detached = any(isinstance(module, _BatchNorm) for module in model.modules())
+        detached = not mixes and any(isinstance(module, _BatchNorm) for module in model.modules())
         with unseen(optimizer), batch_statistics(model, x) if detached else nullcontext():
-            output = call(model, x)
+            output = model(x)
             seen = see(output)
             seen = [seen] if isinstance(seen, torch.Tensor) else list(seen)
             target = drawn.targets[0] if drawn.targets else None
-            cotangents = cotangents_of(fisher, seen, loss(output, y), likelihood_of(likelihood), target, len(seen[0]))
+            total = loss(output, y)
+            if fisher == "empirical" and isinstance(output, torch.Tensor):  # what is seen may be a view of it
+                cotangents = [[len(seen[0]) * see(torch.autograd.grad(total, output, retain_graph=True)[0])]]
+            else:
+                cotangents = cotangents_of(fisher, seen, total, likelihood_of(likelihood), target, len(seen[0]))
             rows = {name: j for name, j in rows_of_graph(model, seen, cotangents).items() if name in grads}
         optimizer.step()
         blocks = [list(rows)] if options.get("blocks") == "network" else blocks_of(model)
-        for name, expected in dense_steps(blocks, rows, grads).items():
-            actual = (old[name] - model.get_parameter(name).detach()).flatten()
-            error = ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-            assert error < 1e-9, f"step {number}, {name}: relative error {error:.1e}"
+        assert_steps(model, old, dense_steps(blocks, rows, grads), f"step {number}")
+
+
+def assert_steps(model, old, steps, when):
+    """Raise unless every parameter has moved by its step, from ``old``, within 1e-9 of the step's own norm."""
+    whole = torch.cat(list(steps.values())).norm()
+    for name, expected in steps.items():
+        actual = (old[name] - model.get_parameter(name).detach()).flatten()
+        # A gradient that is zero but for rounding errors has no relative precision.
+        error = ((actual - expected).norm() / torch.maximum(expected.norm(), 1e-6 * whole)).item()
+        assert error < 1e-9, f"{when}, {name}: relative error {error:.1e}"
 
 
 def unseen(optimizer):

@@ -74,6 +74,7 @@ class Capture:
     Attributes:
         layers: the argument ``layers``.
         through_output: whether the caller's gradient came through the model's output only.
+        loss_scale: the number that a `GradScaler` has multiplied the caller's loss by; None if it is not known.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Capture:
     ) -> None:
         self._model, self._module = model, getattr(model, "_orig_mod", model)
         self.layers, self._options = layers, options
+        self.loss_scale: float | None = 1.0
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags.own)
@@ -158,6 +160,7 @@ class Capture:
     def forget(self) -> None:
         """Forget what was recorded; the records are emptied, because a graph may still hold them."""
         self._counted.forget()
+        self._attribution.refresh += 1
 
     def check_counted(self) -> None:
         """Forget the records whose gradients were cleared since.
@@ -179,23 +182,28 @@ class Capture:
 
         Only forwards whose rows are compared with autograd show it.
         """
-        if self._options.fisher == "empirical":
+        if self._options.fisher == "empirical" or self.loss_scale is None:
             return None
         samples = sum(record.samples for record in self.records if not record.is_extra)
         for record in self.records:
             if record.seen is not None and record.cotangents is not None and record.cotangents[0] is not None:
-                why = why_loss_differs(*record.seen, record.cotangents[0] * samples)
+                why = why_loss_differs(*record.seen, record.cotangents[0] * (samples / self.loss_scale))
                 if why is not None:
                     return why
         return None
 
     @property
-    def scale(self) -> int:
+    def reads_loss(self) -> bool:
+        """Whether the rows of the recorded batches are derivatives of the caller's loss."""
+        return self._options.fisher == "empirical" and bool(self.records)
+
+    @property
+    def scale(self) -> float:
         """Return the number by which to multiply the output gradients to get those of each sample's own loss.
 
         The caller's loss is a mean. So for the empirical Fisher this is the number of samples of all forwards together.
         """
-        return sum(record.samples for record in self.records) if self._options.fisher == "empirical" else 1
+        return sum(record.samples for record in self.records) / (self.loss_scale or 1.0) if self.reads_loss else 1
 
     # The hooks, in the order in which they are called
 
@@ -269,8 +277,7 @@ class Capture:
         trained = self._attribution.trained()
         self._counted.reached(record, trained, record.undo())
         grads = [None if grad is None else grad.detach() for grad in grads]
-        if record.proves:
-            self.through_output.reached(record, results, grads, trained)
+        self.through_output.reached(record, results, grads, trained)
         is_empirical = self._options.fisher == "empirical"
         if record.own_pass or (record.proves and not is_empirical):
             with self._flags.own.set():

@@ -81,7 +81,7 @@ class LayerCall:
             return self.call
         return self._samples_first(tensors[0])
 
-    def scaled_grads(self, scale: int) -> Tensor | list[Tensor | None]:
+    def scaled_grads(self, scale: float) -> Tensor | list[Tensor | None]:
         """Return the output gradients times ``scale`` as the layer's rule expects them: one tensor, or a list."""
         grads = self.output_grads
         if scale != 1:
@@ -108,14 +108,16 @@ class Findings:
     Attributes:
         refuted: for each parameter whose rows autograd contradicted, by id, the reason.
         only_by_graph: the ids of parameters whose rows running the model again does not give.
-        forwards: how many such forwards there were.
+        refreshes: in how many refreshes there were such forwards.
+        last: the number of the last of these refreshes.
         all_through_output: whether the gradient of the caller's loss reached the parameters through the model's output
             only; None before a backward has shown it.
     """
 
     refuted: dict[int, str] = field(default_factory=dict)
     only_by_graph: set[int] = field(default_factory=set)
-    forwards: int = 0
+    refreshes: int = 0
+    last: int = -1
     all_through_output: bool | None = None
 
 

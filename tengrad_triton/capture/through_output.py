@@ -33,11 +33,18 @@ class ThroughOutput:
         self._handles: list[RemovableHandle] = []
         self._findings: list[Findings] = []
         self._parameters: dict[int, Tensor] = {}
+        self._pass = self._incomplete = -1
 
     def reached(
         self, record: Record, results: Sequence[Tensor], grads: Cotangents, parameters: Sequence[Tensor]
     ) -> None:
-        """Find what goes through the output of one forward, and compare when the caller's backward pass ends."""
+        """Find what goes through the output of one forward, and compare when the caller's backward pass ends.
+
+        Nothing is compared if the pass goes through a forward whose rows are not compared with autograd either.
+        """
+        if not record.proves:
+            self._incomplete = torch._C._current_graph_task_id()
+            return
         # A user's hook on a parameter changes its gradient; what arrives before it cannot be seen.
         parameters = [p for p in parameters if not p._backward_hooks]
         pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
@@ -47,6 +54,7 @@ class ThroughOutput:
         with self._own.set(), torch.no_grad():
             through = torch.autograd.grad(starts, parameters, cotangents, retain_graph=True, allow_unused=True)
         if not self._findings:
+            self._pass = torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._compare)
         self._findings.append(record.findings)
         for p, grad in zip(parameters, through, strict=True):
@@ -69,6 +77,9 @@ class ThroughOutput:
         return hook
 
     def _compare(self) -> None:
+        if self._incomplete == self._pass:  # a part of what arrived is that of a forward that is not checked
+            self._clear_pass()
+            return
         size = sum(float(grad.double().norm()) for grad in self._arrived.values())
         beside = [key for key, grad in self._arrived.items() if _differs(grad, self._expected[key], size)]
         self._beside += [self._parameters[key] for key in beside]

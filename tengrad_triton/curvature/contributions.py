@@ -160,8 +160,9 @@ def _unshared(x: Inputs, batch_storages: Collection[int]) -> Inputs:
 
 
 def _is_idle(parameters: Mapping[str, Tensor], capture: Capture) -> bool:
-    """Whether no forward used any of the parameters."""
-    return all(id(p) in record.unused for p in parameters.values() for record in capture.records)
+    """Whether no forward used any of the parameters, or none of them has a gradient."""
+    unused = all(id(p) in record.unused for p in parameters.values() for record in capture.records)
+    return unused or all(p.grad is None for p in parameters.values())
 
 
 def _add_zero_rows(parameter: Tensor, batches: Sequence[ById], records: Sequence[Record]) -> None:

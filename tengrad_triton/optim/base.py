@@ -18,6 +18,8 @@ from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, fin
 from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
 from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
+from tengrad_triton.optim.interval import interval_at
+from tengrad_triton.optim.loss_scale import unscale_
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.parameters import check_parameters
 from tengrad_triton.optim.reports import Reports
@@ -44,6 +46,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         seed: the seed of the generator that draws labels; torch's initial seed by default.
     """
 
+    _step_supports_amp_scaling = True  # a `GradScaler` leaves the scale to the step (`loss_scale.py`)
     state_key: ClassVar[str]
     """The key under which `state_dict` keeps the curvature."""
 
@@ -187,6 +190,8 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not unscale_(self, self._capture):
+            return loss
         targets, grads = self._targets()
         if targets:
             self._advance(*self._take_step(targets, grads, closure, loss))
@@ -199,16 +204,9 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._curvature, self._age, self._steps = curvature, age + 1, self._steps + 1
         self._rearm()
 
-    def _present_interval(self) -> int:
-        """Return ``refresh_every``, evaluated at the present step if it is a function."""
-        every = self.refresh_every
-        if callable(every):
-            check_refresh_every(every := every(self._steps))
-        return every
-
     def _curvature_is_outdated(self) -> bool:
         """Whether there is no curvature, or the present interval of steps was taken with it."""
-        return self._curvature is None or self._age >= self._present_interval()
+        return self._curvature is None or self._age >= interval_at(self.refresh_every, self._steps)
 
     def _rearm(self) -> None:
         """Drop the captured tensors, and attach the hooks if the next step refreshes, or else remove them."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from tengrad_triton.optim.validation import check_refresh_every
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,12 @@ class Growing:
             if not refreshed or step - refreshed[-1] >= self(step):
                 refreshed.append(step)
         return refreshed
+
+
+def interval_at(refresh_every: int | Callable[[int], int], step: int) -> int:
+    """Return ``refresh_every``, evaluated at a step if it is a function."""
+    if not callable(refresh_every):
+        return refresh_every
+    every = refresh_every(step)
+    check_refresh_every(every)
+    return every

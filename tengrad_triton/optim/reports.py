@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.options import Unsupported
@@ -48,19 +48,21 @@ class Reports:
         warnings.warn(f"no exact rows for {listed}: their parameters take the SGD step", stacklevel=_STEP_DEPTH)
 
     def idle(self, layers: Sequence[LayerParams], targets: Sequence[Target], curvature: Any, known: Any) -> None:
-        """Warn once about each layer that has a gradient now, but had no part in the last refresh.
+        """Warn once about each parameter that has a gradient now, but had no part in the last refresh.
 
         Args:
             layers: of the optimizer.
             targets: the parameters to update.
             curvature: the present curvature. Nothing is checked as long as it and the targets are the same.
-            known: the names of the layers that it covers.
+            known: by the names of the layers that it covers, the names of their parameters.
         """
         if self._checked[0] is targets and self._checked[1] is curvature:
             return
         self._checked = (targets, curvature)
         covered: Collection[str] = {layer.name for layer in layers if layer.why_sgd is None} - self._said
-        idle = dict.fromkeys(t.layer for t in targets if t.layer in covered and t.layer not in known)
+        missing = [t for t in targets if t.layer in covered and t.param_name not in known.get(t.layer, ())]
+        names = (full_name(t.layer, t.param_name) if t.layer in known else t.layer for t in missing)
+        idle = [name for name in dict.fromkeys(names) if name not in self._said]
         if idle:
             self._said.update(idle)
             listed = ", ".join(name or "the model" for name in idle)

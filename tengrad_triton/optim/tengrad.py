@@ -25,7 +25,7 @@ from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
 from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt, check_dampings, number_of
-from tengrad_triton.optim.interval import Growing
+from tengrad_triton.optim.interval import Growing, interval_at
 from tengrad_triton.optim.options import PAPER, RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
@@ -257,7 +257,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def _refreshed(self) -> Curvature:
         """Return the curvature of the batches since the last step."""
         o, every = self._options, self.refresh_every
-        steps = every.most if isinstance(every, Growing) else self._present_interval()
+        steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
         self._follow_schedules()
         options = RefreshOptions(
             fisher_rows=o.fisher_rows,

@@ -34,11 +34,15 @@ class Attribution:
         layers: the captured layers, by name.
         max_parameter_bytes: the most bytes that the rows of one parameter without a rule may take.
         verify: when rows are compared with autograd.
+
+    Attributes:
+        refresh: the number of the present refresh.
     """
 
     def __init__(self, layers: Mapping[str, CapturedLayer], max_parameter_bytes: float, verify: Verify) -> None:
         self._max_parameter_bytes, self._verify = max_parameter_bytes, verify
         self._findings: dict[Any, Findings] = {}
+        self.refresh = 0
         self.follow(layers)
 
     def follow(self, layers: Mapping[str, CapturedLayer]) -> None:
@@ -98,18 +102,19 @@ class Attribution:
         if key not in self._findings and len(self._findings) == _MOST_STRUCTURES:
             self._findings.pop(next(iter(self._findings)))
         findings = self._findings.setdefault(key, Findings())
-        findings.forwards += 1
+        if findings.last != self.refresh:  # all forwards of a refresh are treated alike
+            findings.refreshes, findings.last = findings.refreshes + 1, self.refresh
         return findings
 
     def _proves(self, findings: Findings, walk: GraphWalk) -> bool:
         """Whether the rows of this forward are compared with autograd.
 
         A gate that begins at zero shows only in later forwards which samples it mixes, so the comparison is repeated in
-        the 2nd, 8th, 64th, … forward of the same structure. An index can route samples differently each time.
+        the 2nd, 8th, 64th, … refresh with the same structure. An index can route samples differently each time.
         """
         if self._verify != "change":
             return self._verify == "always"
-        count = findings.forwards
+        count = findings.refreshes
         return walk.routes_samples or count <= 2 or (count.bit_count() == 1 and count.bit_length() % 3 == 1)
 
     def unattributed(self, record: Record) -> list[Tensor]:

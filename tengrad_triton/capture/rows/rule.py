@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.capture.blocks import CapturedLayer, full_name
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.kernels.dispatch import widen
-from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads, canonical
+from tengrad_triton.layers import Call, Contribution, Inputs, OuterProducts, PerSampleGrads, canonical
 
 ById = dict[int, list[Contribution]]
 """What the calls of one micro-batch contribute to each parameter, by the parameter's id."""
@@ -23,7 +23,7 @@ Pairs = Sequence[tuple[Any, Any]]
 """The input and the output gradients of each call of a layer."""
 
 
-def pairs_of_calls(name: str, calls: Sequence[LayerCall], scale: int) -> Pairs:
+def pairs_of_calls(name: str, calls: Sequence[LayerCall], scale: float) -> Pairs:
     """Return what the rule of the layer ``name`` gets for its calls, with the output gradients times ``scale``."""
     return [(call.inputs(name), call.scaled_grads(scale)) for call in calls if call.has_grads]
 
@@ -63,6 +63,13 @@ def contributions_of(
 def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
     """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if its sizes are wrong."""
     rule = f"the rule for {type(layer).__name__}"
+    if isinstance(one, OuterProducts) and isinstance(one.a, Tensor):
+        if not 2 <= one.a.dim() <= 4 or not 2 <= one.g_NGPO.dim() <= 4:
+            sizes = f"{tuple(one.a.shape)} and {tuple(one.g_NGPO.shape)}"
+            raise ValueError(
+                f"{rule} returned OuterProducts of {sizes} for {name!r}: expected [N, G, P, I], [N, G, P, O]"
+            )
+        one = OuterProducts(_with_groups_and_positions(one.a), _with_groups_and_positions(one.g_NGPO))
     if one.entries != parameter.numel():
         raise ValueError(
             f"{rule} returned rows of {one.entries} entries for {name!r}, which has {parameter.numel()} entries"
@@ -70,6 +77,11 @@ def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Modul
     if one.samples != samples:
         raise ValueError(f"{rule} returned {one.samples} rows for {name!r}, but the batch has {samples} samples")
     return PerSampleGrads(one.j_NK.reshape(-1, *parameter.shape)) if isinstance(one, PerSampleGrads) else one
+
+
+def _with_groups_and_positions(x: Tensor) -> Tensor:
+    """Return [N, I] or [N, P, I] as [N, G, P, I], with one group, and one position where there is none."""
+    return x if x.dim() == 4 else x.reshape(len(x), 1, -1, x.shape[-1])
 
 
 def _wide_enough(x: Inputs, output_grads: Any, takes_half_precision: bool) -> tuple[Inputs, Any]:
