@@ -94,7 +94,7 @@ def check_steps(
     call=None,
     see=None,
     before=None,
-    likelihood=None,
+    likelihood="categorical",
     mixes=False,
     **options,
 ):

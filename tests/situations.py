@@ -329,7 +329,7 @@ def page():
         "",
         "# What people bring",
         "",
-        'Each line is tested (`tests/test_situations.py`). "Exact" means that every step is within 1e-9 of a dense solve',
+        'Each line is tested (`tests/test_situations.py`). "Exact" means that a step is within 1e-9 of a dense solve',
         "in float64, with a row of J from one backward pass for each sample through autograd's graph.",
     ]
     for kind, rows in SITUATIONS.items():
