@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from perf.baseline import PaperNGD
 from tengrad_triton import TENGraD, compile_train_step
+from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.compiled.static_buffers import mark_static
 from tengrad_triton.kernels import update_
 from tengrad_triton.optim.interval import Growing
@@ -48,11 +49,10 @@ class TimedInterval(Growing):
         return self.steps
 
 
-def tengrad(model: nn.Module, refresh_every: int, max_bytes: int = MAX_BYTES) -> TENGraD:
+def tengrad(model: nn.Module, refresh_every: int, max_bytes: int = MAX_BYTES, verify: Verify = "change") -> TENGraD:
     """Return TENGraD with the paper's settings, except for the interval between refreshes."""
-    return TENGraD.paper(
-        model, refresh_every=TimedInterval(steps=refresh_every), seed=0, max_bytes=max_bytes, **SETTINGS
-    )
+    interval = TimedInterval(steps=refresh_every)
+    return TENGraD.paper(model, refresh_every=interval, seed=0, max_bytes=max_bytes, verify=verify, **SETTINGS)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:

@@ -77,6 +77,9 @@ and samples that torch's own operations, which run on the CPU, take little more 
 fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
 thread; in most steps gradients have other addresses than before, as a CPU's allocator gives them."""
 
+PROOF_NOTE = """Refreshes that compare rows with autograd (`verify=`), and steps that reuse J, over those with
+`verify="never"`. `change` is a refresh with nothing new, which compares none. The first refresh has no warm-up."""
+
 
 def generate(results: Path, page: Path) -> None:
     """Write the page and its figures."""
@@ -106,6 +109,7 @@ def section(device: Device, folder: Path) -> Iterator[str]:
     for part in gpu_page.parts(device):
         yield from _part(part.title, part.note, part.titles, part.lines)
     yield from _part("The host's share", HOST_NOTE, _HOST, _host(device))
+    yield from _part("The proof of rows", PROOF_NOTE, _PROOF, _proof(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
     yield from _part("Layers", LAYERS_NOTE, _LAYERS, _layers(device))
     yield from _part("Memory", MEMORY_NOTE[kind] + MEMORY_LIMIT, _MEMORY, _memory(device))
@@ -199,6 +203,18 @@ def _host(device: Device) -> Iterator[Sequence[str]]:
         ratios = (f"{case[name]:.2f}" for name in ("reuse_over_sgd", "bounded_over_sgd"))
         what = case["model"], str(case["parameters"]), medians["sgd"]
         yield *what, *ratios, medians["reuse, optimizer"], str(case["launches"])
+
+
+_PROOF = ("model", "N", "refresh, ms", "change", "always", "reuse, change", "first refresh, ms", "with the proof, ms")
+
+
+def _proof(device: Device) -> Iterator[Sequence[str]]:
+    for case in device.cases("proof"):
+        over, first = case["over_never"], case["first_seconds"]
+        ratios = (f"{over[name]:.3f}" for name in ("refresh, change", "refresh, always", "reuse, change"))
+        refresh = _ms(case["seconds"]["refresh, never"]["median"])
+        firsts = (_ms(first[f"first refresh, {verify}"]) for verify in ("never", "change"))
+        yield case["model"], str(case["samples"]), refresh, *ratios, *firsts
 
 
 _MEMORY = ("model", "N", "J within, MiB", "SGD, MiB", "TENGraD, MiB", "ratio")

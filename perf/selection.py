@@ -13,6 +13,7 @@ from perf.layers import LAYERS, LayerCase
 from perf.loops import Mode
 from perf.memory import MemoryCase
 from perf.optimizers import OptimizerCase
+from perf.proof import ProofCase
 from perf.scaling import ScalingCase
 from perf.sizes import Scale
 from perf.steps import StepCase
@@ -44,11 +45,12 @@ class Selection:
         return replace(self, suites={**self.suites, "steps": steps})
 
 
-SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "steps")
+SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "proof", "steps")
 BUDGET = 600 * 2**20
 """Bytes for J of WRN-28-4 at N = 128: about the least with which its steps are exact."""
 _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN-28-4", 128, BUDGET)]
 _HOST = [HostCase(model, 300) for model in ("3C1F", "MLP", "WRN-28-4", "ResNet-18")]
+_PROOF = [ProofCase(model, 128, 9) for model in ("3C1F", "ResNet-18")]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 
 QUICK = Selection(
@@ -65,6 +67,7 @@ QUICK = Selection(
         "memory": [MemoryCase("tiny 3C1F", 8)],
         "layers": [LayerCase("Conv2d, depthwise", 4, 2), LayerCase("tied embedding and head", 4, 2)],
         "host": [HostCase("MLP", 10)],
+        "proof": [ProofCase("tiny 3C1F", 8, 3)],
     },
 )
 
@@ -102,6 +105,7 @@ CPU = Selection(
         "memory": _MEMORY,
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
+        "proof": _PROOF,
     },
     skipped={
         "steps": {f"{model}, N = 512": _MINUTES for model in ("ResNet-18", "WRN-28-4")}
@@ -139,6 +143,7 @@ GPU = Selection(
         "memory": _MEMORY,
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
+        "proof": _PROOF,
     },
     skipped={"optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix, of three"}},
 )

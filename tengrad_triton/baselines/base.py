@@ -132,7 +132,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
 
         One warning names all other parameters that have gradients.
         """
-        self._reports.loss(self._capture, self._module)
+        self._reports.refreshes(self._capture, self._module)
         with phase("capture"):
             contributions, missing = gather(self._layers, self._capture, release_calls=False)
         known = [] if self._curvature is None else list(self._curvature.layers)

@@ -21,16 +21,20 @@ class Reports:
 
     Args:
         unsupported: whether layers without rows are warned of or refused.
+
+    Attributes:
+        apart: for each parameter whose rows at the last refresh did not follow from calls of its layers, by id, why.
     """
 
     def __init__(self, unsupported: Unsupported) -> None:
         self._unsupported = unsupported
         self._said: set[str] = set()
         self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
+        self.apart: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes over: what was said."""
-        return {**vars(self), "_checked": (None, None)}
+        return {**vars(self), "_checked": (None, None), "apart": {}}
 
     def uncovered(self, uncovered: Mapping[str, str]) -> None:
         """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.
@@ -72,8 +76,9 @@ class Reports:
                 stacklevel=_STEP_DEPTH - 1,
             )
 
-    def loss(self, capture: Capture, model: nn.Module) -> None:
-        """Warn once of each way in which the loss of the captured batches is not the one that the rows are of."""
+    def refreshes(self, capture: Capture, model: nn.Module) -> None:
+        """Note what is apart, and warn once of each way in which the caller's loss is not the one of the rows."""
+        self.apart = {key: why for record in capture.records for key, why in record.unattributed.items()}
         if beside := capture.through_output.take():
             names = {id(p): name for name, p in model.named_parameters()}
             listed = ", ".join(names.get(id(p), "?") for p in beside[:3]) + (", …" if len(beside) > 3 else "")

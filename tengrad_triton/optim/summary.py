@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
@@ -60,9 +60,12 @@ class Summary:
         return "\n".join(text)
 
 
-def summarize(layers: Sequence[LayerParams], curvature: Curvature | None) -> Summary:
-    """Return the summary of ``layers`` with the present curvature, which is None before the first refresh."""
-    entries = tuple(_entry(layer, param_name, curvature) for layer in layers for param_name in layer.parameters)
+def summarize(layers: Sequence[LayerParams], curvature: Curvature | None, apart: Mapping[int, str]) -> Summary:
+    """Return the summary of ``layers`` with the present curvature, which is None before the first refresh.
+
+    ``apart`` has, by the parameter's id, why rows do not follow from calls of the parameter's layers.
+    """
+    entries = tuple(_entry(layer, param_name, curvature, apart) for layer in layers for param_name in layer.parameters)
     return Summary(entries, 0 if curvature is None else int(curvature.failures_L.sum()))
 
 
@@ -81,7 +84,9 @@ def sgd_entry(parameter: str, shape: tuple[int, ...], why: str) -> ParameterSumm
     return ParameterSummary(parameter, shape, "-", f"sgd ({why})", "update_", 0)
 
 
-def _entry(layer: LayerParams, param_name: str, curvature: Curvature | None) -> ParameterSummary:
+def _entry(
+    layer: LayerParams, param_name: str, curvature: Curvature | None, apart: Mapping[int, str]
+) -> ParameterSummary:
     name, shape = layer.full_name_of(param_name), tuple(layer.parameters[param_name].shape)
     if layer.why_sgd is not None:
         return sgd_entry(name, shape, layer.why_sgd)
@@ -92,7 +97,11 @@ def _entry(layer: LayerParams, param_name: str, curvature: Curvature | None) -> 
         return sgd_entry(name, shape, "not part of the last refresh")
     block = next(block for block, names in curvature.blocks.items() if layer.name in names)
     reduced = isinstance(jacobian, PerSample) and jacobian.row_kind == "parameters"
-    notes = (summary_note(layer.layer), "as many rows as parameters" if reduced else "")
+    why = apart.get(id(layer.parameters[param_name]))
+    notes = (
+        f"by the graph ({why})" if why else summary_note(layer.layer),
+        "as many rows as parameters" if reduced else "",
+    )
     representation = ", ".join(filter(None, (jacobian.representation, *notes)))
     return ParameterSummary(name, shape, block or ".", representation, ", ".join(_kernels(jacobian)), jacobian.nbytes)
 

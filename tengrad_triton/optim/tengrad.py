@@ -271,7 +271,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             ops_for=self._ops_for,
             report=self._reports.uncovered,
         )
-        self._reports.loss(self._capture, self._module)
+        self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
         return refresh(self._capture, self._layers, options, self._curvature, row_generator)
 
@@ -297,4 +297,4 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def summary(self) -> Summary:
-        return summarize(self._layers, self._curvature)
+        return summarize(self._layers, self._curvature, self._reports.apart)

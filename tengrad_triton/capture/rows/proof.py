@@ -20,10 +20,7 @@ from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 from tengrad_triton.layers import PerSampleGrads, matrix_view, tensors_in
 
 _OTHER_SAMPLES = "its outputs for one sample reach the losses of other samples"
-_OTHER_ROWS = (
-    "its rule and the recorded calls do not give what autograd gives: the model takes derivatives in its forward, or "
-    "the rule is wrong"
-)
+_OTHER_ROWS = "its rule and its calls give other rows than autograd"
 Cotangents = Sequence[Tensor | None]
 """For each tensor at which the passes for rows start, the derivative [N, …] of the samples' losses, or None."""
 
