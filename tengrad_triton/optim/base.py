@@ -253,8 +253,9 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     def _momentum_of(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         buffer: Tensor | None = state.get("momentum_buffer")
-        if buffer is None:
-            buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+        if buffer is None or buffer.dtype != parameter.dtype:  # the model may have been converted
+            new = torch.zeros_like(parameter) if buffer is None else buffer.to(parameter.dtype)
+            buffer = state["momentum_buffer"] = new
         return buffer
 
     @override

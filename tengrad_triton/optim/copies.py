@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hook import Hook
 from tengrad_triton.capture.hooks import Capture
-from tengrad_triton.curvature.target import GroupSettings, RememberedTargets
+from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Trained
+from tengrad_triton.layers import tensors_in
 from tengrad_triton.optim.parameters import check_trained
 
 C = TypeVar("C")
@@ -58,7 +61,17 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     def _forget_addresses(self) -> None:
         """Forget what steps remember of the parameters' addresses."""
         self._group_settings: dict[int, GroupSettings] = {}
-        self._remembered = RememberedTargets(check_trained)
+        self._remembered = RememberedTargets(Hook(self._targets_have_changed))
+
+    def _targets_have_changed(self, trained: Sequence[Trained]) -> None:
+        """Check the parameters to be updated, and convert the curvature if they have another type than before."""
+        check_trained(trained)
+        if self._curvature is None or not trained:
+            return
+        dtype = torch.float64 if trained[0][2][0].dtype == torch.float64 else torch.float32
+        packed = self._packed(self._curvature)
+        if any(x.dtype not in (dtype, torch.float16, torch.bfloat16) for x in _rows_in(packed)):
+            self._curvature = self._unpacked(_converted(packed, dtype))
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +142,17 @@ def _without_shared_storage(packed: Any) -> Any:
         return [_without_shared_storage(value) for value in packed]
     is_part = isinstance(packed, Tensor) and packed.untyped_storage().nbytes() > packed.nbytes
     return packed.clone() if is_part else packed
+
+
+def _rows_in(packed: Any) -> list[Tensor]:
+    """Return the floating-point tensors that have at least two dimensions: not the numbers of each block."""
+    return [x for x in tensors_in(packed) if x.is_floating_point() and x.dim() > 1]
+
+
+def _converted(packed: Any, dtype: torch.dtype) -> Any:
+    """Return nested tensors with `_rows_in` them in another type, except for those in half precision."""
+    rows = {id(x) for x in _rows_in(packed) if x.dtype in (torch.float32, torch.float64)}
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if id(x) in rows else x, packed)
 
 
 def _is_whole(model: nn.Module) -> bool:
