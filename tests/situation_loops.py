@@ -345,6 +345,12 @@ def reentrant(fisher):
     _steps(make, lambda model, x, y: F.cross_entropy(model(x.requires_grad_()), y), fisher)
 
 
+def whole_model_again(fisher):
+    _steps(
+        mlp, lambda model, x, y: F.cross_entropy(checkpoint(model, x.requires_grad_(), use_reentrant=False), y), fisher
+    )
+
+
 # Warnings that are true
 
 

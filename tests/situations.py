@@ -315,7 +315,14 @@ SITUATIONS: dict[str, list[Situation]] = {
             ("BatchNorm", lambda: nn.BatchNorm1d(6)),
         )
     ]
-    + [Situation("`use_reentrant=True`", refused(ValueError, "use_reentrant=False", loops.reentrant), "refused")],
+    + [
+        Situation("`use_reentrant=True`", refused(ValueError, "use_reentrant=False", loops.reentrant), "refused"),
+        Situation(
+            "the call of the whole model, `use_reentrant=False`",
+            refused(ValueError, "checkpoint parts of the model", loops.whole_model_again),
+            "refused",
+        ),
+    ],
     "Warnings": [Situation(title, run, outcome) for title, (run, outcome) in loops.WARNINGS.items()],
     "Rules of one's own": [Situation(title, run) for title, run in loops.RULES.items()],
     "Mixed precision": [Situation(title, run, outcome) for title, (run, outcome) in loops.MIXED_PRECISION.items()],

@@ -42,3 +42,17 @@ def is_transformed() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
     )
+
+
+def check_not_checkpointed() -> None:
+    """Raise if a checkpoint that runs the present forward again will compare the tensors that are saved.
+
+    Raises:
+        ValueError: the forward is within `torch.utils.checkpoint.checkpoint` with ``use_reentrant=False``.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__qualname__.startswith("_checkpoint_hook"):
+        raise ValueError(
+            "the whole model is called within checkpoint(..., use_reentrant=False), which would repeat what a refresh "
+            "of the curvature adds to the forward: checkpoint parts of the model instead, in its forward"
+        )

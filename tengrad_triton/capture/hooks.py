@@ -36,7 +36,7 @@ from torch.utils.hooks import RemovableHandle
 from tengrad_triton.capture.batch_statistics import PassFlags, with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
-from tengrad_triton.capture.hook import Hook, is_transformed
+from tengrad_triton.capture.hook import Hook, check_not_checkpointed, is_transformed
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
 from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
 from tengrad_triton.capture.options import CaptureOptions
@@ -215,6 +215,7 @@ class Capture:
             # Compiled code ignores hooks that were added later, so this one forward runs without compilation.
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_grad_enabled() and not self._flags.own.is_set:
+            check_not_checkpointed()
             self._on_forward()
             self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 

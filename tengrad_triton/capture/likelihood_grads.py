@@ -50,6 +50,10 @@ class LikelihoodGrads:
 
         ``results`` are the tensors that require gradients in ``selected``, the part of the output that the likelihood
         sees.
+
+        Raises:
+            ValueError: the likelihood depends on an output without an entry for each sample, or does not support the
+                shape of the output.
         """
         # Derivatives with respect to copies: one output may be computed from another one.
         leaves: list[Tensor] = []
@@ -63,6 +67,7 @@ class LikelihoodGrads:
         seen = map_tensors(copy, selected)
         with torch.enable_grad():
             cotangents = self._exact(seen, leaves) if self._fisher == "exact" else self._sampled(seen, leaves)
+        _check_samples(record.samples, cotangents)
         self._output_grads.fill(record, results, cotangents, batched=self._fisher == "exact")
 
     def _exact(self, output: Any, leaves: Sequence[Tensor]) -> list[Cotangents]:
@@ -80,6 +85,15 @@ class LikelihoodGrads:
             nll = self._likelihood.nll(output, target)  # the sum of the samples' own losses: no factor N follows
             rows.append(torch.autograd.grad(nll, leaves, retain_graph=True, allow_unused=True))
         return rows
+
+
+def _check_samples(samples: int, cotangents: Sequence[Cotangents]) -> None:
+    for cotangent in (c for row in cotangents for c in row if c is not None):
+        if not cotangent.dim() or len(cotangent) != samples:
+            raise ValueError(
+                f"the likelihood depends on an output of shape {tuple(cotangent.shape)}, but the batch has {samples} "
+                "samples: pass output=, a function that returns outputs with the samples as their first dimension"
+            )
 
 
 def _check_factor_size(output: Any, max_hessian_factor_bytes: float) -> None:
