@@ -225,6 +225,8 @@ class Loop:
             grads = torch.autograd.grad(loss, inputs, allow_unused=True)[: len(params)]
         except RuntimeError as error:
             raise InvalidModelError(str(error)) from error
+        if all(grad is None for grad in grads):
+            raise InvalidModelError("nothing that is trained has a part in this forward")
         for name, grad in zip(params, grads, strict=True):
             if grad is not None:
                 gradients[name] = gradients.get(name, 0) + grad
@@ -275,6 +277,7 @@ def run(plan):
         try:
             loop.run()
         except (ValueError, TypeError, RuntimeError) as error:
+            error.add_note(f"in {plan!r}")
             found = [pattern for pattern in REFUSALS if re.search(pattern, str(error))]
             if not found:
                 raise
