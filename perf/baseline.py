@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.likelihoods import likelihood_of
 
 
@@ -57,7 +58,8 @@ class PaperNGD:
             name: CapturedLayer(layer, dict(layer.named_parameters()), has_rule=False, takes_half_precision=False)
             for name, layer in self._layers.items()
         }
-        self._capture = Capture(model, layers, "sampled", likelihood_of("categorical"), generator)
+        options = CaptureOptions("sampled", likelihood_of("categorical"), verify="never")
+        self._capture = Capture(model, layers, options, generator)
         self._capture.arm()
 
     def zero_grad(self) -> None:

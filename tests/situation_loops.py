@@ -259,9 +259,30 @@ def _attributes(fisher):
     assert all(torch.equal(a, b) for a, b in zip(*grads.values(), strict=True))
 
 
+def _retained(fisher):
+    """The gradients that activations retain are those of the caller's loss alone."""
+    norms = {}
+    for kind in ("ours", "sgd"):
+        torch.manual_seed(0)
+        model, seen = mlp().double(), []
+
+        def keep(module, args, y, seen=seen):
+            y.retain_grad()
+            seen.append(y)
+
+        model[1].register_forward_hook(keep)
+        _optimizer = TENGraD(model, fisher=fisher) if kind == "ours" else None
+        output = model(DATA[0][0])
+        seen[0].retain_grad()
+        F.cross_entropy(output, DATA[0][1]).backward()
+        norms[kind] = seen[0].grad
+    assert torch.equal(norms["ours"], norms["sgd"])
+
+
 OWN_CODE = {
     "forward hooks on layers with and without a rule": _counting_hook,
     "attributes written in the forward: a loss term, a list of features": _attributes,
+    "`retain_grad()` on activations": _retained,
 }
 
 

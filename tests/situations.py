@@ -30,6 +30,7 @@ from situation_models import (
     mlp,
     mse,
     of_heads,
+    pooled,
     residual,
     two_heads,
 )
@@ -144,6 +145,20 @@ def _norm_act():
     return nn.Sequential(nn.Linear(4, 6), NormAct(6), nn.Linear(6, 3))
 
 
+def _with_matrix():
+    return Calls(
+        lambda m, x: m.last(m.matrix @ m.first(x).tanh()),
+        first=nn.Linear(4, 5),
+        last=nn.Linear(5, 3),
+        matrix=torch.eye(5, dtype=torch.float64),
+    )
+
+
+def _matrix(model, number):
+    if number == 3:
+        model.matrix = model.matrix.roll(1, 0) + 0.3
+
+
 def _of_field(function, inputs, norm=False):
     return lambda: Calls(function, net=field_of(inputs, norm))
 
@@ -240,6 +255,13 @@ SITUATIONS: dict[str, list[Situation]] = {
             ),
         ),
         Situation(
+            "fewer outputs than inputs, as for graphs with several nodes",
+            exact(
+                lambda: Calls(pooled, net=nn.Linear(4, 5), head=nn.Linear(5, 3)),
+                [(x, y[:3]) for x, y in batches(2, samples=6)],
+            ),
+        ),
+        Situation(
             "two heads and both losses",
             exact(lambda: two_heads(nn.LayerNorm(6)), loss=of_heads),
             fishers=("empirical",),
@@ -261,7 +283,8 @@ SITUATIONS: dict[str, list[Situation]] = {
         ),
     ],
     "The user's own code": [
-        Situation(title, run, "runs once a forward, as with `torch.optim`") for title, run in loops.OWN_CODE.items()
+        Situation(title, run, "as with `torch.optim`: once a forward, and nothing changed")
+        for title, run in loops.OWN_CODE.items()
     ],
     "Compiled models": [
         Situation(title, run, "steps of the plain loop", ("sampled", "empirical"))
@@ -305,7 +328,11 @@ SITUATIONS: dict[str, list[Situation]] = {
             "samples begin to be mixed by an index", changing(_share, lambda: Mixing(lambda h: h[[2, 0, 1, 4, 3]]), 3)
         ),
         Situation("samples begin to be mixed by a roll", changing(_share, lambda: Mixing(lambda h: h.roll(1, 0)), 3)),
-        Situation("samples begin to be mixed by their mean", changing(_share, lambda: Mixing(lambda h: h.mean(0)), 2)),
+        Situation("samples begin to be mixed by their mean", changing(_share, lambda: Mixing(lambda h: h.mean(0)), 4)),
+        Situation(
+            "samples begin to be mixed by a softmax", changing(_share, lambda: Mixing(lambda h: h.softmax(0)), 4)
+        ),
+        Situation("a matrix from the left is the identity at first", changing(_matrix, _with_matrix, 5)),
     ],
     "Activation checkpointing": [
         Situation(f"`use_reentrant=False`, with {name}", exact(lambda norm=norm: checkpointed(norm())))

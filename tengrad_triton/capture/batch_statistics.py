@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tengrad_triton.capture.hook import protect_retained
 from tengrad_triton.layers.batch_norm import broadcast, statistics, statistics_scale
 
 
@@ -47,6 +48,12 @@ class PassFlags:
     own: ScopedFlag = field(default_factory=ScopedFlag)
     detached: ScopedFlag = field(default_factory=ScopedFlag)
     affine: ScopedFlag = field(default_factory=ScopedFlag)
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Set ``own`` for passes of ours, which leave what the user's tensors have retained as it is."""
+        with self.own.set(), protect_retained():
+            yield
 
     @contextmanager
     def rows(self, *, affine: bool = False) -> Iterator[None]:

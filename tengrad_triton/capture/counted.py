@@ -30,12 +30,15 @@ class _Witness:
     grad: TensorWeakRef
     version: int
 
-    def is_cleared(self) -> bool:
-        """Whether the parameter's ``.grad`` has been cleared since."""
+    def is_cleared(self, in_backward: bool) -> bool:
+        """Whether the parameter's ``.grad`` has been cleared since.
+
+        Within a backward pass, which may have filled it again already, another tensor is a sign of that.
+        """
         present = self.parameter.grad
         if present is None or (present is self.grad() and present._version == self.version):
             return present is None
-        return not bool(present.any())
+        return (in_backward and present is not self.grad()) or not bool(present.any())
 
 
 class CountedRecords:
@@ -68,7 +71,7 @@ class CountedRecords:
             parameters: those whose ``.grad`` counts.
             undo: called at the end of the pass if it has added to no ``.grad``.
         """
-        self.drop_cleared()
+        self.drop_cleared(in_backward=True)
         present = torch._C._current_graph_task_id()
         if present != self._pass:  # the last pass may have ended with an error
             self._pass, self._present, self._has_added = present, [], False
@@ -86,9 +89,9 @@ class CountedRecords:
         for _, undo in present if not self._has_added else []:
             undo()
 
-    def drop_cleared(self) -> None:
-        """Forget the records whose gradients were cleared."""
-        if self._witnesses and all(witness.is_cleared() for witness in self._witnesses.values()):
+    def drop_cleared(self, in_backward: bool = False) -> None:
+        """Forget the records whose gradients were cleared; called before a forward, and as a backward pass begins."""
+        if self._witnesses and all(witness.is_cleared(in_backward) for witness in self._witnesses.values()):
             self.forget()
 
     def _accumulated(self, parameter: Tensor, *_: Any) -> None:

@@ -1,13 +1,19 @@
-"""A hook of ours on the user's modules and parameters, and where hooks have to keep out of the way."""
+"""How our hooks and backward passes leave the user's work as it is."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_noted = WeakIdKeyDictionary()  # the tensors whose gradients are retained, as keys
+_users: weakref.WeakSet[Any] = weakref.WeakSet()  # those who want calls of `retain_grad` to be noted
 
 _WHY_NOT_COMPILED = (
     "while a refresh of the curvature is due, the optimizer's hooks run between the layers: with fullgraph=True make "
@@ -56,3 +62,39 @@ def check_not_checkpointed() -> None:
             "the whole model is called within checkpoint(..., use_reentrant=False), which would repeat what a refresh "
             "of the curvature adds to the forward: checkpoint parts of the model instead, in its forward"
         )
+
+
+def note_retained(user: object) -> None:
+    """Note calls of ``retain_grad`` from now on, until `forget_retained` is called for every user.
+
+    After such a call, every backward pass adds to the tensor's ``.grad``, and autograd offers no way to find such
+    tensors in a graph.
+    """
+    if "retain_grad" not in vars(torch.Tensor):
+        plain = torch.Tensor.retain_grad
+
+        def retain_grad(self: Tensor) -> None:
+            plain(self)
+            _noted[self] = True
+
+        torch.Tensor.retain_grad = retain_grad  # type: ignore[method-assign, assignment]
+    _users.add(user)
+
+
+def forget_retained(user: object) -> None:
+    """Note no calls for this user any more."""
+    _users.discard(user)
+    if not _users and "retain_grad" in vars(torch.Tensor):
+        del torch.Tensor.retain_grad
+        _noted.clear()
+
+
+@contextmanager
+def protect_retained() -> Iterator[None]:
+    """Give every noted tensor, when the context ends, the ``.grad`` that it had before."""
+    before = [(tensor, tensor.grad) for tensor in list(_noted.keys())]
+    try:
+        yield
+    finally:
+        for tensor, grad in before:
+            tensor.grad = grad

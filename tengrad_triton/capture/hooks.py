@@ -15,9 +15,7 @@ this happens in this order:
    with autograd (`rows/proof.py`). From here on only the graph of the output refers to the record, so the record of a
    forward without a backward is freed together with its graph.
 6. `_on_backward` runs when a backward pass of the caller gets to the model's output. As soon as that pass has added to
-   a ``.grad``, the record counts (`counted.py`).
-
-The hooks of copies and pickles of the model do nothing.
+   a ``.grad``, the record counts (`counted.py`). The hooks of copies and pickles of the model do nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +34,13 @@ from torch.utils.hooks import RemovableHandle
 from tengrad_triton.capture.batch_statistics import PassFlags, with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
-from tengrad_triton.capture.hook import Hook, check_not_checkpointed, is_transformed
+from tengrad_triton.capture.hook import (
+    Hook,
+    check_not_checkpointed,
+    forget_retained,
+    is_transformed,
+    note_retained,
+)
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
 from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
 from tengrad_triton.capture.options import CaptureOptions
@@ -90,7 +94,7 @@ class Capture:
         self.loss_scale: float | None = 1.0
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
-        self.through_output = ThroughOutput(self._flags.own)
+        self.through_output = ThroughOutput(self._flags)
         self._attribution = Attribution(layers, options.max_bytes, options.verify)
         rows = ExplicitRows(self._module, self._attribution, options.include_unattributed)
         output_grads = OutputGrads(self._attribution, rows, self._flags)
@@ -123,6 +127,7 @@ class Capture:
             self._model.register_forward_hook(post, with_kwargs=True, always_call=True),
         ]
         self._attach_to_layers()
+        note_retained(self)
 
     def _attach_to_layers(self) -> None:
         handles = self._layer_handles
@@ -146,6 +151,7 @@ class Capture:
             handle.remove()
         self._handles, self._open = [], None
         self._detach_from_layers()
+        forget_retained(self)
         self.forget()
 
     def follow(self, layers: Mapping[str, CapturedLayer]) -> None:
@@ -163,14 +169,13 @@ class Capture:
         self._attribution.refresh += 1
 
     def check_counted(self) -> None:
-        """Forget the records whose gradients were cleared since.
+        """Check that every record that counts has rows.
 
         Raises:
             ValueError: the rows are derivatives of the caller's loss, but a forward that counts has none, because the
                 loss is made of derivatives of the model's output.
         """
-        self._counted.drop_cleared()
-        if self._options.fisher == "empirical" and not all(record.has_rows() for record in self.records):
+        if self._options.fisher == "empirical" and not all(record.loss_seen for record in self.records):
             raise ValueError(
                 "fisher='empirical' takes rows from the derivative of the loss with respect to the model's output, but "
                 "this loss depends on derivatives of the output only: return from the model's forward what the loss is "
@@ -216,6 +221,7 @@ class Capture:
             self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         if torch.is_grad_enabled() and not self._flags.own.is_set:
             check_not_checkpointed()
+            self._counted.drop_cleared()
             self._on_forward()
             self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 
@@ -257,7 +263,7 @@ class Capture:
         if not starts:
             return None
         record.samples, record.pick = count_samples(starts, (args, kwargs)), seen.tensors_of
-        with self._flags.own.set(), phase("capture"):
+        with self._flags.ours(), phase("capture"):
             self._attribution.check(record, starts)
             if likelihood is None:
                 self._of_loss.after_forward(record)
@@ -278,10 +284,11 @@ class Capture:
         trained = self._attribution.trained()
         self._counted.reached(record, trained, record.undo())
         grads = [None if grad is None else grad.detach() for grad in grads]
+        record.loss_seen = True
         self.through_output.reached(record, results, grads, trained)
         is_empirical = self._options.fisher == "empirical"
         if record.own_pass or (record.proves and not is_empirical):
-            with self._flags.own.set():
+            with self._flags.ours():
                 starts, cotangents = loss_cotangents(record, output, results, grads)
                 record.add_cotangents(cotangents)
                 if is_empirical:

@@ -145,6 +145,7 @@ class Record:
         used_backward_per_sample: whether some rows needed one backward pass for each sample, which is not compiled.
         mixes_samples: whether some layer's output for one sample depends on other samples.
         extra_records: further records of the same forward, one for each further row of a sample.
+        loss_seen: whether the derivative of the caller's loss with respect to the model's output is known.
         is_extra: whether this is one of the extra records of another one.
         seen: the likelihood and the tensor that it saw, to be compared with the caller's loss; None if that is not due.
     """
@@ -167,6 +168,7 @@ class Record:
     used_backward_per_sample: bool = False
     mixes_samples: bool = False
     extra_records: list[Record] = field(default_factory=list)
+    loss_seen: bool = False
     is_extra: bool = False
     seen: tuple[Any, Tensor] | None = None
 
@@ -187,17 +189,15 @@ class Record:
         """Return a function that gives the record the output gradients and rows back that it has now."""
         grads = [(call, list(call.output_grads)) for call in self.all_calls()]
         rows, sums, cotangents = dict(self.per_sample_grads), dict(self.gradient_sums), self.cotangents
+        loss_seen = self.loss_seen
 
         def restore() -> None:
             for call, before in grads:
                 call.output_grads = before
             self.per_sample_grads, self.gradient_sums, self.cotangents = rows, sums, cotangents
+            self.loss_seen = loss_seen
 
         return restore
-
-    def has_rows(self) -> bool:
-        """Whether any row or output gradient is known."""
-        return bool(self.per_sample_grads) or any(call.has_grads for call in self.all_calls())
 
     def all_calls(self) -> list[LayerCall]:
         """Return the calls of all layers, always in the same order."""

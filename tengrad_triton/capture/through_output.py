@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from tengrad_triton.capture.batch_statistics import ScopedFlag
+from tengrad_triton.capture.batch_statistics import PassFlags
 from tengrad_triton.capture.record import Findings, Record
 from tengrad_triton.capture.rows.proof import Cotangents
 
@@ -22,11 +22,11 @@ class ThroughOutput:
     """Compares, within one backward pass of the caller, what goes through the model's output with what arrives.
 
     Args:
-        own: a flag that is set during our own passes.
+        flags: set during our own passes.
     """
 
-    def __init__(self, own: ScopedFlag) -> None:
-        self._own = own
+    def __init__(self, flags: PassFlags) -> None:
+        self._flags = flags
         self._beside: list[Tensor] = []
         self._expected: dict[int, Tensor | None] = {}
         self._arrived: dict[int, Tensor] = {}
@@ -51,7 +51,7 @@ class ThroughOutput:
         if not parameters or not pairs or torch.is_grad_enabled():  # a pass that makes a graph is not the last one
             return
         starts, cotangents = zip(*pairs, strict=True)
-        with self._own.set(), torch.no_grad():
+        with self._flags.ours(), torch.no_grad():
             through = torch.autograd.grad(starts, parameters, cotangents, retain_graph=True, allow_unused=True)
         if not self._findings:
             self._pass = torch._C._current_graph_task_id()
@@ -71,7 +71,7 @@ class ThroughOutput:
 
     def _arrival(self, key: int) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if grads[0] is not None and not grads[0].is_sparse and not self._own.is_set:
+            if grads[0] is not None and not grads[0].is_sparse and not self._flags.own.is_set:
                 self._arrived[key] = grads[0].detach().clone()  # what accumulates it may write to it
 
         return hook

@@ -21,10 +21,9 @@ from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
 from tengrad_triton.optim.loss_scale import unscale_
 from tengrad_triton.optim.options import Unsupported
-from tengrad_triton.optim.parameters import check_parameters
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.optim.validation import check_group, check_model, check_momenta, check_refresh_every
+from tengrad_triton.optim.validation import check_group, check_interval, check_model, check_momenta, check_parameters
 from tengrad_triton.optim.whole_step import WholeStep
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     ) -> None:
         device = check_model(model)
         if not callable(refresh_every):
-            check_refresh_every(refresh_every)
+            check_interval(refresh_every)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
         self._unsupported = unsupported
@@ -146,9 +145,8 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     def _before_forward(self) -> None:
         """Prepare for a forward that is recorded: follow changes of the model, and free memory."""
         if structure_of(self._module) != self._structure:
-            layers = self._find_layers()
-            self._capture.follow(find_captured_layers(self._module, layers))
-            self._layers = layers
+            self._layers = self._find_layers()
+            self._capture.follow(find_captured_layers(self._module, self._layers))
         self._release()
 
     def _release(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tengrad_triton.optim.validation import check_refresh_every
+from tengrad_triton.optim.validation import check_interval
 
 
 @dataclass(frozen=True)
@@ -47,5 +47,5 @@ def interval_at(refresh_every: int | Callable[[int], int], step: int) -> int:
     if not callable(refresh_every):
         return refresh_every
     every = refresh_every(step)
-    check_refresh_every(every)
+    check_interval(every)
     return every

@@ -60,7 +60,7 @@ class Attribution:
             ValueError: a part of the model is checkpointed in a way that autograd cannot take derivatives of.
         """
         owners = self._owners()
-        walk = walk_graph(results, owners)
+        walk = walk_graph(results, owners, record.samples)
         if walk.is_reentrant:
             raise ValueError(
                 "activation checkpointing with use_reentrant=True allows no derivatives with respect to the outputs of "
@@ -110,12 +110,12 @@ class Attribution:
         """Whether the rows of this forward are compared with autograd.
 
         A gate that begins at zero shows only in later forwards which samples it mixes, so the comparison is repeated in
-        the 2nd, 8th, 64th, … refresh with the same structure. An index can route samples differently each time.
+        the 2nd, 8th, 64th, … refresh with the same structure, and at each where an operation may mix them.
         """
         if self._verify != "change":
             return self._verify == "always"
         count = findings.refreshes
-        return walk.routes_samples or count <= 2 or (count.bit_count() == 1 and count.bit_length() % 3 == 1)
+        return walk.may_mix or count <= 2 or (count.bit_count() == 1 and count.bit_length() % 3 == 1)
 
     def unattributed(self, record: Record) -> list[Tensor]:
         """Return the unattributed parameters whose rows the graph can give, within the memory allowed."""

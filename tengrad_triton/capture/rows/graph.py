@@ -11,14 +11,21 @@ from torch import Tensor
 
 _DETACHING = "_DetachedStatisticsBackward"  # it refers to a batch norm's parameters, which is no use of them
 _REENTRANT = "CheckpointFunctionBackward"
-# The nodes that can route samples to others by numbers that are not part of the graph's structure, such as an index,
-# and the attributes that tell along which dimension they do. Nodes without such an attribute do it along all of them.
-_ROUTING = {
+# The operations that can mix samples in one forward and not in another one of the same structure: those that select
+# entries by an index, that combine entries along a dimension, or that multiply by a matrix from the left. The numbers
+# decide, such as an index that is sorted at first, or a weight of a mean that is zero. After each name: the attribute
+# that tells along which dimension; an operation without one acts along all of them.
+_MIXING = {
     **dict.fromkeys(("Index", "IndexPut"), "_saved_indices"),
     **dict.fromkeys(("IndexSelect", "IndexAdd", "IndexCopy", "Gather", "Scatter", "ScatterAdd", "Sort"), "_saved_dim"),
     **dict.fromkeys(("Roll", "Flip"), "_saved_dims"),
     **dict.fromkeys(("Take", "MaskedSelect"), ""),
+    **dict.fromkeys(("Mean", "Sum", "Var", "Std", "VarMean", "StdMean", "Cumsum", "Cumprod", "Prod"), "_saved_dim"),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Logsumexp", "Amax", "Amin", "Max", "Min", "Norm"), "_saved_dim"),
+    "LinalgVectorNorm": "_saved_dim",
 }
+_PRODUCTS = {"Mm": 1, "Addmm": 2}  # the place of the right factor among the arguments
+_VIEWS = ("T", "Transpose", "Permute", "View", "ReshapeAlias", "UnsafeView", "ToCopy", "Unsqueeze", "Alias")
 _LAST = 2**64 - 1  # how a node stores dimension -1
 
 
@@ -29,24 +36,26 @@ class GraphWalk:
     Attributes:
         leaves: how many edges end in each leaf tensor, by the leaf's id.
         structure: a number that is equal for graphs of the same operations in the same order, whatever their sizes.
-        routes_samples: whether an operation selects entries of its first dimension by an index. Which samples it mixes
-            can differ between two graphs of the same structure.
+        may_mix: whether an operation may mix samples here although it did not in another graph of the same structure.
         is_reentrant: whether a part is checkpointed with ``use_reentrant=True``.
     """
 
     leaves: Counter[int]
     structure: int
-    routes_samples: bool
+    may_mix: bool
     is_reentrant: bool
 
 
-def walk_graph(outputs: Sequence[Tensor], parameters: Iterable[Tensor]) -> GraphWalk:
-    """Walk through the graph of ``outputs``; ``parameters`` give the leaves that they are numbers in the structure."""
+def walk_graph(outputs: Sequence[Tensor], parameters: Iterable[Tensor], samples: int) -> GraphWalk:
+    """Walk through the graph of ``outputs`` for ``samples`` samples.
+
+    ``parameters`` give the leaves that they are numbers in the structure.
+    """
     number_of = {id(p): index for index, p in enumerate(parameters)}
     leaves: Counter[int] = Counter()
     places: dict[Any, int] = {}
     trace: list[Any] = []
-    routes, reentrant = False, False
+    may_mix, reentrant = False, False
     stack = [output.grad_fn for output in reversed(outputs)]
     while stack:
         node = stack.pop()
@@ -56,7 +65,7 @@ def walk_graph(outputs: Sequence[Tensor], parameters: Iterable[Tensor]) -> Graph
         places[node] = len(places)
         name = node.name()
         trace.append(name)
-        routes = routes or _routes_samples(node, name)
+        may_mix = may_mix or _may_mix(node, name.partition("Backward")[0], samples)
         reentrant = reentrant or name == _REENTRANT
         for successor, place in node.next_functions:
             leaf = getattr(successor, "variable", None)
@@ -66,16 +75,33 @@ def walk_graph(outputs: Sequence[Tensor], parameters: Iterable[Tensor]) -> Graph
             else:
                 trace.append(number_of.get(id(leaf), "leaf"))
                 leaves[id(leaf)] += name != _DETACHING
-    return GraphWalk(leaves, hash(tuple(trace)), routes, reentrant)
+    return GraphWalk(leaves, hash(tuple(trace)), may_mix, reentrant)
 
 
-def _routes_samples(node: Any, name: str) -> bool:
-    """Whether the node selects entries of the first dimension."""
-    attribute = _ROUTING.get(name.partition("Backward")[0])
-    if not attribute:
+def _may_mix(node: Any, operation: str, samples: int) -> bool:
+    """Whether the node can combine or select entries of the first dimension."""
+    if operation in _PRODUCTS:
+        return not _is_of_leaf(node.next_functions[_PRODUCTS[operation]][0])
+    if operation == "Bmm":  # one product for each sample, or for some of each: attention
+        factors = (getattr(node, name) for name in ("_saved_self", "_saved_mat2"))
+        return any(x is not None and len(x) % samples for x in factors)
+    attribute = _MIXING.get(operation)
+    if not attribute or not hasattr(node, attribute):
         return attribute is not None
     dims = getattr(node, attribute)
     if attribute == "_saved_indices":  # an index for each of the first dimensions, None where there is none
         return dims[0] is not None
-    # Any other negative dimension may be the first: how many dimensions there are is not known here.
-    return any(dim == 0 or 2**63 < dim < _LAST for dim in (dims if isinstance(dims, tuple) else (dims,)))
+    dims = dims if isinstance(dims, tuple) else (dims,)
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    first = 2**64 - len(sizes) if sizes else None  # how a node stores the first dimension as a negative number
+    # Without the sizes, any negative dimension but the last one may be the first.
+    return not dims or any(dim in (None, 0) or (dim == first if sizes else 2**63 < dim < _LAST) for dim in dims)
+
+
+def _is_of_leaf(node: Any) -> bool:
+    """Whether a tensor is a constant, a leaf or a view of a leaf, such as the transposed weight of a linear layer."""
+    while node is not None and not hasattr(node, "variable"):
+        if node.name().partition("Backward")[0] not in _VIEWS:
+            return False
+        node = node.next_functions[0][0]
+    return True
