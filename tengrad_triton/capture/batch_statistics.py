@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tengrad_triton.capture.hook import protect_retained
-from tengrad_triton.layers.batch_norm import broadcast, statistics, statistics_scale
+from tengrad_triton.layers.batch_norm import broadcast, statistics
 
 
 class ScopedFlag:
@@ -70,7 +70,8 @@ class _DetachedStatistics(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, layer: nn.Module, flags: PassFlags
     ) -> Tensor:
         mean_C, inverse_C = statistics(layer, x)  # type: ignore[arg-type] # the hook is on batch norms only
-        ctx.save_for_backward(x, statistics_scale(layer, x), broadcast(mean_C, x), broadcast(inverse_C, x))
+        scale_C = inverse_C if weight is None else inverse_C * weight
+        ctx.save_for_backward(x, *(broadcast(v_C, x) for v_C in (scale_C, mean_C, inverse_C)))
         ctx.flags, ctx.has_affine = flags, weight is not None
         ctx.mark_dirty(y)  # y is not written to; marking it lets autograd return y itself instead of a copy
         return y
