@@ -259,7 +259,7 @@ class Loop:
         said = " ".join(str(one.message) for one in self.warned)
         for name, grad in present.items():
             owner = re.sub(r"(\.parametrizations\..*|\.[^.]*)$", "", name)
-            named = re.search(rf" {re.escape(owner)}(,| \(| at )", said)
+            named = re.search(rf" ({re.escape(owner)}|{re.escape(name)})(,| \(| at )", said)
             assert name in covered or named or not grad.any(), f"{name} takes the SGD step silently"
 
 

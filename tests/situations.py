@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import situation_loops as loops
+import situation_steps as further
 import torch
 import torch.nn.functional as F
 from graph_rows import check_steps
@@ -349,6 +350,12 @@ SITUATIONS: dict[str, list[Situation]] = {
             refused(ValueError, "checkpoint parts of the model", loops.whole_model_again),
             "refused",
         ),
+    ],
+    "Copies": [Situation(title, run, "the copy trains on, bit for bit") for title, run in further.COPIES.items()],
+    "Parameter groups": [Situation("weights with decay, biases without, in one layer", further.decay_groups)],
+    "`compile_train_step`": [
+        Situation(title, run, outcome, ("sampled", "empirical"))
+        for title, (run, outcome) in further.COMPILED_STEPS.items()
     ],
     "Warnings": [Situation(title, run, outcome) for title, (run, outcome) in loops.WARNINGS.items()],
     "Rules of one's own": [Situation(title, run) for title, run in loops.RULES.items()],

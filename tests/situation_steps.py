@@ -1,0 +1,153 @@
+"""Copies, parameter groups and compiled steps: further runs of `situations.py`."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import torch
+import torch.nn.functional as F
+from dense import blocks_of
+from graph_rows import assert_steps, cotangents_of, dense_steps, optimizer_of, rows_of_graph, unseen
+from situation_models import batches, mlp
+from torch import nn
+
+from tengrad_triton import TENGraD, compile_train_step
+from tengrad_triton.likelihoods import likelihood_of
+
+DATA = batches(8)
+
+
+def train(model, optimizer, places):
+    for place in places:
+        optimizer.zero_grad()
+        F.cross_entropy(model(DATA[place][0]), DATA[place][1]).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def _copied(way):
+    def run(fisher):
+        torch.manual_seed(0)
+        model = mlp().double()
+        optimizer = TENGraD(model, fisher=fisher, refresh_every=2, seed=0)
+        train(model, optimizer, range(3))
+        other = way((model, optimizer))
+        assert torch.equal(train(*other, range(3, 7)), train(model, optimizer, range(3, 7)))
+
+    return run
+
+
+def _saved(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "`copy.deepcopy` of model and optimizer": _copied(copy.deepcopy),
+    "`pickle` of both": _copied(lambda pair: pickle.loads(pickle.dumps(pair))),
+    "`torch.save` and `torch.load` of both": _copied(_saved),
+}
+
+
+def decay_groups(fisher):
+    """Weights with decay, and biases without."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1, "lr": 0.5},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer, drawn = optimizer_of(model, fisher, params=groups)
+    for x, y in DATA[:3]:
+        optimizer.zero_grad()
+        drawn.targets.clear()
+        F.cross_entropy(model(x), y).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        old = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with unseen(optimizer):
+            seen = model(x)
+            target = drawn.targets[0] if drawn.targets else None
+            likelihood = likelihood_of("categorical")
+            cotangents = cotangents_of(fisher, [seen], F.cross_entropy(seen, y), likelihood, target, len(seen))
+            rows = rows_of_graph(model, [seen], cotangents)
+        optimizer.step()
+        steps = dense_steps(blocks_of(model), rows, grads)
+        for name, step in steps.items():
+            is_weight = name.endswith("weight")
+            steps[name] = 0.5 * (step + 0.1 * old[name].flatten()) if is_weight else step
+        assert_steps(model, old, steps, "the step")
+
+
+class OfBatch(nn.Module):
+    """Takes a dictionary or a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, batch):
+        x, scale = (batch["x"], batch["scale"]) if isinstance(batch, dict) else batch
+        return self.net(x) * scale[:, None]
+
+
+def _batches_of(pack):
+    def run(fisher):
+        ends = []
+        for compiles in (False, True):
+            torch.manual_seed(0)
+            model = OfBatch().double()
+            optimizer = TENGraD(model, fisher=fisher, refresh_every=2, seed=0)
+            step = compile_train_step(model, F.cross_entropy, optimizer, backend="eager")
+            for x, y in DATA[:5]:
+                batch = pack(x, torch.full((len(x),), 0.5, dtype=torch.float64))
+                if compiles:
+                    step(batch, y)
+                else:
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(batch), y).backward()
+                    optimizer.step()
+            ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.allclose(*ends, rtol=1e-8, atol=1e-10)
+
+    return run
+
+
+def _scheduler(fisher):
+    model = mlp().double()
+    optimizer = TENGraD(model, fisher=fisher, refresh_every=2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    step, called = compile_train_step(model, F.cross_entropy, optimizer, backend="eager"), []
+    optimizer.register_step_post_hook(lambda *_: called.append(True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in DATA[:4]:
+            step(x, y)
+            schedule.step()
+    assert len(called) == 4
+
+
+def _ragged(fisher):
+    torch.manual_seed(0)
+    model = mlp().double()
+    optimizer = TENGraD(model, fisher=fisher, refresh_every=2, seed=0)
+    step = compile_train_step(model, F.cross_entropy, optimizer, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(DATA[0][0][:3], DATA[0][1][:3])
+        for x, y in DATA[1:5]:
+            step(x, y)
+    assert step._prepared.keeps_any
+
+
+COMPILED_STEPS = {
+    "batches that are dictionaries": (
+        _batches_of(lambda x, scale: {"x": x, "scale": scale}),
+        "steps of the plain loop",
+    ),
+    "batches that are tuples": (_batches_of(lambda x, scale: (x, scale)), "steps of the plain loop"),
+    "step hooks and learning rate schedulers": (_scheduler, "called once a step; no false warning"),
+    "a smaller first batch": (_ragged, "compiled for the size that comes again"),
+}
