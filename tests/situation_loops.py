@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tengrad_triton import OuterProducts, PerSampleGrads, TENGraD, canonical
 from tengrad_triton.likelihoods import likelihood_of
 
-DATA = batches(12)
+DATA = batches(16)
 
 
 def check_loop(run, fisher, make=mlp, steps=3):
@@ -108,6 +108,19 @@ def _one_backward(model, optimizer, number):
     return [(x, y, k) for k, (x, y) in enumerate(picked)]
 
 
+def two_backwards(model, optimizer, number):
+    optimizer.zero_grad()
+    x, y = DATA[number]
+    output = model(x)
+    (0.3 * F.cross_entropy(output, y)).backward(retain_graph=True)
+    (0.7 * F.cross_entropy(output, y)).backward()
+    return [(x, y, 0)]
+
+
+def scaled():
+    return Calls(lambda model, x: model.scale * model.net(x), net=mlp(), scale=nn.Parameter(torch.tensor(0.7)))
+
+
 def _inputs_only(model, optimizer, number):
     optimizer.zero_grad()
     x, y = DATA[number]
@@ -146,6 +159,7 @@ def _diagnosis(model, optimizer, number):
 
 
 LOOPS = {
+    "two backward passes through one forward": two_backwards,
     "a derivative by the input, then `zero_grad`, then the backward": _derivative_first,
     "the same with `create_graph=True`": lambda *args: _derivative_first(*args, create_graph=True),
     "a step skipped, and `model.zero_grad()`": _cleared(lambda model: model.zero_grad()),

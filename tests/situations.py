@@ -190,7 +190,16 @@ SITUATIONS: dict[str, list[Situation]] = {
         for blocks, scope in (("layer", "a layer"), ("network", "for the network"))
     ],
     "When a forward counts": [
-        Situation(title, lambda fisher, run=run: loops.check_loop(run, fisher)) for title, run in loops.LOOPS.items()
+        Situation(title, lambda fisher, run=run: loops.check_loop(run, fisher, steps=4))
+        for title, run in loops.LOOPS.items()
+    ]
+    + [
+        Situation(
+            "two backward passes, with a parameter of the model itself",
+            lambda fisher: loops.check_loop(
+                loops.LOOPS["two backward passes through one forward"], fisher, loops.scaled, 4
+            ),
+        )
     ],
     "Losses with a second part": [
         Situation(

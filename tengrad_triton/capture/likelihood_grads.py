@@ -69,6 +69,8 @@ class LikelihoodGrads:
             cotangents = self._exact(seen, leaves) if self._fisher == "exact" else self._sampled(seen, leaves)
         _check_samples(record.samples, cotangents)
         self._output_grads.fill(record, results, cotangents, batched=self._fisher == "exact")
+        for of_row in (record, *record.extra_records):
+            of_row.release_edges()
 
     def _exact(self, output: Any, leaves: Sequence[Tensor]) -> list[Cotangents]:
         _check_factor_size(output, self._max_hessian_factor_bytes)

@@ -43,6 +43,8 @@ class OutputGrads:
             results: the tensors at which the passes start.
             cotangents: for each row of a sample, the derivatives with respect to ``results``.
             batched: whether one pass computes several rows, which takes the memory of several.
+
+        The record keeps its edges, for a further call with other cotangents.
         """
         edges = [edge for _, _, edge in record.outputs_in_graph()]
         rerun, unattributed = self._explicit_rows.rerun_parameters(record), self._explicit_rows.unattributed(record)
@@ -61,8 +63,6 @@ class OutputGrads:
                 self._fill_unattributed(of_row, unattributed, results, own)
         if record.proves:
             self._prove(records, results, cotangents)
-        for of_row in records:
-            of_row.release_edges()
 
     def _prove(self, records: Sequence[Record], results: Sequence[Tensor], cotangents: Sequence[Cotangents]) -> None:
         """Compare the rows with autograd, and find those of refuted parameters from the graph."""

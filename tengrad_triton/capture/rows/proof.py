@@ -51,7 +51,9 @@ def refuted(
         parameters: the parameters to check. Those that a record has as unattributed are left out.
     """
     checked = [p for p in parameters if id(p) not in records[0].unattributed]
-    like = next(c for row in cotangents for c in row if c is not None)
+    like = next((c for row in cotangents for c in row if c is not None), None)
+    if like is None:
+        return {}
     weights_N = random_weights(records[0].samples, like)
     wrong = _differing(records, results, cotangents, layers, checked, weights_N)
     if not wrong:
