@@ -211,7 +211,24 @@ def gated():
     return nn.Sequential(nn.Linear(4, 4), Gate(), nn.Linear(4, 3))
 
 
+def _two_outputs(kind):
+    def make():
+        def function(model, x):
+            h = model.body(x).tanh()
+            return {"main": model.a(h), "second": h if kind == "samples first" else h.mT[None]}
+
+        return Calls(function, body=nn.Linear(4, 6), a=nn.Linear(6, 3))
+
+    def loss(model, x, y):
+        output = model(x)
+        return F.cross_entropy(output["main"], y) + output["second"].square().mean()
+
+    return lambda fisher: _steps(make, loss, fisher, output="main")
+
+
 BESIDE = {
+    "an output that `output=` did not choose": _two_outputs("samples first"),
+    "the same, with other sizes": _two_outputs("layers first"),
     "a penalty on the derivative by the input": lambda fisher: _steps(mlp, _gradient_penalty, fisher),
     "a layer called beside the model": lambda fisher: _steps(mlp, _beside, fisher),
     "the weights' squares added to the loss": lambda fisher: _steps(mlp, _squares, fisher),

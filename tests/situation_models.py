@@ -1,6 +1,7 @@
 """Small models and loops as people write them, for the situations of `situations.py`."""
 
 import dataclasses
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,10 @@ def field(inputs, norm=False):
 class Result:
     loss: object
     logits: object
+
+
+class Named(OrderedDict):
+    """A dictionary that pytrees do not know."""
 
 
 class Plain:

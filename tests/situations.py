@@ -20,6 +20,7 @@ from graph_rows import check_steps
 from situation_models import (
     Calls,
     Mixing,
+    Named,
     NormAct,
     Plain,
     Result,
@@ -203,7 +204,7 @@ SITUATIONS: dict[str, list[Situation]] = {
     ],
     "Losses with a second part": [
         Situation(
-            title, said("does not come through what the model returned", run), "warned of: F has no rows of that part"
+            title, said("does not come through the output that has rows", run), "warned of: F has no rows of that part"
         )
         for title, run in loops.BESIDE.items()
     ],
@@ -238,6 +239,15 @@ SITUATIONS: dict[str, list[Situation]] = {
                 loss=lambda o, y: F.cross_entropy(o.prediction, y),
                 see=lambda o: o.prediction,
             ),
+        ),
+        Situation(
+            "a subclass of a dictionary, with logits",
+            exact(
+                _wrapped(lambda z: Named(loss=z.square().mean(), logits=z)),
+                loss=lambda o, y: F.cross_entropy(o["logits"], y),
+                see=lambda o: o["logits"],
+            ),
+            fishers=("empirical", "exact"),
         ),
         Situation(
             "a dictionary, with `output=`",

@@ -77,7 +77,7 @@ class Capture:
 
     Attributes:
         layers: the argument ``layers``.
-        through_output: whether the caller's gradient came through the model's output only.
+        through_output: whether the caller's gradient came through the output of the rows only.
         loss_scale: the number that a `GradScaler` has multiplied the caller's loss by; None if it is not known.
     """
 
@@ -169,12 +169,7 @@ class Capture:
         self._attribution.refresh += 1
 
     def check_counted(self) -> None:
-        """Check that every record that counts has rows.
-
-        Raises:
-            ValueError: the rows are derivatives of the caller's loss, but a forward that counts has none, because the
-                loss is made of derivatives of the model's output.
-        """
+        """Raise `ValueError` if a record that counts has no rows, because the loss is made of derivatives."""
         if self._options.fisher == "empirical" and not all(record.loss_seen for record in self.records):
             raise ValueError(
                 "fisher='empirical' takes rows from the derivative of the loss with respect to the model's output, but "
@@ -263,6 +258,8 @@ class Capture:
         if not starts:
             return None
         record.samples, record.pick = count_samples(starts, (args, kwargs)), seen.tensors_of
+        if not record.samples:
+            return None
         with self._flags.ours(), phase("capture"):
             self._attribution.check(record, starts)
             if likelihood is None:
@@ -285,14 +282,17 @@ class Capture:
         self._counted.reached(record, trained, record.undo())
         grads = [None if grad is None else grad.detach() for grad in grads]
         record.loss_seen = True
-        self.through_output.reached(record, results, grads, trained)
-        is_empirical = self._options.fisher == "empirical"
-        if record.own_pass or (record.proves and not is_empirical):
-            with self._flags.ours():
-                starts, cotangents = loss_cotangents(record, output, results, grads)
-                record.add_cotangents(cotangents)
-                if is_empirical:
-                    self._of_loss.on_backward(record, starts)
+        if not record.proves:
+            self.through_output.skip()
+        if not record.own_pass and not record.proves:
+            return
+        with self._flags.ours():
+            starts, cotangents = loss_cotangents(record, output, results, grads)
+            record.add_cotangents(cotangents)
+            if record.proves:
+                self.through_output.reached(record, starts, cotangents, trained)
+            if self._options.fisher == "empirical":
+                self._of_loss.on_backward(record, starts)
 
 
 def _without_graph(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
         if not _has_attributes(leaf):
             return leaf
         twin = copy.copy(leaf)
+        for key, value in leaf.items() if isinstance(leaf, MutableMapping) else ():
+            twin[key] = map_tensors(function, value)
         for name, value in vars(leaf).items():
             if isinstance(value, (Tensor, tuple, list, dict)) or dataclasses.is_dataclass(value):
                 object.__setattr__(twin, name, map_tensors(function, value))

@@ -1,7 +1,7 @@
-"""Whether the gradient of the caller's loss reaches the parameters through the model's output only.
+"""Whether the gradient of the caller's loss reaches the parameters only through the output that has rows.
 
-A penalty on parameters or on derivatives, an auxiliary loss, and a layer that is called beside the model add to the
-gradient, but F has no rows of them. One more backward pass from the output shows it.
+A penalty on parameters or on derivatives, an auxiliary loss, a further output, and a layer that is called beside the
+model add to the gradient, but F has no rows of them. One more backward pass from the output shows it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tengrad_triton.capture.rows.proof import Cotangents
 
 
 class ThroughOutput:
-    """Compares, within one backward pass of the caller, what goes through the model's output with what arrives.
+    """Compares, within one backward pass of the caller, what goes through the output with what arrives.
 
     Args:
         flags: set during our own passes.
@@ -40,19 +40,19 @@ class ThroughOutput:
     ) -> None:
         """Find what goes through the output of one forward, and compare when the caller's backward pass ends.
 
-        Nothing is compared if the pass goes through a forward whose rows are not compared with autograd either.
+        Args:
+            record: of the forward.
+            results: the tensors that its rows are derivatives of.
+            grads: the derivatives of the caller's loss with respect to ``results``.
+            parameters: those at which the gradients are compared.
         """
-        if not record.proves:
-            self._incomplete = torch._C._current_graph_task_id()
-            return
         # A user's hook on a parameter changes its gradient; what arrives before it cannot be seen.
         parameters = [p for p in parameters if not p._backward_hooks]
         pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
         if not parameters or not pairs or torch.is_grad_enabled():  # a pass that makes a graph is not the last one
             return
         starts, cotangents = zip(*pairs, strict=True)
-        with self._flags.ours(), torch.no_grad():
-            through = torch.autograd.grad(starts, parameters, cotangents, retain_graph=True, allow_unused=True)
+        through = torch.autograd.grad(starts, parameters, cotangents, retain_graph=True, allow_unused=True)
         if not self._findings:
             self._pass = torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(self._compare)
@@ -63,6 +63,10 @@ class ThroughOutput:
             before = self._expected.get(id(p))
             self._expected[id(p)] = grad if before is None else before if grad is None else before + grad
         self._parameters = {id(p): p for p in parameters}
+
+    def skip(self) -> None:
+        """Compare nothing in the present pass: it goes through a forward that `reached` is not called for."""
+        self._incomplete = torch._C._current_graph_task_id()
 
     def take(self) -> list[Tensor]:
         """Return the parameters to which some of the gradient came another way since the last call."""

@@ -102,7 +102,8 @@ def gather(
     if covered and not capture.records:
         raise RuntimeError(
             "the curvature is due for a refresh, but there was no forward and backward of the model since the last "
-            "step: call model(inputs) itself, with gradients enabled, before loss.backward() and optimizer.step()"
+            "step or zero_grad: call model(inputs) itself, with gradients enabled and samples in the batch, before "
+            "loss.backward() (not autograd.grad) and optimizer.step()"
         )
     # A record of a further row of the same samples is joined as a micro-batch is.
     batches = [_of_record(capture, record, release_calls) for record in capture.records]

@@ -71,8 +71,8 @@ class Reports:
             self._said.update(idle)
             listed = ", ".join(name or "the model" for name in idle)
             warnings.warn(
-                f"no rule gave rows of {listed} at the last refresh of the curvature (frozen or not called then): "
-                "their parameters take the SGD step until a refresh that they have a part in",
+                f"no rule gave rows of {listed} at the last refresh of the curvature (frozen, not called, or not used "
+                "by the output that has rows): their parameters take the SGD step until a refresh that has their rows",
                 stacklevel=_STEP_DEPTH - 1,
             )
 
@@ -84,9 +84,9 @@ class Reports:
             listed = ", ".join(names.get(id(p), "?") for p in beside[:3]) + (", …" if len(beside) > 3 else "")
             self._once(
                 "beside",
-                f"a part of the gradient of {listed} does not come through what the model returned (a penalty, an "
-                "auxiliary loss, a derivative of the output, or a layer that is called beside the model): the gradient "
-                "has that part, but the Fisher matrix has no rows of it",
+                f"a part of the gradient of {listed} does not come through the output that has rows (but a penalty, an "
+                "auxiliary loss, another output, a derivative of the output, or a layer that is called beside the "
+                "model): the gradient has that part, but the Fisher matrix has no rows of it",
             )
         why = capture.why_loss_differs()
         if why is not None:
