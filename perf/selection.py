@@ -50,7 +50,7 @@ BUDGET = 600 * 2**20
 """Bytes for J of WRN-28-4 at N = 128: about the least with which its steps are exact."""
 _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN-28-4", 128, BUDGET)]
 _HOST = [HostCase(model, 300) for model in ("3C1F", "MLP", "WRN-28-4", "ResNet-18")]
-_PROOF = [ProofCase(model, 128, 9) for model in ("3C1F", "ResNet-18")]
+_PROOF = [ProofCase("3C1F", 128, 9), ProofCase("ResNet-18", 32, 9)]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 
 QUICK = Selection(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.record import Findings, LayerCall, Record
 from tengrad_triton.capture.rows.graph import GraphWalk, walk_graph
-from tengrad_triton.layers import graph_counts_calls, locate_samples, samples_dim, why_no_rule
+from tengrad_triton.layers import graph_counts_calls, locate_samples, samples_dim
 
 Verify = Literal["change", "always", "never"]
 """When the rows are compared with autograd."""
@@ -91,13 +91,13 @@ class Attribution:
         def sizes(shape: Sequence[int]) -> tuple[bool, ...]:
             return tuple(size == record.samples for size in shape)
 
+        def modes(layer: nn.Module) -> tuple[Any, ...]:
+            return type(layer), "forward" in vars(layer), layer.training, len(layer._forward_hooks)
+
         calls = tuple(
-            (
-                name, why_no_rule(layer := self.layers[name].layer), layer.training, len(layer._forward_hooks),
-                *((sizes(call.output_shape), call.samples_second) for call in calls),
-            )
+            (name, modes(self.layers[name].layer), *((sizes(call.output_shape), call.samples_second) for call in calls))
             for name, calls in record.calls.items()
-        )  # fmt: skip
+        )
         key = (walk.structure, calls, tuple((sizes(x.shape), x.dtype) for x in results))
         if key not in self._findings and len(self._findings) == _MOST_STRUCTURES:
             self._findings.pop(next(iter(self._findings)))
