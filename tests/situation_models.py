@@ -143,6 +143,12 @@ def pooled(model, x):
     return model.head(model.net(x).unflatten(0, (-1, 2)).tanh().mean(1))
 
 
+def contrasted(model, x):
+    """The similarities [N, N] of two views of each sample, as contrastive losses take them."""
+    first, second = (F.normalize(part(x[:, k]), dim=-1) for k, part in enumerate((model.a, model.b)))
+    return model.scale.exp() * first @ second.T
+
+
 def mse(output, _):
     return (output - 1.0).square().mean()
 

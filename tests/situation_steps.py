@@ -81,6 +81,27 @@ def decay_groups(fisher):
         assert_steps(model, old, steps, "the step")
 
 
+def triplets(fisher):
+    """One loss of three forwards: the rows are those of all of them, each with the derivative of the whole loss."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    optimizer, _ = optimizer_of(model, fisher)
+    xs = [x for x, _ in DATA[:3]]
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.triplet_margin_loss(*(model(x) for x in xs), margin=5.0).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        old = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with unseen(optimizer):
+            outputs = [model(x) for x in xs]
+            of_outputs = torch.autograd.grad(F.triplet_margin_loss(*outputs, margin=5.0), outputs, retain_graph=True)
+            total = sum(len(x) for x in xs)
+            parts = [rows_of_graph(model, [o], [[total * g]]) for o, g in zip(outputs, of_outputs, strict=True)]
+        rows = {name: torch.cat([part[name] for part in parts]) for name in grads}
+        optimizer.step()
+        assert_steps(model, old, dense_steps(blocks_of(model), rows, grads), "the step")
+
+
 class OfBatch(nn.Module):
     """Takes a dictionary or a tuple."""
 

@@ -27,6 +27,7 @@ from situation_models import (
     batches,
     by_func,
     checkpointed,
+    contrasted,
     forces,
     laplacian,
     mlp,
@@ -201,6 +202,21 @@ SITUATIONS: dict[str, list[Situation]] = {
                 loops.LOOPS["two backward passes through one forward"], fisher, loops.scaled, 4
             ),
         )
+    ],
+    "Losses of several samples": [
+        Situation(
+            "similarities [N, N] of a contrastive loss, with a temperature",
+            exact(
+                lambda: Calls(contrasted, a=nn.Linear(4, 3), b=nn.Linear(4, 3), scale=nn.Parameter(torch.tensor(1.0))),
+                [(x, torch.arange(5)) for x, _ in batches(3, (2, 4))],
+            ),
+        ),
+        Situation("triplets by three forwards", further.triplets, fishers=("empirical",)),
+        Situation(
+            "the same samples in one forward, with a loss of their differences",
+            exact(mlp, batches(3, samples=6), loss=lambda o, y: (o[:3] - o[3:]).square().mean()),
+            fishers=("empirical",),
+        ),
     ],
     "Losses with a second part": [
         Situation(
