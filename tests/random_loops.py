@@ -69,6 +69,13 @@ def clear(optimizer, model, how):
             p.grad = None
 
 
+def derivatives(total, params):
+    """Return the derivatives of what the model returned, None where there is none."""
+    if not total.requires_grad:
+        return [None]
+    return torch.autograd.grad(total, list(params.values()), retain_graph=True, allow_unused=True)
+
+
 class Loop:
     """The loop of a plan."""
 
@@ -219,13 +226,15 @@ class Loop:
         plain = synchronize(self.plain, self.model)
         try:
             params = {name: p for name, p in plain.named_parameters() if p.requires_grad}
-            loss = self.objective(step, plain, x, plain(x.clone()), target) * share
+            output = plain(x.clone())
+            uses = derivatives(total_of(self.plan, output), params)
+            loss = self.objective(step, plain, x, output, target) * share
             loss = 2 * loss if step.objective == "two backwards" else loss
             inputs = [*params.values(), *([x] if x.requires_grad else [])]
             grads = torch.autograd.grad(loss, inputs, allow_unused=True)[: len(params)]
         except RuntimeError as error:
             raise InvalidModelError(str(error)) from error
-        if all(grad is None for grad in grads):
+        if all(grad is None for grad in uses):  # a forward like that does not count
             raise InvalidModelError("nothing that is trained has a part in this forward")
         for name, grad in zip(params, grads, strict=True):
             if grad is not None:

@@ -261,7 +261,8 @@ class Capture:
         if not record.samples:
             return None
         with self._flags.ours(), phase("capture"):
-            self._attribution.check(record, starts)
+            if not self._attribution.check(record, starts):
+                return None
             if likelihood is None:
                 self._of_loss.after_forward(record)
             else:

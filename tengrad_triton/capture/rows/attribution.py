@@ -51,8 +51,8 @@ class Attribution:
         self._sequence_first = any(samples_dim(captured.layer) == 1 for captured in layers.values())
         self._findings.clear()
 
-    def check(self, record: Record, results: Sequence[Tensor]) -> None:
-        """Fill in what follows from the calls and the graph of a forward.
+    def check(self, record: Record, results: Sequence[Tensor]) -> bool:
+        """Fill in what follows from the calls and the graph of a forward; return whether it uses trained parameters.
 
         ``results`` are the tensors that the rows are derivatives of, or that the model returned.
 
@@ -81,6 +81,7 @@ class Attribution:
                 record.unattributed[key] = why
             if not walk.leaves[key]:
                 record.unused.add(key)
+        return len(record.unused) < len(owners)
 
     def _locate(self, layer: nn.Module, call: LayerCall, samples: int) -> tuple[str | None, bool]:
         return locate_samples(layer, call.output_shape, samples, self._sequence_first)
