@@ -23,18 +23,18 @@ class Reports:
         unsupported: whether layers without rows are warned of or refused.
 
     Attributes:
-        apart: for each parameter whose rows at the last refresh did not follow from calls of its layers, by id, why.
+        apart: for each parameter whose rows at the last refresh did not follow from calls of its layers, by name, why.
     """
 
     def __init__(self, unsupported: Unsupported) -> None:
         self._unsupported = unsupported
         self._said: set[str] = set()
         self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
-        self.apart: dict[int, str] = {}
+        self.apart: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes over: what was said."""
-        return {**vars(self), "_checked": (None, None), "apart": {}}
+        return {**vars(self), "_checked": (None, None)}
 
     def uncovered(self, uncovered: Mapping[str, str]) -> None:
         """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.
@@ -78,7 +78,8 @@ class Reports:
 
     def refreshes(self, capture: Capture, model: nn.Module) -> None:
         """Note what is apart, and warn once of each way in which the caller's loss is not the one of the rows."""
-        self.apart = {key: why for record in capture.records for key, why in record.unattributed.items()}
+        apart = {key: why for record in capture.records for key, why in record.unattributed.items()}
+        self.apart = {name: apart[id(p)] for name, p in model.named_parameters() if id(p) in apart} if apart else {}
         if beside := capture.through_output.take():
             names = {id(p): name for name, p in model.named_parameters()}
             listed = ", ".join(names.get(id(p), "?") for p in beside[:3]) + (", …" if len(beside) > 3 else "")

@@ -60,10 +60,10 @@ class Summary:
         return "\n".join(text)
 
 
-def summarize(layers: Sequence[LayerParams], curvature: Curvature | None, apart: Mapping[int, str]) -> Summary:
+def summarize(layers: Sequence[LayerParams], curvature: Curvature | None, apart: Mapping[str, str]) -> Summary:
     """Return the summary of ``layers`` with the present curvature, which is None before the first refresh.
 
-    ``apart`` has, by the parameter's id, why rows do not follow from calls of the parameter's layers.
+    ``apart`` has, by the parameter's name, why rows do not follow from calls of the parameter's layers.
     """
     entries = tuple(_entry(layer, param_name, curvature, apart) for layer in layers for param_name in layer.parameters)
     return Summary(entries, 0 if curvature is None else int(curvature.failures_L.sum()))
@@ -85,7 +85,7 @@ def sgd_entry(parameter: str, shape: tuple[int, ...], why: str) -> ParameterSumm
 
 
 def _entry(
-    layer: LayerParams, param_name: str, curvature: Curvature | None, apart: Mapping[int, str]
+    layer: LayerParams, param_name: str, curvature: Curvature | None, apart: Mapping[str, str]
 ) -> ParameterSummary:
     name, shape = layer.full_name_of(param_name), tuple(layer.parameters[param_name].shape)
     if layer.why_sgd is not None:
@@ -97,7 +97,7 @@ def _entry(
         return sgd_entry(name, shape, "not part of the last refresh")
     block = next(block for block, names in curvature.blocks.items() if layer.name in names)
     reduced = isinstance(jacobian, PerSample) and jacobian.row_kind == "parameters"
-    why = apart.get(id(layer.parameters[param_name]))
+    why = apart.get(name)
     notes = (
         f"by the graph ({why})" if why else summary_note(layer.layer),
         "as many rows as parameters" if reduced else "",
