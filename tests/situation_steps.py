@@ -102,6 +102,31 @@ def triplets(fisher):
         assert_steps(model, old, dense_steps(blocks_of(model), rows, grads), "the step")
 
 
+def penalty_begins(fisher):
+    """A penalty on the derivative by the input begins later: rows stay those of the output, and one warning comes."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    optimizer, drawn = optimizer_of(model, fisher)
+    for number, (x, y) in enumerate(DATA[:4]):
+        optimizer.zero_grad()
+        drawn.targets.clear()
+        inputs = x.clone().requires_grad_()
+        output = model(inputs)
+        loss = F.cross_entropy(output, y)
+        if number > 2:
+            loss = loss + torch.autograd.grad(output.sum(), inputs, create_graph=True)[0].square().mean()
+        loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        old = {name: p.detach().clone() for name, p in model.named_parameters()}
+        with unseen(optimizer):
+            seen = model(x)
+            target, likelihood = drawn.targets[0] if drawn.targets else None, likelihood_of("categorical")
+            cotangents = cotangents_of(fisher, [seen], F.cross_entropy(seen, y), likelihood, target, len(seen))
+            rows = rows_of_graph(model, [seen], cotangents)
+        optimizer.step()
+        assert_steps(model, old, dense_steps(blocks_of(model), rows, grads), f"step {number}")
+
+
 class OfBatch(nn.Module):
     """Takes a dictionary or a tuple."""
 

@@ -224,6 +224,13 @@ SITUATIONS: dict[str, list[Situation]] = {
         )
         for title, run in loops.BESIDE.items()
     ],
+    "Losses that change": [
+        Situation(
+            "a penalty on the derivative by the input begins at a later step",
+            said("does not come through the output that has rows", further.penalty_begins),
+            "rows of the output, and a warning",
+        ),
+    ],
     "The loss and the likelihood": [
         Situation(title, said("the loss is not that of the likelihood", run), "warned of", ("sampled", "exact"))
         for title, run in loops.OTHER_LOSSES.items()

@@ -81,8 +81,9 @@ class CountedRecords:
                 hook = Hook(self._accumulated, parameter)
                 get_gradient_edge(parameter).node.register_hook(hook)  # it lives as long as the graph
         self._present.append((record, undo))
-        if torch.is_grad_enabled():  # this backward pass makes a graph
+        if torch.is_grad_enabled():  # this backward pass makes a graph, of which a loss may be made
             self._differentiated.append(weakref.ref(record))
+            record.own_pass = record.proves = True
 
     def _ended(self) -> None:
         present, self._present = self._present, []

@@ -104,7 +104,7 @@ def _keep_output_grads(record: Record, own: ScopedFlag) -> None:
     def storing_hook(call: LayerCall, place: int, index: int) -> Callable[[Any], None]:
         def hook(grads: Any) -> None:
             grad = grads[index]
-            if grad is not None and not own.is_set:
+            if grad is not None and not own.is_set and not record.own_pass:
                 # Store the tensor itself: autograd may overwrite a gradient to which only an alias refers.
                 constant = grad.detach() if grad.requires_grad else grad
                 before = call.output_grads[place]
@@ -114,4 +114,3 @@ def _keep_output_grads(record: Record, own: ScopedFlag) -> None:
 
     for call, place, edge in record.outputs_in_graph():
         edge.node.register_prehook(storing_hook(call, place, edge.output_nr))
-    record.release_edges()
