@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from dense import batch_statistics, blocks_of
+from one_step import Recording, natural
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tengrad_triton import TENGraD
@@ -16,23 +17,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class Drawn:
-    """A likelihood that keeps the labels of every forward, in order."""
-
-    def __init__(self, likelihood):
-        self.likelihood, self.targets = likelihood, []
-
-    def sample(self, output, generator):
-        self.targets.append(self.likelihood.sample(output, generator))
-        return self.targets[-1]
-
-    def nll(self, output, target):
-        return self.likelihood.nll(output, target)
-
-
 def optimizer_of(model, fisher, likelihood="categorical", **options):
     """Return a TENGraD whose step is −(F + α I)⁻¹ V, and the likelihood that keeps its labels."""
-    drawn = Drawn(likelihood_of(likelihood))
+    drawn = Recording(likelihood_of(likelihood))
     chosen = likelihood if fisher == "exact" else drawn
     return TENGraD(model, likelihood=chosen, fisher=fisher, **{**SETTINGS, **options}), drawn
 
@@ -72,17 +59,11 @@ def cotangents_of(fisher, seen, loss, likelihood, target, total):
 
 
 def dense_steps(blocks, rows, grads):
-    """Return {name: (F + α I)⁻¹ V} for blocks of names, F = Jᵀ J / rows."""
-    steps = {}
-    for block in blocks:
-        names = [name for name in block if name in rows]
-        if not names:
-            continue
-        j_NK = torch.cat([rows[name].reshape(len(rows[name]), -1) for name in names], 1)
-        v_K = torch.cat([grads[name].flatten() for name in names])
-        solved = torch.linalg.solve(j_NK.mT @ j_NK / len(j_NK) + ALPHA * torch.eye(len(v_K), dtype=v_K.dtype), v_K)
-        steps |= dict(zip(names, solved.split([grads[name].numel() for name in names]), strict=True))
-    return steps
+    """Return {name: (F + α I)⁻¹ V}, flat, for blocks of names, F = Jᵀ J / rows; names without rows are left out."""
+    flat = {name: j.reshape(len(j), -1) for name, j in rows.items()}
+    with_rows = [[name for name in block if name in rows] for block in blocks]
+    solved = natural(flat, grads, [block for block in with_rows if block], ALPHA)
+    return {name: step.flatten() for name, step in solved.items()}
 
 
 def check_steps(
@@ -91,7 +72,6 @@ def check_steps(
     fisher,
     *,
     loss=F.cross_entropy,
-    call=None,
     see=None,
     before=None,
     likelihood="categorical",

@@ -33,7 +33,12 @@ def check_loop(run, fisher, make=mlp, steps=3):
         check_step(model, optimizer, drawn, fisher, counted)
 
 
-def check_step(model, optimizer, drawn, fisher, counted, grads=None):
+def check_step(model, optimizer, drawn, fisher, counted, grads=None, taken=lambda name, step, old: step):
+    """Take a step with the present gradients; it equals the dense solve with the rows of the forwards in ``counted``.
+
+    ``grads`` are those of the loss, where the parameters hold others. ``taken`` returns a parameter's step, from
+    its name, the dense solution and its old value, both flat.
+    """
     grads = grads or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = []
@@ -47,7 +52,8 @@ def check_step(model, optimizer, drawn, fisher, counted, grads=None):
             parts.append(rows_of_graph(model, [seen], cotangents))
     rows = {name: torch.cat([part[name] for part in parts]) for name in grads}
     optimizer.step()
-    assert_steps(model, old, dense_steps(blocks_of(model), rows, grads), "the step")
+    steps = dense_steps(blocks_of(model), rows, grads)
+    assert_steps(model, old, {name: taken(name, d, old[name].flatten()) for name, d in steps.items()}, "the step")
 
 
 def backward(model, place):

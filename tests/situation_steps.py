@@ -8,12 +8,12 @@ import warnings
 import torch
 import torch.nn.functional as F
 from dense import blocks_of
-from graph_rows import assert_steps, cotangents_of, dense_steps, optimizer_of, rows_of_graph, unseen
+from graph_rows import assert_steps, dense_steps, optimizer_of, rows_of_graph, unseen
+from situation_loops import check_step
 from situation_models import batches, mlp
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.likelihoods import likelihood_of
 
 DATA = batches(8)
 
@@ -61,24 +61,15 @@ def decay_groups(fisher):
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer, drawn = optimizer_of(model, fisher, params=groups)
+
+    def with_decay(name, step, old):
+        return 0.5 * (step + 0.1 * old) if name.endswith("weight") else step
+
     for x, y in DATA[:3]:
         optimizer.zero_grad()
         drawn.targets.clear()
         F.cross_entropy(model(x), y).backward()
-        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-        old = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with unseen(optimizer):
-            seen = model(x)
-            target = drawn.targets[0] if drawn.targets else None
-            likelihood = likelihood_of("categorical")
-            cotangents = cotangents_of(fisher, [seen], F.cross_entropy(seen, y), likelihood, target, len(seen))
-            rows = rows_of_graph(model, [seen], cotangents)
-        optimizer.step()
-        steps = dense_steps(blocks_of(model), rows, grads)
-        for name, step in steps.items():
-            is_weight = name.endswith("weight")
-            steps[name] = 0.5 * (step + 0.1 * old[name].flatten()) if is_weight else step
-        assert_steps(model, old, steps, "the step")
+        check_step(model, optimizer, drawn, fisher, [(x, y, 0)], taken=with_decay)
 
 
 def triplets(fisher):
@@ -116,15 +107,7 @@ def penalty_begins(fisher):
         if number > 2:
             loss = loss + torch.autograd.grad(output.sum(), inputs, create_graph=True)[0].square().mean()
         loss.backward()
-        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-        old = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with unseen(optimizer):
-            seen = model(x)
-            target, likelihood = drawn.targets[0] if drawn.targets else None, likelihood_of("categorical")
-            cotangents = cotangents_of(fisher, [seen], F.cross_entropy(seen, y), likelihood, target, len(seen))
-            rows = rows_of_graph(model, [seen], cotangents)
-        optimizer.step()
-        assert_steps(model, old, dense_steps(blocks_of(model), rows, grads), f"step {number}")
+        check_step(model, optimizer, drawn, fisher, [(x, y, 0)])
 
 
 class OfBatch(nn.Module):

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import said, why
 from torch import nn
 from torch.func import grad, hessian, jacrev
 
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.likelihoods import LIKELIHOODS, Bernoulli, Categorical, Gaussian, why_loss_differs
+from tengrad_triton.likelihoods import LIKELIHOODS, Bernoulli, Categorical, Gaussian
 
 TOLERANCE = 1e-12  # of numbers near 1 in float64, from a few hundred roundings
 
@@ -54,18 +55,6 @@ OWN = torch.tensor([0.4, 2.5]).double()  # the weights of the samples
 LABELS, TOKEN_LABELS = torch.tensor([2, 0]), torch.tensor([[1, 2], [-100, 0]])
 YES = torch.tensor([[1.0, 0.0, 0.3], [0.0, 1.0, 1.0]]).double()
 VALUES = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.1, -1.0]]).double()
-
-
-def why(likelihood, loss, output):
-    output = output.detach().requires_grad_()
-    (grad_output,) = torch.autograd.grad(loss(output), output)
-    return why_loss_differs(likelihood, output, grad_output * len(output))
-
-
-def said(likelihood, **attributes):
-    for name, value in attributes.items():
-        setattr(likelihood, name, value)
-    return likelihood
 
 
 def of_tokens(output, **options):

@@ -5,20 +5,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import said, why
 
-from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, contract, why_loss_differs
-
-
-def why(likelihood, loss, output):
-    output = output.detach().requires_grad_()
-    (grad_output,) = torch.autograd.grad(loss(output), output)
-    return why_loss_differs(likelihood, output, grad_output * len(output))
-
-
-def said(likelihood, **attributes):
-    for name, value in attributes.items():
-        setattr(likelihood, name, value)
-    return likelihood
+from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, contract
 
 
 def ce(labels, **options):

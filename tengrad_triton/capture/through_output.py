@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from tengrad_triton.capture.batch_statistics import PassFlags
 from tengrad_triton.capture.record import Findings, Record
 from tengrad_triton.capture.rows.proof import Cotangents
+from tengrad_triton.capture.rows.weights import precision_of
 
 
 class ThroughOutput:
@@ -102,5 +103,5 @@ def _differs(arrived: Tensor, expected: Tensor | None, size_of_all: float) -> bo
     """Whether two gradients differ by more than rounding errors; None stands for zero."""
     off = arrived if expected is None else arrived - expected
     size = arrived.norm() if expected is None else torch.maximum(arrived.norm(), expected.norm())
-    eps = max(torch.finfo(arrived.dtype).eps, 2.0**-10 if arrived.device.type == "cuda" else 0.0)
+    eps = precision_of(arrived.dtype, arrived.device)
     return bool(torch.isfinite(size)) and bool(off.norm() > eps**0.5 * size + eps**0.75 * size_of_all)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tengrad_triton.capture.blocks import CapturedLayer
-from tengrad_triton.capture.record import Findings, LayerCall, Record
+from tengrad_triton.capture.record import Findings, Record
 from tengrad_triton.capture.rows.graph import GraphWalk, walk_graph
 from tengrad_triton.layers import graph_counts_calls, locate_samples, samples_dim
 
@@ -68,7 +68,8 @@ class Attribution:
             )
         for name, calls in record.calls.items():
             for call in calls if self.layers[name].has_rule else []:
-                why, call.samples_second = self._locate(self.layers[name].layer, call, record.samples)
+                layer, where = self.layers[name].layer, (record.samples, self._sequence_first)
+                why, call.samples_second = locate_samples(layer, call.output_shape, *where)
                 if why:
                     record.unbatched[name] = why
         record.findings = self._findings_of(record, results, walk)
@@ -82,9 +83,6 @@ class Attribution:
             if not walk.leaves[key]:
                 record.unused.add(key)
         return len(record.unused) < len(owners)
-
-    def _locate(self, layer: nn.Module, call: LayerCall, samples: int) -> tuple[str | None, bool]:
-        return locate_samples(layer, call.output_shape, samples, self._sequence_first)
 
     def _findings_of(self, record: Record, results: Sequence[Tensor], walk: GraphWalk) -> Findings:
         """Return what was found out about forwards of this structure: the graph, the calls, and what has N entries."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rows.rule import contributions_of, pairs_of_calls
-from tengrad_triton.capture.rows.weights import multiply_samples, random_weights, weighted_sum
+from tengrad_triton.capture.rows.weights import multiply_samples, precision_of, random_weights, weighted_sum
 from tengrad_triton.layers import PerSampleGrads, matrix_view, tensors_in
 
 _OTHER_SAMPLES = "its outputs for one sample reach the losses of other samples"
@@ -146,14 +146,8 @@ def _agrees(own: _Sum, grad: Tensor) -> bool:
     expected = matrix_view(grad.to_dense() if grad.is_sparse else grad).flatten()
     if not torch.isfinite(expected).all():
         return True  # nothing can be said; the step itself will not use such rows
-    eps = _precision(max(own.dtype, grad.dtype, key=lambda one: torch.finfo(one).eps), grad.device)
+    eps = precision_of(max(own.dtype, grad.dtype, key=lambda one: torch.finfo(one).eps), grad.device)
     off = (expected - own.total).norm()
     # The square root of the precision is far above rounding errors and far below the difference of another function.
     # The second term is for gradients that are nearly zero because large terms cancel.
     return bool(off <= eps**0.5 * expected.norm() + eps**0.75 * own.size)
-
-
-def _precision(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the relative precision of a product in ``dtype``; on a GPU float32 products may be in TF32."""
-    eps = torch.finfo(dtype).eps
-    return max(eps, 2.0**-10) if device.type == "cuda" and dtype == torch.float32 else eps

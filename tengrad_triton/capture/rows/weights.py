@@ -1,6 +1,7 @@
 """Sums over the samples with random weights: Σ_n r_n J_n, which autograd gives in one backward pass.
 
-A plain sum would not show rows that belong to other samples. Dimensions: see `tengrad_triton.layers.contribution`.
+A plain sum would not show rows that belong to other samples. How precisely two such sums agree depends on the type in
+which products are computed. Dimensions: see `tengrad_triton.layers.contribution`.
 """
 
 from __future__ import annotations
@@ -39,3 +40,9 @@ def weighted_sum(contribution: Contribution, weights_N: Tensor) -> Tensor:
     channels = outer.a.x_NCHW.shape[1] // geometry.groups
     grad = geometry.weight_grad(outer.a.x_NCHW, g_NOHW, [g_NOHW.shape[1], channels, *outer.a.kernel_size])
     return matrix_view(grad).flatten()
+
+
+def precision_of(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the relative precision of a product in ``dtype``; on a GPU float32 products may be in TF32."""
+    eps = torch.finfo(dtype).eps
+    return max(eps, 2.0**-10) if device.type == "cuda" and dtype == torch.float32 else eps
