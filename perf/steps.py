@@ -16,8 +16,8 @@ from perf.models import MODELS, Model
 from perf.timing import interleaved, mean_step
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.geometry import geometry_of
-from tengrad_triton.curvature.jacobian import Factored
-from tengrad_triton.curvature.products import Jacobian
+from tengrad_triton.curvature.jacobians.base import Jacobian
+from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.tuning.plan import MAX_BYTES
 

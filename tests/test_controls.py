@@ -28,7 +28,7 @@ from one_step import (
 
 from tengrad_triton import Categorical, TENGraD
 from tengrad_triton.curvature.choices import ops_for
-from tengrad_triton.curvature.jacobian import PerSample
+from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.step import curvature_along
 from tengrad_triton.curvature.woodbury import factor
 

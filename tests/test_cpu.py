@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tengrad_triton import TENGraD, kernels
-from tengrad_triton.curvature.jacobian import PerSample
+from tengrad_triton.curvature.jacobians.per_sample import PerSample
 
 cpu, cpu_conv, cpu_update, conv_sample_grads, spec = (
     importlib.import_module(f"tengrad_triton.kernels.{name}")

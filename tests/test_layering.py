@@ -16,7 +16,7 @@ ORDER = [
     *("baselines", "recipes"),
 ]
 NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
-OF_TENGRAD = {"tengrad", "woodbury", "jacobian", "refresh", "step_access"}  # what no baseline may know
+OF_TENGRAD = {"tengrad", "woodbury", "jacobians", "refresh", "step_access"}  # what no baseline may know
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})
 LAYER_TYPES = {"Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "BatchNorm2d", "LayerNorm", "LSTM"}

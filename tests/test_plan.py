@@ -264,7 +264,7 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
 
 
 def test_a_launch_is_split_only_where_its_own_kernels_differ():
-    from tengrad_triton.curvature.jacobian import PerSample
+    from tengrad_triton.curvature.jacobians.per_sample import PerSample
 
     plain, tuned = (
         PerSample(torch.ones(2, 3), ops_for("auto", names), "samples") for names in ((), ("gram_rows:deep",))

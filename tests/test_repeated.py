@@ -15,7 +15,7 @@ from torch import nn
 
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.choices import ops_for
-from tengrad_triton.curvature.jacobian import Factored
+from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.kernels import RepeatedProducts, dispatch, launches, pointer_table
 from tengrad_triton.kernels.spec import Repeated
 from tengrad_triton.layers import ConvInput, OuterProducts

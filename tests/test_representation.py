@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tengrad_triton import TENGraD
-from tengrad_triton.curvature.jacobian import PerSample
+from tengrad_triton.curvature.jacobians.per_sample import PerSample
 
 DAMPING = 0.05
 

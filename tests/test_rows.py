@@ -31,7 +31,7 @@ from one_step import (
 from torch import nn
 
 from tengrad_triton import Categorical, TENGraD
-from tengrad_triton.curvature.jacobian import PerSample, reduce_rows
+from tengrad_triton.curvature.jacobians.per_sample import PerSample, reduce_rows
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

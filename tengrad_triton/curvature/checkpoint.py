@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.choices import OpsFor
-from tengrad_triton.curvature.embedding import EmbeddingJacobian
-from tengrad_triton.curvature.jacobian import Factored, PerSample, store_contiguously
-from tengrad_triton.curvature.products import Jacobian
+from tengrad_triton.curvature.jacobians.base import Jacobian
+from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
+from tengrad_triton.curvature.jacobians.factored import Factored
+from tengrad_triton.curvature.jacobians.per_sample import PerSample, store_contiguously
 from tengrad_triton.curvature.woodbury import Curvature, InverseFactors
 from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 

@@ -14,10 +14,11 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.choices import Choice, Choices, Ops, OpsFor, Representation
 from tengrad_triton.curvature.concat import MicroBatches, concat_embedding, concat_outer
 from tengrad_triton.curvature.contributions import Contributions, gather
-from tengrad_triton.curvature.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.geometry import Geometry, geometry_of
-from tengrad_triton.curvature.jacobian import Factored, PerSample
-from tengrad_triton.curvature.products import Jacobian, Jacobians, LayerJacobian
+from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians, LayerJacobian
+from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
+from tengrad_triton.curvature.jacobians.factored import Factored
+from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
 from tengrad_triton.profiling import phase

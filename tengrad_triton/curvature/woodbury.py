@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
-from tengrad_triton.curvature.jacobian import reduce_rows, store_contiguously
-from tengrad_triton.curvature.products import Jacobians, grams
+from tengrad_triton.curvature.jacobians.base import Jacobians
+from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously
+from tengrad_triton.curvature.products import grams
 
 FisherBlocks = Mapping[str, Sequence[str]]
 """The names of the layers that are solved together, by the name of their Fisher block (M11)."""

@@ -7,8 +7,8 @@ from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.curvature.choices import Choice, implementation_names
-from tengrad_triton.curvature.jacobian import PerSample
-from tengrad_triton.curvature.products import Jacobian
+from tengrad_triton.curvature.jacobians.base import Jacobian
+from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.layers import summary_note
 

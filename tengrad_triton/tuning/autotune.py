@@ -25,7 +25,7 @@ from tengrad_triton.curvature.choices import Representation
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.geometry import EMBEDDING
-from tengrad_triton.curvature.products import Jacobian
+from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.refresh import jacobian_of
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.curvature.woodbury import directions

@@ -15,8 +15,9 @@ from typing_extensions import override
 
 from tengrad_triton.curvature.choices import FACTORED_KERNELS, Ops, ProductKernels, Representation
 from tengrad_triton.curvature.concat import concat_embedding, concat_outer, take_embedding_rows, take_outer_rows
-from tengrad_triton.curvature.jacobian import CHUNK_BYTES, Factored, PerSample
-from tengrad_triton.curvature.products import Jacobian, Operands, UpdateState
+from tengrad_triton.curvature.jacobians.base import Jacobian, Operands, UpdateState
+from tengrad_triton.curvature.jacobians.factored import CHUNK_BYTES, Factored
+from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts
 

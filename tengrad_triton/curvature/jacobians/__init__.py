@@ -1,0 +1,1 @@
+"""The J of one parameter in each of its representations."""
