@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import dense
 import torch
@@ -150,6 +151,10 @@ class Loop:
         parameters = {name: p.detach() for name, p in self.model.named_parameters()}
         is_checkpointed = any(piece.wrap == "checkpoint" for piece in self.plan.model.pieces)
         if self.plan.model.output in ("tensor", "tokens' mean") and not self.derives and not is_checkpointed:
+            try:  # it derives by frozen parameters too, which no other pass of the plan may have done
+                torch.func.grad(partial(total, model=synchronize(self.plain, self.model)))(parameters)
+            except RuntimeError as error:
+                raise InvalidModelError(str(error)) from error
             torch.func.grad(total)(parameters)
 
     def step(self, step):
