@@ -77,6 +77,7 @@ class RepeatedProducts:
         grads: Sequence[Tensor],
         w_LN: Tensor,
         damping_L: Tensor,
+        has_scaled: bool = False,
     ) -> None:
         """Prepare the launches.
 
@@ -86,19 +87,23 @@ class RepeatedProducts:
             grads: the gradients of a step, with which the launches were prepared.
             w_LN: memory for the coefficients; the updates were prepared with its rows.
             damping_L: memory for the dampings; the updates were prepared with its entries.
+            has_scaled: whether the updates take other tensors than project, of the same layouts, as momenta too.
         """
         self._places, self._w_LN, self._damping_L = places, w_LN, damping_L
         self._dampings: tuple[Tensor, int] | None = None  # what the dampings were copied from, and its version
         self._sums = PartialSums([part for one in groups for part in one.parts], w_LN.shape)
         self._updates = [launch for one in groups for launch in one.updates.launches]
         self._temporaries = [made for one in groups for made in one.temporaries]
-        self._changed = [x for one in groups for x in (*one.params, *one.momenta)]
-        of_grads, of_temporaries = _slots(groups, self._sums.launches)
-        present = [grads[place].data_ptr() for place in places] + [0] * len(of_temporaries)
+        self._changed = [x for one in groups for x in (one.params if has_scaled else (*one.params, *one.momenta))]
+        of_v, of_updates, of_temporaries = _slots(groups, self._sums.launches, (1, 2) if has_scaled else (2,))
+        of_grads = [*of_v, *of_updates] if has_scaled else _joined(of_v, of_updates)
+        present = [grads[place].data_ptr() for place in places] * (1 + has_scaled) + [0] * len(of_temporaries)
         self._addresses = Addresses([*of_grads, *of_temporaries], present, self._sums.launches[0].table)
 
-    def follow(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
-        """Take the gradients of a step; they have the layouts of those that the launches were prepared with.
+    def follow(self, grads: Sequence[Tensor], scaled: Sequence[Tensor] | None = None) -> list[list[Tensor]]:
+        """Take the gradients of a step, and what the updates take in their place where that differs.
+
+        They have the layouts of the gradients that the launches were prepared with.
 
         Returns:
             tensors that the caller has to keep until the end of the step.
@@ -106,6 +111,8 @@ class RepeatedProducts:
         new = partial(torch.empty, dtype=torch.float32, device=self._w_LN.device)
         read = [[new(shape) for shape in made.shapes] for made in self._temporaries]
         present = [grads[place].data_ptr() for place in self._places]
+        if scaled is not None:
+            present += [scaled[place].data_ptr() for place in self._places]
         self._addresses.become(present + [x.data_ptr() for tensors in read for x in tensors])
         for made, tensors in zip(self._temporaries, read, strict=True):
             made.fill(tensors)
@@ -133,21 +140,31 @@ def may_repeat(x: Tensor) -> bool:
     return runs_kernel(x) and may_keep(x.device)
 
 
-def _slots(groups: Sequence[ProductLaunches], projections: Sequence[Launch]) -> tuple[list[list[int]], list[list[int]]]:
-    """Return where tables have the address of each gradient, and of each temporary tensor, in the order of the groups.
+def _slots(
+    groups: Sequence[ProductLaunches], projections: Sequence[Launch], of_update: Sequence[int]
+) -> tuple[list[list[int]], ...]:
+    """Return where tables have the address of each tensor, in the order of the groups.
 
-    ``projections`` are the launches of all groups' parts.
+    Args:
+        groups: the launches.
+        projections: the launches of all groups' parts.
+        of_update: the arguments of the updates that follow the gradients of each step.
+
+    Returns:
+        the slots of the gradients of project, those of the arguments of the updates, and those of temporary tensors.
     """
-    of_grads: list[list[int]] = []
+    of_v: list[list[int]] = []
+    of_updates: list[list[int]] = []
     of_temporaries: list[list[int]] = []
     rest = iter(projections)
     for one in groups:
         project, update, count = [next(rest) for _ in one.parts], one.updates.launches, len(one.params)
-        of_grads += _joined(slots_of(project, one.v_argument, count), slots_of(update, 2, count))
+        of_v += slots_of(project, one.v_argument, count)
+        of_updates += _joined(*(slots_of(update, argument, count) for argument in of_update))
         for made in one.temporaries:
             readers = slots_of(project, made.argument, count), slots_of(update, made.argument + 3, count)
             of_temporaries += _joined(*readers, made.slots)
-    return of_grads, of_temporaries
+    return of_v, of_updates, of_temporaries
 
 
 def _joined(*slots: Sequence[Sequence[int]]) -> list[list[int]]:

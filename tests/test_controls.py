@@ -172,7 +172,7 @@ def test_each_failure_raises_the_damping_tenfold(relative_damping):
     jacobians = {block: {"weight": PerSample(j_NK, ops, "samples")} for block in blocks}
     failures_L, epsilon_L = torch.arange(3, dtype=torch.float64), torch.full((3,), 0.01, dtype=torch.float64)
     by_name = {block: [block] for block in blocks}
-    curvature = factor(jacobians, by_name, (5,), epsilon_L, failures_L, ops, {}, relative_damping)
+    curvature = factor(jacobians, by_name, (5,), epsilon_L, failures_L, ops, {}, relative_damping, {}, {})
     unit = max(1, j_NK.square().sum().item() / 5) if relative_damping else 1
     torch.testing.assert_close(curvature.damping_L, 0.01 * unit * torch.tensor([1.0, 10, 100], dtype=torch.float64))
     assert torch.equal(curvature.failures_L, failures_L)

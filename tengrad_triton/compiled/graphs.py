@@ -16,12 +16,13 @@ from tengrad_triton.capture.rows.rerun import rerun_rows
 from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
 from tengrad_triton.compiled.trace_spec import TraceSpec
-from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
+from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature, unpack_moments
 from tengrad_triton.curvature.choices import Choices, Ops
 from tengrad_triton.curvature.contributions import Contributions
+from tengrad_triton.curvature.moments import Scaling, scales_of, updated_moments
 from tengrad_triton.curvature.refresh import jacobians_of
 from tengrad_triton.curvature.step import step_
-from tengrad_triton.curvature.target import Trained, grads_of, targets_of, trained_of
+from tengrad_triton.curvature.target import Average, Trained, grads_of, targets_of, trained_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Call, mixes_samples
 from tengrad_triton.likelihoods import Reparametrized
@@ -39,13 +40,15 @@ perturbations); and the recorded tensors."""
 class StepState(NamedTuple):
     """The tensors that a step reads and updates in place; ``settings`` has one for each parameter group.
 
-    ``rates`` has the `rate_indices` of the groups: a step is compiled again where other groups have one learning rate.
+    ``averages`` has [share, correction] of each group's `Average`, or is empty. ``rates`` has the `rate_indices` of the
+    groups: a step is compiled again where other groups have one learning rate.
     """
 
     parameters: Named
     buffers: Named
     momenta: Named
     settings: Sequence[Tensor]
+    averages: Sequence[Tensor]
     rates: tuple[int, ...]
 
 
@@ -65,7 +68,9 @@ class StepFunctions:
         groups: the `STATIC_SETTINGS` of each parameter group.
         blocks: the names of each Fisher block's layers.
         trust_region: the bound on a step's squared Fisher norm; None for no bound.
+        clip_threshold: the bound on each block's step with scaled damping; None for no bound.
         relative_damping: whether dampings are in units of the blocks' mean squared row norms.
+        scaling: what D is in F + α D.
         ops: the ops for each combination of kernel overrides in ``choices``, and for no overrides.
         capture: records and perturbs the captured layers.
         spec: which calls `refresh` perturbs and records.
@@ -82,7 +87,9 @@ class StepFunctions:
     groups: Sequence[Mapping[str, Any]]
     blocks: FisherBlocks
     trust_region: float | None
+    clip_threshold: float | None
     relative_damping: bool
+    scaling: Scaling
     ops: Mapping[tuple[str, ...], Ops]
     capture: FunctionalCapture
     spec: TraceSpec
@@ -102,6 +109,7 @@ class StepFunctions:
         perturbations: CallTensors,
         damping_L: Tensor,
         failures_L: Tensor,
+        moments: Mapping[str, Any],
         noise: Tensor | None,
         x: Any,
         y: Any,
@@ -122,10 +130,15 @@ class StepFunctions:
         if mixes or noise is not None:
             _, by_perturbation = of_rows[1](grad_output)
         contributions = self._contributions(of_rows[2], by_perturbation, grad_output, scale, x)
-        jacobians = jacobians_of(contributions, self.choices, self.ops.__getitem__)
+        before = unpack_moments(moments, damping_L.device)
+        by_name = {key: grads[name] for key, name in self.names.items() if name in grads}
+        kept = updated_moments(before, contributions, self.layers, by_name, self.scaling)
+        scales = scales_of(kept, self.layers)
+        jacobians = jacobians_of(contributions, self.choices, self.ops.__getitem__, scales)
         curvature = factor(
-            jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping
-        )
+            jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping,
+            kept, scales,
+        )  # fmt: skip
         self._step(curvature, state, grads)
         return loss, pack_curvature(curvature)
 
@@ -202,10 +215,15 @@ class StepFunctions:
                 buffer.copy_(buffers[name])
         return output, pull, tensors
 
-    def _step(self, curvature: Curvature, state: StepState, grads: Named) -> None:
-        trained = self._trained(state, grads)
+    def _step(self, curvature: Curvature, state: StepState, by_name: Named) -> None:
+        trained = self._trained(state, by_name)
         targets = targets_of(trained, self.groups, state.settings, state.rates)
-        step_(curvature, targets, grads_of(trained, self.groups), self.ops[()], self.trust_region)
+        averages = [
+            None if group["spring"] else Average(numbers[0], numbers[1], group["nesterov"])
+            for group, numbers in zip(self.groups, state.averages, strict=False)
+        ]
+        grads = grads_of(trained, self.groups)
+        step_(curvature, targets, grads, self.ops[()], self.trust_region, averages, self.clip_threshold)
 
     def _trained(self, state: StepState, grads: Named) -> list[Trained]:
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -107,7 +107,9 @@ def _functions(access: StepAccess, loss_fn: LossFn, trained: frozenset[str], spe
         groups=[{name: group[name] for name in STATIC_SETTINGS} for group in access.groups],
         blocks={} if access.curvature is None else access.curvature.blocks,
         trust_region=options.trust_region,
+        clip_threshold=options.clip_threshold,
         relative_damping=options.relative_damping,
+        scaling=options.scaling,
         ops={key: access.ops_for(key) for key in {(), *overrides, *map(without_tf32x3, overrides)}},
         capture=FunctionalCapture(
             model, {name: captured[name].layer for name in spec.perturbations}, spec.samples_second

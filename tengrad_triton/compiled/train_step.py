@@ -214,7 +214,7 @@ class TrainStep:
     def _state(self, steps: CompiledSteps) -> StepState:
         parameters = dict(self._model.named_parameters())
         momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.functions.trained}
-        return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.settings_and_rates())
+        return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.numbers_of_groups())
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))
@@ -236,10 +236,10 @@ class TrainStep:
         access, functions, before = self._access, steps.functions, self._access.generator.get_state()
         noise = None if functions.likelihood is None else functions.likelihood.noise(steps.output, access.generator)
         access.release()
-        numbers = access.dampings_and_failures(functions.blocks)
+        state = (self._state(steps), functions.spec.perturbations, *access.before_refresh(functions.blocks))
         try:
             with functions.capture.attached(records=True), ignore_vmap_warning():
-                loss, packed = steps.refresh(self._state(steps), functions.spec.perturbations, *numbers, noise, x, y)
+                loss, packed = steps.refresh(*state, noise, x, y)
         except TorchDynamoException:
             access.generator.set_state(before)
             raise

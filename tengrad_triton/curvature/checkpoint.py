@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.jacobians.per_sample import PerSample, store_contiguously
+from tengrad_triton.curvature.moments import AllMoments, Moments
+from tengrad_triton.curvature.scaling import Scale
 from tengrad_triton.curvature.woodbury import Curvature, InverseFactors
 from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 
@@ -29,7 +32,13 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
         "inverses": [{"blocks": list(one.blocks), "inverse_BNN": one.inverse_BNN} for one in curvature.inverses],
         "history": list(curvature.history),
         "damping_L": curvature.damping_L,
+        "divisor_L": curvature.divisor_L,
         "failures_L": curvature.failures_L,
+        "moments": pack_moments(curvature.moments),
+        "scales": {
+            name: {param_name: one.pack() for param_name, one in layer.items()}
+            for name, layer in curvature.scales.items()
+        },
     }
 
 
@@ -53,19 +62,40 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
         }
         device = next(iter(known[name].values())).device
     inverses = [InverseFactors(tuple(one["blocks"]), one["inverse_BNN"].to(device)) for one in packed["inverses"]]
-    numbers = (packed[name].to(device) for name in ("damping_L", "failures_L"))
-    return Curvature(store_contiguously(jacobians), packed["blocks"], inverses, tuple(packed["history"]), *numbers)
+    damping_L, divisor_L, failures_L = (packed[name].to(device) for name in ("damping_L", "divisor_L", "failures_L"))
+    moments = unpack_moments(packed["moments"], device)
+    stored, history = store_contiguously(jacobians), tuple(packed["history"])
+    scales = {
+        name: {param_name: Scale.unpack([_to(x, device) for x in one]) for param_name, one in layer.items()}
+        for name, layer in packed["scales"].items()
+    }
+    return Curvature(stored, packed["blocks"], inverses, history, damping_L, divisor_L, failures_L, moments, scales)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def pack_moments(moments: AllMoments) -> dict[str, Any]:
+    """Return moments as nested dictionaries of lists of tensors."""
+    return {name: {param_name: list(one) for param_name, one in layer.items()} for name, layer in moments.items()}
+
+
+def unpack_moments(packed: Mapping[str, Any], device: torch.device) -> AllMoments:
+    """Return the moments that `pack_moments` described, on a device."""
+    return {
+        name: {param_name: Moments(*(x.to(device) for x in one)) for param_name, one in layer.items()}
+        for name, layer in packed.items()
+    }
 
 
 def _unpack(packed: Mapping[str, Any], device: torch.device, ops_for: OpsFor) -> Jacobian:
     """Return what `Jacobian.pack` described, on a device."""
     ops = ops_for(tuple(packed["kernel_overrides"]))
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
+    move = partial(_to, device=device)
+    scale = Scale.unpack([move(x) for x in packed["scale"]]) if "scale" in packed else None
     if "j_NK" in packed:
-        return PerSample(move(packed["j_NK"]), ops, packed["row_kind"])
+        return PerSample(move(packed["j_NK"]), ops, packed["row_kind"], scale)
     factors: OuterProducts | None = None
     if "a" in packed:
         a = packed["a"]
@@ -73,6 +103,6 @@ def _unpack(packed: Mapping[str, Any], device: torch.device, ops_for: OpsFor) ->
         factors = OuterProducts(a, move(packed["g_NGPO"]))
     if "embedding" in packed:
         embedding = EmbeddingGrads(**{name: move(value) for name, value in packed["embedding"].items()})
-        return EmbeddingJacobian(embedding, factors, ops)
+        return EmbeddingJacobian(embedding, factors, ops, scale)
     assert factors is not None
-    return Factored(factors, ops)
+    return Factored(factors, ops, scale)

@@ -15,17 +15,33 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.curvature.jacobians.base import Jacobian, UpdateState
+from tengrad_triton.curvature.jacobians.per_sample import CHUNK_BYTES
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.kernels import ProductLaunches, RepeatedProducts, launch_place, layout_of, may_repeat, runs_kernel
 
 
 def grams(jacobians: Sequence[Jacobian], blocks: Sequence[int], count: int) -> Tensor:
-    """Return k_LNN, the Gram matrix of every block: the sum of its parameters', which lie side by side in J."""
+    """Return k_LNN, the Gram matrix J D⁻¹ Jᵀ of every block: its parameters lie side by side in J, so theirs add up."""
     parts = []
-    for places in _groups([one.group_key("gram") for one in jacobians]):
-        own, of_block = [jacobians[place] for place in places], [blocks[place] for place in places]
-        parts.append(own[0].gram_grouped(own, of_block, count))
+    for some in _some_at_a_time(jacobians, blocks):
+        for places in _groups([one.group_key("gram") for one, _ in some]):
+            own, of_block = zip(*(some[place] for place in places), strict=True)
+            parts.append(own[0].gram_grouped(own, list(of_block), count))
     return sum(parts[1:], start=parts[0])
+
+
+def _some_at_a_time(jacobians: Sequence[Jacobian], blocks: Sequence[int]) -> Iterable[list[tuple[Jacobian, int]]]:
+    """Yield `Jacobian.for_gram` of each, with its block: those that are formed for this in lists of `CHUNK_BYTES`."""
+    some, formed = [], 0
+    for one, block in zip(jacobians, blocks, strict=True):
+        part = one.for_gram()
+        some.append((part, block))
+        formed += part.nbytes if part is not one else 0
+        if formed >= CHUNK_BYTES:
+            yield some
+            some, formed = [], 0
+    if some:
+        yield some
 
 
 class BlockEntry(NamedTuple):
@@ -50,31 +66,47 @@ class ProductPlan:
             for one in entries
         ]
         self._launches, self._shape = [_Launch(entries, places) for places in _groups(keys)], shape
+        self._has_spring = any(one.target.spring for one in entries)
         self._layouts: Sequence[Hashable] = ()  # of the last step's gradients
         self._prepared: tuple[RepeatedProducts | None, list[_Launch]] | None = None  # for such gradients
 
-    def along(self, grads: Sequence[Tensor], once: bool = False) -> Products:
-        """Return the products of a step along gradients, one for each entry; ``once`` if it is the only such step."""
-        if once or not may_repeat(grads[0]):
-            return Products(None, self._launches, grads, self._shape)
+    def along(self, grads: Sequence[Tensor], scaled: Sequence[Tensor] | None = None, once: bool = False) -> Products:
+        """Return the products of a step.
+
+        Args:
+            grads: V of each entry.
+            scaled: D⁻¹ V of each entry, which the update takes in place of V and overwrites; None for V itself.
+            once: whether it is the only step along such gradients.
+        """
+        if once or not may_repeat(grads[0]) or (scaled is not None and self._has_spring):
+            return Products(None, self._launches, grads, scaled, self._shape)
         layouts = [launch_place(grads[0].device), *map(layout_of, grads)]
+        if scaled is not None and [*map(layout_of, scaled)] != layouts[1:]:  # the launches are prepared with V alone
+            return Products(None, self._launches, grads, scaled, self._shape)
         if layouts != self._layouts:
             self._layouts, self._prepared = layouts, None  # this may be the only step before a refresh
-            return Products(None, self._launches, grads, self._shape)
+            return Products(None, self._launches, grads, scaled, self._shape)
         if self._prepared is None:
-            self._prepared = _repeated(self._launches, grads, self._shape)
-        return Products(*self._prepared, grads, self._shape)
+            self._prepared = _repeated(self._launches, grads, self._shape, scaled is not None)
+        return Products(*self._prepared, grads, scaled, self._shape)
 
 
 class Products:
     """The products of one step: those of some entries are launched by ``repeated``, the others call ops."""
 
     def __init__(
-        self, repeated: RepeatedProducts | None, others: Sequence[_Launch], grads: Sequence[Tensor], shape: list[int]
+        self,
+        repeated: RepeatedProducts | None,
+        others: Sequence[_Launch],
+        grads: Sequence[Tensor],
+        scaled: Sequence[Tensor] | None,
+        shape: list[int],
     ) -> None:
         self._repeated, self._shape = repeated, shape
         self._others = [(launch, launch.views(grads)) for launch in others]
-        self._read = None if repeated is None else repeated.follow(grads)
+        self._is_scaled = scaled is not None
+        self._scaled = self._others if scaled is None else [(launch, launch.views(scaled)) for launch in others]
+        self._read = None if repeated is None else repeated.follow(grads, scaled)
 
     def project(self) -> Tensor:
         """Return y_LN = J V, summed over the parameters of every block; zeros follow where a block has fewer rows."""
@@ -84,13 +116,13 @@ class Products:
         return sum(parts[1:], start=parts[0])
 
     def expand_update_(self, w_LN: Tensor, damping_L: Tensor) -> None:
-        """Step every target along (V − Jᵀ w) / damping."""
+        """Step every target along (V − Jᵀ w) / damping, with D⁻¹ V in place of V where that is given."""
         if self._repeated is not None:
             self._repeated.expand_update_(w_LN, damping_L)
         if self._others:
             w, dampings = w_LN.unbind(), damping_L.unbind()
-            for launch, views in self._others:
-                launch.expand_update_(views, w, dampings)
+            for launch, views in self._scaled:
+                launch.expand_update_(views, w, dampings, self._is_scaled)
 
 
 class _Launch:
@@ -106,6 +138,7 @@ class _Launch:
         self._params = [one.jacobian.view(one.target.parameter.detach()) for one in own]
         self._momenta = [one.jacobian.view(one.target.momentum) for one in own]
         self._settings, self._nesterov = [one.target.settings for one in own], own[0].target.nesterov
+        self._has_spring = [bool(one.target.spring) for one in own]
 
     def views(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Return the entries' gradients as the ops take them."""
@@ -114,36 +147,49 @@ class _Launch:
     def project(self, views: list[Tensor], shape: list[int]) -> Tensor:
         return self._jacobians[0].project_grouped(self._operands, views, self._blocks, shape)
 
-    def expand_update_(self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor]) -> None:
-        self._jacobians[0].expand_update_grouped_(self._operands, self._state(views, w, dampings))
+    def expand_update_(
+        self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor], is_scaled: bool
+    ) -> None:
+        self._jacobians[0].expand_update_grouped_(self._operands, self._state(views, w, dampings, is_scaled))
 
-    def repeated(self, grads: Sequence[Tensor], w_LN: Tensor, damping_L: Tensor) -> ProductLaunches | None:
+    def repeated(
+        self, grads: Sequence[Tensor], w_LN: Tensor, damping_L: Tensor, is_scaled: bool
+    ) -> ProductLaunches | None:
         """Return the launches of both products, or None where they cannot be repeated."""
-        state = self._state(self.views(grads), w_LN.unbind(), damping_L.unbind())
+        state = self._state(self.views(grads), w_LN.unbind(), damping_L.unbind(), is_scaled)
         if not runs_kernel(*self._operands, *state):
             return None
         launches = self._jacobians[0].launches(self._operands, state, self._blocks)
         return launches if launches is not None and launches.reads_no_copy() else None
 
-    def _state(self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor]) -> UpdateState:
+    def _state(
+        self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor], is_scaled: bool
+    ) -> UpdateState:
+        momenta = self._momenta
+        if is_scaled:  # V is averaged already: only SPRING keeps the direction, elsewhere it goes where V was
+            triples = zip(self._momenta, views, self._has_spring, strict=True)
+            momenta = [momentum if spring else view for momentum, view, spring in triples]
         own_w = [w[block] for block in self._blocks]
         own_w = [w_N if w_N.shape[0] == n else w_N[:n] for w_N, n in zip(own_w, self._rows, strict=True)]
         numbers = (own_w, [dampings[block] for block in self._blocks], self._settings)
-        return UpdateState(self._params, self._momenta, views, *numbers, self._nesterov)
+        return UpdateState(self._params, momenta, views, *numbers, self._nesterov)
 
 
 def _repeated(
-    launches: Sequence[_Launch], grads: Sequence[Tensor], shape: list[int]
+    launches: Sequence[_Launch], grads: Sequence[Tensor], shape: list[int], has_scaled: bool
 ) -> tuple[RepeatedProducts | None, list[_Launch]]:
-    """Return the kernel launches for gradients of these layouts, if there are any, and what has to call ops."""
+    """Return the kernel launches for gradients of these layouts, if there are any, and what has to call ops.
+
+    ``has_scaled`` says whether the updates take other tensors than V, of the same layouts.
+    """
     w_LN = torch.zeros(shape, dtype=torch.float32, device=grads[0].device)
     damping_L = torch.zeros_like(w_LN[:, 0])
-    made = [(one, one.repeated(grads, w_LN, damping_L)) for one in launches]
+    made = [(one, one.repeated(grads, w_LN, damping_L, has_scaled)) for one in launches]
     groups = [group for _, group in made if group is not None]
     if not groups:
         return None, list(launches)
     places = [place for one, group in made if group is not None for place in one.places]
-    repeated = RepeatedProducts(groups, places, grads, w_LN, damping_L)
+    repeated = RepeatedProducts(groups, places, grads, w_LN, damping_L, has_scaled)
     return repeated, [one for one, group in made if group is None]
 
 

@@ -19,6 +19,8 @@ from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians, LayerJa
 from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
+from tengrad_triton.curvature.moments import Grads, Scaling, scales_of, updated_moments
+from tengrad_triton.curvature.scaling import Scale, Scales
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
 from tengrad_triton.profiling import phase
@@ -33,6 +35,7 @@ class RefreshOptions:
         history: the number of refreshes whose rows are kept.
         tol: the error bound of ``"compressed"`` (M7).
         relative_damping: whether dampings are in units of each block's mean squared row norm (M5).
+        scaling: what D is in F + α D (M17).
         release_calls: whether captured calls are dropped as J takes their place (see `gather`).
         choose: returns every weight's choice from the sizes of all weights: `Options.choose`. For a weight without a
             plan the cost model decides (`Geometry`); a bias has no choice, and keeps its rows.
@@ -46,6 +49,7 @@ class RefreshOptions:
     history: int
     tol: float
     relative_damping: bool
+    scaling: Scaling
     release_calls: bool
     choose: Callable[[Mapping[str, Geometry]], dict[str, Choice]]
     blocks_of: Callable[[Sequence[str]], FisherBlocks]
@@ -59,6 +63,7 @@ def refresh(
     layers: Sequence[LayerParams],
     options: RefreshOptions,
     before: Curvature | None,
+    grads: Grads,
     generator: torch.Generator,
 ) -> Curvature:
     """Return the curvature of what was captured since the last step.
@@ -67,7 +72,8 @@ def refresh(
         capture: holds the records of the layers' calls.
         layers: of the optimizer.
         options: of the refresh.
-        before: the present curvature, for its history and its count of failures.
+        before: the present curvature, for its history, its moments and its count of failures.
+        grads: V of the parameters that the step updates.
         generator: draws which rows are kept where ``fisher_rows`` bounds them.
 
     Raises:
@@ -84,48 +90,63 @@ def refresh(
     compressed = compressed_layers(contributions, choices)
     tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
     with phase("curvature"):
-        own = jacobians_of(contributions, choices, options.ops_for)
+        known = {} if before is None else before.moments
+        moments = updated_moments(known, contributions, layers, grads, options.scaling)
+        scales = scales_of(moments, layers)
+        own = jacobians_of(contributions, choices, options.ops_for, scales)
         jacobians, history = append_history(own, rows, before, options.history)
         failures_L = failures_of(list(blocks), before)
         return factor(
             jacobians, blocks, history, options.damping_of(blocks), failures_L, options.ops_for(()),
-            tol, options.relative_damping,
+            tol, options.relative_damping, moments, scales,
         )  # fmt: skip
 
 
-def jacobians_of(contributions: Contributions, choices: Choices, ops_for: OpsFor) -> dict[str, LayerJacobian]:
+def jacobians_of(
+    contributions: Contributions, choices: Choices, ops_for: OpsFor, scales: Scales
+) -> dict[str, LayerJacobian]:
     """Return every layer's J, each parameter in the representation and with the kernels chosen for it.
+
+    With ``scales`` it is J D⁻¹ (M17).
 
     ``contributions`` is emptied: a layer's inputs are freed as soon as its J is there, unless J consists of them.
     """
 
-    def one(name: str, batches: MicroBatches) -> Jacobian:
-        choice = choices.get(name, Choice("per_sample", ()))
-        return jacobian_of(batches, choice.representation, ops_for(choice.kernel_overrides))
-
     def of_layer(name: str) -> LayerJacobian:
-        layer = contributions.by_layer.pop(name)
-        return {param_name: one(full_name(name, param_name), batches) for param_name, batches in layer.items()}
+        layer, own, jacobians = contributions.by_layer.pop(name), scales.get(name, {}), {}
+        for param_name, batches in layer.items():
+            choice = choices.get(full_name(name, param_name), Choice("per_sample", ()))
+            ops, scale = ops_for(choice.kernel_overrides), own.get(param_name)
+            jacobians[param_name] = jacobian_of(batches, choice.representation, ops, scale)
+        return jacobians
 
     return {name: of_layer(name) for name in contributions.layers}
 
 
-def jacobian_of(batches: MicroBatches, representation: Representation, ops: Ops) -> Jacobian:
-    """Return the J of one parameter: calls within a micro-batch add up, micro-batches follow each other."""
+def jacobian_of(
+    batches: MicroBatches, representation: Representation, ops: Ops, scale: Scale | None = None
+) -> Jacobian:
+    """Return the J of one parameter: calls within a micro-batch add up, micro-batches follow each other.
+
+    With a ``scale`` D it is J D⁻¹.
+    """
+    if scale is not None:
+        inverse = scale.power(-1.0)
+        batches = [[inverse.of_contribution(call) for call in calls] for calls in batches]
     kinds = {type(call) for calls in batches for call in calls}
     outers = [[call for call in calls if isinstance(call, OuterProducts)] for calls in batches]
     if EmbeddingGrads in kinds and PerSampleGrads not in kinds and representation == "factored":
         embeddings = [[call for call in calls if isinstance(call, EmbeddingGrads)] for calls in batches]
         linear = concat_outer(outers) if OuterProducts in kinds else None
-        return EmbeddingJacobian(concat_embedding(embeddings), linear, ops)
+        return EmbeddingJacobian(concat_embedding(embeddings), linear, ops, scale)
     if kinds == {OuterProducts}:
         # A J that will be compressed stays factored until then, where K is cheaper from factors.
         compressible = representation == "compressed" and not geometry_of(outers[0][0]).prefers_explicit_rows
         if representation == "factored" or compressible:
-            return Factored(concat_outer(outers), ops)
+            return Factored(concat_outer(outers), ops, scale)
     rows = [_sum([_explicit_rows(call, ops) for call in calls]) for calls in batches]
     j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch.cat would copy a single tensor
-    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops, "samples")
+    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops, "samples", scale)
 
 
 def _explicit_rows(call: Contribution, ops: Ops) -> Tensor:

@@ -6,6 +6,7 @@ Dimensions: L Fisher blocks, B blocks of one size, N rows of J, T targets that h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,27 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.products import BlockEntry, ProductPlan
-from tengrad_triton.curvature.target import Target, bounded_scale, scratch_settings
+from tengrad_triton.curvature.scaling import Metric, unit_of
+from tengrad_triton.curvature.target import Average, Target, averaged, bounded_scale, scratch_settings
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.kernels import update_
 from tengrad_triton.profiling import phase
 
 
 def step_(
-    curvature: Curvature, targets: Sequence[Target], grads: Sequence[Tensor], ops: Ops, trust_region: float | None
+    curvature: Curvature,
+    targets: Sequence[Target],
+    grads: Sequence[Tensor],
+    ops: Ops,
+    trust_region: float | None,
+    averages: Sequence[Average | None],
+    clip_threshold: float | None,
 ) -> None:
     """Update every target along its natural gradient, or along its gradient where its layer has no J.
 
-    The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). The gradients
-    are checked against J before the first update.
+    The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). With scaled
+    damping the step is along α (F + α D)⁻¹ V = D⁻¹ (V − Jᵀ w) with w = (J D⁻¹ Jᵀ + N α I)⁻¹ J D⁻¹ V (M17).
+    The gradients are checked against J before the first update.
 
     Args:
         curvature: holds J and the factored blocks.
@@ -33,8 +42,10 @@ def step_(
         grads: V, the gradient of what is minimized with respect to each.
         ops: the kernels.
         trust_region: κ, the bound of M14; None for no bound.
+        averages: how each parameter group averages its gradients first; empty where momentum is part of the update.
+        clip_threshold: the bound of M17 on the step of each block with scaled damping; None for no bound.
     """
-    _plan_of(curvature, targets).step_(grads, ops, trust_region)
+    _plan_of(curvature, targets).step_(averaged(targets, grads, averages), ops, trust_region, clip_threshold)
 
 
 def curvature_along(curvature: Curvature, targets: Sequence[Target], direction: Sequence[Tensor]) -> Tensor:
@@ -68,8 +79,10 @@ class StepPlan:
     def __init__(self, curvature: Curvature, targets: Sequence[Target]) -> None:
         self.targets = targets
         self._curvature_rows, self._inverses = curvature.rows, curvature.inverses
-        self._block_names, self._damping_L = tuple(curvature.blocks), curvature.damping_L
-        self._dampings = curvature.damping_L.unbind()
+        self._block_names, self._divisor_L = tuple(curvature.blocks), curvature.divisor_L
+        self._dampings, self._divisors = curvature.damping_L.unbind(), curvature.divisor_L.unbind()
+        scaled_L = curvature.divisor_L.square() / curvature.damping_L
+        self._norm_divisors = scaled_L.unbind() if curvature.scales else self._dampings
         sizes = [one.inverse_BNN.shape[-1] for one in curvature.inverses]
         self._largest = max(sizes) if sizes else 0
         block_of = {layer: index for index, layers in enumerate(curvature.blocks.values()) for layer in layers}
@@ -82,38 +95,64 @@ class StepPlan:
             if jacobian is not None
         ]
         self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
+        self._metric = _metric_of(self._entries)
+        self._clip_weights_LT: Tensor | None = None
+        scales = {place: curvature.scales.get(targets[place].layer, {}) for place in self._without_j}
+        self._scales_without_j = {
+            place: own[targets[place].param_name] for place, own in scales.items() if targets[place].param_name in own
+        }
         rates: dict[int, set[int]] = {}
         for one in self._entries:
             rates.setdefault(one.block, set()).add(one.target.rate)
         self._has_one_rate = [len(rates[one.block]) == 1 for one in self._entries]
 
-    def step_(self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None) -> None:
+    def step_(
+        self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None, clip_threshold: float | None
+    ) -> None:
         """Do what the function of this name does."""
         if self._entries:
             with phase("solve"):
-                own = [
-                    one.target.add_spring(grads[place], self._dampings[one.block])
-                    for place, one in zip(self._places, self._entries, strict=True)
-                ]
-                products = self._products.along(own)
+                own = [self._with_spring(index, grads[place]) for index, place in enumerate(self._places)]
+                scaled = None if self._metric is None else self._metric.inverse(own)
+                products = self._products.along(own, scaled)
                 y_LN = products.project()
-                w_LN, damping_L = self._solve(y_LN, ops), self._damping_L
-                if trust_region is not None:  # d divides by α, so the scale ν of d is α / ν in its place
-                    damping_L = damping_L / self._trust_region_scale(own, y_LN, w_LN, trust_region)
+                w_LN, divisor_L = self._solve(y_LN, ops), self._divisor_L
+                if scaled is not None and clip_threshold is not None:
+                    divisor_L = divisor_L / self._clip_scale_L(scaled, clip_threshold)
+                if trust_region is not None:  # d divides by it, so the scale ν of d divides it
+                    divisor_L = divisor_L / self._trust_region_scale(own, scaled, y_LN, w_LN, trust_region)
             with phase("update"):
-                products.expand_update_(w_LN, damping_L)
+                products.expand_update_(w_LN, divisor_L)
         with phase("update"):
-            for place in self._without_j:  # without J, SPRING is V + μ φ
-                target = self.targets[place]
-                direction = target.add_spring(grads[place], 1.0)
-                update_(target.parameter, target.momentum, direction, target.settings, target.nesterov)
+            for place in self._without_j:
+                self._update_without_j_(place, grads[place])
+
+    def _update_without_j_(self, place: int, grad: Tensor) -> None:
+        """Step along D⁻¹ V; SPRING adds μ φ."""
+        target, scale = self.targets[place], self._scales_without_j.get(place)
+        momentum = target.momentum
+        if scale is not None:
+            grad = scale.power(-1.0).of_parameter(grad)
+            momentum = momentum if target.spring else torch.empty_like(grad)
+        direction = target.add_spring(grad, 1.0, lambda momentum: momentum)
+        update_(target.parameter, momentum, direction, target.settings, target.nesterov)
 
     def curvature_along(self, direction: Sequence[Tensor]) -> Tensor:
         """Return δᵀ F δ (see the function of this name)."""
         if not self._entries:
             return torch.zeros(())
-        y_LN = self._products.along([direction[place] for place in self._places]).project()
+        own = [self._times_d(index, direction[place]) for index, place in enumerate(self._places)]
+        y_LN = self._products.along(own).project()
         return y_LN.square().sum() / self._curvature_rows
+
+    def _with_spring(self, index: int, grad: Tensor) -> Tensor:
+        """Return V of an entry, to which SPRING adds c μ D φ; the step divides by c (M13)."""
+        one = self._entries[index]
+        return one.target.add_spring(grad, self._divisors[one.block], partial(self._times_d, index))
+
+    def _times_d(self, index: int, x: Tensor) -> Tensor:
+        """Return D x of an entry."""
+        return x if self._metric is None else self._metric.times(index, x)
 
     def _solve(self, y_LN: Tensor, ops: Ops) -> Tensor:
         """Return w_LN with w_N = (K + N α I)⁻¹ y of every block; zeros follow where a block has fewer rows."""
@@ -129,37 +168,82 @@ class StepPlan:
             w |= dict(zip(one.blocks, F.pad(solved, (0, self._largest - size)).unbind(), strict=True))
         return torch.stack([w[block] for block in self._block_names])
 
-    def _trust_region_scale(self, grads: Sequence[Tensor], y_LN: Tensor, w_LN: Tensor, trust_region: float) -> Tensor:
-        """Return ν = min(1, (κ / Σ δᵀ (F + α I) δ)^½): κ is ``trust_region``, δ = lr d with each own lr (M14)."""
-        pairs = list(zip(self._entries, grads, strict=True))
-        one_rate = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if alone]
-        several_rates = [pair for pair, alone in zip(pairs, self._has_one_rate, strict=True) if not alone]
-        norms = [self._norm_with_one_rate(one_rate, y_LN, w_LN)] if one_rate else []
-        norms += [self._norm_with_several_rates(several_rates, w_LN)] if several_rates else []
+    def _clip_scale_L(self, scaled: list[Tensor], threshold: float) -> Tensor:
+        """Return min(1, threshold / the root mean square of D⁻¹ V), each weight in its unit, for each block (M17)."""
+        square_T = torch.stack(torch._foreach_norm(scaled, 2, dtype=self._divisor_L.dtype)).square()
+        if self._clip_weights_LT is None:
+            self._clip_weights_LT = self._weights_of_squares(square_T)
+        mean_L = self._clip_weights_LT @ square_T
+        return (threshold * mean_L.clamp(min=torch.finfo(mean_L.dtype).tiny).rsqrt()).clamp(max=1.0)
+
+    def _weights_of_squares(self, like: Tensor) -> Tensor:
+        """Return what makes each block's mean square of the squared norms, written without a copy to the device."""
+        weights_LT = like.new_zeros(len(self._block_names), len(self._entries))
+        counts: dict[int, int] = {}
+        for one in self._entries:
+            counts[one.block] = counts.get(one.block, 0) + one.target.parameter.numel()
+        for place, one in enumerate(self._entries):
+            weights_LT[one.block, place].fill_(unit_of(one.target.parameter) ** 2 / counts[one.block])
+        return weights_LT
+
+    def _trust_region_scale(
+        self, grads: list[Tensor], scaled: list[Tensor] | None, y_LN: Tensor, w_LN: Tensor, trust_region: float
+    ) -> Tensor:
+        """Return ν = min(1, (κ / Σ δᵀ (F + α D) δ)^½): κ is ``trust_region``, δ = lr d with each own lr (M14)."""
+        one_rate = [index for index, alone in enumerate(self._has_one_rate) if alone]
+        several_rates = [index for index, alone in enumerate(self._has_one_rate) if not alone]
+        norms = [self._norm_with_one_rate(one_rate, grads, scaled, y_LN, w_LN)] if one_rate else []
+        norms += [self._norm_with_several_rates(several_rates, grads, scaled, w_LN)] if several_rates else []
         return bounded_scale(sum(norms[1:], start=norms[0]), trust_region)
 
-    def _norm_with_one_rate(self, pairs: Sequence[tuple[BlockEntry, Tensor]], y_LN: Tensor, w_LN: Tensor) -> Tensor:
-        """Return Σ lr² ⟨d, V⟩ = Σ lr² (‖V‖² − ⟨J V, w⟩) / α over blocks with one lr, which needs no d."""
+    def _norm_with_one_rate(
+        self, indices: Sequence[int], grads: list[Tensor], scaled: list[Tensor] | None, y_LN: Tensor, w_LN: Tensor
+    ) -> Tensor:
+        """Return Σ lr² α² / c² ⟨V, (F + α D)⁻¹ V⟩ over blocks with one lr, which needs no d = α / c (F + α D)⁻¹ V.
+
+        ⟨V, (F + α D)⁻¹ V⟩ = (⟨V, D⁻¹ V⟩ − ⟨J D⁻¹ V, w⟩) / α. The step divides by c, which is α if D is the identity.
+        """
+        entries = [self._entries[index] for index in indices]
         lr_of: dict[int, Tensor] = {}
-        for one, _ in pairs:
+        for one in entries:
             if one.target.rate not in lr_of:
                 lr_of[one.target.rate] = one.target.lr
-        lr = {one.block: lr_of[one.target.rate] for one, _ in pairs}
-        weight_B = torch.stack(list(lr.values())).square() / torch.stack([self._dampings[block] for block in lr])
+        lr = {one.block: lr_of[one.target.rate] for one in entries}
+        weight_B = torch.stack(list(lr.values())).square() / torch.stack([self._norm_divisors[block] for block in lr])
         inner = (y_LN * w_LN).sum(1).unbind()
         inner_B = torch.stack([inner[block] for block in lr])
-        norm_T = torch.stack(torch._foreach_norm([grad for _, grad in pairs], 2, dtype=y_LN.dtype))
+        square_T = _inner_products([grads[i] for i in indices], scaled and [scaled[i] for i in indices], y_LN.dtype)
         weights = dict(zip(lr, weight_B.unbind(), strict=True))
-        weight_T = torch.stack([weights[one.block] for one, _ in pairs])
-        return (weight_T * norm_T.square()).sum() - (weight_B * inner_B).sum()
+        weight_T = torch.stack([weights[one.block] for one in entries])
+        return (weight_T * square_T).sum() - (weight_B * inner_B).sum()
 
-    def _norm_with_several_rates(self, pairs: Sequence[tuple[BlockEntry, Tensor]], w_LN: Tensor) -> Tensor:
-        """Return Σ ‖J δ‖² / N + α ‖δ‖² over blocks with several lr, which takes more products with J."""
-        rates = {one.target.rate: scratch_settings(one.target.settings) for one, _ in pairs}
-        entries = [one._replace(target=one.target.in_scratch(rates[one.target.rate])) for one, _ in pairs]
+    def _norm_with_several_rates(
+        self, indices: Sequence[int], grads: list[Tensor], scaled: list[Tensor] | None, w_LN: Tensor
+    ) -> Tensor:
+        """Return Σ ‖J δ‖² / N + α ⟨δ, D δ⟩ over blocks with several lr, which takes more products with J."""
+        rates = {self._entries[i].target.rate: scratch_settings(self._entries[i].target.settings) for i in indices}
+        entries = [
+            one._replace(target=one.target.in_scratch(rates[one.target.rate]))
+            for one in (self._entries[index] for index in indices)
+        ]
         plan, steps = ProductPlan(entries, list(w_LN.shape)), [one.target.parameter for one in entries]
-        plan.along([grad for _, grad in pairs], once=True).expand_update_(w_LN, self._damping_L)
-        norm_T = torch.stack(torch._foreach_norm(steps, 2, dtype=w_LN.dtype))
+        own_scaled = scaled and [scaled[index].clone() for index in indices]  # the update would overwrite them
+        plan.along([grads[i] for i in indices], own_scaled, once=True).expand_update_(w_LN, self._divisor_L)
+        times_d = [self._times_d(index, x) for x, index in zip(steps, indices, strict=True)]
+        square_T = _inner_products(steps, times_d, w_LN.dtype)
         damping_T = torch.stack([self._dampings[one.block] for one in entries])
-        projected_LN = plan.along(steps, once=True).project()
-        return projected_LN.square().sum() / self._curvature_rows + (damping_T * norm_T.square()).sum()
+        projected_LN = plan.along(times_d, once=True).project()
+        return projected_LN.square().sum() / self._curvature_rows + (damping_T * square_T).sum()
+
+
+def _metric_of(entries: Sequence[BlockEntry]) -> Metric | None:
+    """Return D⁻¹ of the entries; None where D is the identity."""
+    scales = [one.jacobian.scale for one in entries if one.jacobian.scale is not None]
+    return Metric(scales, [one.target.parameter.detach() for one in entries]) if scales else None
+
+
+def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:
+    """Return ⟨x_t, y_t⟩ of every pair as a tensor; ‖x_t‖² without ``y``."""
+    if y is None or y is x:
+        return torch.stack(torch._foreach_norm(x, 2, dtype=dtype)).square()
+    return torch.stack([one.sum(dtype=dtype) for one in torch._foreach_mul(x, y)])

@@ -25,6 +25,7 @@ class Target(NamedTuple):
         nesterov: whether the step looks ahead along the momentum.
         spring: μ of SPRING (docs/math.md, M13); 0 without it.
         rate: the learning rate's index: targets with the same index have the same learning rate (see `rate_indices`).
+        group: the index of its parameter group.
     """
 
     layer: str
@@ -35,18 +36,19 @@ class Target(NamedTuple):
     nesterov: bool
     spring: float
     rate: int
+    group: int
 
     @property
     def lr(self) -> Tensor:
         """Return the learning rate, the first of the settings."""
         return self.settings[0]
 
-    def add_spring(self, grad: Tensor, damping: Tensor | float) -> Tensor:
-        """Return V + α μ φ for the gradient V, where φ is the last direction (SPRING).
+    def add_spring(self, grad: Tensor, damping: Tensor | float, times_d: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return V + α μ D φ for the gradient V, where φ is the last direction (SPRING); ``times_d`` multiplies by D.
 
-        φ ← μ φ + (F + α I)⁻¹ (V − μ F φ) equals (F + α I)⁻¹ (V + α μ φ), which needs no product with F (M13).
+        φ ← μ φ + (F + α D)⁻¹ (V − μ F φ) equals (F + α D)⁻¹ (V + α μ D φ), which needs no product with F (M13).
         """
-        return grad + (damping * self.spring) * self.momentum if self.spring else grad
+        return grad + (damping * self.spring) * times_d(self.momentum) if self.spring else grad
 
     def in_scratch(self, settings: Tensor) -> Target:
         """Return the target with zeros for its parameter and momentum: the update makes them lr d and d.
@@ -108,7 +110,8 @@ def targets_of(
     for layer, param_name, (parameter, momentum, _) in trained:
         index = layer.groups[param_name]
         group, own = groups[index], (parameter, momentum, settings[index])
-        targets.append(Target(layer.name, param_name, *own, group["nesterov"], group.get("spring", 0.0), rates[index]))
+        spring, rate = group.get("spring", 0.0), rates[index]
+        targets.append(Target(layer.name, param_name, *own, group["nesterov"], spring, rate, index))
     return targets
 
 
@@ -173,8 +176,63 @@ def bounded_scale(total: Tensor, bound: float) -> Tensor:
     return (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
 
 
-class GroupSettings:
-    """A parameter group's [lr, momentum, weight_decay, shrink] as one tensor that keeps its address.
+class Average(NamedTuple):
+    """How a parameter group averages gradients before D⁻¹, as Adam does with Nesterov's look-ahead (M17).
+
+    m ← (1 − c) m + c V;   V̂ = r ((1 − c) m + c V) if the step looks ahead, else r m.
+
+    Attributes:
+        share: c = 1 − momentum.
+        correction: r, for the steps at which m still remembers its first value, 0.
+        nesterov: whether the step looks ahead.
+    """
+
+    share: float | Tensor
+    correction: float | Tensor
+    nesterov: bool
+
+    @staticmethod
+    def numbers_of(group: Mapping[str, Any], steps: int) -> tuple[float, float]:
+        """Return share and correction of a group after so many steps."""
+        momentum = group["momentum"]
+        exponent = steps + (2 if group["nesterov"] else 1)
+        return 1.0 - momentum, 1.0 / (1.0 - momentum**exponent)
+
+    @classmethod
+    def of_group(cls, group: Mapping[str, Any], steps: int) -> Average | None:
+        """Return the average of a group after so many steps; None without momentum, and with SPRING."""
+        averages = group["momentum"] and not group.get("spring")
+        return cls(*cls.numbers_of(group, steps), group["nesterov"]) if averages else None
+
+    def of(self, momenta: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """Update the means m in place, and return V̂ of each gradient V."""
+        if isinstance(self.share, Tensor):  # a number that a compiled function reads
+            pairs = [(m, g, self.share.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
+            found = [m.lerp_(g, c).lerp(g, c) if self.nesterov else m.lerp_(g, c) for m, g, c in pairs]
+            return [self.correction * x for x in found]
+        torch._foreach_lerp_(momenta, grads, self.share)
+        found = list(torch._foreach_lerp(momenta, grads, self.share)) if self.nesterov else momenta
+        return found if self.correction == 1.0 else list(torch._foreach_mul(found, self.correction))
+
+
+def averaged(
+    targets: Sequence[Target], grads: Sequence[Tensor], averages: Sequence[Average | None]
+) -> Sequence[Tensor]:
+    """Return V̂ of every gradient V, by the `Average` of its target's group; V where there is none."""
+    places: dict[int, list[int]] = {}
+    for place, target in enumerate(targets):
+        if averages and averages[target.group] is not None:
+            places.setdefault(target.group, []).append(place)
+    found = dict(enumerate(grads))
+    for group, own in places.items():
+        average = averages[group]
+        assert average is not None
+        found |= zip(own, average.of([targets[p].momentum for p in own], [grads[p] for p in own]), strict=True)
+    return [found[place] for place in range(len(grads))] if places else grads
+
+
+class _Numbers:
+    """Some numbers as one tensor that keeps its address.
 
     A schedule changes the numbers in place, so a captured graph reads the new ones. Each number is written by a fill
     kernel: a copy from the host would wait for the device.
@@ -184,27 +242,53 @@ class GroupSettings:
         self._numbers: tuple[float, ...] = ()
         self._tensor = torch.empty(0)
 
-    def of(self, group: Mapping[str, Any]) -> Tensor:
-        """Return the group's present numbers on its device, in float64 for float64 parameters and else in float32.
-
-        Frozen parameters do not count.
-        """
-        decay, lr = group["weight_decay"], group["lr"]
-        trained = [p for p in group["params"] if p.requires_grad]
-        device = trained[0].device if trained else torch.device("cpu")  # a group may be empty
-        coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-        momentum = 0.0 if group.get("spring") else group["momentum"]  # SPRING's momentum is part of the gradient
-        numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
-        if (self._tensor.numel(), self._tensor.dtype, self._tensor.device) != (4, dtype, device):
-            self._tensor, self._numbers = torch.zeros(4, dtype=dtype, device=device), (0.0,) * 4
+    def of(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:
+        """Return the numbers on the device and in the dtype of ``like``."""
+        tensor = self._tensor
+        if (tensor.numel(), tensor.dtype, tensor.device) != (len(numbers), like.dtype, like.device):
+            tensor = self._tensor = torch.zeros(len(numbers), dtype=like.dtype, device=like.device)
+            self._numbers = (0.0,) * len(numbers)
         for index, (old, new) in enumerate(zip(self._numbers, numbers, strict=True)):
             if old != new:
-                self._tensor[index].fill_(new)
+                tensor[index].fill_(new)
         self._numbers = numbers
+        return tensor
+
+
+class GroupSettings:
+    """A parameter group's numbers as tensors that keep their addresses.
+
+    They are in float64 for float64 parameters and else in float32; frozen parameters do not count.
+    """
+
+    def __init__(self) -> None:
+        self._settings, self._average = _Numbers(), _Numbers()
+
+    def of(self, group: Mapping[str, Any], averages: bool = False) -> Tensor:
+        """Return the group's present [lr, momentum, weight_decay, shrink].
+
+        The momentum is 0 where it is no part of the update: with SPRING, and where ``averages`` says that gradients are
+        averaged before D⁻¹.
+        """
+        decay, lr = group["weight_decay"], group["lr"]
+        coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
+        momentum = 0.0 if averages or group.get("spring") else group["momentum"]
+        numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
+        tensor = self._settings.of(numbers, _like(group))
         if isinstance(lr, Tensor):
-            self._tensor[0].copy_(lr.reshape(()))
-        return self._tensor
+            tensor[0].copy_(lr.reshape(()))
+        return tensor
+
+    def average(self, group: Mapping[str, Any], steps: int) -> Tensor:
+        """Return [share, correction] of the group's `Average` after so many steps."""
+        return self._average.of(Average.numbers_of(group, steps), _like(group))
+
+
+def _like(group: Mapping[str, Any]) -> Tensor:
+    """Return an empty tensor of the type and on the device of a group's numbers; a group may be empty."""
+    trained = [p for p in group["params"] if p.requires_grad]
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
+    return torch.empty(0, dtype=dtype, device=trained[0].device if trained else torch.device("cpu"))
 
 
 def fill_on_device(numbers: Sequence[float], device: torch.device) -> Tensor:

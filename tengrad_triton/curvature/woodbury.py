@@ -16,7 +16,9 @@ from torch import Tensor
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.jacobians.base import Jacobians
 from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously
+from tengrad_triton.curvature.moments import AllMoments
 from tengrad_triton.curvature.products import grams
+from tengrad_triton.curvature.scaling import Scales
 
 FisherBlocks = Mapping[str, Sequence[str]]
 """The names of the layers that are solved together, by the name of their Fisher block (M11)."""
@@ -42,6 +44,8 @@ def factor(
     ops: Ops,
     tol: Mapping[str, float],
     relative_damping: bool,
+    moments: AllMoments,
+    scales: Scales,
 ) -> Curvature:
     """Factor K + N α I of every block, those of one size in one batch.
 
@@ -58,9 +62,11 @@ def factor(
         ops: the kernels.
         tol: the tolerance of each block to compress (M7). Reading back its rank is the only synchronization here.
         relative_damping: whether α = ε max(1, trace(K) / N), where trace(K) / N = tr F; otherwise α = ε (M5).
+        moments: kept for the next refresh (M17).
+        scales: D of all parameters; those with J have it in their `Jacobian` too.
     """
     if not jacobians:
-        return Curvature(jacobians, {}, (), history, epsilon_L, failures_L)
+        return Curvature(jacobians, {}, (), history, epsilon_L, epsilon_L, failures_L, moments, scales)
     if len(history) == 1:  # a history keeps its rows
         jacobians = {name: layer for names in blocks.values() for name, layer in reduce_rows(jacobians, names).items()}
     n, by_size = sum(history), _grams(jacobians, blocks)
@@ -87,8 +93,16 @@ def factor(
         healthy |= dict(zip(names, healthy_B.unbind(), strict=True))
     healthy_L = torch.stack([healthy[block] for block in blocks])
     used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
-    full = Curvature(store_contiguously(jacobians), blocks, inverses, history, used_L, failures_L + ~healthy_L)
+    divisor_L = used_L / alpha_L if is_scaled(jacobians) else used_L
+    counts_L = failures_L + ~healthy_L
+    stored = store_contiguously(jacobians)
+    full = Curvature(stored, blocks, inverses, history, used_L, divisor_L, counts_L, moments, scales)
     return compress(full, k, shifts, tol) if tol else full
+
+
+def is_scaled(jacobians: Jacobians) -> bool:
+    """Whether the damping is scaled: α D with another D than the identity."""
+    return any(one.scale is not None for layer in jacobians.values() for one in layer.values())
 
 
 def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, ...], Tensor]]:
@@ -112,9 +126,13 @@ class Curvature:
         blocks: which layers are solved together.
         inverses: the blocks' factors, those of one size together.
         history: rows of J from each of the refreshes whose rows are kept, the newest first.
-        damping_L: the α of every block, by which its step divides: the one that was factored with K, as the identity
-            holds for no other; after a failure α + trace(K) / N.
+        damping_L: the α of every block: the one that was factored with K, as the identity holds for no other; after a
+            failure α + trace(K) / N.
+        divisor_L: what the step of every block divides by: α, and with scaled damping 1 (M17); after a failure
+            α + trace(K) / N and 1 + trace(K) / (N α).
         failures_L: how many factorizations of each block have failed so far.
+        moments: those of which D is made (M17), by the names of layer and parameter; none if D is the identity.
+        scales: D of the parameters (M17), also of those without J; none if D is the identity.
         last_plan: the plan of the last step with this curvature (see `step`), if there was one.
     """
 
@@ -123,7 +141,10 @@ class Curvature:
     inverses: Sequence[InverseFactors]
     history: tuple[int, ...]
     damping_L: Tensor
+    divisor_L: Tensor
     failures_L: Tensor
+    moments: AllMoments
+    scales: Scales
     last_plan: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property

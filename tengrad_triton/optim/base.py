@@ -69,6 +69,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._steps = 0  # the number of steps taken so far
         self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
+        self._averages_gradients = False  # whether momentum comes before the curvature, and is no part of the update
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
         self._forget_addresses()
         self._reports = Reports(unsupported)
@@ -246,7 +247,8 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     def _settings(self) -> list[Tensor]:
         """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
         known = self._group_settings
-        return [known.setdefault(index, GroupSettings()).of(group) for index, group in enumerate(self.param_groups)]
+        groups, averages = enumerate(self.param_groups), self._averages_gradients
+        return [known.setdefault(index, GroupSettings()).of(group, averages) for index, group in groups]
 
     def _momentum_of(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

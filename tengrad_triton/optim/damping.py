@@ -73,6 +73,28 @@ def schedule_of(damping: Any) -> tuple[DampingSchedule | None, Any]:
     return (schedule, schedule) if callable(schedule) else (None, damping)
 
 
+def adapt_dampings(
+    groups: Sequence[dict[str, Any]], schedules: Sequence[DampingSchedule | None], actual: float, predicted: float
+) -> None:
+    """Adapt the damping of the groups with `LevenbergMarquardt` to a change of the loss and to the predicted one."""
+    for group, schedule in zip(groups, schedules, strict=True):
+        if isinstance(schedule, LevenbergMarquardt):
+            sign = -1 if group["maximize"] else 1
+            group["damping"] = schedule.adapted(group["damping"], sign * actual, predicted)
+
+
+def dampings_of(
+    blocks: Mapping[str, Sequence[str]],
+    layers: Sequence[LayerParams],
+    groups: Sequence[Mapping[str, Any]],
+    schedules: Sequence[DampingSchedule | None],
+) -> list[float]:
+    """Return the present damping of each block; the arguments are those of `check_dampings`, which raises first."""
+    check_dampings(blocks, layers, groups, schedules)
+    group_of = {layer.name: next(iter(layer.groups.values())) for layer in layers}
+    return [groups[group_of[names[0]]]["damping"] for names in blocks.values()]
+
+
 def check_dampings(
     blocks: Mapping[str, Sequence[str]],
     layers: Sequence[LayerParams],

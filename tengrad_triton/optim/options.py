@@ -14,6 +14,7 @@ from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, Representation
 from tengrad_triton.curvature.geometry import Geometry
+from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
 from tengrad_triton.optim.validation import check_bound, check_choice, check_count, is_number
 from tengrad_triton.tuning.plan import Plan
@@ -32,6 +33,7 @@ _ALLOWED = {
     "unsupported": ("explicit", "sgd", "error"),
     "backend": ("auto", "torch"),
     "verify": ("change", "always", "never"),
+    "scaling": ("none", "diagonal", "kronecker"),
 }
 
 
@@ -53,6 +55,8 @@ class Options:
     tol: float
     trust_region: float | None
     relative_damping: bool
+    scaling: Scaling
+    clip_threshold: float | None
     output: Select
     verify: Verify
 
@@ -89,7 +93,8 @@ def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str |
         raise ValueError(f"max_bytes must be at least 0, got {options['max_bytes']!r}")
     if not is_number(options["tol"]) or not 0 < options["tol"] < 1:
         raise ValueError(f"tol must be in (0, 1), got {options['tol']!r}")
-    check_bound("trust_region", options["trust_region"])
+    for name in ("trust_region", "clip_threshold"):
+        check_bound(name, options[name])
     if not isinstance(options["relative_damping"], bool):
         raise TypeError(f"relative_damping must be True or False, got {options['relative_damping']!r}")
     chosen = likelihood_of(likelihood)

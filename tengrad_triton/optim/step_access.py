@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.checkpoint import pack_moments
 from tengrad_triton.curvature.choices import Choice, OpsFor
 from tengrad_triton.curvature.refresh import failures_of
 from tengrad_triton.curvature.target import rate_indices
@@ -95,17 +96,21 @@ class StepAccess:
         """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""
         return self._optimizer.choices()
 
-    def settings_and_rates(self) -> tuple[list[Tensor], tuple[int, ...]]:
-        """Return each group's [lr, momentum, weight_decay, shrink], at a fixed address, and its `rate_indices`."""
-        return self._optimizer._settings(), rate_indices(self.groups)
+    def numbers_of_groups(self) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
+        """Return each group's settings and `Average`, if there is one, at fixed addresses, and its `rate_indices`."""
+        o = self._optimizer
+        settings, known = o._settings(), o._group_settings
+        groups = enumerate(self.groups if o._averages_gradients else [])
+        return settings, [known[index].average(group, o._steps) for index, group in groups], rate_indices(self.groups)
 
     def momentum_of(self, parameter: Tensor) -> Tensor:
         """Return a parameter's momentum buffer."""
         return self._optimizer._momentum_of(parameter)
 
-    def dampings_and_failures(self, blocks: FisherBlocks) -> tuple[Tensor, Tensor]:
-        """Return for each block its damping ε at this step, and how many of its factorizations have failed."""
-        return self._optimizer._damping_of(blocks), failures_of(list(blocks), self.curvature)
+    def before_refresh(self, blocks: FisherBlocks) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return each block's damping ε at this step, its count of failures, and the moments, packed."""
+        moments = {} if self.curvature is None else pack_moments(self.curvature.moments)
+        return self._optimizer._damping_of(blocks), failures_of(list(blocks), self.curvature), moments
 
     def step(self, take: Callable[[], Tensor]) -> Tensor:
         """Have ``take`` take the optimizer's next step: its step hooks run, and schedulers count the step."""

@@ -18,13 +18,22 @@ from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
+from tengrad_triton.curvature.moments import Grads, Scaling
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
 from tengrad_triton.curvature.step import predicted_change, step_
-from tengrad_triton.curvature.target import Target, fill_on_device, restored_on_error
+from tengrad_triton.curvature.target import Average, Target, fill_on_device, restored_on_error
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import Damping, DampingSchedule, LevenbergMarquardt, check_dampings, number_of
+from tengrad_triton.optim.damping import (
+    Damping,
+    DampingSchedule,
+    LevenbergMarquardt,
+    adapt_dampings,
+    check_dampings,
+    dampings_of,
+    number_of,
+)
 from tengrad_triton.optim.interval import Growing, interval_at
 from tengrad_triton.optim.options import PAPER, RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
@@ -41,7 +50,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr (d + momentum m if nesterov, else m)
 
     J and the factored N×N matrices are computed every ``refresh_every`` steps and reused in between (docs/math.md).
-    The defaults train without tuning on the models of docs/defaults.md; `TENGraD.paper` has the paper's settings.
+    The defaults train the models of docs/defaults.md without tuning; `TENGraD.paper` has the paper's settings.
 
     Args:
         model: the module that the training loop calls, wrapped in `torch.compile` or not. Samples are the first
@@ -56,6 +65,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             shortened are predicted well at any damping. The damping is read when the curvature is refreshed.
         relative_damping: whether α = ε max(1, trace(F)) with the F of each block, so that one ε suits every layer, loss
             and model; otherwise α = ε.
+        scaling: D in F + α D (M17): ``"none"`` (the identity), ``"diagonal"`` (of rank one on every weight) or
+            ``"kronecker"`` (matrices on its sides where they are small). Steps are then along α (F + α D)⁻¹ m, where m
+            is the running mean of ∇L by ``momentum``.
+        clip_threshold: with scaling, the bound on the root mean square of D⁻¹ m of each block (M17); None for no bound.
         momentum: the momentum μ, in [0, 1).
         nesterov: whether to look ahead along the momentum; by default True with momentum and without SPRING.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1), in place of momentum: it keeps the part of
@@ -64,8 +77,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         decoupled_weight_decay: whether to multiply θ by 1 − lr λ instead.
         maximize: whether to maximize the loss instead of minimizing it.
         trust_region: κ > 0, in units of the loss, a bound on the step's squared Fisher norm, Σ lr² dᵀ (F + α I) d over
-            all blocks with the lr of each parameter's group. If the norm would exceed it, all natural gradients are
-            multiplied by the same number below 1 (M14). None for no bound.
+            all blocks: natural gradients beyond it are multiplied by one number below 1 (M14). None for no bound.
         refresh_every: steps from one refresh of the curvature to the next, or a function of the step; by default
             `Growing`, which refreshes more often at first.
         fisher: ``"sampled"`` (labels drawn from the model's own distribution: the Fisher matrix), ``"exact"`` (a row
@@ -75,16 +87,16 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             and ``nll(output, target)``, and ``hessian_factor(output)`` for the exact Fisher matrix; the empirical one
             needs none.
         fisher_samples: the number of labels drawn for each sample.
-        fisher_rows: the most rows that a refresh uses: so many of them are drawn at random, and F is unbiased.
+        fisher_rows: the most rows that a refresh uses, drawn at random: F is unbiased.
         history: the number of refreshes whose rows are kept; F is the mean over all of them.
         blocks: ``"layer"``, a block for the parameters that each module owns directly; ``"network"``, one for all
             parameters; or lists of modules' names, a block for each list.
         representation: how J is stored: ``"auto"`` (for each weight, by the plan or the cost model), ``"factored"``,
             ``"per_sample"``, ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of
             these four.
-        unsupported: how parameters without a rule, or used outside of their layers, are treated: ``"explicit"``
-            computes their rows by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD
-            step, with one warning; ``"error"`` raises `ValueError`.
+        unsupported: for parameters without a rule, or used outside of their layers: ``"explicit"`` computes their rows
+            by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD step, with one
+            warning; ``"error"`` raises `ValueError`.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
         plan: the plan that `autotune` returned, or the path of the file that it wrote; for weights that it does not
             contain, the cost model decides.
@@ -102,51 +114,31 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         TypeError: a setting has the wrong type.
 
     Note:
-        On a GPU, or with a smaller ``max_bytes`` than the default, a refresh frees captured tensors before it ends. If
-        such a refresh raises, repeat the forward and backward before the next step.
+        On a GPU, or with a ``max_bytes`` below the default, a refresh frees captured tensors before it ends. If it
+        raises, repeat the forward and backward before the next step.
     """
 
     state_key = "tengrad"
     made_anew = ("_ops",)
 
     def __init__(
-        self,
-        model: nn.Module,
-        params: Iterable[Any] | None = None,
-        lr: float | Tensor = 3e-2,
-        *,
-        damping: Damping = 3e-3,
-        relative_damping: bool = True,
-        momentum: float = 0.9,
-        nesterov: bool | None = None,
-        spring: float = 0.0,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = False,
-        maximize: bool = False,
-        trust_region: float | None = 3e-4,
-        refresh_every: int | Callable[[int], int] = Growing(10),  # noqa: B008 - it is frozen
-        fisher: Fisher = "sampled",
-        likelihood: str | Likelihood = "categorical",
-        fisher_samples: int = 1,
-        fisher_rows: int | None = None,
-        history: int = 1,
-        blocks: BlocksChoice = "layer",
-        representation: RepresentationChoice = "auto",
-        unsupported: Unsupported = "explicit",
-        backend: Backend = "auto",
-        plan: Plan | Path | str | None = None,
-        max_bytes: int = MAX_BYTES,
-        tol: float = 0.01,
-        seed: int | None = None,
-        output: Select = None,
-        verify: Verify = "change",
-    ) -> None:
+        self, model: nn.Module, params: Iterable[Any] | None = None, lr: float | Tensor = 3e-2, *,
+        damping: Damping = 3e-3, relative_damping: bool = True, scaling: Scaling = "none",
+        clip_threshold: float | None = 1.0, momentum: float = 0.9, nesterov: bool | None = None, spring: float = 0.0,
+        weight_decay: float = 0.0, decoupled_weight_decay: bool = False, maximize: bool = False,
+        trust_region: float | None = 3e-4, refresh_every: int | Callable[[int], int] = Growing(10),  # noqa: B008
+        fisher: Fisher = "sampled", likelihood: str | Likelihood = "categorical", fisher_samples: int = 1,
+        fisher_rows: int | None = None, history: int = 1, blocks: BlocksChoice = "layer",
+        representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
+        backend: Backend = "auto", plan: Plan | Path | str | None = None, max_bytes: int = MAX_BYTES,
+        tol: float = 0.01, seed: int | None = None, output: Select = None, verify: Verify = "change",
+    ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
             device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
-            output=output, verify=verify,
+            output=output, verify=verify, scaling=scaling, clip_threshold=clip_threshold,
         )  # fmt: skip
         # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
@@ -156,6 +148,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         }  # fmt: skip
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
+        self._averages_gradients = scaling != "none"
 
     @classmethod
     def paper(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
@@ -197,9 +190,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _why_closure(self) -> str | None:
-        why = (
-            "damping='lm' compares losses before and after a step: call step(closure), where closure() returns the loss"
-        )
+        why = "damping='lm' compares losses before and after a step: call step(closure), where closure returns the loss"
         return why if self.adapts else None
 
     @override
@@ -208,26 +199,28 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     ) -> tuple[Curvature, int]:
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
-            curvature, age = self._refreshed(), 0
+            named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
+            curvature, age = self._refreshed(named), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
+        groups = self.param_groups if self._averages_gradients else []
+        averages = [Average.of_group(group, self._steps) for group in groups]
         if closure is None or age > 0 or not self.adapts:
-            step_(curvature, targets, grads, self._ops, self._options.trust_region)
+            step_(
+                curvature, targets, grads, self._ops, self._options.trust_region, averages, self._options.clip_threshold
+            )
             return curvature, age
         before = [target.parameter.clone() for target in targets]
         with restored_on_error(targets):
-            step_(curvature, targets, grads, self._ops, self._options.trust_region)
+            step_(
+                curvature, targets, grads, self._ops, self._options.trust_region, averages, self._options.clip_threshold
+            )
             self._adapt(curvature, targets, grads, before, closure, loss)
         return curvature, age
 
     def _adapt(
-        self,
-        curvature: Curvature,
-        targets: Sequence[Target],
-        grads: Sequence[Tensor],
-        before: Sequence[Tensor],
-        closure: Callable[[], Any],
-        loss: Any,
-    ) -> None:
+        self, curvature: Curvature, targets: Sequence[Target], grads: Sequence[Tensor], before: Sequence[Tensor],
+        closure: Callable[[], Any], loss: Any,
+    ) -> None:  # fmt: skip
         """Adapt the damping to how well the change of the loss was predicted (M8)."""
         steps = [target.parameter - old for target, old in zip(targets, before, strict=True)]
         predicted = float(predicted_change(curvature, targets, grads, steps))
@@ -238,10 +231,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         except Exception:
             self._capture.arm()  # the refresh is still due
             raise
-        for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
-            if isinstance(schedule, LevenbergMarquardt):
-                sign = -1 if group["maximize"] else 1
-                group["damping"] = schedule.adapted(group["damping"], sign * actual, predicted)
+        adapt_dampings(self.param_groups, self._damping_schedules, actual, predicted)
 
     @override
     def _release(self) -> None:
@@ -254,33 +244,26 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         is_released = self._curvature is not None and self._curvature.is_released
         return is_released or self._curvature_is_outdated()
 
-    def _refreshed(self) -> Curvature:
-        """Return the curvature of the batches since the last step."""
+    def _refreshed(self, grads: Grads) -> Curvature:
+        """Return the curvature of the batches since the last step, whose gradients are V."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
         self._follow_schedules()
         options = RefreshOptions(
-            fisher_rows=o.fisher_rows,
-            history=o.history,
-            tol=o.tol,
-            relative_damping=o.relative_damping,
-            release_calls=self._release_calls,
+            fisher_rows=o.fisher_rows, history=o.history, tol=o.tol, relative_damping=o.relative_damping,
+            scaling=o.scaling, release_calls=self._release_calls,
             choose=partial(o.choose, refresh_every=steps, damping=min(g["damping"] for g in self.param_groups)),
-            blocks_of=partial(fisher_blocks_of, o.blocks, self._layers),
-            damping_of=self._damping_of,
-            ops_for=self._ops_for,
-            report=self._reports.uncovered,
-        )
+            blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
+            ops_for=self._ops_for, report=self._reports.uncovered,
+        )  # fmt: skip
         self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
-        return refresh(self._capture, self._layers, options, self._curvature, row_generator)
+        return refresh(self._capture, self._layers, options, self._curvature, grads, row_generator)
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
-        check_dampings(blocks, self._layers, self.param_groups, self._damping_schedules)
-        group_of = {layer.name: next(iter(layer.groups.values())) for layer in self._layers}
-        dampings = [self.param_groups[group_of[names[0]]]["damping"] for names in blocks.values()]
+        dampings = dampings_of(blocks, self._layers, self.param_groups, self._damping_schedules)
         return fill_on_device(dampings, self._generator.device)
 
     @override

@@ -155,7 +155,7 @@ def _kernel_calls(
     jacobian.project(parameter)
     settings = k_NN.new_tensor([1e-3, 0.9, 0.0, 0.0])
     state = (parameter.clone(), torch.zeros_like(parameter), settings)
-    target = Target("", "", *state, nesterov=False, spring=0.0, rate=0)
+    target = Target("", "", *state, nesterov=False, spring=0.0, rate=0, group=0)
     jacobian.expand_update_(target, parameter.clone(), k_NN[0], k_NN.new_ones(()))
     return calls, jacobian.nbytes, others
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops, Product, ProductKernels, Representation, implementation_names
+from tengrad_triton.curvature.scaling import Multiplier, Scale
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.kernels import ProductLaunches
 
@@ -55,11 +57,15 @@ class Jacobian(ABC):
     The ``*_grouped`` functions take one list entry for each Jacobian. Where the result has ``count`` blocks, Jacobian t
     adds to index ``blocks[t]``.
 
+    With scaled damping F + α D the rows are those of J D⁻¹. Then `project` is J D⁻¹ V, and `expand` is D⁻¹ Jᵀ w (M17).
+
     Attributes:
         ops: the kernels that compute the products (see `choices.ops_for`).
+        scale: D of the parameter; None for the identity.
     """
 
     ops: Ops
+    scale: Scale | None
 
     @property
     @abstractmethod
@@ -86,12 +92,37 @@ class Jacobian(ABC):
         """Return R linear combinations of the rows, as explicit rows."""
 
     @abstractmethod
+    def _times(self, by: Multiplier) -> Jacobian:
+        """Return L J_n M in place of the rows J_n."""
+
+    def in_scale(self, scale: Scale | None) -> Jacobian | None:
+        """Return the rows of J D⁻¹ with another D than that of now; None if only one of the two is the identity."""
+        if self.scale is None or scale is None:
+            return self if self.scale is scale else None
+        rescaled: Any = self._times(self.scale.over(scale))
+        return cast("Jacobian", replace(rescaled, scale=scale))
+
+    def for_gram(self) -> Jacobian:
+        """Return J D^-½, whose Gram matrix is J D⁻¹ Jᵀ."""
+        return self if self.scale is None else self._times(self.scale.power(0.5))
+
     def append_history(self, older: Jacobian, rows: int) -> Jacobian | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``; None where the two do not fit."""
+        fitting = older.in_scale(self.scale)
+        return None if fitting is None else self._append(fitting, rows)
+
+    @abstractmethod
+    def _append(self, older: Jacobian, rows: int) -> Jacobian | None:
+        """Do what `append_history` does with rows of the same D."""
 
     @abstractmethod
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers from which `checkpoint.unpack` makes the same object."""
+
+    def _packed(self) -> dict[str, Any]:
+        """Return what all representations pack."""
+        overrides = {"kernel_overrides": list(self.ops.kernel_overrides)}
+        return overrides if self.scale is None else {**overrides, "scale": self.scale.pack()}
 
     @abstractmethod
     def _layout(self) -> Hashable:
@@ -136,7 +167,7 @@ class Jacobian(ABC):
         return None
 
     def gram(self) -> Tensor:
-        """Return k_NN with K[n, m] = ⟨J_n, J_m⟩."""
+        """Return k_NN with the inner products of the rows."""
         return self.gram_grouped([self], [0], 1)[0]
 
     def project(self, v: Tensor) -> Tensor:

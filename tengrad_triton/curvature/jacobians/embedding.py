@@ -6,7 +6,7 @@ Dimensions: N samples, P positions, V rows of the embedding's weight, D entries 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from typing_extensions import override
 from tengrad_triton.curvature.choices import FACTORED_KERNELS, Ops, ProductKernels, Representation
 from tengrad_triton.curvature.concat import concat_embedding, concat_outer, take_embedding_rows, take_outer_rows
 from tengrad_triton.curvature.jacobians.base import Jacobian, Operands, UpdateState
-from tengrad_triton.curvature.jacobians.factored import CHUNK_BYTES, Factored
-from tengrad_triton.curvature.jacobians.per_sample import PerSample
+from tengrad_triton.curvature.jacobians.factored import Factored
+from tengrad_triton.curvature.jacobians.per_sample import CHUNK_BYTES, PerSample
+from tengrad_triton.curvature.scaling import Multiplier, Scale
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts
 
@@ -50,8 +51,10 @@ class _SingleJacobian(Jacobian):
 
     @override
     def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
-        tensors = (state.params[0], state.momenta[0], state.settings[0])
-        target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, rate=0)
+        grad, momentum = state.grads[0], state.momenta[0]
+        momentum = torch.empty_like(momentum) if momentum is grad else momentum  # scaled damping has no momentum
+        tensors = (state.params[0], momentum, state.settings[0])
+        target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, rate=0, group=0)
         self.expand_update_(target, state.grads[0], state.w[0], state.dampings[0])
 
 
@@ -76,6 +79,7 @@ class EmbeddingJacobian(_SingleJacobian):
     embedding: EmbeddingGrads
     linear: OuterProducts | None
     ops: Ops
+    scale: Scale | None = None
 
     @property
     @override
@@ -130,10 +134,15 @@ class EmbeddingJacobian(_SingleJacobian):
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows, as explicit rows."""
         j_NK = _explicit_rows(self.embedding, self.linear, 0, self.embedding.num_embeddings, self.ops)
-        return PerSample(directions_RN @ j_NK, self.ops, "directions")
+        return PerSample(directions_RN @ j_NK, self.ops, "directions", self.scale)
 
     @override
-    def append_history(self, older: Jacobian, rows: int) -> EmbeddingJacobian | None:
+    def _times(self, by: Multiplier) -> EmbeddingJacobian:
+        linear = None if self.linear is None else by.of_outer_products(self.linear)
+        return replace(self, embedding=by.of_embedding(self.embedding), linear=linear)
+
+    @override
+    def _append(self, older: Jacobian, rows: int) -> EmbeddingJacobian | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if both have the same parts."""
         if not isinstance(older, EmbeddingJacobian) or (older.linear is None) != (self.linear is None):
             return None
@@ -142,9 +151,9 @@ class EmbeddingJacobian(_SingleJacobian):
         first = torch.arange(rows, device=self.embedding.g_NPD.device)
         embedding = concat_embedding([[self.embedding], [take_embedding_rows(older.embedding, first)]])
         if self.linear is None or older.linear is None:
-            return EmbeddingJacobian(embedding, None, self.ops)
+            return replace(self, embedding=embedding)
         linear = concat_outer([[self.linear], [take_outer_rows(older.linear, first)]])
-        return EmbeddingJacobian(embedding, linear, self.ops)
+        return replace(self, embedding=embedding, linear=linear)
 
     @property
     @override
@@ -158,7 +167,7 @@ class EmbeddingJacobian(_SingleJacobian):
         own = self.embedding
         embedding = {"ids_NP": own.ids_NP, "g_NPD": own.g_NPD, "num_embeddings": own.num_embeddings}
         linear = {} if self.linear is None else Factored(self.linear, self.ops).pack()
-        return {**linear, "embedding": embedding, "kernel_overrides": list(self.ops.kernel_overrides)}
+        return {**linear, **self._packed(), "embedding": embedding}
 
     @property
     @override

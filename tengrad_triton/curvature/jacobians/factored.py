@@ -6,7 +6,7 @@ Dimensions: N rows, G groups, P positions, I inputs and O outputs of a group, R 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,10 @@ from tengrad_triton.curvature.choices import (
 from tengrad_triton.curvature.concat import concat_outer, take_outer_rows
 from tengrad_triton.curvature.geometry import geometry_of
 from tengrad_triton.curvature.jacobians.base import Jacobian, Operands, UpdateState
-from tengrad_triton.curvature.jacobians.per_sample import PerSample
+from tengrad_triton.curvature.jacobians.per_sample import CHUNK_BYTES, PerSample
+from tengrad_triton.curvature.scaling import Multiplier, Scale
 from tengrad_triton.kernels import ProductLaunches, conv_products, factors_products
 from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
-
-CHUNK_BYTES = 256 * 2**20  # explicit per-sample gradients formed at a time where they are not kept
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Factored(Jacobian):
 
     factors: OuterProducts
     ops: Ops
+    scale: Scale | None = None
 
     @property
     @override
@@ -109,7 +109,7 @@ class Factored(Jacobian):
             (directions_RN @ part.sample_grads(self.ops)).view(count, groups, part.outputs, inputs)
             for part in self._output_parts()
         ]
-        return PerSample(torch.cat(parts, 2).flatten(1), self.ops, "directions")
+        return PerSample(torch.cat(parts, 2).flatten(1), self.ops, "directions", self.scale)
 
     def _a_NGPI(self) -> Tensor:
         a = self.factors.a
@@ -121,13 +121,17 @@ class Factored(Jacobian):
         return [OuterProducts(self.factors.a, g) for g in self.factors.g_NGPO.chunk(chunks, dim=3)]
 
     @override
-    def append_history(self, older: Jacobian, rows: int) -> Factored | None:
+    def _times(self, by: Multiplier) -> Factored:
+        return replace(self, factors=by.of_outer_products(self.factors))
+
+    @override
+    def _append(self, older: Jacobian, rows: int) -> Factored | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same sizes."""
         own = self.factors
         if not isinstance(older, Factored) or older.factors.g_NGPO.shape[1:] != own.g_NGPO.shape[1:]:
             return None
         first = torch.arange(rows, device=own.g_NGPO.device)
-        return Factored(concat_outer([[own], [take_outer_rows(older.factors, first)]]), self.ops)
+        return replace(self, factors=concat_outer([[own], [take_outer_rows(older.factors, first)]]))
 
     @property
     @override
@@ -140,8 +144,7 @@ class Factored(Jacobian):
         """Return tensors and plain numbers."""
         a = self.factors.a
         packed_a = a.pack() if isinstance(a, ConvInput) else a
-        overrides = list(self.ops.kernel_overrides)
-        return {"a": packed_a, "g_NGPO": self.factors.g_NGPO, "kernel_overrides": overrides}
+        return {**self._packed(), "a": packed_a, "g_NGPO": self.factors.g_NGPO}
 
     @property
     @override

@@ -15,10 +15,13 @@ from typing_extensions import override
 
 from tengrad_triton.curvature.choices import PER_SAMPLE_KERNELS, Ops, ProductKernels, Representation, step_configs
 from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians, Operands, UpdateState
+from tengrad_triton.curvature.scaling import Multiplier, Scale
 from tengrad_triton.kernels import ProductLaunches, rows_products
 from tengrad_triton.kernels.cholesky import LARGEST_BATCHED
 from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.layers import matrix_view
+
+CHUNK_BYTES = 256 * 2**20  # explicit rows formed at a time where they are not kept
 
 RowKind = Literal["samples", "directions", "parameters"]
 """What a row of explicit J is: one sample's gradient, a direction (M7), or a row of R in J = Q R (M12)."""
@@ -35,6 +38,7 @@ class PerSample(Jacobian):
     j_NK: Tensor
     ops: Ops
     row_kind: RowKind
+    scale: Scale | None = None
 
     @property
     @override
@@ -80,14 +84,26 @@ class PerSample(Jacobian):
     @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows."""
-        return PerSample(directions_RN @ self.j_NK, self.ops, "directions")
+        return PerSample(directions_RN @ self.j_NK, self.ops, "directions", self.scale)
 
     @override
-    def append_history(self, older: Jacobian, rows: int) -> PerSample | None:
+    def _times(self, by: Multiplier) -> PerSample:
+        return replace(self, j_NK=by.of_rows(self.j_NK.to(by.left.dtype)).to(self.j_NK.dtype))
+
+    @override
+    def for_gram(self) -> PerSample:
+        """Return J D^-½ of the rows as they are stored, in float32 at least."""
+        if self.scale is None:
+            return self
+        half = self.scale.power(0.5)
+        return replace(self, j_NK=half.of_rows(self.j_NK.to(half.left.dtype)))
+
+    @override
+    def _append(self, older: Jacobian, rows: int) -> PerSample | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same dtype."""
         if not isinstance(older, PerSample) or older.j_NK.dtype != self.j_NK.dtype:
             return None
-        return PerSample(torch.cat([self.j_NK, older.j_NK[:rows]]), self.ops, self.row_kind)
+        return replace(self, j_NK=torch.cat([self.j_NK, older.j_NK[:rows]]))
 
     @property
     @override
@@ -100,7 +116,7 @@ class PerSample(Jacobian):
     @override
     def pack(self) -> dict[str, Any]:
         """Return tensors and plain numbers."""
-        return {"j_NK": self.j_NK, "kernel_overrides": list(self.ops.kernel_overrides), "row_kind": self.row_kind}
+        return {**self._packed(), "j_NK": self.j_NK, "row_kind": self.row_kind}
 
     @property
     @override

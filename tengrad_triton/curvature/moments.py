@@ -1,0 +1,223 @@
+"""D of scaled damping from the rows and the gradients of refreshes: running means of second moments (math.md, M17).
+
+Dimensions: G groups, O outputs and I inputs of a group, T taps of a convolution's kernel, C channels of a group and S
+pixels of an image, N samples, P positions, K entries of a flat gradient; n entries of one side of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.curvature.concat import MicroBatches
+from tengrad_triton.curvature.contributions import Contributions
+from tengrad_triton.curvature.scaling import Scale, Scales, Side, unit_of
+from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, flatten_rows, matrix_view
+
+Scaling = Literal["none", "diagonal", "kronecker"]
+"""What D is: the identity, of rank one on every weight, or a Kronecker product of two matrices in every group."""
+KEEP = 0.8  # what a refresh leaves of the weight of earlier ones
+FLOOR = 0.1  # what every eigenvalue's root gets in addition, as a share of the root of their mean
+LARGEST = 128  # a side with more entries is diagonal: its matrix would cost more than it gains
+_POSITIONS = 4  # likewise a side with more entries than samples × positions over this: D⁻¹ V costs by n, SGD by N P
+
+
+class Moments(NamedTuple):
+    """Running means over refreshes for one parameter, all with the same weights.
+
+    Attributes:
+        rows: second moments of the output gradients of each group, [G, O, O] or their diagonals [G, O].
+        columns: second moments of the inputs of each group, [G, I, I] or their diagonals [G, I].
+        square: the mean square of the entries of V.
+        weight: the sum of the weights, which is below 1.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    square: Tensor
+    weight: Tensor
+
+
+Grads = Mapping[tuple[str, str], Tensor]
+"""Gradients V by the names of layer and parameter."""
+AllMoments = Mapping[str, Mapping[str, Moments]]
+"""The moments of every parameter with rows, by its layer's name and its own name within that."""
+
+
+def updated_moments(
+    before: AllMoments, contributions: Contributions, layers: Sequence[LayerParams], grads: Grads, scaling: Scaling
+) -> AllMoments:
+    """Return the moments of every parameter with rows after a refresh; none where D is the identity.
+
+    Args:
+        before: the moments of earlier refreshes.
+        contributions: what the batches of the refresh contribute to the rows.
+        layers: of the optimizer.
+        grads: V of the parameters that the step updates; those without rows have moments too.
+        scaling: what D is.
+    """
+    if scaling == "none":
+        return {}
+    updated: dict[str, dict[str, Moments]] = {}
+    for layer in layers:
+        batches, known = contributions.by_layer.get(layer.name, {}), before.get(layer.name, {})
+        for name, parameter in layer.parameters.items():
+            grad = grads.get((layer.name, name))
+            if name in batches or grad is not None:
+                own = _updated(known.get(name), batches.get(name, []), parameter, grad, scaling)
+                updated.setdefault(layer.name, {})[name] = own
+    return updated
+
+
+def _updated(
+    before: Moments | None, batches: MicroBatches, parameter: Tensor, grad: Tensor | None, scaling: Scaling
+) -> Moments:
+    """Return the moments of one parameter with those of a refresh; they begin anew where sizes differ.
+
+    Args:
+        before: the moments of earlier refreshes.
+        batches: what contributes to its rows.
+        parameter: a tensor of its shape.
+        grad: V; None where the step does not update it.
+        scaling: what D is; with ``"kronecker"``, second moments are matrices where a side has few entries.
+    """
+    new = _of_refresh(before, batches, parameter, grad, scaling)
+    if before is None or before.rows.shape != new.rows.shape or before.columns.shape != new.columns.shape:
+        before = Moments(*map(torch.zeros_like, new))
+    return Moments(*(KEEP * x + (1 - KEEP) * y for x, y in zip(before, new, strict=True)))
+
+
+def _of_refresh(
+    before: Moments | None, batches: MicroBatches, parameter: Tensor, grad: Tensor | None, scaling: Scaling
+) -> Moments:
+    """Return the moments of one refresh, with weight 1."""
+    outputs, _, inputs = matrix_view(parameter.detach()).shape
+    if not batches:  # without rows, D is a number
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        rows, columns = (torch.ones(1, n, dtype=dtype, device=parameter.device) for n in (outputs, inputs))
+        square = _mean_square(grad, rows)
+        return Moments(rows, columns, square, torch.ones_like(square))
+    is_matrix = _which_are_matrices(before, batches, outputs, inputs) if scaling == "kronecker" else (False, False)
+    parts = [_second_moments(call, is_matrix, (outputs, inputs)) for calls in batches for call in calls]
+    total = sum(calls[0].samples for calls in batches)
+    rows, columns = (torch.stack(own).sum(0) / total for own in zip(*parts, strict=True))
+    # The mean over N samples has at least the variance of one row over N, so V is expected to be no smaller.
+    noise = _trace(rows) * _trace(columns) / (parameter.numel() * total)
+    square = torch.maximum(_mean_square(grad, rows), noise)
+    return Moments(rows, columns, square, torch.ones_like(square))
+
+
+def _mean_square(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(()) if grad is None else grad.detach().to(like.dtype).square().mean()
+
+
+def _trace(x: Tensor) -> Tensor:
+    """Return the sum over the groups of the traces of matrices, or of diagonals."""
+    return (x.diagonal(dim1=1, dim2=2) if x.dim() == 3 else x).sum()
+
+
+def _which_are_matrices(before: Moments | None, batches: MicroBatches, outputs: int, inputs: int) -> tuple[bool, bool]:
+    """Return whether the second moments of outputs and of inputs are matrices: as before, or by their numbers."""
+    if before is not None:
+        return before.rows.dim() == 3, before.columns.dim() == 3
+    calls = [call for calls in batches for call in calls]
+    outers = [call for call in calls if isinstance(call, OuterProducts)]
+    embeddings = [call for call in calls if isinstance(call, EmbeddingGrads)]
+    if len(outers) + len(embeddings) < len(calls):
+        return False, False
+    positions = sum(call.samples * call.g_NGPO.shape[2] for call in outers) + sum(c.ids_NP.numel() for c in embeddings)
+    most = min(LARGEST, positions // _POSITIONS)
+    groups = outers[0].g_NGPO.shape[1] if outers else 1
+    return not embeddings and 1 < outputs // groups <= most, 1 < inputs <= most
+
+
+def _second_moments(call: Contribution, is_matrix: tuple[bool, bool], sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return the sums over samples of the second moments of both sides.
+
+    They have the same trace, and such a one that the Kronecker product of their means over samples is the second moment
+    of the rows if inputs are independent of output gradients, and both of those at other positions (M15).
+    """
+    if isinstance(call, OuterProducts):
+        (rows, columns), positions = _of_outer_products(call, is_matrix, sizes[1]), call.g_NGPO.shape[2]
+    elif isinstance(call, EmbeddingGrads):
+        (rows, columns), positions = _of_embedding(call, is_matrix[1]), call.ids_NP.shape[1]
+    else:
+        (rows, columns), positions = _of_rows(flatten_rows(call.j_NK), sizes), 1
+    trace_r, trace_c = (_trace(x).clamp(min=torch.finfo(x.dtype).tiny) for x in (rows, columns))
+    return rows * (trace_c / (positions * trace_r)).sqrt(), columns * (trace_r / (positions * trace_c)).sqrt()
+
+
+def _of_outer_products(outer: OuterProducts, is_matrix: tuple[bool, bool], inputs: int) -> tuple[Tensor, Tensor]:
+    """Return Σ_np g gᵀ and Σ_np a aᵀ of each group; a convolution's sum over its taps too, or over the pixels."""
+    outer = outer.widened()
+    rows = _moment(outer.g_NGPO, is_matrix[0])
+    if not isinstance(outer.a, ConvInput):
+        return rows, _moment(outer.a.unflatten(3, (-1, inputs)).flatten(2, 3), is_matrix[1])
+    x_NGSC = outer.a.x_NCHW.flatten(2).unflatten(1, (-1, inputs)).mT
+    taps, positions = outer.a.inputs // inputs, outer.g_NGPO.shape[2]
+    return rows, _moment(x_NGSC, is_matrix[1]) * (taps * positions / x_NGSC.shape[2])
+
+
+def _of_embedding(embedding: EmbeddingGrads, is_matrix: bool) -> tuple[Tensor, Tensor]:
+    """Return how often each vector was read, and Σ_np g gᵀ."""
+    g_NPD = embedding.g_NPD
+    ones = g_NPD.new_ones(embedding.ids_NP.numel())
+    counts = g_NPD.new_zeros(embedding.num_embeddings).index_add_(0, embedding.ids_NP.flatten(), ones)
+    return counts.unsqueeze(0), _moment(g_NPD.unsqueeze(1), is_matrix)
+
+
+def _of_rows(j_NK: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return Σ_n of the squares of J_n, summed over its inputs, and over its outputs as a share of all, times N."""
+    squares_OTI = j_NK.square().sum(0).view(sizes[0], -1, sizes[1])
+    columns_I = squares_OTI.sum((0, 1))
+    share = len(j_NK) / columns_I.sum().clamp(min=torch.finfo(columns_I.dtype).tiny)
+    return squares_OTI.sum((1, 2)).unsqueeze(0), (columns_I * share).unsqueeze(0)
+
+
+def _moment(x_NGPI: Tensor, is_matrix: bool) -> Tensor:
+    """Return Σ_np x xᵀ of each group [G, I, I], or its diagonal [G, I]."""
+    if not is_matrix:
+        return x_NGPI.square().sum((0, 2))
+    x_GRI = x_NGPI.transpose(0, 1).flatten(1, 2)
+    return x_GRI.mT @ x_GRI
+
+
+def scales_of(moments: AllMoments, layers: Sequence[LayerParams]) -> Scales:
+    """Return D of every parameter: the root of the Kronecker product of its second moments.
+
+    Each side has eigenvalues √λ + `FLOOR` (mean λ)^½, divided by their root mean square. The root mean square of the
+    eigenvalues of D is that of the entries of V, times the parameter's `unit_of`. In its place, a parameter whose V was
+    zero gets the mean of the others.
+    """
+    squares = [one.square / one.weight for layer in moments.values() for one in layer.values()]
+    if not squares:
+        return {}
+    square_T = torch.stack(squares)
+    mean = square_T.sum() / (square_T > 0).sum().clamp(min=1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    sizes = iter(torch.where(square_T > 0, square_T, mean).sqrt().unbind())
+
+    parameters = {layer.name: layer.parameters for layer in layers}
+
+    def scale(one: Moments, parameter: Tensor) -> Scale:
+        rows = _root(one.rows)
+        return Scale(rows._replace(values_Gn=rows.values_Gn * (next(sizes) * unit_of(parameter))), _root(one.columns))
+
+    return {
+        name: {param_name: scale(one, parameters[name][param_name]) for param_name, one in layer.items()}
+        for name, layer in moments.items()
+    }
+
+
+def _root(moment: Tensor) -> Side:
+    """Return the root of second moments with the floor, of root mean square 1; ones where they are zero."""
+    values_Gn, basis_Gnn = torch.linalg.eigh(moment) if moment.dim() == 3 else (moment, None)
+    values_Gn = values_Gn.clamp(min=0.0)
+    mean = values_Gn.mean()
+    roots_Gn = values_Gn.sqrt() + FLOOR * mean.sqrt()
+    roots_Gn = torch.where(mean > 0, roots_Gn, torch.ones_like(roots_Gn))
+    return Side(roots_Gn / roots_Gn.square().mean().sqrt(), basis_Gnn)

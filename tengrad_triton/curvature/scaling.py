@@ -1,0 +1,202 @@
+"""The matrix D of scaled damping F + α D: in every group of a weight a Kronecker product (docs/math.md, M17).
+
+Dimensions: G groups, O outputs and I inputs of a group, T taps of a convolution's kernel (1 for other layers); C
+channels of a group and S pixels of an image; N samples, P positions, K entries of a flat gradient; D entries of an
+embedded vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
+
+
+class Side(NamedTuple):
+    """Symmetric positive definite matrices, one for each group, by their eigenvalues and eigenvectors.
+
+    Attributes:
+        values_Gn: the eigenvalues [G, n].
+        basis_Gnn: the eigenvectors [G, n, n] as columns; None for diagonal matrices.
+    """
+
+    values_Gn: Tensor
+    basis_Gnn: Tensor | None
+
+    def power(self, exponent: float) -> Tensor:
+        """Return the matrices to a power: [G, n, n], or their diagonals [G, n] if they are diagonal."""
+        powers_Gn = self.values_Gn**exponent
+        if self.basis_Gnn is None:
+            return powers_Gn
+        return (self.basis_Gnn * powers_Gn.unsqueeze(1)) @ self.basis_Gnn.mT
+
+
+class Multiplier(NamedTuple):
+    """Matrices L and M of each group, with which the group's part X_t [O, I] of a weight becomes L X_t M at each tap t.
+
+    Attributes:
+        left: L as [G, O, O], or as a diagonal [G, O].
+        right: M as [G, I, I], or as a diagonal [G, I].
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether L and M are given as diagonals."""
+        return self.left.dim() == self.right.dim() == 2
+
+    def of_groups(self, x: Tensor) -> Tensor:
+        """Return L X M for X [..., G, O, T, I]."""
+        if self.left.dim() == 3:
+            x = torch.einsum("goh,...ghti->...goti", self.left, x)
+        else:
+            x = x * self.left[:, :, None, None]
+        return x @ self.right.unsqueeze(1) if self.right.dim() == 3 else x * self.right[:, None, None, :]
+
+    def of_parameter(self, x: Tensor) -> Tensor:
+        """Return L X M for a parameter-shaped tensor, in its memory layout."""
+        if x.dim() == 2 and len(self.left) == 1:
+            left, right = self.left[0], self.right[0]
+            x = left @ x if left.dim() == 2 else x * left.unsqueeze(1)
+            return x @ right if right.dim() == 2 else x * right
+        outputs, inputs = self.left.shape[1], self.right.shape[1]
+        made = self.of_groups(x.reshape(len(self.left), outputs, inputs, -1).mT)
+        return torch.empty_like(x, dtype=made.dtype).copy_(made.mT.reshape(x.shape))
+
+    def of_rows(self, j_NK: Tensor) -> Tensor:
+        """Return the rows of J with L J_n M in place of J_n; the columns are in the order of `matrix_view`."""
+        groups, outputs, inputs = len(self.left), self.left.shape[1], self.right.shape[1]
+        return self.of_groups(j_NK.view(len(j_NK), groups, outputs, -1, inputs)).reshape(j_NK.shape)
+
+    def of_contribution(self, contribution: Contribution) -> Contribution:
+        """Return what contributes L J_n M in place of J_n, in float32 at least."""
+        if isinstance(contribution, OuterProducts):
+            return self.of_outer_products(contribution)
+        if isinstance(contribution, EmbeddingGrads):
+            return self.of_embedding(contribution)
+        j_NK = flatten_rows(contribution.j_NK)
+        return PerSampleGrads(self.of_rows(j_NK.to(self.left.dtype)))
+
+    def of_embedding(self, embedding: EmbeddingGrads) -> EmbeddingGrads:
+        """Return the embedding gradients of L J_n M; L is diagonal, with an entry for each vector of the table."""
+        g_NPD = embedding.g_NPD * self.left[0, embedding.ids_NP].unsqueeze(2)
+        return replace(embedding, g_NPD=_times(g_NPD, self.right[0]))
+
+    def of_outer_products(self, outer: OuterProducts) -> OuterProducts:
+        """Return the factors of L J_n M: a becomes Mᵀ a, and g becomes L g."""
+        left = self.left.mT if self.left.dim() == 3 else self.left.unsqueeze(1)
+        g_NGPO = outer.g_NGPO @ left if self.left.dim() == 3 else outer.g_NGPO * left
+        if isinstance(outer.a, ConvInput):
+            x_NGCS = outer.a.x_NCHW.flatten(2).unflatten(1, (len(self.right), -1))
+            moved = _times_groups(x_NGCS.mT, self.right).mT
+            return OuterProducts(replace(outer.a, x_NCHW=moved.reshape(outer.a.x_NCHW.shape)), g_NGPO)
+        taps = outer.a.shape[3] // self.right.shape[1]
+        a_NGPTI = outer.a.unflatten(3, (taps, -1))
+        return OuterProducts(_times_groups(a_NGPTI.flatten(2, 3), self.right).view(outer.a.shape), g_NGPO)
+
+
+class Metric:
+    """D⁻¹ of several parameters, prepared for many gradients.
+
+    Args:
+        scales: D of each parameter.
+        parameters: tensors of the parameters' shapes and memory layouts.
+    """
+
+    def __init__(self, scales: Sequence[Scale], parameters: Sequence[Tensor]) -> None:
+        self._scales = scales
+        self._inverses = [scale.power(-1.0) for scale in scales]
+        self._diagonal = [place for place, inverse in enumerate(self._inverses) if inverse.is_diagonal]
+        self._numbers = [
+            self._inverses[place].of_parameter(
+                torch.ones_like(parameters[place], dtype=self._inverses[place].left.dtype)
+            )
+            for place in self._diagonal
+        ]
+
+    def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return D⁻¹ x of a parameter-shaped tensor x for each parameter; one call serves all diagonal D."""
+        scaled = dict(zip(self._diagonal, self._multiplied([tensors[p] for p in self._diagonal]), strict=True))
+        for place, (inverse, x) in enumerate(zip(self._inverses, tensors, strict=True)):
+            if place not in scaled:
+                scaled[place] = inverse.of_parameter(x.to(inverse.left.dtype))
+        return [scaled[place] for place in range(len(tensors))]
+
+    def _multiplied(self, tensors: list[Tensor]) -> Sequence[Tensor]:
+        return torch._foreach_mul(tensors, self._numbers) if tensors else ()
+
+    def times(self, place: int, x: Tensor) -> Tensor:
+        """Return D x of a tensor x of one parameter, given by its place."""
+        by = self._scales[place].power(1.0)
+        return by.of_parameter(x.to(by.left.dtype))
+
+
+def _times(x: Tensor, right: Tensor) -> Tensor:
+    """Return x M for M as a matrix, or as a diagonal."""
+    return x @ right if right.dim() == 2 else x * right
+
+
+def _times_groups(x_NGPI: Tensor, right: Tensor) -> Tensor:
+    """Return x M in every group."""
+    return x_NGPI @ right if right.dim() == 3 else x_NGPI * right.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """D of one parameter: X ↦ R X_t C in every group, where R and C are symmetric and positive definite.
+
+    Attributes:
+        rows: R of each group.
+        columns: C of each group; ones where the parameter is a vector.
+    """
+
+    rows: Side
+    columns: Side
+
+    def power(self, exponent: float) -> Multiplier:
+        """Return D to a power."""
+        return Multiplier(self.rows.power(exponent), self.columns.power(exponent))
+
+    def over(self, new: Scale) -> Multiplier:
+        """Return what makes the rows J D_new⁻¹ of J D⁻¹."""
+        left = _product(new.rows.power(-1.0), self.rows.power(1.0))
+        return Multiplier(left, _product(self.columns.power(1.0), new.columns.power(-1.0)))
+
+    def pack(self) -> list[Tensor | None]:
+        """Return the tensors from which `unpack` makes an equal object."""
+        return [*self.rows, *self.columns]
+
+    @staticmethod
+    def unpack(packed: list[Tensor | None]) -> Scale:
+        """Return the object whose `pack` returned these tensors."""
+        rows, rows_basis, columns, columns_basis = packed
+        assert rows is not None
+        assert columns is not None
+        return Scale(Side(rows, rows_basis), Side(columns, columns_basis))
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """Return the products of matrices of each group, some of which are given as diagonals."""
+    if x.dim() == 2:
+        return x * y if y.dim() == 2 else x.unsqueeze(2) * y
+    return x * y.unsqueeze(1) if y.dim() == 2 else x @ y
+
+
+def unit_of(parameter: Tensor) -> float:
+    """Return the root of a weight's inputs, taps included, over 8; 1 for vectors.
+
+    A layer of n inputs has weights of about n^-½. In these units its steps are as large as those of other layers.
+    """
+    return math.sqrt(parameter[0].numel() / 64) if parameter.dim() > 1 else 1.0
+
+
+Scales = Mapping[str, Mapping[str, Scale]]
+"""D of every parameter with rows, by its layer's name and its own name within that; empty if D is the identity."""
