@@ -22,6 +22,7 @@ Scaling = Literal["none", "diagonal", "kronecker"]
 """What D is: the identity, of rank one on every weight, or a Kronecker product of two matrices in every group."""
 KEEP = 0.8  # what a refresh leaves of the weight of earlier ones
 FLOOR = 0.1  # what every eigenvalue's root gets in addition, as a share of the root of their mean
+LEAST = 1e-4  # the least size of V that D takes from a parameter, as a share of that of all parameters
 LARGEST = 128  # a side with more entries is diagonal: its matrix would cost more than it gains
 _POSITIONS = 4  # likewise a side with more entries than samples × positions over this: D⁻¹ V costs by n, SGD by N P
 
@@ -88,7 +89,9 @@ def _updated(
     new = _of_refresh(before, batches, parameter, grad, scaling)
     if before is None or before.rows.shape != new.rows.shape or before.columns.shape != new.columns.shape:
         before = Moments(*map(torch.zeros_like, new))
-    return Moments(*(KEEP * x + (1 - KEEP) * y for x, y in zip(before, new, strict=True)))
+    is_finite = torch.stack([x.isfinite().all() for x in new]).all()  # otherwise D stays: no later step would recover
+    pairs = zip(before, new, strict=True)
+    return Moments(*(torch.where(is_finite, KEEP * x + (1 - KEEP) * y, x) for x, y in pairs))
 
 
 def _of_refresh(
@@ -105,9 +108,7 @@ def _of_refresh(
     parts = [_second_moments(call, is_matrix, (outputs, inputs)) for calls in batches for call in calls]
     total = sum(calls[0].samples for calls in batches)
     rows, columns = (torch.stack(own).sum(0) / total for own in zip(*parts, strict=True))
-    # The mean over N samples has at least the variance of one row over N, so V is expected to be no smaller.
-    noise = _trace(rows) * _trace(columns) / (parameter.numel() * total)
-    square = torch.maximum(_mean_square(grad, rows), noise)
+    square = _mean_square(grad, rows)
     return Moments(rows, columns, square, torch.ones_like(square))
 
 
@@ -190,17 +191,15 @@ def scales_of(moments: AllMoments, layers: Sequence[LayerParams]) -> Scales:
     """Return D of every parameter: the root of the Kronecker product of its second moments.
 
     Each side has eigenvalues √λ + `FLOOR` (mean λ)^½, divided by their root mean square. The root mean square of the
-    eigenvalues of D is that of the entries of V, times the parameter's `unit_of`. In its place, a parameter whose V was
-    zero gets the mean of the others.
+    eigenvalues of D is that of the entries of V, times the parameter's `unit_of`; at least `LEAST` times that of all
+    parameters, because V may be zero, or rounding alone, as for a bias before a batch norm.
     """
     squares = [one.square / one.weight for layer in moments.values() for one in layer.values()]
     if not squares:
         return {}
     square_T = torch.stack(squares)
-    mean = square_T.sum() / (square_T > 0).sum().clamp(min=1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    sizes = iter(torch.where(square_T > 0, square_T, mean).sqrt().unbind())
-
+    least = LEAST**2 * square_T.mean()
+    sizes = iter(torch.where(least > 0, square_T.maximum(least), torch.ones_like(square_T)).sqrt().unbind())
     parameters = {layer.name: layer.parameters for layer in layers}
 
     def scale(one: Moments, parameter: Tensor) -> Scale:
@@ -214,8 +213,13 @@ def scales_of(moments: AllMoments, layers: Sequence[LayerParams]) -> Scales:
 
 
 def _root(moment: Tensor) -> Side:
-    """Return the root of second moments with the floor, of root mean square 1; ones where they are zero."""
-    values_Gn, basis_Gnn = torch.linalg.eigh(moment) if moment.dim() == 3 else (moment, None)
+    """Return the root of second moments with the floor, of root mean square 1; ones where they are zero.
+
+    In float32 the eigenvalue solver may not converge, where many eigenvalues are alike.
+    """
+    values_Gn, basis_Gnn = moment, None
+    if moment.dim() == 3:
+        values_Gn, basis_Gnn = (x.to(moment.dtype) for x in torch.linalg.eigh(moment.double()))
     values_Gn = values_Gn.clamp(min=0.0)
     mean = values_Gn.mean()
     roots_Gn = values_Gn.sqrt() + FLOOR * mean.sqrt()

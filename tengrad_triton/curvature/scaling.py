@@ -170,6 +170,17 @@ class Scale:
         left = _product(new.rows.power(-1.0), self.rows.power(1.0))
         return Multiplier(left, _product(self.columns.power(1.0), new.columns.power(-1.0)))
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes stored."""
+        return sum(x.nbytes for x in self.pack() if x is not None)
+
+    def __str__(self) -> str:
+        sides = (
+            f"{side.values_Gn.shape[1]}{'' if side.basis_Gnn is None else '²'}" for side in (self.rows, self.columns)
+        )
+        return " ⊗ ".join(sides)
+
     def pack(self) -> list[Tensor | None]:
         """Return the tensors from which `unpack` makes an equal object."""
         return [*self.rows, *self.columns]

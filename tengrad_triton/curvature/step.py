@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,24 @@ def _plan_of(curvature: Curvature, targets: Sequence[Target]) -> StepPlan:
     return known[0]
 
 
+class _Solved(NamedTuple):
+    """What a step knows before its update.
+
+    Attributes:
+        grads: V of each entry.
+        scaled: D⁻¹ V of each; None if D is the identity.
+        y_LN: J D⁻¹ V of each block.
+        w_LN: the solution of each block's system.
+        divisor_L: what the step of each block divides by.
+    """
+
+    grads: list[Tensor]
+    scaled: list[Tensor] | None
+    y_LN: Tensor
+    w_LN: Tensor
+    divisor_L: Tensor
+
+
 class StepPlan:
     """What the steps with one curvature and one list of targets have in common: all but the gradients.
 
@@ -81,8 +100,7 @@ class StepPlan:
         self._curvature_rows, self._inverses = curvature.rows, curvature.inverses
         self._block_names, self._divisor_L = tuple(curvature.blocks), curvature.divisor_L
         self._dampings, self._divisors = curvature.damping_L.unbind(), curvature.divisor_L.unbind()
-        scaled_L = curvature.divisor_L.square() / curvature.damping_L
-        self._norm_divisors = scaled_L.unbind() if curvature.scales else self._dampings
+        self._damping_L = curvature.damping_L
         sizes = [one.inverse_BNN.shape[-1] for one in curvature.inverses]
         self._largest = max(sizes) if sizes else 0
         block_of = {layer: index for index, layers in enumerate(curvature.blocks.values()) for layer in layers}
@@ -120,7 +138,9 @@ class StepPlan:
                 if scaled is not None and clip_threshold is not None:
                     divisor_L = divisor_L / self._clip_scale_L(scaled, clip_threshold)
                 if trust_region is not None:  # d divides by it, so the scale ν of d divides it
-                    divisor_L = divisor_L / self._trust_region_scale(own, scaled, y_LN, w_LN, trust_region)
+                    divisor_L = divisor_L / self._trust_region_scale(
+                        _Solved(own, scaled, y_LN, w_LN, divisor_L), trust_region
+                    )
             with phase("update"):
                 products.expand_update_(w_LN, divisor_L)
         with phase("update"):
@@ -186,30 +206,28 @@ class StepPlan:
             weights_LT[one.block, place].fill_(unit_of(one.target.parameter) ** 2 / counts[one.block])
         return weights_LT
 
-    def _trust_region_scale(
-        self, grads: list[Tensor], scaled: list[Tensor] | None, y_LN: Tensor, w_LN: Tensor, trust_region: float
-    ) -> Tensor:
+    def _trust_region_scale(self, solved: _Solved, trust_region: float) -> Tensor:
         """Return ν = min(1, (κ / Σ δᵀ (F + α D) δ)^½): κ is ``trust_region``, δ = lr d with each own lr (M14)."""
         one_rate = [index for index, alone in enumerate(self._has_one_rate) if alone]
         several_rates = [index for index, alone in enumerate(self._has_one_rate) if not alone]
-        norms = [self._norm_with_one_rate(one_rate, grads, scaled, y_LN, w_LN)] if one_rate else []
-        norms += [self._norm_with_several_rates(several_rates, grads, scaled, w_LN)] if several_rates else []
+        norms = [self._norm_with_one_rate(one_rate, solved)] if one_rate else []
+        norms += [self._norm_with_several_rates(several_rates, solved)] if several_rates else []
         return bounded_scale(sum(norms[1:], start=norms[0]), trust_region)
 
-    def _norm_with_one_rate(
-        self, indices: Sequence[int], grads: list[Tensor], scaled: list[Tensor] | None, y_LN: Tensor, w_LN: Tensor
-    ) -> Tensor:
+    def _norm_with_one_rate(self, indices: Sequence[int], solved: _Solved) -> Tensor:
         """Return Σ lr² α² / c² ⟨V, (F + α D)⁻¹ V⟩ over blocks with one lr, which needs no d = α / c (F + α D)⁻¹ V.
 
         ⟨V, (F + α D)⁻¹ V⟩ = (⟨V, D⁻¹ V⟩ − ⟨J D⁻¹ V, w⟩) / α. The step divides by c, which is α if D is the identity.
         """
+        grads, scaled, y_LN, w_LN, divisor_L = solved
         entries = [self._entries[index] for index in indices]
         lr_of: dict[int, Tensor] = {}
         for one in entries:
             if one.target.rate not in lr_of:
                 lr_of[one.target.rate] = one.target.lr
         lr = {one.block: lr_of[one.target.rate] for one in entries}
-        weight_B = torch.stack(list(lr.values())).square() / torch.stack([self._norm_divisors[block] for block in lr])
+        of_norm = self._dampings if scaled is None else (divisor_L.square() / self._damping_L).unbind()
+        weight_B = torch.stack(list(lr.values())).square() / torch.stack([of_norm[block] for block in lr])
         inner = (y_LN * w_LN).sum(1).unbind()
         inner_B = torch.stack([inner[block] for block in lr])
         square_T = _inner_products([grads[i] for i in indices], scaled and [scaled[i] for i in indices], y_LN.dtype)
@@ -217,10 +235,9 @@ class StepPlan:
         weight_T = torch.stack([weights[one.block] for one in entries])
         return (weight_T * square_T).sum() - (weight_B * inner_B).sum()
 
-    def _norm_with_several_rates(
-        self, indices: Sequence[int], grads: list[Tensor], scaled: list[Tensor] | None, w_LN: Tensor
-    ) -> Tensor:
+    def _norm_with_several_rates(self, indices: Sequence[int], solved: _Solved) -> Tensor:
         """Return Σ ‖J δ‖² / N + α ⟨δ, D δ⟩ over blocks with several lr, which takes more products with J."""
+        grads, scaled, _, w_LN, divisor_L = solved
         rates = {self._entries[i].target.rate: scratch_settings(self._entries[i].target.settings) for i in indices}
         entries = [
             one._replace(target=one.target.in_scratch(rates[one.target.rate]))
@@ -228,7 +245,7 @@ class StepPlan:
         ]
         plan, steps = ProductPlan(entries, list(w_LN.shape)), [one.target.parameter for one in entries]
         own_scaled = scaled and [scaled[index].clone() for index in indices]  # the update would overwrite them
-        plan.along([grads[i] for i in indices], own_scaled, once=True).expand_update_(w_LN, self._divisor_L)
+        plan.along([grads[i] for i in indices], own_scaled, once=True).expand_update_(w_LN, divisor_L)
         times_d = [self._times_d(index, x) for x, index in zip(steps, indices, strict=True)]
         square_T = _inner_products(steps, times_d, w_LN.dtype)
         damping_T = torch.stack([self._dampings[one.block] for one in entries])

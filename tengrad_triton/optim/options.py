@@ -25,7 +25,7 @@ Unsupported = Literal["explicit", "sgd", "error"]
 RepresentationChoice = Literal["auto"] | Representation | Mapping[str, Representation]
 PAPER: Mapping[str, Any] = {
     "lr": 3e-3, "damping": 0.1, "relative_damping": False, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-3,
-    "refresh_every": 100, "fisher": "sampled", "history": 1, "trust_region": None,
+    "refresh_every": 100, "fisher": "sampled", "history": 1, "trust_region": None, "scaling": "none",
 }  # fmt: skip
 """The paper's settings for 3C1F on Fashion-MNIST (appendix, table 6)."""
 _ALLOWED = {
@@ -114,6 +114,15 @@ def check_fisher(fisher: Fisher, likelihood: Likelihood, fisher_samples: int) ->
         raise TypeError(
             "fisher='exact' needs a likelihood with hessian_factor(output), the columns of a factor of its Hessian; "
             f"{type(likelihood).__name__} has none: use fisher='sampled', or add that method"
+        )
+
+
+def check_scaling(saved: str, own: str) -> None:
+    """Raise ValueError unless a state was saved with this scaling: its rows and momenta mean something else."""
+    if saved != own:
+        raise ValueError(
+            f"the state was saved with scaling={saved!r}, but this optimizer has scaling={own!r}: make it with "
+            f"scaling={saved!r}"
         )
 
 

@@ -21,9 +21,10 @@ class ParameterSummary:
         parameter: the parameter's name in the model.
         shape: the parameter's shape.
         block: the name of its Fisher block; ``"-"`` if it takes the SGD step, ``"."`` for the model itself.
-        representation: how its J is stored, with notes; or why there is none.
+        representation: how its J is stored, with notes; or why there is none. ``D 64² ⊗ 300`` is the form of D with
+            scaled damping: a matrix for 64 outputs of a group, a diagonal for 300 inputs.
         kernels: the kernels of its products; ``name:torch`` or ``name:config`` if a plan overrides one.
-        bytes: the memory, in bytes, of its J between refreshes.
+        bytes: the memory, in bytes, of its J and D between refreshes.
     """
 
     parameter: str
@@ -101,9 +102,11 @@ def _entry(
     notes = (
         f"by the graph ({why})" if why else summary_note(layer.layer),
         "as many rows as parameters" if reduced else "",
+        f"D {jacobian.scale}" if jacobian.scale is not None else "",
     )
     representation = ", ".join(filter(None, (jacobian.representation, *notes)))
-    return ParameterSummary(name, shape, block or ".", representation, ", ".join(_kernels(jacobian)), jacobian.nbytes)
+    stored = jacobian.nbytes + (0 if jacobian.scale is None else jacobian.scale.nbytes)
+    return ParameterSummary(name, shape, block or ".", representation, ", ".join(_kernels(jacobian)), stored)
 
 
 def _kernels(jacobian: Jacobian) -> Iterable[str]:

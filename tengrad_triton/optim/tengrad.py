@@ -35,7 +35,7 @@ from tengrad_triton.optim.damping import (
     number_of,
 )
 from tengrad_triton.optim.interval import Growing, interval_at
-from tengrad_triton.optim.options import PAPER, RepresentationChoice, Unsupported, validate
+from tengrad_triton.optim.options import PAPER, RepresentationChoice, Unsupported, check_scaling, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
@@ -268,10 +268,11 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _packed(self, curvature: Curvature) -> dict[str, Any]:
-        return pack_curvature(curvature)
+        return {**pack_curvature(curvature), "scaling": self._options.scaling}
 
     @override
     def _unpacked(self, packed: Mapping[str, Any]) -> Curvature:
+        check_scaling(packed["scaling"], self._options.scaling)
         return unpack_curvature(packed, self._layers, self._ops_for)
 
     def choices(self) -> dict[str, Choice]:

@@ -19,6 +19,7 @@ from tengrad_triton.curvature.scaling import Multiplier, Scale
 from tengrad_triton.kernels import ProductLaunches, rows_products
 from tengrad_triton.kernels.cholesky import LARGEST_BATCHED
 from tengrad_triton.kernels.cpu import worth_a_batch
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import matrix_view
 
 CHUNK_BYTES = 256 * 2**20  # explicit rows formed at a time where they are not kept
@@ -95,8 +96,8 @@ class PerSample(Jacobian):
         """Return J D^-½ of the rows as they are stored, in float32 at least."""
         if self.scale is None:
             return self
-        half = self.scale.power(0.5)
-        return replace(self, j_NK=half.of_rows(self.j_NK.to(half.left.dtype)))
+        half, j_NK = self.scale.power(0.5), widen(self.j_NK)
+        return replace(self, j_NK=half.of_rows(j_NK.to(half.left.dtype)).to(j_NK.dtype))
 
     @override
     def _append(self, older: Jacobian, rows: int) -> PerSample | None:
