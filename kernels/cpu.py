@@ -169,13 +169,14 @@ def expansions(j: Sequence[Tensor], w: Sequence[Tensor]) -> Iterator[tuple[int, 
         if j_BNK is None:
             yield from ((t, _expansion(widen(j[t]), w[t])) for t in indices)
         else:
-            w_B1N = _stacked_vectors([w[t] for t in indices])
-            yield from zip(indices, torch.bmm(w_B1N, widen(j_BNK)).squeeze(1).unbind(), strict=True)
+            wide_BNK = widen(j_BNK)
+            w_B1N = _stacked_vectors([w[t] for t in indices]).to(wide_BNK.dtype)
+            yield from zip(indices, torch.bmm(w_B1N, wide_BNK).squeeze(1).unbind(), strict=True)
 
 
 def _expansion(j_NK: Tensor, w_N: Tensor) -> Tensor:
     """Return Jᵀ w. A large J is divided into ranges of its columns, for a batched product."""
-    ranges = _ranges_of(j_NK.shape[1], j_NK)
+    ranges, w_N = _ranges_of(j_NK.shape[1], j_NK), w_N.to(j_NK.dtype)  # a float64 block may have rows in bfloat16
     if ranges == 1:
         return w_N @ j_NK
     return torch.bmm(w_N.expand(ranges, 1, -1), j_NK.unflatten(1, (ranges, -1)).transpose(0, 1)).flatten()
