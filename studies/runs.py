@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from studies import optimizers
-from studies.problems import PROBLEMS, Problem
-from studies.problems.base import Task
+from studies.problems import PROBLEMS
+from studies.problems.base import Problem, Task
 from tengrad_triton.recipes.files import replacing
 
 POINTS = 8  # evaluations in a run
@@ -33,7 +33,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What a run is called by; ``factor`` multiplies the default learning rate, ``change`` is in `ABLATIONS` or empty."""
+    """The name of a run: ``factor`` multiplies the default learning rate, ``change`` is in `ABLATIONS` or empty."""
 
     problem: str
     optimizer: str

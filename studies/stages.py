@@ -54,7 +54,7 @@ def grid(problem: str, optimizer: str, store: Store) -> tuple[float, ...]:
     """Return the multiples of the learning rate that are tried, in rising order, as far as the results say."""
     if optimizer == OURS:
         return FACTORS
-    factors = GRID
+    factors: tuple[float, ...] = GRID
     while True:
         ends = _ends(problem, optimizer, factors, store)
         at = LADDER.index(factors[0]), LADDER.index(factors[-1])

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from studies.problems.base import BATCH, EVALUATION_BATCH, Batch, Problem, Task, load
 from tengrad_triton.recipes.data.images import Data
-from tengrad_triton.recipes.models import conv_3c1f, mlp
+from tengrad_triton.recipes.models.plain import conv_3c1f, mlp
 
 FASHION, CIFAR = (1, 28, 28), (3, 32, 32)
 CLASSES = 10

@@ -79,7 +79,7 @@ class Segmentation(Task):
     @override
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Return the loss, and the mean over the classes of the intersection of prediction and label over their union."""
+        """Return the loss, and the mean over the classes of intersection over union."""
         model.eval()
         loss, confusion_CC = 0.0, torch.zeros(CLASSES * CLASSES, dtype=torch.long)
         for x_NCHW, y_NT in self.test_batches():
