@@ -16,7 +16,7 @@ MEANING = """
 Each number is TENGraD's time over the rival's, where the rival's runs end: TENGraD's time to the rival's last test
 loss, by linear interpolation between evaluations, over the time of the rival's whole run. Below 1, TENGraD is ahead.
 *Not reached*: TENGraD's run, of as many steps, never had that loss, or one of its seeds failed. Losses are means over
-the seeds.
+the seeds; of a rival, over those that did not fail.
 """
 
 

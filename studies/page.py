@@ -20,28 +20,31 @@ SETTINGS = (
     *("fisher", "blocks"),
 )
 INTRODUCTION = """
-This study trains {count} models on real data with `TENGraD(model)`, whose settings are all defaults, over {seeds} seeds
-each: with the default learning rate, a third of it and three times it. The only setting given is the likelihood, where
-the model does not return one row of logits for each sample.
+This study trains {count} models, all but the PINN on real data, with `TENGraD(model)`, whose settings are all
+defaults, over {seeds} seeds each: with the default learning rate, a third of it and three times it. The only setting
+given is the likelihood, where the output is not one row of logits for each sample.
 """
 HALVES = """
 **Two halves.** TENGraD's defaults may be chosen on {choose}. They are only judged on {judge}. The five problems that
 earlier versions found their defaults on are all in the first half. So is the autoencoder: with it, the half that
-chooses has each of the three likelihoods, and is not classification alone. The half that judges has what the first half lacks:
-a network of many layers that fits a function, a recurrent one, a label for each token and for each pixel, weights that
-were trained before, and a graph. Every result on it is shown, and none of them chose a setting.
+chooses has each of the three likelihoods, and not classification alone. The half that judges has what the first half
+lacks: a deep network that fits a photograph, a recurrent one, a label for each token and for each pixel, weights that
+were trained before, and a graph. Both halves have convolutions, attention, and a mean square. On the half that judges
+no default is changed, one at a time or otherwise.
 """
 TUNING = """
 **Rivals.** {titles}. All other settings are as published. Each has its best learning rate of at least {grid} values,
-multiples by about three: {factors} times the default, and further ones for as long as the best is at an edge. The best
-is that with the lowest test loss at the end of the first seed. So each rival is tuned on each problem, and on test
-data, which favours the rivals. Then it trains with every seed. All have the same seeds, batches and first weights, and no
-learning-rate schedule.
+each about three times the one before: {factors} times the default, and further ones for as long as the best is at an
+edge. The best is that with the lowest test loss at the end of the first seed. So each rival is tuned on each problem,
+and on test data, which favours the rivals. Then it trains with every seed. All have the same seeds, batches and first
+weights, and no learning-rate schedule. In the recurrent network Muon has one matrix: those of the LSTM are AdamW's.
 """
 TIMES = """
-All runs had one thread of a machine that other programs used at the same time. The time of a step is a median over
-rounds in which the optimizers take ten steps each in turn, so that other load affects all alike. The time axes are
-computed from these times and the numbers of refresh and reuse steps. Evaluations do not count.
+All runs had one thread of a machine that other programs used at the same time. Times are from rounds in which the
+optimizers take ten steps each in turn, so that other load affects all alike: each of the ten steps by its median over
+the rounds. *A step* is the mean of the ten, or for TENGraD of the nine that reuse; SOAP updates its basis in one of
+its ten. The time axes are computed from these times and the numbers of refresh and reuse steps. Evaluations do not
+count.
 """
 FAILURES = """
 A run has failed if its loss was not finite, if the mean of its last training losses was above its first loss (*above
@@ -156,12 +159,13 @@ def _line(curve: Curve, is_share: bool) -> tuple[str, ...]:
 
 
 def _ablations(results: Results) -> Iterable[str]:
-    found = {change: {name: results.ablation(name, change) for name in results.problems} for change in ("", *ABLATIONS)}
+    names = [name for name in results.problems if PROBLEMS[name].role == "choose"]
+    found = {change: {name: results.ablation(name, change) for name in names} for change in ("", *ABLATIONS)}
     if not any(run for change, runs in found.items() if change for run in runs.values()):
         return
     yield "## What each default is there for"
     lines = [(change or "the defaults", *map(_ending, runs.values())) for change, runs in found.items()]
-    yield table(("test loss at the end, first seed", *results.problems), lines)
+    yield table(("test loss at the end, first seed", *names), lines)
 
 
 def _ending(run: Run | None) -> str:

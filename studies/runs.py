@@ -161,33 +161,39 @@ def train(case: Case, data: Path, commit: str) -> Run:
     task = PROBLEMS[case.problem].task(data)
     losses: list[float] = []
     evaluated: list[dict[str, float]] = []
-    error = ""
-    model, optimizer = start(case, task)
     try:
-        _train(case, task, model, optimizer, losses, evaluated)
-    except Exception as failure:  # whatever an optimizer raises is a result of the study
-        error = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-    finally:
-        optimizers.close(optimizer)
-    return _run_of(case, losses, evaluated, commit, error)
+        model, optimizer = start(case, task)
+    except Exception as error:  # whatever an optimizer raises is a result of the study
+        return _run_of(case, losses, evaluated, commit, _first_line(error))
+    failure = _steps(case, task, model, optimizer, losses, evaluated)
+    optimizers.close(optimizer)
+    return _run_of(case, losses, evaluated, commit, failure)
 
 
-def _train(
+def _steps(
     case: Case,
     task: Task,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     losses: list[float],
     evaluated: list[dict[str, float]],
-) -> None:
-    """Take the steps, and append to the losses and to the evaluations, so that they outlast an error."""
+) -> str:
+    """Take the steps, append to the losses and to the evaluations, and return the error that ended them, or nothing."""
     steps = PROBLEMS[case.problem].steps
     for number, batch in zip(range(1, steps + 1), task.batches(case.seed), strict=False):
-        losses.append(step(model, optimizer, task, batch))
+        try:
+            losses.append(step(model, optimizer, task, batch))
+        except Exception as error:
+            return _first_line(error)
         if not math.isfinite(losses[-1]):
-            return
+            break
         if number % (steps // POINTS) == 0:
             evaluated.append(task.evaluate(model))
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _run_of(case: Case, losses: list[float], evaluated: list[dict[str, float]], commit: str, error: str) -> Run:

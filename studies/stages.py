@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from studies.optimizers import OURS, RIVALS
+from studies.problems import PROBLEMS
 from studies.runs import ABLATIONS, SEEDS, Case, Store
 
 FACTORS = (1 / 3, 1, 3)
@@ -34,8 +35,8 @@ def tuned_of(problem: str, optimizer: str, store: Store) -> Iterator[Case]:
 
 
 def ablations_of(problem: str, optimizer: str, store: Store) -> Iterator[Case]:
-    """Yield TENGraD with one of its defaults changed."""
-    if optimizer == OURS:
+    """Yield TENGraD with one of its defaults changed, on the problems that may choose them."""
+    if optimizer == OURS and PROBLEMS[problem].role == "choose":
         yield from (Case(problem, OURS, 1, SEEDS[0], change) for change in ABLATIONS)
 
 

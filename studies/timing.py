@@ -10,19 +10,20 @@ from studies.optimizers import NAMES, OURS, close
 from studies.problems import PROBLEMS
 from studies.runs import Case, start, step
 
-TURNS, STEPS = 8, 10  # a turn of TENGraD begins with a refresh
+TURNS, STEPS = 8, 10  # a turn of TENGraD begins with a refresh; SOAP updates its basis once in a turn
+SLOW = 1e-3  # times a rival's default learning rate: a step costs the same at any, and so no model diverges
 
 
 def settings(problem: str) -> dict[str, dict[str, str]]:
     """Return everything that the times depend on, except the machine and the versions: a change makes them invalid."""
-    return {name: Case(problem, name, 1, 0).fingerprint for name in NAMES}
+    return {name: _case(problem, name).fingerprint for name in NAMES}
 
 
 def step_seconds(problem: str, data: Path) -> dict[str, dict[str, float]]:
-    """Return each optimizer's median seconds of a step that refreshes the curvature, and of one that does not."""
+    """Return each optimizer's seconds of a step that refreshes the curvature, and of one that does not."""
     task = PROBLEMS[problem].task(data)
     batches = task.batches(0)
-    running = {name: start(Case(problem, name, 1, 0), task) for name in NAMES}
+    running = {name: start(_case(problem, name), task) for name in NAMES}
     running[OURS][1].refresh_every = STEPS  # type: ignore[attr-defined]
     seconds: dict[str, list[list[float]]] = {name: [] for name in NAMES}
     for turn in range(TURNS + 1):  # the first turn warms up
@@ -40,7 +41,12 @@ def step_seconds(problem: str, data: Path) -> dict[str, dict[str, float]]:
     return {name: _medians(times, name == OURS) for name, times in seconds.items()}
 
 
+def _case(problem: str, name: str) -> Case:
+    return Case(problem, name, 1 if name == OURS else SLOW, 0)
+
+
 def _medians(turns: list[list[float]], refreshes: bool) -> dict[str, float]:
-    others = statistics.median(t for times in turns for t in times[refreshes:])
-    first = statistics.median(times[0] for times in turns) if refreshes else others
-    return {"refresh": first, "reuse": others}
+    """Return the seconds of a refresh and of any other step: each step of a turn by its median over the turns."""
+    medians = [statistics.median(times) for times in zip(*turns, strict=True)]
+    others = statistics.mean(medians[refreshes:])
+    return {"refresh": medians[0] if refreshes else others, "reuse": others}
