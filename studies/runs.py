@@ -163,7 +163,9 @@ def train(case: Case, data: Path, commit: str) -> Run:
     evaluated: list[dict[str, float]] = []
     try:
         model, optimizer = start(case, task)
-    except Exception as error:  # whatever an optimizer raises is a result of the study
+    except ImportError:  # a missing package says nothing of the optimizer
+        raise
+    except Exception as error:  # anything else that an optimizer raises is a result of the study
         return _run_of(case, losses, evaluated, commit, _first_line(error))
     failure = _steps(case, task, model, optimizer, losses, evaluated)
     optimizers.close(optimizer)

@@ -1,5 +1,6 @@
 """The study of the defaults runs end to end on a small problem, resumes, and its page says what was measured."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,9 @@ from studies.results import Curve, Target
 from tengrad_triton.recipes.measuring.machine import describe
 
 MACHINE = {**describe(torch.device("cpu")), "commit": "0" * 40}
+
+
+pytest.importorskip("pytorch_optimizer", reason="the rivals need pip install '.[rivals]'")
 
 
 @pytest.fixture
@@ -101,6 +105,12 @@ def test_a_run_whose_optimizer_raises_is_kept_with_its_error(store, monkeypatch)
     assert (run.failure, run.steps) == ("crashed: ZeroDivisionError: division by zero", ())
     monkeypatch.setitem(optimizers.RIVALS, "soap", replace(optimizers.RIVALS["soap"], build=lambda *_, **__: 1 / 0))
     assert runs.train(case, store.folder, "").failure == run.failure
+
+
+def test_a_missing_package_is_no_result(store, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ImportError, match="pytorch_optimizer"):
+        runs.train(runs.Case("pinn", "soap", 1, 0), store.folder, "")
 
 
 def test_a_run_above_its_start_has_failed(store, monkeypatch):

@@ -13,6 +13,8 @@ from tengrad_triton.recipes.data.images import Data, Normalizer, Split
 
 SAMPLES = 4  # of each batch
 
+pytest.importorskip("pytorch_optimizer", reason="the rivals need pip install '.[rivals]'")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
