@@ -199,7 +199,7 @@ def test_a_target_counts_what_was_not_reached(monkeypatch, store):
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, capsys):
     for option, known in (("--only", "autoencoder"), ("--only-optimizer", "soap")):
         with pytest.raises(SystemExit):
-            defaults.app(["--data", str(tmp_path), option, "nothing"])
+            defaults.app(["--data", str(tmp_path), option, known, "nothing"])
         printed = " ".join(capsys.readouterr().err.split())
         assert "nothing: expected some of" in printed
         assert known in printed
