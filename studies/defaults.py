@@ -30,7 +30,7 @@ def _known(names: Sequence[str]) -> Any:
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: expected some of {', '.join(names)}")
 
-    return Parameter(validator=check, negative=())
+    return Parameter(validator=check, consume_multiple=True, negative=(), show_default=" ".join)
 
 
 @app.default
