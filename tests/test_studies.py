@@ -200,6 +200,6 @@ def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path, capsys):
     for option, known in (("--only", "autoencoder"), ("--only-optimizer", "soap")):
         with pytest.raises(SystemExit):
             defaults.app(["--data", str(tmp_path), option, known, "nothing"])
-        printed = " ".join(capsys.readouterr().err.split())
+        printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
         assert "nothing: expected some of" in printed
         assert known in printed
