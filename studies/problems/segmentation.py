@@ -1,4 +1,4 @@
-"""Segmentation of images with garments of Fashion-MNIST on a canvas: the label of a pixel is the kind of its garment, or nothing.
+"""Segmentation: garments of Fashion-MNIST on a canvas; the label of a pixel is the kind of its garment, or nothing.
 
 Key: N samples, C channels or classes, H and W pixels, T pixels of a canvas.
 """
