@@ -50,5 +50,5 @@ clean:                     ## remove .venv, builds, runs and caches
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing tengrad-triton with PyTorch, Triton and its tools into $(VENV): a few minutes, once."
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,dev]'
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]'
 	touch $@

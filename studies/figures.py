@@ -1,4 +1,4 @@
-"""The figures of the study: loss and quality by step and by time, and the last loss by learning rate."""
+"""The figures of the study: loss by step and by time, quality by time, and the last loss by learning rate."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from studies.optimizers import BUILDERS, FACTORS
+from studies import stages
+from studies.optimizers import NAMES
 from studies.problems import PROBLEMS
 from studies.results import Curve, Results
 from studies.runs import SEEDS
 from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.reports.run_figures import STYLES
 
-RATES = sorted({factor for factors in FACTORS.values() for factor in factors})
-COLOR = dict(zip(BUILDERS, STYLES, strict=False))
+COLOR = dict(zip(NAMES, STYLES, strict=False))
+COLUMNS = 4  # of the figure with a panel for each problem
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -35,25 +36,22 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _of_problem(results: Results, name: str) -> Figure:
-    figure = Figure(figsize=(11, 7), dpi=110, layout="constrained")
-    grid: Sequence[Sequence[Axes]] = figure.subplots(2, 2, sharex="col", sharey="row")
+    problem = PROBLEMS[name]
+    figure = Figure(figsize=(13, 3.8), dpi=90, layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, 3)
     for curve in results.curves(name):
-        color, marker = COLOR[curve.optimizer]
-        style = {"color": color, "marker": marker, "markersize": 4, "linestyle": "--" if curve.tuned else "-"}
-        for panels, quantity in zip(grid, ("loss", "quality"), strict=True):
-            _draw_curve(panels, curve, quantity, style)
-    quality = results.quality(name)
-    grid[0][0].set(ylabel="test loss")
-    _log(grid[0][0])
-    grid[1][0].set(ylabel=quality)
-    if quality == "error":
-        _log(grid[1][0])
-    grid[1][0].set(xlabel="step")
-    grid[1][1].set(xlabel="time of training (s)")
-    for panel in (panel for panels in grid for panel in panels):
+        if curve.runs:
+            _draw_curve(panels, curve)
+    panels[0].set(xlabel="step", ylabel="test loss")
+    panels[1].set(xlabel="time of training (s)", ylabel="test loss")
+    panels[2].set(xlabel="time of training (s)", ylabel=f"test {problem.quality}")
+    for panel in panels[: 2 if problem.is_share else 3]:
+        _log(panel)
+    for panel in panels:
         panel.grid(alpha=0.3)
-    grid[0][1].legend(fontsize="small")
-    figure.suptitle(f"{PROBLEMS[name].title}: mean of {len(SEEDS)} seeds, and their range")
+    if panels[0].lines:
+        panels[1].legend(fontsize="small")
+    figure.suptitle(f"{problem.title}: mean of {len(SEEDS)} seeds, and their range", fontsize="medium")
     return figure
 
 
@@ -65,31 +63,36 @@ def _log(panel: Axes) -> None:
     panel.yaxis.set_minor_formatter("{x:.2g}" if high < 10 * low else NullFormatter())
 
 
-def _draw_curve(panels: Sequence[Axes], curve: Curve, quantity: str, style: dict[str, object]) -> None:
-    seeds = [getattr(run, quantity) for run in curve.runs]
-    points = list(zip(*seeds, strict=False))
-    means, low, high = ([f(values) for values in points] for f in (statistics.mean, min, max))
-    for panel, x in zip(panels, (curve.runs[0].steps, curve.times), strict=True):
-        panel.plot(x[: len(points)], means, label=curve.label, **style)
-        panel.fill_between(x[: len(points)], low, high, color=style["color"], alpha=0.1, linewidth=0)
+def _draw_curve(panels: Sequence[Axes], curve: Curve) -> None:
+    color, marker = COLOR[curve.optimizer]
+    steps = [float(step) for step in curve.runs[0].steps]
+    axes = (("loss", steps), ("loss", curve.times), ("quality", curve.times))
+    for panel, (quantity, x) in zip(panels, axes, strict=True):
+        points = list(zip(*(getattr(run, quantity) for run in curve.runs), strict=True))
+        means, low, high = ([f(values) for values in points] for f in (statistics.mean, min, max))
+        line = "--" if curve.tuned else "-"
+        panel.plot(x, means, label=curve.label, color=color, marker=marker, markersize=4, linestyle=line)
+        panel.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
 
 
 def _by_rate(results: Results) -> Figure:
-    figure = Figure(figsize=(11, 6.5), dpi=110, layout="constrained")
-    panels = list(figure.subplots(2, 3).flat)
+    rows = max(1, -(-len(results.problems) // COLUMNS))
+    figure = Figure(figsize=(13, 2.8 * rows), dpi=90, layout="constrained")
+    panels: list[Axes] = list(figure.subplots(rows, COLUMNS).flat)
     for panel, name in zip(panels, results.problems, strict=False):
-        for optimizer in results.optimizers(name):
-            ends = {factor: results.ends(name, optimizer, factor) for factor in FACTORS[optimizer]}
-            found = {factor: values for factor, values in ends.items() if values}
+        for optimizer in NAMES:
+            ends = {f: results.ends(name, optimizer, f) for f in stages.grid(name, optimizer, results.store)}
+            worst = {factor: max(values) for factor, values in ends.items() if values}
             color, marker = COLOR[optimizer]
-            worst = [max(values) for values in found.values()]
-            panel.plot(list(found), worst, color=color, marker=marker, label=optimizer)
-        panel.set(xscale="log", title=name, xlabel="learning rate / default", ylabel="test loss at the end")
-        panel.set_xticks(RATES, [f"{rate:.2g}" for rate in RATES])
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        _log(panel)
+            panel.plot(list(worst), list(worst.values()), color=color, marker=marker, markersize=4, label=optimizer)
+        panel.set(xscale="log", title=name)
         panel.grid(alpha=0.3, which="both")
+        if any(len(line.get_xdata()) for line in panel.lines):  # type: ignore[arg-type]
+            _log(panel)
     for panel in panels[len(results.problems) :]:
         panel.axis("off")
-    panels[0].legend(fontsize="small")
+    figure.supxlabel("learning rate / default", fontsize="medium")
+    figure.supylabel("test loss at the end, worst seed", fontsize="medium")
+    if results.problems:
+        panels[0].legend(fontsize="small")
     return figure

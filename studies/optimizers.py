@@ -1,66 +1,104 @@
-"""The optimizers of the study: TENGraD with its defaults, AdamW and Muon with their own or a tuned learning rate."""
+"""The optimizers of the study: TENGraD with its defaults, and its rivals with their published settings."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import nn
 
+from studies.problems.base import LikelihoodName
 from tengrad_triton import TENGraD
+from tengrad_triton.likelihoods import Categorical, Likelihood
+from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.third_party import SoapSettings
+
+OURS = "tengrad"
 
 
-class Combined(torch.optim.Optimizer):
-    """Several optimizers as one, each with its own parameters."""
+@dataclass(frozen=True)
+class Rival:
+    """An optimizer to compare with.
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-        super().__init__([p for part in parts for group in part.param_groups for p in group["params"]], {})
+    Attributes:
+        title: what it is and whose settings it has, for the page.
+        lr: its default learning rate, the middle of the grid.
+        settings: all other settings.
+        build: returns it for a model, given ``lr`` and the settings.
+    """
 
-    @override
-    def step(self, closure: Any = None) -> None:
-        """Take a step of each."""
-        for part in self.parts:
-            part.step(closure)
-
-
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of all linear layers but the first and the last, which Muon is meant for (Jordan 2024)."""
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return [layer.weight for layer in layers[1:-1] if isinstance(layer, nn.Linear)]
+    title: str
+    lr: float
+    settings: Mapping[str, Any]
+    build: Callable[..., torch.optim.Optimizer]
 
 
-def _tengrad(model: nn.Module, lr: float, likelihood: str, seed: int, **settings: Any) -> torch.optim.Optimizer:
-    return TENGraD(model, lr=lr, likelihood=likelihood, seed=seed, **settings)
+def _published(kind: type[MuonSettings] | type[SoapSettings]) -> dict[str, Any]:
+    """Return the settings of a recipe, which are those that the optimizer was published with, except ``lr``."""
+    settings = asdict(kind())
+    del settings["lr"]
+    return settings
 
 
-def _adamw(model: nn.Module, lr: float, likelihood: str, seed: int) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr)
+RIVALS: dict[str, Rival] = {
+    "sgd": Rival(
+        "`torch.optim.SGD` with Nesterov momentum 0.9",
+        0.1,
+        {"momentum": 0.9, "nesterov": True},
+        lambda model, **settings: torch.optim.SGD(model.parameters(), **settings),
+    ),
+    "adamw": Rival(
+        "`torch.optim.AdamW`",
+        1e-3,
+        {"betas": (0.9, 0.999), "weight_decay": 0.01},
+        lambda model, **settings: torch.optim.AdamW(model.parameters(), **settings),
+    ),
+    "muon": Rival(
+        "`torch.optim.Muon` for the weights of hidden linear and convolution layers, with steps scaled to AdamW's "
+        "(Liu et al. 2025), and AdamW for the rest",
+        MuonSettings().lr,
+        _published(MuonSettings),
+        lambda model, **settings: MuonSettings(**settings).build(model),
+    ),
+    "soap": Rival(
+        "SOAP (Vyas et al. 2024) of the package pytorch-optimizer",
+        SoapSettings().lr,
+        _published(SoapSettings),
+        lambda model, **settings: SoapSettings(**settings).build(model),
+    ),
+}
+NAMES = (OURS, *RIVALS)
+GIVEN = ("model", "params", "lr", "likelihood", "seed")  # what the study says to TENGraD; all else is a default
 
 
-def _muon(model: nn.Module, lr: float, likelihood: str, seed: int) -> torch.optim.Optimizer:
-    matrices = hidden_matrices(model)
-    chosen = {id(matrix) for matrix in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return Combined(torch.optim.Muon(matrices, lr=lr), torch.optim.AdamW(others, lr=lr))
+def defaults() -> dict[str, Any]:
+    """Return TENGraD's defaults, except the learning rate and what is said for each problem."""
+    known = inspect.signature(TENGraD).parameters
+    return {name: parameter.default for name, parameter in known.items() if name not in GIVEN}
 
 
-def default_lr(kind: type[torch.optim.Optimizer]) -> float:
-    """Return the default learning rate of an optimizer."""
-    lr: float | Tensor = inspect.signature(kind).parameters["lr"].default
-    return float(lr)
+def default_lr(name: str) -> float:
+    """Return the learning rate whose multiples an optimizer is tried with."""
+    return RIVALS[name].lr if name in RIVALS else float(inspect.signature(TENGraD).parameters["lr"].default)
 
 
-BUILDERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {"tengrad": _tengrad, "adamw": _adamw, "muon": _muon}
-DEFAULT_LR = {
-    "tengrad": default_lr(TENGraD), "adamw": default_lr(torch.optim.AdamW), "muon": default_lr(torch.optim.Muon),
-}  # fmt: skip
-FACTORS = {"tengrad": (1 / 3, 1, 3), "adamw": (1, 3, 10), "muon": (1, 3, 10)}
-"""Multiples of the default learning rate. All of TENGraD's must be safe; the best of the others' is the tuned one."""
+def settings_of(name: str, change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings of an optimizer except the learning rate, with some of them changed."""
+    return {**(RIVALS[name].settings if name in RIVALS else defaults()), **change}
+
+
+def build(
+    name: str, model: nn.Module, lr: float, likelihood: LikelihoodName, seed: int, change: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return an optimizer of a model; only TENGraD needs the likelihood, and the seed of the labels that it draws."""
+    if name in RIVALS:
+        return RIVALS[name].build(model, lr=lr, **settings_of(name, change))
+    said: str | Likelihood = Categorical(dim=1) if likelihood == "tokens" else likelihood
+    return TENGraD(model, lr=lr, likelihood=said, seed=seed, **change)
 
 
 def close(optimizer: torch.optim.Optimizer) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from studies.optimizers import FACTORS
+from studies import optimizers, stages
+from studies.comparison import race
+from studies.optimizers import OURS, RIVALS
 from studies.problems import PROBLEMS
 from studies.results import Curve, Results
-from studies.runs import ABLATIONS, SEEDS
-from tengrad_triton import TENGraD
+from studies.runs import ABLATIONS, SEEDS, Run
 from tengrad_triton.recipes.reports.markdown import table
 
 GENERATED = "<!-- Written by `python -m studies.defaults`: changes by hand are lost. -->"
@@ -20,160 +20,169 @@ SETTINGS = (
     *("fisher", "blocks"),
 )
 INTRODUCTION = """
-This study trains five models with `TENGraD(model)`, whose settings are all defaults, over {seeds} seeds each: with the
-default learning rate, a third of it and three times it. Beside it are `torch.optim.AdamW`, and `torch.optim.Muon` for
-the hidden matrices with AdamW for the rest. Both have their own defaults, or the best learning rate of {grid} times the
-default, by the last loss of the first seed. That choice is made on the test loss, which favours AdamW and Muon.
-TENGraD's defaults were found on the same models and test images, in shorter runs of one seed, which favours TENGraD.
-The PINN trains by a mean square, and has `likelihood="gaussian"`; this is the only setting given.
+This study trains {count} models, all but the PINN on real data, with `TENGraD(model)`, whose settings are all
+defaults, over {seeds} seeds each: with the default learning rate, a third of it and three times it. The only setting
+given is the likelihood, where the output is not one row of logits for each sample.
+"""
+HALVES = """
+**Two halves.** TENGraD's defaults may be chosen on {choose}. They are only judged on {judge}. The five problems that
+earlier versions found their defaults on are all in the first half. So is the autoencoder: with it, the half that
+chooses has each of the three likelihoods, and not classification alone. The half that judges has what the first half
+lacks: a deep network that fits a photograph, a recurrent one, a label for each token and for each pixel, weights that
+were trained before, and a graph. Both halves have convolutions, attention, and a mean square. On the half that judges
+no default is changed, one at a time or otherwise.
+"""
+TUNING = """
+**Rivals.** {titles}. All other settings are as published. Each has its best learning rate of at least {grid} values,
+each about three times the one before: {factors} times the default, and further ones for as long as the best is at an
+edge. The best is that with the lowest test loss at the end of the first seed. So each rival is tuned on each problem,
+and on test data, which favours the rivals. Then it trains with every seed. All have the same seeds, batches and first
+weights, and no learning-rate schedule. In the recurrent network Muon has one matrix: those of the LSTM are AdamW's.
 """
 TIMES = """
-All runs had one thread of a machine that other programs used at the same time. The time of a step is a median over
-rounds in which the optimizers take ten steps each in turn, so that other load affects all alike. The time axes are
-computed from these times and the numbers of refresh and reuse steps. Evaluations do not count.
+All runs had one thread of a machine that other programs used at the same time. Times are from rounds in which the
+optimizers take ten steps each in turn, so that other load affects all alike: each of the ten steps by its median over
+the rounds. *A step* is the mean of the ten, or for TENGraD of the nine that reuse; SOAP updates its basis in one of
+its ten. The time axes are computed from these times and the numbers of refresh and reuse steps. Evaluations do not
+count.
+"""
+FAILURES = """
+A run has failed if its loss was not finite, if the mean of its last training losses was above its first loss (*above
+its start*), or if the optimizer raised an error (*crashed*). A failed run is not repeated, and stays here.
 """
 
 
-def markdown(results: Results, machine: dict[str, Any], texts: dict[str, str]) -> str:
+def markdown(results: Results, texts: dict[str, str]) -> str:
     """Return the page; ``texts`` has a section that is written by hand from the numbers, ``summary``."""
-    tried = ", ".join(f"{factor:.2g}" for factor in FACTORS["adamw"])
     sections = [
         f"{GENERATED}\n\n# Defaults that train",
-        " ".join(INTRODUCTION.format(seeds=len(SEEDS), grid=tried).split()),
+        *_introduction(),
+        *filter(None, [texts.get("summary")]),
         table(("setting", "default"), [(f"`{name}`", f"{value}") for name, value in _defaults().items()]),
-        *_race(results),
+        *race(results),
         *_safety(results),
-        *(section for name in results.problems for section in _problem(results, name)),
+        *_tuning(results),
+        *_failures(results),
         *_ablations(results),
-        "## Where and how\n\n" + " ".join(TIMES.split()),
-        table(("", ""), [(key, str(value)) for key, value in machine.items() if value is not None]),
-        f"The steps were timed on this machine. The commits of the runs are {', '.join(results.commits)}.",
-        "To repeat the study; a run that has its file in `studies/results` is not repeated:",
-        "```bash\npython -m studies.defaults --data DIR --out docs\n```",
+        *(section for name in results.problems for section in _problem(results, name)),
+        *_where(results),
     ]
-    return "\n\n".join([*sections[:2], *filter(None, [texts.get("summary")]), *sections[2:]]) + "\n"
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduction() -> Iterable[str]:
+    titles = "; ".join(rival.title for rival in RIVALS.values())
+    factors = ", ".join(f"{factor:g}" for factor in stages.GRID)
+    yield " ".join(INTRODUCTION.format(count=len(PROBLEMS), seeds=len(SEEDS)).split())
+    yield " ".join(HALVES.format(choose=_half("choose"), judge=_half("judge")).split())
+    yield " ".join(TUNING.format(titles=titles, grid=len(stages.GRID), factors=factors).split())
+
+
+def _half(role: str) -> str:
+    names = [name for name, problem in PROBLEMS.items() if problem.role == role]
+    return f"{len(names)} problems ({', '.join(names)})"
 
 
 def _defaults() -> dict[str, Any]:
-    known = inspect.signature(TENGraD).parameters
-    defaults = {name: known[name].default for name in SETTINGS}
-    return defaults | {"nesterov": "where there is momentum"}  # the meaning of None
-
-
-def _race(results: Results) -> Iterable[str]:
-    """Yield the section that compares TENGraD with AdamW: at the end of AdamW's run, and at AdamW's last loss."""
-    yield "## By wall-clock time"
-    yield _verdict(results)
-    head = (
-        *("model", "AdamW's lr", "its time", "its loss then", "TENGraD's loss then", "TENGraD's time to that loss"),
-        *("ahead by", "fewer steps", "a step costs"),
-    )
-    yield table(head, [(name, *_against(ours, adamw)) for name, ours, adamw in _pairs(results)])
-    yield (
-        "Times end with AdamW's run. Losses are means over the seeds, on test data. *Ahead by* is AdamW's time over "
-        "TENGraD's; above 1, TENGraD is ahead. It is the ratio of the steps (*fewer steps*) over the ratio of the mean "
-        "time of a step (*a step costs*), which includes refreshes."
-    )
-
-
-def _verdict(results: Results) -> str:
-    """Return a sentence: where TENGraD is ahead of AdamW with its default and with a tuned learning rate."""
-    parts = []
-    for is_tuned, words in ((False, "its own learning rate"), (True, "a tuned one")):
-        leads = {name: _lead(ours, adamw) for name, ours, adamw in _pairs(results) if adamw.tuned == is_tuned}
-        won = [name for name, lead in leads.items() if lead is not None and lead > 1]
-        behind = [name for name in leads if name not in won]
-        text = f"it is ahead on {len(won)} of {len(leads)} ({', '.join(won) or 'none'})"
-        parts.append(f"of AdamW with {words} {text}" + (f", behind on {', '.join(behind)}" if behind else ""))
-    return f"By wall-clock time, {'; '.join(parts)}."
-
-
-def _pairs(results: Results) -> Iterator[tuple[str, Curve, Curve]]:
-    for name in results.problems:
-        ours, *others = _named(results, name, "tengrad") + _named(results, name, "adamw")
-        yield from ((name, ours, adamw) for adamw in others)
-
-
-def _lead(ours: Curve, adamw: Curve) -> float | None:
-    reached = ours.seconds_to(adamw.losses[-1])
-    return None if reached is None else adamw.times[len(adamw.losses) - 1] / reached
-
-
-def _named(results: Results, problem: str, optimizer: str) -> list[Curve]:
-    curves = [curve for curve in results.curves(problem) if curve.optimizer == optimizer]
-    return curves[:1] if optimizer == "tengrad" else curves
-
-
-def _against(ours: Curve, adamw: Curve) -> tuple[str, ...]:
-    last = len(adamw.losses) - 1
-    end, loss = adamw.times[last], adamw.losses[last]
-    then, reached, steps = ours.loss_at(end), ours.seconds_to(loss), ours.steps_to(loss)
-    compared = ("not reached", "-", "-", "-")
-    if reached is not None and steps is not None:
-        fewer, lead = adamw.runs[0].steps[last] / steps, end / reached
-        compared = (f"{reached:.2f} s", f"{lead:.2f} ×", f"{fewer:.2f} ×", f"{fewer / lead:.2f} ×")
-    return (
-        f"{adamw.runs[0].lr:.2g}{' (tuned)' if adamw.tuned else ''}",
-        f"{end:.2f} s",
-        f"{loss:.3g}",
-        "-" if then is None else f"{then:.3g}",
-        *compared,
-    )
+    known = {"lr": optimizers.default_lr(OURS), **optimizers.defaults()}
+    return {name: known[name] for name in SETTINGS} | {"nesterov": "where there is momentum"}  # the meaning of None
 
 
 def _safety(results: Results) -> Iterable[str]:
     yield "## A factor of three in the learning rate either way"
-    head = ("model", *(f"lr {_lr(results, factor):.2g}" for factor in FACTORS["tengrad"]), "diverged")
+    head = ("problem", *(f"lr {optimizers.default_lr(OURS) * factor:.2g}" for factor in stages.FACTORS), "failed")
     lines = []
     for name in results.problems:
-        ends = [results.ends(name, "tengrad", factor) for factor in FACTORS["tengrad"]]
-        missing = sum(results.diverged(name, "tengrad", factor) for factor in FACTORS["tengrad"])
+        ends = [results.ends(name, OURS, factor) for factor in stages.FACTORS]
+        failed = sum(results.failed(name, OURS, factor) for factor in stages.FACTORS)
         cells = [f"{statistics.mean(e):.3g} ({min(e):.3g} to {max(e):.3g})" if e else "-" for e in ends]
-        lines.append((name, *cells, f"{missing} of {sum(map(len, ends)) + missing}"))
+        lines.append((name, *cells, f"{failed} of {sum(map(len, ends)) + failed}"))
     yield table(head, lines)
-    yield (
-        f"Loss at the end: the mean of {len(SEEDS)} seeds, and their range. A run diverged if a loss was not finite, "
-        "or if the mean of its last training losses was above its first loss."
-    )
+    yield f"TENGraD's test loss at the end: the mean of {len(SEEDS)} seeds, and their range."
     yield "![The worst seed's loss at the end by learning rate over the default](figures/defaults-lr.png)"
 
 
-def _lr(results: Results, factor: float) -> float:
-    return float(_defaults()["lr"]) * factor
+def _tuning(results: Results) -> Iterable[str]:
+    yield "## The rivals' learning rates"
+    lines = []
+    for name in results.problems:
+        best = results.tuned(name)
+        lines.append((name, *(_tried(results, name, rival, best[rival]) if rival in best else "-" for rival in RIVALS)))
+    yield table(("problem", *RIVALS), lines)
+    yield "The best learning rate, of the values from the smallest to the largest that were tried."
+
+
+def _tried(results: Results, problem: str, rival: str, best: float) -> str:
+    rates = [RIVALS[rival].lr * factor for factor in stages.grid(problem, rival, results.store)]
+    return f"{RIVALS[rival].lr * best:.2g}, of {len(rates)} from {rates[0]:.2g} to {rates[-1]:.2g}"
+
+
+def _failures(results: Results) -> Iterable[str]:
+    yield "## Runs that failed"
+    yield " ".join(FAILURES.split())
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run in results.runs:
+        if run.failure:
+            case = run.case
+            key = (case.problem, case.optimizer + (f", {case.change}" if case.change else ""), run.failure)
+            found.setdefault(key, []).append(run)
+    lines = []
+    for (problem, optimizer, failure), runs in found.items():
+        rates = ", ".join(f"{lr:.2g}" for lr in sorted({run.lr for run in runs}))
+        lines.append((problem, optimizer, failure, rates, str(len(runs))))
+    yield table(("problem", "optimizer", "what happened", "lr", "runs"), lines) if lines else "None."
 
 
 def _problem(results: Results, name: str) -> Iterable[str]:
-    quality = results.quality(name)
-    yield f"## {PROBLEMS[name].title}"
-    head = ("optimizer", "lr", "train loss", "test loss", f"test {quality}", "a step", "a refreshing step", "the run")
-    yield table(head, [_line(curve, quality) for curve in results.curves(name)])
-    yield f"![Loss and {quality} by step and by time](figures/defaults-{name}.png)"
+    problem = PROBLEMS[name]
+    yield f"## {name}: {problem.title}"
+    head = ("optimizer", "lr", "train loss", "test loss", f"test {problem.quality}", "a step", "a refresh", "the run")
+    yield table(head, [_line(curve, problem.is_share) for curve in results.curves(name)])
+    yield f"![Loss by step and by time, {problem.quality} by time](figures/defaults-{name}.png)"
 
 
-def _line(curve: Curve, quality: str) -> tuple[str, ...]:
+def _line(curve: Curve, is_share: bool) -> tuple[str, ...]:
+    failed = f"{len(curve.failures)} failed" if curve.failures else ""
+    if not curve.runs:
+        return (curve.optimizer, "", failed, *[""] * 5)
     value = curve.end("quality")
     return (
         curve.optimizer,
         f"{curve.runs[0].lr:.2g}{' (tuned)' if curve.tuned else ''}",
         f"{curve.end('train_loss'):.3g}",
-        f"{curve.end('loss'):.3g}",
-        f"{value:.1%}" if quality == "accuracy" else f"{value:.2g}",
+        f"{curve.end('loss'):.3g}{f' ({failed})' if failed else ''}",
+        f"{value:.1%}" if is_share else f"{value:.2g}",
         f"{1e3 * curve.seconds['reuse']:.1f} ms",
-        f"{1e3 * curve.seconds['refresh']:.1f} ms" if curve.optimizer == "tengrad" else "",
+        f"{1e3 * curve.seconds['refresh']:.1f} ms" if curve.optimizer == OURS else "",
         f"{curve.times[-1]:.1f} s",
     )
 
 
 def _ablations(results: Results) -> Iterable[str]:
-    found = {change: {name: results.ablation(name, change) for name in results.problems} for change in ("", *ABLATIONS)}
+    names = [name for name in results.problems if PROBLEMS[name].role == "choose"]
+    found = {change: {name: results.ablation(name, change) for name in names} for change in ("", *ABLATIONS)}
     if not any(run for change, runs in found.items() if change for run in runs.values()):
         return
     yield "## What each default is there for"
     lines = [(change or "the defaults", *map(_ending, runs.values())) for change, runs in found.items()]
-    yield table(("test loss at the end, first seed", *results.problems), lines)
+    yield table(("test loss at the end, first seed", *names), lines)
 
 
-def _ending(run: Any) -> str:
+def _ending(run: Run | None) -> str:
     if run is None:
         return "-"
-    return "diverged" if run.diverged else f"{run.loss[-1]:.3g}"
+    return run.failure.split(":")[0] or f"{run.loss[-1]:.3g}"
+
+
+def _where(results: Results) -> Iterable[str]:
+    yield "## Where and how"
+    yield " ".join(TIMES.split())
+    if results.machine:
+        yield table(("", ""), [(key, str(value)) for key, value in results.machine.items() if value is not None])
+        yield "The steps were timed on this machine."
+    yield f"The commits of the runs are {', '.join(sorted({run.commit for run in results.runs}))}."
+    yield (
+        "To repeat the study; a run that has its file in `studies/results`, with the settings of today, is not "
+        "repeated (`--only` and `--only-optimizer` choose a part of it):"
+    )
+    yield "```bash\npython -m studies.defaults --data DIR --out docs\n```"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from studies.optimizers import BUILDERS, DEFAULT_LR, FACTORS, close
-from studies.problems import PROBLEMS, Task
+from studies import optimizers
+from studies.problems import PROBLEMS
+from studies.problems.base import Problem, Task
 from tengrad_triton.recipes.files import replacing
 
 POINTS = 8  # evaluations in a run
@@ -31,7 +33,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Everything a run depends on, except the machine and the versions; ``change`` is one of `ABLATIONS`, or empty."""
+    """The name of a run: ``factor`` multiplies the default learning rate, ``change`` is in `ABLATIONS` or empty."""
 
     problem: str
     optimizer: str
@@ -42,13 +44,29 @@ class Case:
     @property
     def lr(self) -> float:
         """The learning rate."""
-        return DEFAULT_LR[self.optimizer] * self.factor
+        return optimizers.default_lr(self.optimizer) * self.factor
 
     @property
     def file(self) -> str:
         """The name of the run's file."""
-        words = [self.problem, self.optimizer, *self.change.split(), f"lr{self.factor:.2g}", f"seed{self.seed}"]
+        factor = f"{self.factor:g}" if self.factor >= 1 else f"{self.factor:.2g}"
+        words = [self.problem, self.optimizer, *self.change.split(), f"lr{factor}", f"seed{self.seed}"]
         return f"{'-'.join(words)}.json"
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Everything else that the run depends on, except the machine and the versions: a change makes it invalid."""
+        settings = optimizers.settings_of(self.optimizer, ABLATIONS.get(self.change, {}))
+        words = {name: repr(value) for name, value in settings.items()}
+        return {**words, "lr": f"{self.lr:.6g}", "problem": size_of(PROBLEMS[self.problem])}
+
+
+@cache
+def size_of(problem: Problem) -> str:
+    """Return what the runs of a problem depend on, in words."""
+    with torch.random.fork_rng(devices=[]):
+        count = sum(parameter.numel() for parameter in problem.build().parameters())
+    return f"{problem.title}: {count} parameters, {problem.steps} steps"
 
 
 @dataclass(frozen=True)
@@ -56,11 +74,13 @@ class Run:
     """The results of a case.
 
     Attributes:
-        steps: the number of steps before each evaluation; a run ends early if a loss is not finite.
+        steps: the number of steps before each evaluation; a run ends early if a loss is not finite, or at an error.
         loss: the test loss at each evaluation.
         quality: the quality at each evaluation.
         train_loss: the mean training loss between two evaluations.
-        diverged: whether a loss was not finite, or the last value of ``train_loss`` was above the first loss.
+        diverged: whether the run ended early, or the last value of ``train_loss`` was above the first loss.
+        commit: of the code.
+        error: the type and the first line of the error that ended the run, or empty.
     """
 
     case: Case
@@ -71,6 +91,16 @@ class Run:
     train_loss: tuple[float, ...]
     diverged: bool
     commit: str
+    error: str = ""
+
+    @property
+    def failure(self) -> str:
+        """How the run failed, in words, or empty."""
+        if self.error:
+            return f"crashed: {self.error}"
+        if not self.diverged:
+            return ""
+        return "above its start" if len(self.steps) == POINTS else "not finite"
 
 
 class Store:
@@ -91,16 +121,16 @@ class Store:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def run(self, case: Case) -> Run | None:
-        """Return the run of a case, or None if it was not run."""
+        """Return the run of a case, or None if it was not run, or with other settings than those of today."""
         kept = self.read(case.file)
-        if kept is None:
+        if kept is None or kept.get("fingerprint") != case.fingerprint:
             return None
         lists = {name: tuple(kept[name]) for name in ("steps", "loss", "quality", "train_loss")}
-        return Run(case, kept["lr"], diverged=kept["diverged"], commit=kept["commit"], **lists)
+        return Run(case, kept["lr"], diverged=kept["diverged"], commit=kept["commit"], error=kept["error"], **lists)
 
     def keep(self, run: Run) -> None:
         """Write a run."""
-        self.write(run.case.file, asdict(run))
+        self.write(run.case.file, asdict(run) | {"fingerprint": run.case.fingerprint})
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Any) -> float:
@@ -118,27 +148,58 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: 
 
 def start(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return the model with its first weights, which depend on the seed alone, and its optimizer."""
+    problem = PROBLEMS[case.problem]
     torch.manual_seed(case.seed)
-    model = PROBLEMS[case.problem].build()
-    settings = ABLATIONS.get(case.change, {})
-    return model, BUILDERS[case.optimizer](model, case.lr, task.likelihood, case.seed, **settings)
+    model = problem.build()
+    task.prepare(model)
+    change = ABLATIONS.get(case.change, {})
+    return model, optimizers.build(case.optimizer, model, case.lr, problem.likelihood, case.seed, change)
 
 
 def train(case: Case, data: Path, commit: str) -> Run:
-    """Train a case; ``commit`` is that of the code."""
-    problem = PROBLEMS[case.problem]
-    task = problem.task(data)
-    model, optimizer = start(case, task)
-    every = problem.steps // POINTS
+    """Train a case; ``commit`` is that of the code. An error of the optimizer ends the run, and is kept with it."""
+    task = PROBLEMS[case.problem].task(data)
     losses: list[float] = []
     evaluated: list[dict[str, float]] = []
-    for number, batch in zip(range(1, problem.steps + 1), task.batches(case.seed), strict=False):
-        losses.append(step(model, optimizer, task, batch))
+    try:
+        model, optimizer = start(case, task)
+    except ImportError:  # a missing package says nothing of the optimizer
+        raise
+    except Exception as error:  # anything else that an optimizer raises is a result of the study
+        return _run_of(case, losses, evaluated, commit, _first_line(error))
+    failure = _steps(case, task, model, optimizer, losses, evaluated)
+    optimizers.close(optimizer)
+    return _run_of(case, losses, evaluated, commit, failure)
+
+
+def _steps(
+    case: Case,
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    evaluated: list[dict[str, float]],
+) -> str:
+    """Take the steps, append to the losses and to the evaluations, and return the error that ended them, or nothing."""
+    steps = PROBLEMS[case.problem].steps
+    for number, batch in zip(range(1, steps + 1), task.batches(case.seed), strict=False):
+        try:
+            losses.append(step(model, optimizer, task, batch))
+        except Exception as error:
+            return _first_line(error)
         if not math.isfinite(losses[-1]):
             break
-        if number % every == 0:
+        if number % (steps // POINTS) == 0:
             evaluated.append(task.evaluate(model))
-    close(optimizer)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _run_of(case: Case, losses: list[float], evaluated: list[dict[str, float]], commit: str, error: str) -> Run:
+    every = PROBLEMS[case.problem].steps // POINTS
     finite = [point for point in evaluated if math.isfinite(point["loss"])]
     means = [statistics.mean(losses[i * every : (i + 1) * every]) for i in range(len(finite))]
     return Run(
@@ -146,52 +207,12 @@ def train(case: Case, data: Path, commit: str) -> Run:
         lr=case.lr,
         steps=tuple(every * (i + 1) for i in range(len(finite))),
         loss=tuple(point["loss"] for point in finite),
-        quality=tuple(point[task.quality] for point in finite),
+        quality=tuple(point["quality"] for point in finite),
         train_loss=tuple(means),
         diverged=len(finite) < POINTS or means[-1] > losses[0],
         commit=commit,
+        error=error,
     )
-
-
-def defaults_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield every optimizer with its defaults, and TENGraD with all its learning rates."""
-    for seed in SEEDS:
-        yield from (Case(problem, name, 1, seed) for name in BUILDERS if takes_part(problem, name))
-        yield from (Case(problem, "tengrad", factor, seed) for factor in FACTORS["tengrad"])
-
-
-def grid_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield all learning rates with the first seed."""
-    for name in BUILDERS:
-        yield from (Case(problem, name, factor, SEEDS[0]) for factor in FACTORS[name] if takes_part(problem, name))
-
-
-def tuned_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield the best learning rate of each optimizer with every seed."""
-    for name in BUILDERS:
-        best = tuned(problem, name, store)
-        yield from (Case(problem, name, best, seed) for seed in SEEDS if takes_part(problem, name))
-
-
-def ablations_of(problem: str, store: Store) -> Iterator[Case]:
-    """Yield TENGraD with one of its defaults changed."""
-    yield from (Case(problem, "tengrad", 1, SEEDS[0], change) for change in ABLATIONS)
-
-
-STAGES = (defaults_of, grid_of, tuned_of, ablations_of)
-"""Each stage runs for all problems before the next one; it may use the results of the stages before it."""
-
-
-def takes_part(problem: str, optimizer: str) -> bool:
-    """Return whether an optimizer suits a problem: Muon needs a hidden matrix."""
-    return optimizer != "muon" or problem != "resnet"
-
-
-def tuned(problem: str, optimizer: str, store: Store) -> float:
-    """Return the factor of the learning rate with the lowest last loss of the first seed."""
-    runs = [store.run(Case(problem, optimizer, factor, SEEDS[0])) for factor in FACTORS[optimizer]]
-    ends = {run.case.factor: run.loss[-1] for run in runs if run is not None and not run.diverged}
-    return min(ends, key=ends.__getitem__, default=1)
 
 
 def of(store: Store, problem: str, optimizer: str, factor: float, seeds: Sequence[int] = SEEDS) -> list[Run]:

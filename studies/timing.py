@@ -6,21 +6,26 @@ import statistics
 import time
 from pathlib import Path
 
-from studies.optimizers import BUILDERS, close
+from studies.optimizers import NAMES, OURS, close
 from studies.problems import PROBLEMS
-from studies.runs import Case, start, step, takes_part
+from studies.runs import Case, start, step
 
-TURNS, STEPS = 8, 10  # a turn of TENGraD begins with a refresh
+TURNS, STEPS = 8, 10  # a turn of TENGraD begins with a refresh; SOAP updates its basis once in a turn
+SLOW = 1e-3  # times a rival's default learning rate: a step costs the same at any, and so no model diverges
+
+
+def settings(problem: str) -> dict[str, dict[str, str]]:
+    """Return everything that the times depend on, except the machine and the versions: a change makes them invalid."""
+    return {name: _case(problem, name).fingerprint for name in NAMES}
 
 
 def step_seconds(problem: str, data: Path) -> dict[str, dict[str, float]]:
-    """Return each optimizer's median seconds of a step that refreshes the curvature, and of one that does not."""
+    """Return each optimizer's seconds of a step that refreshes the curvature, and of one that does not."""
     task = PROBLEMS[problem].task(data)
     batches = task.batches(0)
-    names = [name for name in BUILDERS if takes_part(problem, name)]
-    running = {name: start(Case(problem, name, 1, 0), task) for name in names}
-    running["tengrad"][1].refresh_every = STEPS  # type: ignore[attr-defined]
-    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    running = {name: start(_case(problem, name), task) for name in NAMES}
+    running[OURS][1].refresh_every = STEPS  # type: ignore[attr-defined]
+    seconds: dict[str, list[list[float]]] = {name: [] for name in NAMES}
     for turn in range(TURNS + 1):  # the first turn warms up
         drawn = [next(batches) for _ in range(STEPS)]
         for name, (model, optimizer) in running.items():
@@ -33,10 +38,15 @@ def step_seconds(problem: str, data: Path) -> dict[str, dict[str, float]]:
                 seconds[name].append(times)
     for _, optimizer in running.values():
         close(optimizer)
-    return {name: _medians(times, name == "tengrad") for name, times in seconds.items()}
+    return {name: _medians(times, name == OURS) for name, times in seconds.items()}
+
+
+def _case(problem: str, name: str) -> Case:
+    return Case(problem, name, 1 if name == OURS else SLOW, 0)
 
 
 def _medians(turns: list[list[float]], refreshes: bool) -> dict[str, float]:
-    others = statistics.median(t for times in turns for t in times[refreshes:])
-    first = statistics.median(times[0] for times in turns) if refreshes else others
-    return {"refresh": first, "reuse": others}
+    """Return the seconds of a refresh and of any other step: each step of a turn by its median over the turns."""
+    medians = [statistics.median(times) for times in zip(*turns, strict=True)]
+    others = statistics.mean(medians[refreshes:])
+    return {"refresh": medians[0] if refreshes else others, "reuse": others}
