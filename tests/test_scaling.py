@@ -398,3 +398,12 @@ def test_the_summary_says_the_form_of_d():
     jacobian = optimizer._curvature.jacobians["0"]["weight"]
     d_bytes = 4 * (6 + 36 + 4 + 16)
     assert entries["0.weight"].bytes == jacobian.nbytes + d_bytes
+
+
+def test_settings_of_scaled_damping():
+    model, _ = perceptron()
+    optimizer = TENGraD.scaled(model, momentum=0.5)
+    assert (optimizer._options.scaling, optimizer._options.trust_region) == ("kronecker", None)
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.01, 0.5)
+    some_steps(model, optimizer, range(7))
+    assert all(p.isfinite().all() for p in model.parameters())

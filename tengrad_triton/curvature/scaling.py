@@ -92,15 +92,14 @@ class Multiplier(NamedTuple):
 
     def of_outer_products(self, outer: OuterProducts) -> OuterProducts:
         """Return the factors of L J_n M: a becomes Mᵀ a, and g becomes L g."""
-        left = self.left.mT if self.left.dim() == 3 else self.left.unsqueeze(1)
-        g_NGPO = outer.g_NGPO @ left if self.left.dim() == 3 else outer.g_NGPO * left
+        g_NGPO = _times_groups(outer.g_NGPO, self.left.mT if self.left.dim() == 3 else self.left)
         if isinstance(outer.a, ConvInput):
             x_NGCS = outer.a.x_NCHW.flatten(2).unflatten(1, (len(self.right), -1))
-            moved = _times_groups(x_NGCS.mT, self.right).mT
+            moved = self.right.mT @ x_NGCS if self.right.dim() == 3 else x_NGCS * self.right.unsqueeze(2)
             return OuterProducts(replace(outer.a, x_NCHW=moved.reshape(outer.a.x_NCHW.shape)), g_NGPO)
         taps = outer.a.shape[3] // self.right.shape[1]
         a_NGPTI = outer.a.unflatten(3, (taps, -1))
-        return OuterProducts(_times_groups(a_NGPTI.flatten(2, 3), self.right).view(outer.a.shape), g_NGPO)
+        return OuterProducts(_times_groups(a_NGPTI.flatten(2, 3), self.right).reshape(outer.a.shape), g_NGPO)
 
 
 class Metric:
@@ -145,8 +144,11 @@ def _times(x: Tensor, right: Tensor) -> Tensor:
 
 
 def _times_groups(x_NGPI: Tensor, right: Tensor) -> Tensor:
-    """Return x M in every group."""
-    return x_NGPI @ right if right.dim() == 3 else x_NGPI * right.unsqueeze(1)
+    """Return x M in every group, by one product for all samples."""
+    if right.dim() == 2:
+        return x_NGPI * right.unsqueeze(1)
+    moved = x_NGPI.transpose(0, 1).flatten(1, 2) @ right
+    return moved.unflatten(1, (len(x_NGPI), -1)).transpose(0, 1)
 
 
 @dataclass(frozen=True)

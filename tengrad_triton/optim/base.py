@@ -80,7 +80,6 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._generator.manual_seed(self._seed)
         self._rebuild()
 
-    @abstractmethod
     def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
         """Raise if this optimizer does not support a group's settings; ``schedule`` is the one of its damping."""
 

@@ -16,6 +16,7 @@ from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, R
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
+from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.validation import check_bound, check_choice, check_count, is_number
 from tengrad_triton.tuning.plan import Plan
 from tengrad_triton.tuning.plan_file import load
@@ -28,6 +29,11 @@ PAPER: Mapping[str, Any] = {
     "refresh_every": 100, "fisher": "sampled", "history": 1, "trust_region": None, "scaling": "none",
 }  # fmt: skip
 """The paper's settings for 3C1F on Fashion-MNIST (appendix, table 6)."""
+SCALED: Mapping[str, Any] = {
+    "lr": 1e-2, "damping": 10.0, "relative_damping": False, "scaling": "kronecker", "trust_region": None,
+    "refresh_every": Growing(20),
+}  # fmt: skip
+"""Settings of scaled damping (docs/math.md, M17)."""
 _ALLOWED = {
     "fisher": FISHERS,
     "unsupported": ("explicit", "sgd", "error"),

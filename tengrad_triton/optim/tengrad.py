@@ -27,7 +27,6 @@ from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
 from tengrad_triton.optim.damping import (
     Damping,
-    DampingSchedule,
     LevenbergMarquardt,
     adapt_dampings,
     check_dampings,
@@ -35,7 +34,7 @@ from tengrad_triton.optim.damping import (
     number_of,
 )
 from tengrad_triton.optim.interval import Growing, interval_at
-from tengrad_triton.optim.options import PAPER, RepresentationChoice, Unsupported, check_scaling, validate
+from tengrad_triton.optim.options import PAPER, SCALED, RepresentationChoice, Unsupported, check_scaling, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
@@ -155,6 +154,11 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         """Return the optimizer with the paper's settings for 3C1F on Fashion-MNIST, except for those given."""
         return cls(model, params, **{**PAPER, **settings})
 
+    @classmethod
+    def scaled(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
+        """Return the optimizer with scaled damping (M17), and the other settings that go with it, or those given."""
+        return cls(model, params, **{**SCALED, **settings})
+
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **param_group}
@@ -183,10 +187,6 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     def adapts(self) -> bool:
         """Whether some group's damping is adapted by `LevenbergMarquardt`, which needs a closure."""
         return any(isinstance(schedule, LevenbergMarquardt) for schedule in self._damping_schedules)
-
-    @override
-    def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
-        """Accept every group: `TENGraD` supports all settings."""
 
     @override
     def _why_closure(self) -> str | None:
