@@ -305,8 +305,8 @@ def test_a_step_keeps_neither_gradients_nor_temporaries(monkeypatch):
     run, read = Run("convolutional", on_kernels=True, representation="factored"), []
     follow = RepeatedProducts.follow
 
-    def noted(self, grads):
-        made = follow(self, grads)
+    def noted(self, *grads):
+        made = follow(self, *grads)
         read.extend(weakref.ref(x) for tensors in made for x in tensors)
         return made
 

@@ -114,6 +114,7 @@ class StepPlan:
         ]
         self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
         self._metric = _metric_of(self._entries)
+        self._springs = [index for index, one in enumerate(self._entries) if one.target.spring]
         self._clip_weights_LT: Tensor | None = None
         scales = {place: curvature.scales.get(targets[place].layer, {}) for place in self._without_j}
         self._scales_without_j = {
@@ -130,7 +131,9 @@ class StepPlan:
         """Do what the function of this name does."""
         if self._entries:
             with phase("solve"):
-                own = [self._with_spring(index, grads[place]) for index, place in enumerate(self._places)]
+                own = [grads[place] for place in self._places]
+                for index in self._springs:
+                    own[index] = self._with_spring(index, own[index])
                 scaled = None if self._metric is None else self._metric.inverse(own)
                 products = self._products.along(own, scaled)
                 y_LN = products.project()
@@ -246,7 +249,9 @@ class StepPlan:
         plan, steps = ProductPlan(entries, list(w_LN.shape)), [one.target.parameter for one in entries]
         own_scaled = scaled and [scaled[index].clone() for index in indices]  # the update would overwrite them
         plan.along([grads[i] for i in indices], own_scaled, once=True).expand_update_(w_LN, divisor_L)
-        times_d = [self._times_d(index, x) for x, index in zip(steps, indices, strict=True)]
+        times_d = steps
+        if self._metric is not None:
+            times_d = [self._times_d(index, x) for x, index in zip(steps, indices, strict=True)]
         square_T = _inner_products(steps, times_d, w_LN.dtype)
         damping_T = torch.stack([self._dampings[one.block] for one in entries])
         projected_LN = plan.along(times_d, once=True).project()
@@ -261,6 +266,6 @@ def _metric_of(entries: Sequence[BlockEntry]) -> Metric | None:
 
 def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:
     """Return ⟨x_t, y_t⟩ of every pair as a tensor; ‖x_t‖² without ``y``."""
-    if y is None or y is x:
+    if y is None or y is x:  # D is the identity
         return torch.stack(torch._foreach_norm(x, 2, dtype=dtype)).square()
     return torch.stack([one.sum(dtype=dtype) for one in torch._foreach_mul(x, y)])
