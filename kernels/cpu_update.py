@@ -115,17 +115,23 @@ def update_all_(states: Iterable[State], nesterov: bool) -> None:
 def _fused_updates_(same_settings: Iterable[Sequence[State]], nesterov: bool) -> None:
     """Apply `update_` with torch's fused SGD, in one call for all states with the same settings.
 
-    Without momentum, or with both kinds of weight decay, torch's SGD differs from `update_` and is not used.
+    With both kinds of weight decay torch's SGD differs from `update_`, and is not used.
     """
     for states in same_settings:
         params, momenta, directions, (settings, *_) = map(list, zip(*states, strict=True))
         lr, momentum, weight_decay, shrink = settings.tolist()
-        if not momentum or (weight_decay and shrink):
+        if weight_decay and shrink:
             for state in states:
                 _update_(*state, nesterov)
             continue
         for param in params if shrink else ():
             param.mul_(1 - lr * shrink)
+        if not momentum:  # m is d, and torch's SGD keeps no m
+            if weight_decay:
+                pairs = zip(directions, params, strict=True)
+                directions = [direction.add(param, alpha=weight_decay) for direction, param in pairs]
+            torch._foreach_copy_(momenta, directions)
+            weight_decay, momenta, nesterov = 0.0, [], False
         torch._fused_sgd_(
             params, directions, momenta, lr=lr, momentum=momentum, weight_decay=weight_decay,
             dampening=0.0, nesterov=nesterov, maximize=False, is_first_step=False,
