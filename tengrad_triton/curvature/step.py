@@ -19,6 +19,7 @@ from tengrad_triton.curvature.scaling import Metric, unit_of
 from tengrad_triton.curvature.target import Average, Target, averaged, bounded_scale, remember_, scratch_settings
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.kernels import update_
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.profiling import phase
 
 
@@ -149,13 +150,13 @@ class StepPlan:
                 self._update_without_j_(place, grads[place], clip_threshold)
 
     def _update_without_j_(self, place: int, grad: Tensor, clip_threshold: float | None) -> None:
-        """Step along D⁻¹ V, bounded, or V where the refresh saw no gradient of the parameter; SPRING adds μ φ."""
+        """Step along D⁻¹ V, or V where the refresh saw no gradient of the parameter, bounded; SPRING adds μ φ."""
         target, scale = self.targets[place], self._scales_without_j.get(place)
         if scale is not None:
             grad = scale.power(-1.0).of_parameter(grad)
-            if clip_threshold is not None:
-                square = grad.square().mean() * unit_of(target.parameter) ** 2
-                grad = grad * _clip_scale(square, clip_threshold)
+        if self._is_scaled and clip_threshold is not None:
+            square = widen(grad).square().mean() * unit_of(target.parameter) ** 2
+            grad = grad * _clip_scale(square, clip_threshold)
         keeps_direction = target.spring or not self._is_scaled  # the mean of gradients stays as it is
         momentum = target.momentum if keeps_direction else torch.zeros_like(grad)
         direction = target.add_spring(grad, 1.0, lambda momentum: momentum)
