@@ -14,6 +14,7 @@ OPTIMIZERS = {
     "empirical": lambda model: TENGraD(model, refresh_every=4, fisher="empirical"),
     "one block": lambda model: TENGraD(model, refresh_every=4, seed=0, blocks="network"),
     "factors": lambda model: TENGraD(model, refresh_every=4, seed=0, representation="factored"),
+    "scaled": lambda model: TENGraD(model, refresh_every=4, seed=0, scaling="kronecker"),
     "K-FAC": lambda model: KFAC(model, refresh_every=4, seed=0),
     "K-BFGS": lambda model: KBFGS(model, seed=0),
 }

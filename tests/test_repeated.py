@@ -305,8 +305,8 @@ def test_a_step_keeps_neither_gradients_nor_temporaries(monkeypatch):
     run, read = Run("convolutional", on_kernels=True, representation="factored"), []
     follow = RepeatedProducts.follow
 
-    def noted(self, *grads):
-        made = follow(self, *grads)
+    def noted(self, grads, scaled=None):
+        made = follow(self, grads, scaled)
         read.extend(weakref.ref(x) for tensors in made for x in tensors)
         return made
 
@@ -321,6 +321,18 @@ def test_a_step_keeps_neither_gradients_nor_temporaries(monkeypatch):
     grads = [weakref.ref(p.grad) for p in run.net.parameters()]
     run.optimizer.zero_grad()
     assert not any(tensor() is not None for tensor in (*read, *grads))
+
+
+def test_steps_and_directions_alternate_with_scaled_damping():
+    """Products along a direction, as of adapted damping, take no D⁻¹ V: launches of a step do not fit them."""
+    runs = runs_of("convolutional", **OPTIONS["scaled"])
+    for run in runs:
+        for step in range(STEPS + 2):
+            run.step(step)
+            if step in (0, 1, STEPS):
+                plan = run.optimizer._curvature.last_plan[0]
+                plan.curvature_along([p.grad for p in run.net.parameters()])
+    assert_as_exact_as_torch(runs)
 
 
 def test_a_convolution_repeats_its_launches_in_every_layout():

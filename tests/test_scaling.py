@@ -224,7 +224,7 @@ def test_d_is_that_of_its_definition(layer, monkeypatch):
     monkeypatch.setattr("tengrad_triton.curvature.moments._POSITIONS", 2)
     case, moments_of, is_matrix = LAYER[layer]
     torch.manual_seed(0)
-    model = case.model().double()
+    model = copy.deepcopy(case.model()).double()  # the case keeps its layer: it would keep the hook
     seen = seen_at(model.layer)
     optimizer = TENGraD(model, lr=0.05, fisher="empirical", refresh_every=1, scaling="kronecker", **OFF)
     sums = None

@@ -23,7 +23,8 @@ from tengrad_triton.baselines.linalg import add_to_diagonal, by_size, inverse
 from tengrad_triton.baselines.settings import Common, fisher_options
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
-from tengrad_triton.curvature.target import Target, restored_on_error
+from tengrad_triton.curvature.target import Target
+from tengrad_triton.optim.damping import restored_on_error
 from tengrad_triton.optim.validation import check_range
 from tengrad_triton.profiling import phase
 

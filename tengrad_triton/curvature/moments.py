@@ -16,6 +16,7 @@ from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.curvature.scaling import Scale, Scales, Side, unit_of
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, flatten_rows, matrix_view
 
 Scaling = Literal["none", "diagonal", "kronecker"]
@@ -105,7 +106,8 @@ def _of_refresh(
         square = _mean_square(grad, rows)
         return Moments(rows, columns, square, torch.ones_like(square))
     is_matrix = _which_are_matrices(before, batches, outputs, inputs) if scaling == "kronecker" else (False, False)
-    parts = [_second_moments(call, is_matrix, (outputs, inputs)) for calls in batches for call in calls]
+    groups = next((call.g_NGPO.shape[1] for call in _outer_products(batches)), 1)
+    parts = [_second_moments(call, is_matrix, (groups, outputs, inputs)) for calls in batches for call in calls]
     total = sum(calls[0].samples for calls in batches)
     rows, columns = (torch.stack(own).sum(0) / total for own in zip(*parts, strict=True))
     square = _mean_square(grad, rows)
@@ -123,31 +125,39 @@ def _trace(x: Tensor) -> Tensor:
 
 def _which_are_matrices(before: Moments | None, batches: MicroBatches, outputs: int, inputs: int) -> tuple[bool, bool]:
     """Return whether the second moments of outputs and of inputs are matrices: as before, or by their numbers."""
+    outers = _outer_products(batches)
+    embeddings = [call for calls in batches for call in calls if isinstance(call, EmbeddingGrads)]
+    if not outers and not embeddings:
+        return False, False
     if before is not None:
         return before.rows.dim() == 3, before.columns.dim() == 3
-    calls = [call for calls in batches for call in calls]
-    outers = [call for call in calls if isinstance(call, OuterProducts)]
-    embeddings = [call for call in calls if isinstance(call, EmbeddingGrads)]
-    if len(outers) + len(embeddings) < len(calls):
-        return False, False
     positions = sum(call.samples * call.g_NGPO.shape[2] for call in outers) + sum(c.ids_NP.numel() for c in embeddings)
     most = min(LARGEST, positions // _POSITIONS)
     groups = outers[0].g_NGPO.shape[1] if outers else 1
     return not embeddings and 1 < outputs // groups <= most, 1 < inputs <= most
 
 
-def _second_moments(call: Contribution, is_matrix: tuple[bool, bool], sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the sums over samples of the second moments of both sides.
+def _outer_products(batches: MicroBatches) -> list[OuterProducts]:
+    return [call for calls in batches for call in calls if isinstance(call, OuterProducts)]
+
+
+def _second_moments(
+    call: Contribution, is_matrix: tuple[bool, bool], sizes: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the sums over samples of the second moments of both sides, for (groups, outputs, inputs of a group).
 
     They have the same trace, and such a one that the Kronecker product of their means over samples is the second moment
     of the rows if inputs are independent of output gradients, and both of those at other positions (M15).
     """
     if isinstance(call, OuterProducts):
-        (rows, columns), positions = _of_outer_products(call, is_matrix, sizes[1]), call.g_NGPO.shape[2]
+        (rows, columns), positions = _of_outer_products(call, is_matrix, sizes[2]), call.g_NGPO.shape[2]
     elif isinstance(call, EmbeddingGrads):
         (rows, columns), positions = _of_embedding(call, is_matrix[1]), call.ids_NP.shape[1]
     else:
         (rows, columns), positions = _of_rows(flatten_rows(call.j_NK), sizes), 1
+    rows, columns = (
+        x.diag_embed() if full and x.dim() == 2 else x for x, full in zip((rows, columns), is_matrix, strict=True)
+    )
     trace_r, trace_c = (_trace(x).clamp(min=torch.finfo(x.dtype).tiny) for x in (rows, columns))
     return rows * (trace_c / (positions * trace_r)).sqrt(), columns * (trace_r / (positions * trace_c)).sqrt()
 
@@ -165,18 +175,19 @@ def _of_outer_products(outer: OuterProducts, is_matrix: tuple[bool, bool], input
 
 def _of_embedding(embedding: EmbeddingGrads, is_matrix: bool) -> tuple[Tensor, Tensor]:
     """Return how often each vector was read, and Σ_np g gᵀ."""
-    g_NPD = embedding.g_NPD
+    g_NPD = widen(embedding.g_NPD)  # half precision counts to 256 or 2048 only
     ones = g_NPD.new_ones(embedding.ids_NP.numel())
     counts = g_NPD.new_zeros(embedding.num_embeddings).index_add_(0, embedding.ids_NP.flatten(), ones)
     return counts.unsqueeze(0), _moment(g_NPD.unsqueeze(1), is_matrix)
 
 
-def _of_rows(j_NK: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _of_rows(j_NK: Tensor, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Return Σ_n of the squares of J_n, summed over its inputs, and over its outputs as a share of all, times N."""
-    squares_OTI = j_NK.square().sum(0).view(sizes[0], -1, sizes[1])
-    columns_I = squares_OTI.sum((0, 1))
-    share = len(j_NK) / columns_I.sum().clamp(min=torch.finfo(columns_I.dtype).tiny)
-    return squares_OTI.sum((1, 2)).unsqueeze(0), (columns_I * share).unsqueeze(0)
+    groups, outputs, inputs = sizes
+    squares_GOTI = widen(j_NK).square().sum(0).view(groups, outputs // groups, -1, inputs)
+    columns_GI = squares_GOTI.sum((1, 2))
+    share = len(j_NK) / columns_GI.sum().clamp(min=torch.finfo(columns_GI.dtype).tiny)
+    return squares_GOTI.sum((2, 3)), columns_GI * share
 
 
 def _moment(x_NGPI: Tensor, is_matrix: bool) -> Tensor:
@@ -194,7 +205,11 @@ def scales_of(moments: AllMoments, layers: Sequence[LayerParams]) -> Scales:
     eigenvalues of D is that of the entries of V, times the parameter's `unit_of`; at least `LEAST` times that of all
     parameters, because V may be zero, or rounding alone, as for a bias before a batch norm.
     """
-    squares = [one.square / one.weight for layer in moments.values() for one in layer.values()]
+    squares = [
+        one.square / one.weight.clamp(min=torch.finfo(one.weight.dtype).tiny)
+        for layer in moments.values()
+        for one in layer.values()
+    ]
     if not squares:
         return {}
     square_T = torch.stack(squares)

@@ -80,9 +80,10 @@ class ProductPlan:
         """
         if once or not may_repeat(grads[0]) or (scaled is not None and self._has_spring):
             return Products(None, self._launches, grads, scaled, self._shape)
-        layouts = [scaled is None, launch_place(grads[0].device), *map(layout_of, grads)]
-        if scaled is not None and [*map(layout_of, scaled)] != layouts[2:]:  # the launches are prepared with V alone
+        own = [*map(layout_of, grads)]
+        if scaled is not None and [*map(layout_of, scaled)] != own:  # the launches are prepared with V alone
             return Products(None, self._launches, grads, scaled, self._shape)
+        layouts = [scaled is None, launch_place(grads[0].device), *own]
         if layouts != self._layouts:
             self._layouts, self._prepared = layouts, None  # this may be the only step before a refresh
             return Products(None, self._launches, grads, scaled, self._shape)

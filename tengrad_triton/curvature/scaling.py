@@ -87,14 +87,14 @@ class Multiplier(NamedTuple):
 
     def of_embedding(self, embedding: EmbeddingGrads) -> EmbeddingGrads:
         """Return the embedding gradients of L J_n M; L is diagonal, with an entry for each vector of the table."""
-        g_NPD = embedding.g_NPD * self.left[0, embedding.ids_NP].unsqueeze(2)
+        g_NPD = embedding.g_NPD.to(self.left.dtype) * self.left[0, embedding.ids_NP].unsqueeze(2)
         return replace(embedding, g_NPD=_times(g_NPD, self.right[0]))
 
     def of_outer_products(self, outer: OuterProducts) -> OuterProducts:
         """Return the factors of L J_n M: a becomes Mᵀ a, and g becomes L g."""
         g_NGPO = _times_groups(outer.g_NGPO, self.left.mT if self.left.dim() == 3 else self.left)
         if isinstance(outer.a, ConvInput):
-            x_NGCS = outer.a.x_NCHW.flatten(2).unflatten(1, (len(self.right), -1))
+            x_NGCS = outer.a.x_NCHW.to(self.right.dtype).flatten(2).unflatten(1, (len(self.right), -1))
             moved = self.right.mT @ x_NGCS if self.right.dim() == 3 else x_NGCS * self.right.unsqueeze(2)
             return OuterProducts(replace(outer.a, x_NCHW=moved.reshape(outer.a.x_NCHW.shape)), g_NGPO)
         taps = outer.a.shape[3] // self.right.shape[1]
@@ -144,7 +144,8 @@ def _times(x: Tensor, right: Tensor) -> Tensor:
 
 
 def _times_groups(x_NGPI: Tensor, right: Tensor) -> Tensor:
-    """Return x M in every group, by one product for all samples."""
+    """Return x M in every group, by one product for all samples, in the type of M."""
+    x_NGPI = x_NGPI.to(right.dtype)
     if right.dim() == 2:
         return x_NGPI * right.unsqueeze(1)
     moved = x_NGPI.transpose(0, 1).flatten(1, 2) @ right

@@ -16,9 +16,10 @@ from torch import Tensor
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.products import BlockEntry, ProductPlan
 from tengrad_triton.curvature.scaling import Metric, unit_of
-from tengrad_triton.curvature.target import Average, Target, averaged, bounded_scale, scratch_settings
+from tengrad_triton.curvature.target import Average, Target, averaged, bounded_scale, remember_, scratch_settings
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.kernels import update_
+from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.profiling import phase
 
 
@@ -47,6 +48,7 @@ def step_(
         clip_threshold: the bound of M17 on the step of each block with scaled damping; None for no bound.
     """
     _plan_of(curvature, targets).step_(averaged(targets, grads, averages), ops, trust_region, clip_threshold)
+    remember_(targets, grads, averages)
 
 
 def curvature_along(curvature: Curvature, targets: Sequence[Target], direction: Sequence[Tensor]) -> Tensor:
@@ -113,7 +115,7 @@ class StepPlan:
             if jacobian is not None
         ]
         self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
-        self._metric = _metric_of(self._entries)
+        self._metric, self._is_scaled = _metric_of(self._entries), bool(curvature.scales)
         self._springs = [index for index, one in enumerate(self._entries) if one.target.spring]
         self._clip_weights_LT: Tensor | None = None
         scales = {place: curvature.scales.get(targets[place].layer, {}) for place in self._without_j}
@@ -148,15 +150,18 @@ class StepPlan:
                 products.expand_update_(w_LN, divisor_L)
         with phase("update"):
             for place in self._without_j:
-                self._update_without_j_(place, grads[place])
+                self._update_without_j_(place, grads[place], clip_threshold)
 
-    def _update_without_j_(self, place: int, grad: Tensor) -> None:
-        """Step along D⁻¹ V; SPRING adds μ φ."""
+    def _update_without_j_(self, place: int, grad: Tensor, clip_threshold: float | None) -> None:
+        """Step along D⁻¹ V, or V where the refresh saw no gradient of the parameter, bounded; SPRING adds μ φ."""
         target, scale = self.targets[place], self._scales_without_j.get(place)
-        momentum = target.momentum
         if scale is not None:
             grad = scale.power(-1.0).of_parameter(grad)
-            momentum = momentum if target.spring else torch.empty_like(grad)
+        if self._is_scaled and clip_threshold is not None:
+            square = widen(grad).square().mean() * unit_of(target.parameter) ** 2
+            grad = grad * _clip_scale(square, clip_threshold)
+        keeps_direction = target.spring or not self._is_scaled  # the mean of gradients stays as it is
+        momentum = target.momentum if keeps_direction else torch.zeros_like(grad)
         direction = target.add_spring(grad, 1.0, lambda momentum: momentum)
         update_(target.parameter, momentum, direction, target.settings, target.nesterov)
 
@@ -193,11 +198,11 @@ class StepPlan:
 
     def _clip_scale_L(self, scaled: list[Tensor], threshold: float) -> Tensor:
         """Return min(1, threshold / the root mean square of D⁻¹ V), each weight in its unit, for each block (M17)."""
-        square_T = torch.stack(torch._foreach_norm(scaled, 2, dtype=self._divisor_L.dtype)).square()
+        square_T = torch.stack(torch._foreach_norm(scaled, 2)).square()
         if self._clip_weights_LT is None:
             self._clip_weights_LT = self._weights_of_squares(square_T)
         mean_L = self._clip_weights_LT @ square_T
-        return (threshold * mean_L.clamp(min=torch.finfo(mean_L.dtype).tiny).rsqrt()).clamp(max=1.0)
+        return _clip_scale(mean_L, threshold)
 
     def _weights_of_squares(self, like: Tensor) -> Tensor:
         """Return what makes each block's mean square of the squared norms, written without a copy to the device."""
@@ -262,6 +267,11 @@ def _metric_of(entries: Sequence[BlockEntry]) -> Metric | None:
     """Return D⁻¹ of the entries; None where D is the identity."""
     scales = [one.jacobian.scale for one in entries if one.jacobian.scale is not None]
     return Metric(scales, [one.target.parameter.detach() for one in entries]) if scales else None
+
+
+def _clip_scale(square: Tensor, threshold: float) -> Tensor:
+    """Return min(1, threshold / root) of mean squares."""
+    return (threshold * square.clamp(min=torch.finfo(square.dtype).tiny).rsqrt()).clamp(max=1.0)
 
 
 def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,27 +152,19 @@ class RememberedTargets:
         return self._targets
 
 
-@contextmanager
-def restored_on_error(targets: Sequence[Target]) -> Iterator[None]:
-    """Give parameters and momenta the values back that they have now, if an error leaves the context.
-
-    That takes a copy of them, so it is for steps that call the user's code after their update.
-    """
-    updated = [x.detach() for target in targets for x in (target.parameter, target.momentum)]
-    before = [x.clone() for x in updated]
-    try:
-        yield
-    except Exception:
-        torch._foreach_copy_(updated, before)
-        raise
-
-
 def bounded_scale(total: Tensor, bound: float) -> Tensor:
     """Return min(1, (bound / total)^½), the factor that keeps a step's squared norm ``total`` within ``bound``.
 
     The result stays on the device; nothing waits for it.
     """
     return (bound / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt().clamp(max=1.0)
+
+
+def average_numbers(group: Mapping[str, Any], steps: int) -> tuple[float, float]:
+    """Return share and correction of a group's `Average` after so many steps."""
+    momentum = group["momentum"]
+    exponent = steps + (2 if group["nesterov"] else 1)
+    return 1.0 - momentum, 1.0 / (1.0 - momentum**exponent)
 
 
 class Average(NamedTuple):
@@ -191,44 +182,56 @@ class Average(NamedTuple):
     correction: float | Tensor
     nesterov: bool
 
-    @staticmethod
-    def numbers_of(group: Mapping[str, Any], steps: int) -> tuple[float, float]:
-        """Return share and correction of a group after so many steps."""
-        momentum = group["momentum"]
-        exponent = steps + (2 if group["nesterov"] else 1)
-        return 1.0 - momentum, 1.0 / (1.0 - momentum**exponent)
-
     @classmethod
     def of_group(cls, group: Mapping[str, Any], steps: int) -> Average | None:
-        """Return the average of a group after so many steps; None without momentum, and with SPRING."""
-        averages = group["momentum"] and not group.get("spring")
-        return cls(*cls.numbers_of(group, steps), group["nesterov"]) if averages else None
+        """Return the average of a group after so many steps; None with SPRING."""
+        return None if group.get("spring") else cls(*average_numbers(group, steps), group["nesterov"])
 
     def of(self, momenta: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """Update the means m in place, and return V̂ of each gradient V."""
-        if isinstance(self.share, Tensor):  # a number that a compiled function reads
-            pairs = [(m, g, self.share.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
-            found = [m.lerp_(g, c).lerp(g, c) if self.nesterov else m.lerp_(g, c) for m, g, c in pairs]
-            return [self.correction * x for x in found]
-        torch._foreach_lerp_(momenta, grads, self.share)
-        found = list(torch._foreach_lerp(momenta, grads, self.share)) if self.nesterov else momenta
+        """Return V̂ of each gradient V, from the means m before the step: a step that fails leaves them as they are."""
+        c = self.share * (2.0 - self.share) if self.nesterov else self.share  # of V in the new m, and once more
+        if isinstance(c, Tensor):  # a number that a compiled function reads
+            return [self.correction * m.lerp(g, c.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
+        found = grads if c == 1.0 else list(torch._foreach_lerp(momenta, grads, c))
         return found if self.correction == 1.0 else list(torch._foreach_mul(found, self.correction))
+
+    def remember_(self, momenta: list[Tensor], grads: list[Tensor]) -> None:
+        """Update the means m in place."""
+        if isinstance(self.share, Tensor):
+            for m, g in zip(momenta, grads, strict=True):
+                m.lerp_(g, self.share.to(g.dtype))
+        elif self.share == 1.0:
+            torch._foreach_copy_(momenta, grads)
+        else:
+            torch._foreach_lerp_(momenta, grads, self.share)
 
 
 def averaged(
     targets: Sequence[Target], grads: Sequence[Tensor], averages: Sequence[Average | None]
 ) -> Sequence[Tensor]:
     """Return V̂ of every gradient V, by the `Average` of its target's group; V where there is none."""
-    places: dict[int, list[int]] = {}
-    for place, target in enumerate(targets):
-        if averages and averages[target.group] is not None:
-            places.setdefault(target.group, []).append(place)
     found = dict(enumerate(grads))
-    for group, own in places.items():
-        average = averages[group]
-        assert average is not None
-        found |= zip(own, average.of([targets[p].momentum for p in own], [grads[p] for p in own]), strict=True)
-    return [found[place] for place in range(len(grads))] if places else grads
+    for average, places in _places_of_averages(targets, averages):
+        momenta = [targets[place].momentum for place in places]
+        found |= zip(places, average.of(momenta, [grads[place] for place in places]), strict=True)
+    return [found[place] for place in range(len(grads))]
+
+
+def remember_(targets: Sequence[Target], grads: Sequence[Tensor], averages: Sequence[Average | None]) -> None:
+    """Update the means m of the gradients V, which `averaged` has read."""
+    for average, places in _places_of_averages(targets, averages):
+        average.remember_([targets[place].momentum for place in places], [grads[place] for place in places])
+
+
+def _places_of_averages(
+    targets: Sequence[Target], averages: Sequence[Average | None]
+) -> list[tuple[Average, list[int]]]:
+    """Return every average with the indices of its targets."""
+    of_group: dict[int, list[int]] = {}
+    for place, target in enumerate(targets):
+        of_group.setdefault(target.group, []).append(place)
+    pairs = [(averages[group], places) for group, places in of_group.items()] if averages else []
+    return [(average, places) for average, places in pairs if average is not None]
 
 
 class _Numbers:
@@ -281,7 +284,7 @@ class GroupSettings:
 
     def average(self, group: Mapping[str, Any], steps: int) -> Tensor:
         """Return [share, correction] of the group's `Average` after so many steps."""
-        return self._average.of(Average.numbers_of(group, steps), _like(group))
+        return self._average.of(average_numbers(group, steps), _like(group))
 
 
 def _like(group: Mapping[str, Any]) -> Tensor:
@@ -289,9 +292,3 @@ def _like(group: Mapping[str, Any]) -> Tensor:
     trained = [p for p in group["params"] if p.requires_grad]
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
     return torch.empty(0, dtype=dtype, device=trained[0].device if trained else torch.device("cpu"))
-
-
-def fill_on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Return numbers as a float64 tensor, written by fill kernels: a copy from the host would wait for the device."""
-    filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
-    return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.curvature.target import Target
 
 Schedule = Callable[[int], float]
 """A function from the number of steps taken so far to the damping."""
@@ -135,3 +138,24 @@ def _adaptation(group: Mapping[str, Any], schedule: DampingSchedule | None) -> t
 def number_of(loss: Any) -> float:
     """Return a closure's loss as a number; a tensor may still have a graph."""
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
+
+
+@contextmanager
+def restored_on_error(targets: Sequence[Target]) -> Iterator[None]:
+    """Give parameters and momenta the values back that they have now, if an error leaves the context.
+
+    That takes a copy of them, so it is for steps that call the user's code after their update.
+    """
+    updated = [x.detach() for target in targets for x in (target.parameter, target.momentum)]
+    before = [x.clone() for x in updated]
+    try:
+        yield
+    except Exception:
+        torch._foreach_copy_(updated, before)
+        raise
+
+
+def fill_on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Return numbers as a float64 tensor, written by fill kernels: a copy from the host would wait for the device."""
+    filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
+    return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)

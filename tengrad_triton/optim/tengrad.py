@@ -21,7 +21,7 @@ from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
 from tengrad_triton.curvature.moments import Grads, Scaling
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
 from tengrad_triton.curvature.step import predicted_change, step_
-from tengrad_triton.curvature.target import Average, Target, fill_on_device, restored_on_error
+from tengrad_triton.curvature.target import Average, Target
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
@@ -31,7 +31,9 @@ from tengrad_triton.optim.damping import (
     adapt_dampings,
     check_dampings,
     dampings_of,
+    fill_on_device,
     number_of,
+    restored_on_error,
 )
 from tengrad_triton.optim.interval import Growing, interval_at
 from tengrad_triton.optim.options import PAPER, SCALED, RepresentationChoice, Unsupported, check_scaling, validate

@@ -52,7 +52,7 @@ class _SingleJacobian(Jacobian):
     @override
     def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
         grad, momentum = state.grads[0], state.momenta[0]
-        momentum = torch.empty_like(momentum) if momentum is grad else momentum  # scaled damping has no momentum
+        momentum = torch.zeros_like(momentum) if momentum is grad else momentum  # scaled damping has no momentum
         tensors = (state.params[0], momentum, state.settings[0])
         target = Target("", "", *tensors, nesterov=state.nesterov, spring=0.0, rate=0, group=0)
         self.expand_update_(target, state.grads[0], state.w[0], state.dampings[0])
@@ -125,10 +125,10 @@ class EmbeddingJacobian(_SingleJacobian):
             Factored(self.linear, self.ops).expand_update_(target, grad, w_N, damping)
         lr, momentum = target.settings[:2].unbind()
         change_NPD = self.embedding.g_NPD * (w_N[: len(self.embedding.g_NPD)] / -damping)[:, None, None]
-        change, ids = change_NPD.flatten(0, 1).to(target.parameter.dtype), self.embedding.ids_NP.flatten()
-        target.momentum.index_add_(0, ids, change)
+        change, ids = change_NPD.flatten(0, 1), self.embedding.ids_NP.flatten()
+        target.momentum.index_add_(0, ids, change.to(target.momentum.dtype))
         share = lr * (1 + momentum) if target.nesterov else lr
-        target.parameter.index_add_(0, ids, change * -share)
+        target.parameter.index_add_(0, ids, change.to(target.parameter.dtype) * -share)
 
     @override
     def combine(self, directions_RN: Tensor) -> PerSample:
