@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-KEEP, FLOOR, LEAST = 0.8, 0.1, 1e-4
+KEEP, FLOOR, LEAST = 0.8, 0.01, 1e-4
 
 
 def dense_d(scale, parameter):

@@ -22,7 +22,7 @@ from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, Outer
 Scaling = Literal["none", "diagonal", "kronecker"]
 """What D is: the identity, of rank one on every weight, or a Kronecker product of two matrices in every group."""
 KEEP = 0.8  # what a refresh leaves of the weight of earlier ones
-FLOOR = 0.1  # what every eigenvalue's root gets in addition, as a share of the root of their mean
+FLOOR = 0.01  # what every eigenvalue gets in addition before the root, as a share of their mean
 LEAST = 1e-4  # the least size of V that D takes from a parameter, as a share of that of all parameters
 LARGEST = 128  # a side with more entries is diagonal: its matrix would cost more than it gains
 _POSITIONS = 4  # likewise a side with more entries than samples × positions over this: D⁻¹ V costs by n, SGD by N P
@@ -68,9 +68,10 @@ def updated_moments(
     for layer in layers:
         batches, known = contributions.by_layer.get(layer.name, {}), before.get(layer.name, {})
         for name, parameter in layer.parameters.items():
-            grad = grads.get((layer.name, name))
+            own, grad = known.get(name), grads.get((layer.name, name))
             if name in batches or grad is not None:
-                own = _updated(known.get(name), batches.get(name, []), parameter, grad, scaling)
+                own = _updated(own, batches.get(name, []), parameter, grad, scaling)
+            if own is not None:  # one that this refresh does not see keeps what it has
                 updated.setdefault(layer.name, {})[name] = own
     return updated
 
@@ -100,16 +101,26 @@ def _of_refresh(
 ) -> Moments:
     """Return the moments of one refresh, with weight 1."""
     outputs, _, inputs = matrix_view(parameter.detach()).shape
-    if not batches:  # without rows, D is a number
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        rows, columns = (torch.ones(1, n, dtype=dtype, device=parameter.device) for n in (outputs, inputs))
-        square = _mean_square(grad, rows)
-        return Moments(rows, columns, square, torch.ones_like(square))
+    if not batches:
+        return _without_rows(before, parameter, grad)
     is_matrix = _which_are_matrices(before, batches, outputs, inputs) if scaling == "kronecker" else (False, False)
     groups = next((call.g_NGPO.shape[1] for call in _outer_products(batches)), 1)
     parts = [_second_moments(call, is_matrix, (groups, outputs, inputs)) for calls in batches for call in calls]
     total = sum(calls[0].samples for calls in batches)
     rows, columns = (torch.stack(own).sum(0) / total for own in zip(*parts, strict=True))
+    square = _mean_square(grad, rows)
+    return Moments(rows, columns, square, torch.ones_like(square))
+
+
+def _without_rows(before: Moments | None, parameter: Tensor, grad: Tensor | None) -> Moments:
+    """Return moments of V alone; those of the sides stay what they were, or D is a number."""
+    if before is not None:
+        weight = before.weight.clamp(min=torch.finfo(before.weight.dtype).tiny)
+        rows, columns = before.rows / weight, before.columns / weight
+    else:
+        outputs, _, inputs = matrix_view(parameter.detach()).shape
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        rows, columns = (torch.ones(1, n, dtype=dtype, device=parameter.device) for n in (outputs, inputs))
     square = _mean_square(grad, rows)
     return Moments(rows, columns, square, torch.ones_like(square))
 
@@ -124,17 +135,16 @@ def _trace(x: Tensor) -> Tensor:
 
 
 def _which_are_matrices(before: Moments | None, batches: MicroBatches, outputs: int, inputs: int) -> tuple[bool, bool]:
-    """Return whether the second moments of outputs and of inputs are matrices: as before, or by their numbers."""
+    """Return whether the second moments of outputs and of inputs are matrices, by their numbers; once so, for good."""
     outers = _outer_products(batches)
     embeddings = [call for calls in batches for call in calls if isinstance(call, EmbeddingGrads)]
     if not outers and not embeddings:
         return False, False
-    if before is not None:
-        return before.rows.dim() == 3, before.columns.dim() == 3
     positions = sum(call.samples * call.g_NGPO.shape[2] for call in outers) + sum(c.ids_NP.numel() for c in embeddings)
     most = min(LARGEST, positions // _POSITIONS)
     groups = outers[0].g_NGPO.shape[1] if outers else 1
-    return not embeddings and 1 < outputs // groups <= most, 1 < inputs <= most
+    were = (False, False) if before is None else (before.rows.dim() == 3, before.columns.dim() == 3)
+    return were[0] or (not embeddings and 1 < outputs // groups <= most), were[1] or 1 < inputs <= most
 
 
 def _outer_products(batches: MicroBatches) -> list[OuterProducts]:
@@ -201,7 +211,7 @@ def _moment(x_NGPI: Tensor, is_matrix: bool) -> Tensor:
 def scales_of(moments: AllMoments, layers: Sequence[LayerParams]) -> Scales:
     """Return D of every parameter: the root of the Kronecker product of its second moments.
 
-    Each side has eigenvalues √λ + `FLOOR` (mean λ)^½, divided by their root mean square. The root mean square of the
+    Each side has eigenvalues (λ + `FLOOR` mean λ)^½, divided by their root mean square. The root mean square of the
     eigenvalues of D is that of the entries of V, times the parameter's `unit_of`; at least `LEAST` times that of all
     parameters, because V may be zero, or rounding alone, as for a bias before a batch norm.
     """
@@ -237,6 +247,6 @@ def _root(moment: Tensor) -> Side:
         values_Gn, basis_Gnn = (x.to(moment.dtype) for x in torch.linalg.eigh(moment.double()))
     values_Gn = values_Gn.clamp(min=0.0)
     mean = values_Gn.mean()
-    roots_Gn = values_Gn.sqrt() + FLOOR * mean.sqrt()
+    roots_Gn = (values_Gn + FLOOR * mean).sqrt()
     roots_Gn = torch.where(mean > 0, roots_Gn, torch.ones_like(roots_Gn))
     return Side(roots_Gn / roots_Gn.square().mean().sqrt(), basis_Gnn)

@@ -20,7 +20,7 @@ from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
 from tengrad_triton.optim.loss_scale import unscale_
-from tengrad_triton.optim.options import Unsupported
+from tengrad_triton.optim.options import Unsupported, check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.validation import check_group, check_interval, check_model, check_momenta, check_parameters
@@ -69,7 +69,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._steps = 0  # the number of steps taken so far
         self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
-        self._averages_gradients = False  # whether momentum comes before the curvature, and is no part of the update
+        self._scaling = "none"  # D of scaled damping; with another one momentum is no part of the update (M17)
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group
         self._forget_addresses()
         self._reports = Reports(unsupported)
@@ -246,7 +246,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     def _settings(self) -> list[Tensor]:
         """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
         known = self._group_settings
-        groups, averages = enumerate(self.param_groups), self._averages_gradients
+        groups, averages = enumerate(self.param_groups), self._scaling != "none"
         return [known.setdefault(index, GroupSettings()).of(group, averages) for index, group in groups]
 
     def _momentum_of(self, parameter: Tensor) -> Tensor:
@@ -265,6 +265,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
             "age": self._age,
             "refresh_every": None if callable(self.refresh_every) else self.refresh_every,
             "seed": self._seed,
+            "scaling": self._scaling,
             "generator": self._generator.get_state(),
             "curvature": None if self._curvature is None else self._packed(self._curvature),
         }
@@ -282,6 +283,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
             raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
         check_momenta(self.param_groups, state_dict)
         saved = state_dict[self.state_key]
+        check_scaling(saved.get("scaling", "none"), self._scaling)
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)
         momenta = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}

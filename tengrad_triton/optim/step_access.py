@@ -100,7 +100,7 @@ class StepAccess:
         """Return each group's settings and `Average`, if there is one, at fixed addresses, and its `rate_indices`."""
         o = self._optimizer
         settings, known = o._settings(), o._group_settings
-        groups = enumerate(self.groups if o._averages_gradients else [])
+        groups = enumerate(self.groups if o._scaling != "none" else [])
         return settings, [known[index].average(group, o._steps) for index, group in groups], rate_indices(self.groups)
 
     def momentum_of(self, parameter: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from tengrad_triton.optim.damping import (
     restored_on_error,
 )
 from tengrad_triton.optim.interval import Growing, interval_at
-from tengrad_triton.optim.options import PAPER, SCALED, RepresentationChoice, Unsupported, check_scaling, validate
+from tengrad_triton.optim.options import PAPER, SCALED, RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
@@ -149,7 +149,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         }  # fmt: skip
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
-        self._averages_gradients = scaling != "none"
+        self._scaling = scaling
 
     @classmethod
     def paper(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
@@ -204,7 +204,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
             curvature, age = self._refreshed(named), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
-        groups = self.param_groups if self._averages_gradients else []
+        groups = self.param_groups if self._scaling != "none" else []
         averages = [Average.of_group(group, self._steps) for group in groups]
         if closure is None or age > 0 or not self.adapts:
             step_(
@@ -270,11 +270,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _packed(self, curvature: Curvature) -> dict[str, Any]:
-        return {**pack_curvature(curvature), "scaling": self._options.scaling}
+        return pack_curvature(curvature)
 
     @override
     def _unpacked(self, packed: Mapping[str, Any]) -> Curvature:
-        check_scaling(packed["scaling"], self._options.scaling)
         return unpack_curvature(packed, self._layers, self._ops_for)
 
     def choices(self) -> dict[str, Choice]:
