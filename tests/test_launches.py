@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.curvature import jacobian, refresh, woodbury
+from tengrad_triton.curvature import refresh, woodbury
 from tengrad_triton.curvature.choices import ops_for
+from tengrad_triton.curvature.jacobians import per_sample
 
 
 class Counting(TorchDispatchMode):
@@ -64,7 +65,7 @@ def counts(make, depth, options, monkeypatch):
             return woodbury.factor(*args, **kwargs)
 
     monkeypatch.setattr(refresh, "factor", counted)
-    monkeypatch.setattr(jacobian, "worth_a_batch", lambda matrices: False)  # batched products are used on a CPU only
+    monkeypatch.setattr(per_sample, "worth_a_batch", lambda matrices: False)  # batched products are used on a CPU only
     for _ in range(2):
         F.cross_entropy(model(x), torch.zeros(16, dtype=torch.long)).backward()
         with Counting() as stepping:

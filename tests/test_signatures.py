@@ -82,6 +82,7 @@ def test_what_is_compiled_for_sizes_gives_the_plain_steps(case):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.slow
 def test_a_process_may_compile_more_steps_than_dynamo_compiles_for_one_function():
     data = numbers([SAMPLES] * (REFRESH + 1))
     with torch._dynamo.config.patch(recompile_limit=1):
@@ -126,7 +127,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("case", CHANGES)
+AT_ONCE = ("thawed", "with another group")  # each takes Dynamo ten seconds
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in AT_ONCE else [pytest.mark.slow]) for case in CHANGES]
+)
 def test_a_compiled_step_follows_a_model_that_changes(case):
     fisher, how, changes = CHANGES[case]
     ends = []

@@ -101,8 +101,8 @@ class StepPlan:
         self.targets = targets
         self._curvature_rows, self._inverses = curvature.rows, curvature.inverses
         self._block_names, self._divisor_L = tuple(curvature.blocks), curvature.divisor_L
-        self._dampings, self._divisors = curvature.damping_L.unbind(), curvature.divisor_L.unbind()
-        self._damping_L = curvature.damping_L
+        self._damping_L, self._dampings = curvature.damping_L, curvature.damping_L.unbind()
+        self._divisors = curvature.divisor_L.unbind() if curvature.scales else self._dampings
         sizes = [one.inverse_BNN.shape[-1] for one in curvature.inverses]
         self._largest = max(sizes) if sizes else 0
         block_of = {layer: index for index, layers in enumerate(curvature.blocks.values()) for layer in layers}

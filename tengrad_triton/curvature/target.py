@@ -245,11 +245,11 @@ class _Numbers:
         self._numbers: tuple[float, ...] = ()
         self._tensor = torch.empty(0)
 
-    def of(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:
-        """Return the numbers on the device and in the dtype of ``like``."""
-        tensor = self._tensor
-        if (tensor.numel(), tensor.dtype, tensor.device) != (len(numbers), like.dtype, like.device):
-            tensor = self._tensor = torch.zeros(len(numbers), dtype=like.dtype, device=like.device)
+    def of(self, numbers: tuple[float, ...], group: Mapping[str, Any]) -> Tensor:
+        """Return the numbers in the type and on the device of a parameter group's."""
+        tensor, (dtype, device) = self._tensor, _type_of(group)
+        if (tensor.numel(), tensor.dtype, tensor.device) != (len(numbers), dtype, device):
+            tensor = self._tensor = torch.zeros(len(numbers), dtype=dtype, device=device)
             self._numbers = (0.0,) * len(numbers)
         for index, (old, new) in enumerate(zip(self._numbers, numbers, strict=True)):
             if old != new:
@@ -277,18 +277,18 @@ class GroupSettings:
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
         momentum = 0.0 if averages or group.get("spring") else group["momentum"]
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
-        tensor = self._settings.of(numbers, _like(group))
+        tensor = self._settings.of(numbers, group)
         if isinstance(lr, Tensor):
             tensor[0].copy_(lr.reshape(()))
         return tensor
 
     def average(self, group: Mapping[str, Any], steps: int) -> Tensor:
         """Return [share, correction] of the group's `Average` after so many steps."""
-        return self._average.of(average_numbers(group, steps), _like(group))
+        return self._average.of(average_numbers(group, steps), group)
 
 
-def _like(group: Mapping[str, Any]) -> Tensor:
-    """Return an empty tensor of the type and on the device of a group's numbers; a group may be empty."""
+def _type_of(group: Mapping[str, Any]) -> tuple[torch.dtype, torch.device]:
+    """Return the type and the device of a group's numbers; a group may be empty."""
     trained = [p for p in group["params"] if p.requires_grad]
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
-    return torch.empty(0, dtype=dtype, device=trained[0].device if trained else torch.device("cpu"))
+    return dtype, trained[0].device if trained else torch.device("cpu")
