@@ -147,7 +147,7 @@ COMPILED = ("trust region, two learning rates in a block", "SPRING in one group"
 
 @pytest.mark.parametrize(
     ("setting", "compiled"),
-    [*((one, False) for one in SETTINGS), *(pytest.param(one, True, marks=pytest.mark.slow) for one in COMPILED)],
+    [*((one, False) for one in SETTINGS), (COMPILED[0], True), pytest.param(COMPILED[1], True, marks=pytest.mark.slow)],
 )
 def test_settings_of_steps(setting, compiled):
     trial = Trial(PERCEPTRON, scaling="kronecker", compiled=compiled, **SETTINGS[setting])
