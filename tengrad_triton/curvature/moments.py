@@ -47,13 +47,13 @@ class Moments(NamedTuple):
 Grads = Mapping[tuple[str, str], Tensor]
 """Gradients V by the names of layer and parameter."""
 AllMoments = Mapping[str, Mapping[str, Moments]]
-"""The moments of every parameter with rows, by its layer's name and its own name within that."""
+"""The moments of every parameter seen so far, by its layer's name and its own name within that."""
 
 
 def updated_moments(
     before: AllMoments, contributions: Contributions, layers: Sequence[LayerParams], grads: Grads, scaling: Scaling
 ) -> AllMoments:
-    """Return the moments of every parameter with rows after a refresh; none where D is the identity.
+    """Return the moments of every parameter after a refresh; none where D is the identity.
 
     Args:
         before: the moments of earlier refreshes.
@@ -108,25 +108,32 @@ def _of_refresh(
     parts = [_second_moments(call, is_matrix, (groups, outputs, inputs)) for calls in batches for call in calls]
     total = sum(calls[0].samples for calls in batches)
     rows, columns = (torch.stack(own).sum(0) / total for own in zip(*parts, strict=True))
-    square = _mean_square(grad, rows)
+    square = _mean_square(grad, rows, before)
     return Moments(rows, columns, square, torch.ones_like(square))
 
 
 def _without_rows(before: Moments | None, parameter: Tensor, grad: Tensor | None) -> Moments:
     """Return moments of V alone; those of the sides stay what they were, or D is a number."""
     if before is not None:
-        weight = before.weight.clamp(min=torch.finfo(before.weight.dtype).tiny)
-        rows, columns = before.rows / weight, before.columns / weight
+        rows, columns = (_mean(x, before.weight) for x in (before.rows, before.columns))
     else:
         outputs, _, inputs = matrix_view(parameter.detach()).shape
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         rows, columns = (torch.ones(1, n, dtype=dtype, device=parameter.device) for n in (outputs, inputs))
-    square = _mean_square(grad, rows)
+    square = _mean_square(grad, rows, before)
     return Moments(rows, columns, square, torch.ones_like(square))
 
 
-def _mean_square(grad: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_zeros(()) if grad is None else grad.detach().to(like.dtype).square().mean()
+def _mean_square(grad: Tensor | None, like: Tensor, before: Moments | None) -> Tensor:
+    """Return that of V; without V, what it was so far."""
+    if grad is not None:
+        return grad.detach().to(like.dtype).square().mean()
+    return like.new_zeros(()) if before is None else _mean(before.square, before.weight)
+
+
+def _mean(total: Tensor, weight: Tensor) -> Tensor:
+    """Return a sum over its weight, which is 0 if nothing finite was seen so far."""
+    return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _trace(x: Tensor) -> Tensor:
@@ -215,11 +222,7 @@ def scales_of(moments: AllMoments, layers: Sequence[LayerParams]) -> Scales:
     eigenvalues of D is that of the entries of V, times the parameter's `unit_of`; at least `LEAST` times that of all
     parameters, because V may be zero, or rounding alone, as for a bias before a batch norm.
     """
-    squares = [
-        one.square / one.weight.clamp(min=torch.finfo(one.weight.dtype).tiny)
-        for layer in moments.values()
-        for one in layer.values()
-    ]
+    squares = [_mean(one.square, one.weight) for layer in moments.values() for one in layer.values()]
     if not squares:
         return {}
     square_T = torch.stack(squares)

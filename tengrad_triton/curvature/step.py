@@ -153,7 +153,7 @@ class StepPlan:
                 self._update_without_j_(place, grads[place], clip_threshold)
 
     def _update_without_j_(self, place: int, grad: Tensor, clip_threshold: float | None) -> None:
-        """Step along D⁻¹ V, or V where the refresh saw no gradient of the parameter, bounded; SPRING adds μ φ."""
+        """Step along D⁻¹ V, or V where no refresh has seen the parameter, bounded; SPRING adds μ φ."""
         target, scale = self.targets[place], self._scales_without_j.get(place)
         if scale is not None:
             inverse = scale.power(-1.0)
