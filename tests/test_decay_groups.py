@@ -171,7 +171,10 @@ def test_steps_equal_the_dense_ones(case, compiled):
     assert take_steps(*prepared(case), compiled) < TOLERANCE
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+PLAIN_AND_COMPILED = [pytest.param(False, id="plain"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("compiled", PLAIN_AND_COMPILED)
 @pytest.mark.parametrize("case", ["decay, convolution", "two rates, trust region"])
 def test_rates_may_come_apart_and_meet_between_two_steps(case, compiled):
     """A schedule of one group only: whether a block has one rate is not a constant of the curvature."""
@@ -187,7 +190,7 @@ def test_rates_may_come_apart_and_meet_between_two_steps(case, compiled):
     assert take_steps(*prepared(case), compiled, events) < TOLERANCE
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@pytest.mark.parametrize("compiled", PLAIN_AND_COMPILED)
 @pytest.mark.parametrize("options", [{}, ONE_BLOCK], ids=["layers", "one block"])
 @pytest.mark.parametrize("first", ["weights", "others"])
 def test_an_added_group_completes_the_blocks(first, options, compiled):

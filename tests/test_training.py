@@ -43,7 +43,9 @@ def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
         assert_same([batch for _, *batch in steps], [batch for _, *batch in reference], "batches")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(  # the roots of Shampoo's factors take twenty seconds
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "shampoo" else []) for name in NAMES]
+)
 def test_every_optimizer_learns_the_digits(name):
     steady = TengradSettings(damping=0.3, refresh_every=4)  # at 0.1 rounding decides whether 76 or 83 % are reached
     quick = {"tengrad": steady, "muon": MuonSettings(lr=0.01), "kfac": KfacSettings(lr=0.01, refresh_every=12)}
