@@ -55,20 +55,22 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
             f"the state holds curvature of {', '.join(unknown)}, but this optimizer's layers are "
             f"{', '.join(known) or 'none'}: it was saved for another model"
         )
+    scales = {
+        name: {param_name: _scale(one, known.get(name, {}).get(param_name)) for param_name, one in layer.items()}
+        for name, layer in packed["scales"].items()
+    }
     jacobians, device = {}, torch.device("cpu")
     for name, layer in packed["jacobians"].items():
+        own = scales.get(name, {})
         jacobians[name] = {
-            param_name: _unpack(one, known[name][param_name].device, ops_for) for param_name, one in layer.items()
+            param_name: _unpack(one, own.get(param_name), known[name][param_name].device, ops_for)
+            for param_name, one in layer.items()
         }
         device = next(iter(known[name].values())).device
     inverses = [InverseFactors(tuple(one["blocks"]), one["inverse_BNN"].to(device)) for one in packed["inverses"]]
     damping_L, divisor_L, failures_L = (packed[name].to(device) for name in ("damping_L", "divisor_L", "failures_L"))
     moments = unpack_moments(packed["moments"], device)
     stored, history = store_contiguously(jacobians), tuple(packed["history"])
-    scales = {
-        name: {param_name: Scale.unpack([_to(x, device) for x in one]) for param_name, one in layer.items()}
-        for name, layer in packed["scales"].items()
-    }
     return Curvature(stored, packed["blocks"], inverses, history, damping_L, divisor_L, failures_L, moments, scales)
 
 
@@ -89,11 +91,16 @@ def unpack_moments(packed: Mapping[str, Any], device: torch.device) -> AllMoment
     }
 
 
-def _unpack(packed: Mapping[str, Any], device: torch.device, ops_for: OpsFor) -> Jacobian:
-    """Return what `Jacobian.pack` described, on a device."""
+def _scale(packed: Sequence[Tensor | None], parameter: Tensor | None) -> Scale:
+    """Return D, on the device of its parameter if this optimizer has it."""
+    device = torch.device("cpu") if parameter is None else parameter.device
+    return Scale.unpack([_to(x, device) for x in packed])
+
+
+def _unpack(packed: Mapping[str, Any], scale: Scale | None, device: torch.device, ops_for: OpsFor) -> Jacobian:
+    """Return what `Jacobian.pack` described, on a device, with its D."""
     ops = ops_for(tuple(packed["kernel_overrides"]))
     move = partial(_to, device=device)
-    scale = Scale.unpack([move(x) for x in packed["scale"]]) if "scale" in packed else None
     if "j_NK" in packed:
         return PerSample(move(packed["j_NK"]), ops, packed["row_kind"], scale)
     factors: OuterProducts | None = None

@@ -62,19 +62,23 @@ class Multiplier(NamedTuple):
         return x @ self.right.unsqueeze(1) if self.right.dim() == 3 else x * self.right[:, None, None, :]
 
     def of_parameter(self, x: Tensor) -> Tensor:
-        """Return L X M for a parameter-shaped tensor, in its memory layout."""
+        """Return L X M for a parameter-shaped tensor, in its memory layout and in the type of L and M."""
+        x = x.to(self.left.dtype)
         if x.dim() == 2 and len(self.left) == 1:
-            left, right = self.left[0], self.right[0]
-            x = left @ x if left.dim() == 2 else x * left.unsqueeze(1)
-            return x @ right if right.dim() == 2 else x * right
+            left = self.left[0]
+            return _times(left @ x if left.dim() == 2 else x * left.unsqueeze(1), self.right[0])
         outputs, inputs = self.left.shape[1], self.right.shape[1]
         made = self.of_groups(x.reshape(len(self.left), outputs, inputs, -1).mT)
-        return torch.empty_like(x, dtype=made.dtype).copy_(made.mT.reshape(x.shape))
+        return torch.empty_like(x).copy_(made.mT.reshape(x.shape))
 
     def of_rows(self, j_NK: Tensor) -> Tensor:
-        """Return the rows of J with L J_n M in place of J_n; the columns are in the order of `matrix_view`."""
+        """Return the rows of J with L J_n M in place of J_n, in the type of L and M.
+
+        The columns are in the order of `matrix_view`.
+        """
         groups, outputs, inputs = len(self.left), self.left.shape[1], self.right.shape[1]
-        return self.of_groups(j_NK.view(len(j_NK), groups, outputs, -1, inputs)).reshape(j_NK.shape)
+        j_NGOTI = j_NK.to(self.left.dtype).view(len(j_NK), groups, outputs, -1, inputs)
+        return self.of_groups(j_NGOTI).reshape(j_NK.shape)
 
     def of_contribution(self, contribution: Contribution) -> Contribution:
         """Return what contributes L J_n M in place of J_n, in float32 at least."""
@@ -82,8 +86,7 @@ class Multiplier(NamedTuple):
             return self.of_outer_products(contribution)
         if isinstance(contribution, EmbeddingGrads):
             return self.of_embedding(contribution)
-        j_NK = flatten_rows(contribution.j_NK)
-        return PerSampleGrads(self.of_rows(j_NK.to(self.left.dtype)))
+        return PerSampleGrads(self.of_rows(flatten_rows(contribution.j_NK)))
 
     def of_embedding(self, embedding: EmbeddingGrads) -> EmbeddingGrads:
         """Return the embedding gradients of L J_n M; L is diagonal, with an entry for each vector of the table."""
@@ -115,10 +118,7 @@ class Metric:
         self._inverses = [scale.power(-1.0) for scale in scales]
         self._diagonal = [place for place, inverse in enumerate(self._inverses) if inverse.is_diagonal]
         self._numbers = [
-            self._inverses[place].of_parameter(
-                torch.ones_like(parameters[place], dtype=self._inverses[place].left.dtype)
-            )
-            for place in self._diagonal
+            self._inverses[place].of_parameter(torch.ones_like(parameters[place])) for place in self._diagonal
         ]
 
     def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -126,7 +126,7 @@ class Metric:
         scaled = dict(zip(self._diagonal, self._multiplied([tensors[p] for p in self._diagonal]), strict=True))
         for place, (inverse, x) in enumerate(zip(self._inverses, tensors, strict=True)):
             if place not in scaled:
-                scaled[place] = inverse.of_parameter(x.to(inverse.left.dtype))
+                scaled[place] = inverse.of_parameter(x)
         return [scaled[place] for place in range(len(tensors))]
 
     def _multiplied(self, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -134,8 +134,7 @@ class Metric:
 
     def times(self, place: int, x: Tensor) -> Tensor:
         """Return D x of a tensor x of one parameter, given by its place."""
-        by = self._scales[place].power(1.0)
-        return by.of_parameter(x.to(by.left.dtype))
+        return self._scales[place].power(1.0).of_parameter(x)
 
 
 def _times(x: Tensor, right: Tensor) -> Tensor:

@@ -16,7 +16,15 @@ from torch import Tensor
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.products import BlockEntry, ProductPlan
 from tengrad_triton.curvature.scaling import Metric, unit_of
-from tengrad_triton.curvature.target import Average, Target, averaged, bounded_scale, remember_, scratch_settings
+from tengrad_triton.curvature.target import (
+    Average,
+    Target,
+    averaged,
+    bounded_scale,
+    places_of_averages,
+    remember_,
+    scratch_settings,
+)
 from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.kernels import update_
 from tengrad_triton.kernels.dispatch import widen
@@ -47,8 +55,9 @@ def step_(
         averages: how each parameter group averages its gradients first; empty where momentum is part of the update.
         clip_threshold: the bound of M17 on the step of each block with scaled damping; None for no bound.
     """
-    _plan_of(curvature, targets).step_(averaged(targets, grads, averages), ops, trust_region, clip_threshold)
-    remember_(targets, grads, averages)
+    places = places_of_averages(targets, averages)
+    _plan_of(curvature, targets).step_(averaged(targets, grads, places), ops, trust_region, clip_threshold)
+    remember_(targets, grads, places)
 
 
 def curvature_along(curvature: Curvature, targets: Sequence[Target], direction: Sequence[Tensor]) -> Tensor:
@@ -156,8 +165,7 @@ class StepPlan:
         """Step along D⁻¹ V, or V where no refresh has seen the parameter, bounded; SPRING adds μ φ."""
         target, scale = self.targets[place], self._scales_without_j.get(place)
         if scale is not None:
-            inverse = scale.power(-1.0)
-            grad = inverse.of_parameter(grad.to(inverse.left.dtype))
+            grad = scale.power(-1.0).of_parameter(grad)
         if self._is_scaled and clip_threshold is not None:
             square = widen(grad).square().mean() * unit_of(target.parameter) ** 2
             grad = grad * _clip_scale(square, clip_threshold)

@@ -206,32 +206,37 @@ class Average(NamedTuple):
             torch._foreach_lerp_(momenta, grads, self.share)
 
 
-def averaged(
-    targets: Sequence[Target], grads: Sequence[Tensor], averages: Sequence[Average | None]
-) -> Sequence[Tensor]:
-    """Return V̂ of every gradient V, by the `Average` of its target's group; V where there is none."""
-    found = dict(enumerate(grads))
-    for average, places in _places_of_averages(targets, averages):
-        momenta = [targets[place].momentum for place in places]
-        found |= zip(places, average.of(momenta, [grads[place] for place in places]), strict=True)
-    return [found[place] for place in range(len(grads))]
+PlacesOfAverages = Sequence[tuple[Average, Sequence[int]]]
+"""Every average, with the indices of its targets."""
 
 
-def remember_(targets: Sequence[Target], grads: Sequence[Tensor], averages: Sequence[Average | None]) -> None:
-    """Update the means m of the gradients V, which `averaged` has read."""
-    for average, places in _places_of_averages(targets, averages):
-        average.remember_([targets[place].momentum for place in places], [grads[place] for place in places])
-
-
-def _places_of_averages(
-    targets: Sequence[Target], averages: Sequence[Average | None]
-) -> list[tuple[Average, list[int]]]:
-    """Return every average with the indices of its targets."""
+def places_of_averages(targets: Sequence[Target], averages: Sequence[Average | None]) -> PlacesOfAverages:
+    """Return the averages of the targets' groups; nothing where momentum is part of the update."""
+    if not averages:
+        return []
     of_group: dict[int, list[int]] = {}
     for place, target in enumerate(targets):
         of_group.setdefault(target.group, []).append(place)
-    pairs = [(averages[group], places) for group, places in of_group.items()] if averages else []
+    pairs = [(averages[group], places) for group, places in of_group.items()]
     return [(average, places) for average, places in pairs if average is not None]
+
+
+def averaged(targets: Sequence[Target], grads: Sequence[Tensor], places_of: PlacesOfAverages) -> Sequence[Tensor]:
+    """Return V̂ of every gradient V, by the `Average` of its target's group; V where there is none."""
+    if not places_of:
+        return grads
+    found = list(grads)
+    for average, places in places_of:
+        own = average.of([targets[place].momentum for place in places], [grads[place] for place in places])
+        for place, mean in zip(places, own, strict=True):
+            found[place] = mean
+    return found
+
+
+def remember_(targets: Sequence[Target], grads: Sequence[Tensor], places_of: PlacesOfAverages) -> None:
+    """Update the means m of the gradients V, which `averaged` has read."""
+    for average, places in places_of:
+        average.remember_([targets[place].momentum for place in places], [grads[place] for place in places])
 
 
 class _Numbers:

@@ -82,6 +82,20 @@ def factor(
     if relative_damping:
         alpha_L = alpha_L * trace_L.clamp(min=1.0)
     shifts = dict(zip(blocks, (n * alpha_L).unbind(), strict=True))
+    inverses, healthy = _inverses(by_size, shifts, ops)
+    healthy_L = torch.stack([healthy[block] for block in blocks])
+    used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
+    divisor_L = used_L / alpha_L if scales else used_L
+    counts_L = failures_L + ~healthy_L
+    stored = store_contiguously(jacobians)
+    full = Curvature(stored, blocks, inverses, history, used_L, divisor_L, counts_L, moments, scales)
+    return compress(full, k, shifts, tol) if tol else full
+
+
+def _inverses(
+    by_size: Sequence[tuple[tuple[str, ...], Tensor]], shifts: Mapping[str, Tensor], ops: Ops
+) -> tuple[list[InverseFactors], dict[str, Tensor]]:
+    """Return the inverse factors of K + shift I of all blocks, and whether each was factored."""
     inverses: list[InverseFactors] = []
     healthy: dict[str, Tensor] = {}
     for names, k_BNN in by_size:
@@ -91,18 +105,7 @@ def factor(
         inverse_BNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_BNN), 0.0)
         inverses.append(InverseFactors(names, inverse_BNN))
         healthy |= dict(zip(names, healthy_B.unbind(), strict=True))
-    healthy_L = torch.stack([healthy[block] for block in blocks])
-    used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
-    divisor_L = used_L / alpha_L if is_scaled(jacobians) else used_L
-    counts_L = failures_L + ~healthy_L
-    stored = store_contiguously(jacobians)
-    full = Curvature(stored, blocks, inverses, history, used_L, divisor_L, counts_L, moments, scales)
-    return compress(full, k, shifts, tol) if tol else full
-
-
-def is_scaled(jacobians: Jacobians) -> bool:
-    """Whether the damping is scaled: α D with another D than the identity."""
-    return any(one.scale is not None for layer in jacobians.values() for one in layer.values())
+    return inverses, healthy
 
 
 def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, ...], Tensor]]:

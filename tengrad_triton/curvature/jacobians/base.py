@@ -117,12 +117,11 @@ class Jacobian(ABC):
 
     @abstractmethod
     def pack(self) -> dict[str, Any]:
-        """Return tensors and plain numbers from which `checkpoint.unpack` makes the same object."""
+        """Return tensors and plain numbers from which, and from D, `checkpoint.unpack` makes the same object."""
 
     def _packed(self) -> dict[str, Any]:
         """Return what all representations pack."""
-        overrides = {"kernel_overrides": list(self.ops.kernel_overrides)}
-        return overrides if self.scale is None else {**overrides, "scale": self.scale.pack()}
+        return {"kernel_overrides": list(self.ops.kernel_overrides)}
 
     @abstractmethod
     def _layout(self) -> Hashable:

@@ -89,15 +89,15 @@ class PerSample(Jacobian):
 
     @override
     def _times(self, by: Multiplier) -> PerSample:
-        return replace(self, j_NK=by.of_rows(self.j_NK.to(by.left.dtype)).to(self.j_NK.dtype))
+        return replace(self, j_NK=by.of_rows(self.j_NK).to(self.j_NK.dtype))
 
     @override
     def for_gram(self) -> PerSample:
         """Return J D^-½ of the rows as they are stored, in float32 at least."""
         if self.scale is None:
             return self
-        half, j_NK = self.scale.power(0.5), widen(self.j_NK)
-        return replace(self, j_NK=half.of_rows(j_NK.to(half.left.dtype)).to(j_NK.dtype))
+        j_NK = widen(self.j_NK)
+        return replace(self, j_NK=self.scale.power(0.5).of_rows(j_NK).to(j_NK.dtype))
 
     @override
     def _append(self, older: Jacobian, rows: int) -> PerSample | None:
