@@ -16,8 +16,8 @@ from tengrad_triton.recipes.reports.markdown import table
 
 GENERATED = "<!-- Written by `python -m studies.defaults`: changes by hand are lost. -->"
 SETTINGS = (
-    *("lr", "damping", "relative_damping", "trust_region", "momentum", "nesterov", "refresh_every", "history"),
-    *("fisher", "blocks"),
+    *("lr", "damping", "relative_damping", "scaling", "clip_threshold", "trust_region", "momentum", "nesterov"),
+    *("refresh_every", "history", "fisher", "fisher_rows", "blocks"),
 )
 INTRODUCTION = """
 This study trains {count} models, all but the PINN on real data, with `TENGraD(model)`, whose settings are all

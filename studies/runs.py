@@ -17,15 +17,23 @@ from torch import nn
 from studies import optimizers
 from studies.problems import PROBLEMS
 from studies.problems.base import Problem, Task
+from tengrad_triton.optim.interval import Growing
+from tengrad_triton.optim.options import UNSCALED
 from tengrad_triton.recipes.files import replacing
 
 POINTS = 8  # evaluations in a run
 SEEDS = (0, 1, 2)
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "absolute damping": {"damping": 0.1, "relative_damping": False},
-    "no trust region": {"trust_region": None},
+    "the identity as D": dict(UNSCALED),
+    "damping 1000000": {"damping": 1e6},
+    "damping 3": {"damping": 3.0},
+    "damping 30": {"damping": 30.0},
+    "diagonal D": {"scaling": "diagonal"},
+    "no bound": {"clip_threshold": None},
     "no look-ahead": {"nesterov": False},
-    "every tenth from the start": {"refresh_every": 10},
+    "every 20th from the start": {"refresh_every": 20},
+    "at most every 40th": {"refresh_every": Growing(40)},
+    "32 rows": {"fisher_rows": 32},
     "history of 4": {"history": 4},
 }
 """Changes to TENGraD's defaults, one at a time, that show what each default does."""
@@ -44,7 +52,8 @@ class Case:
     @property
     def lr(self) -> float:
         """The learning rate."""
-        return optimizers.default_lr(self.optimizer) * self.factor
+        change = ABLATIONS.get(self.change, {})
+        return change.get("lr", optimizers.default_lr(self.optimizer)) * self.factor
 
     @property
     def file(self) -> str:
@@ -152,7 +161,7 @@ def start(case: Case, task: Task) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(case.seed)
     model = problem.build()
     task.prepare(model)
-    change = ABLATIONS.get(case.change, {})
+    change = {name: value for name, value in ABLATIONS.get(case.change, {}).items() if name != "lr"}
     return model, optimizers.build(case.optimizer, model, case.lr, problem.likelihood, case.seed, change)
 
 

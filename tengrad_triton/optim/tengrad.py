@@ -36,7 +36,7 @@ from tengrad_triton.optim.damping import (
     restored_on_error,
 )
 from tengrad_triton.optim.interval import Growing, interval_at
-from tengrad_triton.optim.options import PAPER, SCALED, RepresentationChoice, Unsupported, validate
+from tengrad_triton.optim.options import PAPER, UNSCALED, RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
@@ -46,12 +46,13 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     """Natural gradient descent with exact Fisher blocks (Soori et al. 2021), at close to the cost of SGD.
 
     Each layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity. The rows of J
-    are the gradients of the N samples of one batch:
+    are the gradients of the N samples of one batch. With V̂ the running mean of ∇L, a step is
 
-        d = (F + α I)⁻¹ ∇L + weight_decay θ;   m ← momentum m + d;   θ ← θ − lr (d + momentum m if nesterov, else m)
+        d = α (F + α D)⁻¹ V̂ + weight_decay θ;   θ ← θ − lr d
 
-    J and the factored N×N matrices are computed every ``refresh_every`` steps and reused in between (docs/math.md).
-    The defaults train the models of docs/defaults.md without tuning; `TENGraD.paper` has the paper's settings.
+    D has the gradient's size in every direction, so that a learning rate means the same on every model (M17). J, D and
+    the factored N×N matrices are computed at refreshes and reused in between (docs/math.md). The defaults train the
+    models of docs/defaults.md without tuning; `TENGraD.paper` has the paper's settings, with I in place of D.
 
     Args:
         model: the module that the training loop calls, wrapped in `torch.compile` or not. Samples are the first
@@ -64,11 +65,12 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             quadratic model predicted each refreshing step. ``"lm"`` needs ``step(closure)``, and evaluates the closure
             once more at each refresh. It also needs ``trust_region=None``, because steps that a trust region has
             shortened are predicted well at any damping. The damping is read when the curvature is refreshed.
-        relative_damping: whether α = ε max(1, trace(F)) with the F of each block, so that one ε suits every layer, loss
-            and model; otherwise α = ε.
-        scaling: D in F + α D (M17): ``"none"`` (the identity), ``"diagonal"`` (of rank one on every weight) or
-            ``"kronecker"`` (matrices on its sides where they are small). Steps are then along α (F + α D)⁻¹ m, where m
-            is the running mean of ∇L by ``momentum``.
+        relative_damping: whether α = ε max(1, trace(F)) with the F of each block; otherwise α = ε. It gives one ε to
+            all layers without scaling.
+        scaling: D in F + α D (M17): ``"kronecker"`` (matrices on its sides where they are small), ``"diagonal"`` (of
+            rank one on every weight) or ``"none"``, the identity: then d = (F + α I)⁻¹ ∇L + weight_decay θ,
+            m ← momentum m + d and θ ← θ − lr (d + momentum m if nesterov, else m). That needs another learning rate and
+            damping, and a trust region: `TENGraD.unscaled` has them.
         clip_threshold: with scaling, the bound on the root mean square of D⁻¹ m of each block (M17); None for no bound.
         momentum: the momentum μ, in [0, 1).
         nesterov: whether to look ahead along the momentum; by default True with momentum and without SPRING.
@@ -123,11 +125,11 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     made_anew = ("_ops",)
 
     def __init__(
-        self, model: nn.Module, params: Iterable[Any] | None = None, lr: float | Tensor = 3e-2, *,
-        damping: Damping = 3e-3, relative_damping: bool = True, scaling: Scaling = "none",
+        self, model: nn.Module, params: Iterable[Any] | None = None, lr: float | Tensor = 1e-2, *,
+        damping: Damping = 10.0, relative_damping: bool = False, scaling: Scaling = "kronecker",
         clip_threshold: float | None = 1.0, momentum: float = 0.9, nesterov: bool | None = None, spring: float = 0.0,
         weight_decay: float = 0.0, decoupled_weight_decay: bool = False, maximize: bool = False,
-        trust_region: float | None = 3e-4, refresh_every: int | Callable[[int], int] = Growing(10),  # noqa: B008
+        trust_region: float | None = None, refresh_every: int | Callable[[int], int] = Growing(20),  # noqa: B008
         fisher: Fisher = "sampled", likelihood: str | Likelihood = "categorical", fisher_samples: int = 1,
         fisher_rows: int | None = None, history: int = 1, blocks: BlocksChoice = "layer",
         representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
@@ -157,9 +159,9 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         return cls(model, params, **{**PAPER, **settings})
 
     @classmethod
-    def scaled(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
-        """Return the optimizer with scaled damping (M17), and the other settings that go with it, or those given."""
-        return cls(model, params, **{**SCALED, **settings})
+    def unscaled(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
+        """Return the optimizer with F + α I and a trust region (M14), which suits it, except for the settings given."""
+        return cls(model, params, **{**UNSCALED, **settings})
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
