@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import cyclopts
 import torch
@@ -20,7 +19,6 @@ from examples.text import batch, code, prose
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.recipes.reports.markdown import block, bullets
 
-SETTINGS: dict[str, Any] = {"damping": 0.03}
 PRETRAINING_LR = 3e-3
 
 INTRODUCTION = """# Fine-tuning, with nothing left out
@@ -46,7 +44,7 @@ def pretrained(seconds: float, seed: int) -> nn.Module:
 
 def summary(model: nn.Module) -> Summary:
     """Return the optimizer's summary after a refresh on one batch of code; the learning rate is 0."""
-    optimizer = gpt.tengrad(model, **{**gpt.SETTINGS, "lr": 0.0})
+    optimizer = gpt.tengrad(model, lr=0.0)
     gpt.loss_of(model, *batch(code().train, gpt.SAMPLES, gpt.LENGTH, torch.Generator().manual_seed(0))).backward()
     optimizer.step()
     return optimizer.summary()
@@ -81,7 +79,7 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
     began, text = time.perf_counter(), code()
     start = pretrained(seconds, seed)
     covered = summary(start)
-    entered = gpt.runners(text, start, **SETTINGS)
+    entered = gpt.runners(text, start)
     with guide.display() as progress:
         race(entered, seconds, 30, progress)
     title = "From help topics to source code"
@@ -90,7 +88,7 @@ def main(*, out: Path = Path("docs/guides"), seconds: float = 20.0, seed: int = 
         "pre-training": f"{seconds:g} s of AdamW, lr {PRETRAINING_LR:g}, on the help topics",
         "fine-tuning": f"{len(text.train)} characters of code to train with and {len(text.test)} to test; {seconds:g} "
         "s of steps for each setting",
-        "TENGraD": ", ".join(f"{name} {value}" for name, value in {**gpt.SETTINGS, **SETTINGS}.items()),
+        "TENGraD": "its defaults",
         "model and batches": "as in [A small GPT](gpt.md)",
         "seed": seed,
     }

@@ -28,9 +28,6 @@ from tengrad_triton.recipes.reports.markdown import block, bullets
 
 SAMPLES, LENGTH = 64, 32
 SIZES: Mapping[str, int] = {"features": 64, "heads": 4, "blocks": 2}
-SETTINGS: dict[str, Any] = {
-    "lr": 0.2, "damping": 0.1, "relative_damping": False, "nesterov": False, "trust_region": 1e-3, "refresh_every": 20,
-}  # fmt: skip
 ADAMW_LR = (2e-3, 4e-3, 8e-3)
 
 
@@ -46,7 +43,7 @@ def loss_on_test(model: nn.Module, text: Text, pieces: int = 128) -> float:
 
 
 def tengrad(model: nn.Module, **settings: Any) -> TENGraD:
-    """Return TENGraD. A language model has its classes in the last dimension of its output."""
+    """Return TENGraD with its defaults, except those given. A language model has its classes in the last dimension of its output."""
     return TENGraD(model, likelihood=Categorical(dim=-1), **settings)
 
 
@@ -69,15 +66,14 @@ def untrained(seed: int) -> GPT:
     return GPT(VOCABULARY, LENGTH, **SIZES)
 
 
-def runners(text: Text, start: nn.Module, **settings: Any) -> list[Runner]:
-    """Return a runner for each setting, all with the weights of ``start``; ``settings`` are TENGraD's."""
+def runners(text: Text, start: nn.Module) -> list[Runner]:
+    """Return a runner for each setting, all with the weights of ``start``."""
 
     def of(name: str, setting: str, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> Runner:
         model = copy.deepcopy(start)
         return runner(name, setting, model, optimizer(model), text)
 
-    given = {**SETTINGS, **settings}
-    ours = of("TENGraD", f"lr {given['lr']:g}, cosine", lambda model: tengrad(model, **given))
+    ours = of("TENGraD", "its defaults, cosine", tengrad)
     adamw = [
         of("AdamW", f"lr {lr:g}, cosine", partial(lambda lr, model: torch.optim.AdamW(model.parameters(), lr), lr))
         for lr in ADAMW_LR
@@ -109,7 +105,7 @@ def settings(seconds: float, seed: int, text: Text) -> dict[str, object]:
         "model": ", ".join(f"{size} {name}" for name, size in SIZES.items()) + f", {count} parameters, float32",
         "text": f"{len(text.train)} characters to train with and {len(text.test)} of other pages to test",
         "a step": f"{SAMPLES} pieces of {LENGTH} characters",
-        "TENGraD": ", ".join(f"{name} {value}" for name, value in SETTINGS.items()),
+        "TENGraD": "its defaults",
         "time": f"{seconds:g} s of steps for each setting",
         "seed": seed,
     }

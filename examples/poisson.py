@@ -30,7 +30,7 @@ from tengrad_triton.recipes.reports.markdown import block, bullets
 WIDTHS = (2, 32, 32, 1)
 INSIDE, BOUNDARY = 400, 100  # points of a step
 SETTINGS: dict[str, Any] = {
-    "lr": 0.5, "damping": "lm", "relative_damping": False, "trust_region": None, "spring": 0.7, "refresh_every": 1,
+    "lr": 0.5, "damping": "lm", "scaling": "none", "spring": 0.7, "refresh_every": 1,
     "fisher": "exact", "likelihood": "gaussian", "blocks": "network", "representation": "per_sample",
 }  # fmt: skip
 ADAM_LR = (5e-3, 2e-2, 5e-2)

@@ -129,7 +129,7 @@ def descend(model: Wide, x_ND: Tensor, y_N1: Tensor, share: float, steps: int) -
     """Take full-batch steps with ``share`` of the largest η; return the run, and λ_min of each layer at the start."""
     optimizer = TENGraD(
         model, lr=0.0, damping=1.0, momentum=0.0, refresh_every=1, fisher="exact", likelihood="gaussian",
-        representation="per_sample", relative_damping=False, trust_region=None,
+        representation="per_sample", scaling="none",
     )  # fmt: skip
     first = [p.detach().clone() for p in model.parameters()]
 

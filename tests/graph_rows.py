@@ -13,7 +13,7 @@ from tengrad_triton.likelihoods import likelihood_of
 
 ALPHA = 0.1
 SETTINGS = {
-    "lr": 1.0, "damping": ALPHA, "relative_damping": False, "momentum": 0.0, "trust_region": None, "refresh_every": 1,
+    "lr": 1.0, "damping": ALPHA, "scaling": "none", "momentum": 0.0, "refresh_every": 1,
 }  # fmt: skip
 
 

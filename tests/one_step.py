@@ -12,7 +12,7 @@ from tengrad_triton import Bernoulli, Categorical, Gaussian, TENGraD
 
 TOLERANCE = 1e-9
 N, LR, DAMPING = 6, 0.05, 0.03
-PLAIN = {"relative_damping": False, "trust_region": None, "nesterov": False}  # as the formulas of the tests have it
+PLAIN = {"relative_damping": False, "scaling": "none", "nesterov": False}  # as the formulas of the tests have it
 LIKELIHOODS = {"categorical": Categorical(), "gaussian": Gaussian(), "bernoulli": Bernoulli()}
 LOSSES = {
     "categorical": F.cross_entropy,

@@ -96,7 +96,7 @@ class Loop:
             self.likelihood.hessian_factor = LIKELIHOODS[plan.likelihood].hessian_factor
         output = {"dictionary": "logits", "first of two": 0, "beside a scalar": 1}.get(plan.model.output)
         self.optimizer = TENGraD(
-            self.model, lr=LR, momentum=0.0, trust_region=None, relative_damping=False, damping=DAMPING,
+            self.model, lr=LR, momentum=0.0, scaling="none", damping=DAMPING,
             fisher=plan.fisher, likelihood=self.likelihood, blocks=plan.blocks, refresh_every=plan.refresh_every,
             representation=plan.representation, output=output, seed=0,
         )  # fmt: skip

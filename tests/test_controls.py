@@ -26,7 +26,7 @@ from one_step import (
     small_model,
 )
 
-from tengrad_triton import Categorical, TENGraD
+from tengrad_triton import Categorical, Growing, TENGraD
 from tengrad_triton.curvature.choices import ops_for
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.step import curvature_along
@@ -162,7 +162,16 @@ def test_paper_settings_are_one_call_away():
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert (optimizer.param_groups[0]["damping"], optimizer.refresh_every) == (0.1, 100)
     assert not optimizer.param_groups[0]["nesterov"]
-    assert (optimizer._options.relative_damping, optimizer._options.trust_region) == (False, None)
+    options = optimizer._options
+    assert (options.relative_damping, options.trust_region, options.scaling) == (False, None, "none")
+
+
+def test_settings_without_scaling_are_one_call_away():
+    optimizer = TENGraD.unscaled(small_model(), momentum=0.5)
+    group, options = optimizer.param_groups[0], optimizer._options
+    assert (group["lr"], group["damping"], group["momentum"]) == (0.03, 0.003, 0.5)
+    assert (options.relative_damping, options.trust_region, options.scaling) == (True, 3e-4, "none")
+    assert optimizer.refresh_every == Growing(10)
 
 
 @pytest.mark.parametrize("relative_damping", [False, True])

@@ -14,7 +14,7 @@ from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
 TOLERANCE, SAMPLES, REFRESH, DAMPING = 1e-9, 7, 2, 0.03
 USUAL = {"lr": 0.05, "momentum": 0.9, "nesterov": False, "spring": 0.0, "weight_decay": 0.0}
 USUAL |= {"decoupled_weight_decay": False, "maximize": False}
-PLAIN = {"relative_damping": False, "trust_region": None, "fisher": "empirical", "refresh_every": REFRESH}
+PLAIN = {"scaling": "none", "trust_region": None, "fisher": "empirical", "refresh_every": REFRESH}
 
 
 def perceptron():

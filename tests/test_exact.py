@@ -13,7 +13,7 @@ from tengrad_triton import TENGraD, canonical, compile_train_step
 from tengrad_triton.likelihoods import LIKELIHOODS
 
 SETTINGS = {"lr": 0.05, "damping": 0.03, "momentum": 0.9, "weight_decay": 0.01}
-PLAIN = {"nesterov": False, "relative_damping": False, "trust_region": None}
+PLAIN = {"nesterov": False, "relative_damping": False, "scaling": "none", "trust_region": None}
 REFRESH = 2
 
 

@@ -135,7 +135,7 @@ def test_the_layer_of_the_guide_is_exact(capsys):
     model = nn.Sequential(names["FirstTokenLinear"](4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
     nn.init.normal_(model[0].scale)
     twin, recording = copy.deepcopy(model), dense.Recording(Categorical())
-    plain = {"relative_damping": False, "trust_region": None, "momentum": 0.0}
+    plain = {"scaling": "none", "momentum": 0.0}
     optimizer = TENGraD(model, lr=0.1, damping=0.03, likelihood=recording, **plain)
     oracle = dense.DenseNGD(twin, dense.blocks_of(twin), lr=0.1, damping=0.03, momentum=0.0, weight_decay=0.0)
     x, y = torch.randn(7, 5, 4).double(), torch.randint(3, (7,))

@@ -400,15 +400,6 @@ def test_the_summary_says_the_form_of_d():
     assert entries["0.weight"].bytes == jacobian.nbytes + d_bytes
 
 
-def test_settings_of_scaled_damping():
-    model, _ = perceptron()
-    optimizer = TENGraD.scaled(model, momentum=0.5)
-    assert (optimizer._options.scaling, optimizer._options.trust_region) == ("kronecker", None)
-    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]) == (0.01, 0.5)
-    some_steps(model, optimizer, range(7))
-    assert all(p.isfinite().all() for p in model.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:no exact rows for group 1")
 def test_a_state_without_curvature_of_another_scaling_is_refused():
     model, optimizer = perceptron(scaling="none")

@@ -21,6 +21,7 @@ from tengrad_triton.recipes.training.settings import Settings, installed
 from tengrad_triton.recipes.training.warm_up import warm_up
 
 NAMES = installed()
+BOUNDED = ("tengrad_defaults", "tengrad_unscaled")
 
 
 def test_all_start_from_the_same_weights_and_see_the_same_batches(monkeypatch):
@@ -171,7 +172,7 @@ def test_rates_decay_after_the_epochs_that_are_named(interrupted, monkeypatch):
 
 
 @pytest.mark.parametrize("refresh_every", [1, 100])
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "tengrad_defaults"])  # its steps are bounded
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BOUNDED])
 def test_training_ends_when_the_loss_is_not_finite(name, refresh_every):
     settings = dataclasses.replace(Settings().of(name), lr=1e30)
     if name == "tengrad":

@@ -76,7 +76,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     optimizers: dict[str, Any] = {
         "sgd": torch.optim.SGD(nets["sgd"].parameters(), fused=True, **SETTINGS),
         "reuse": _on_stand_in(TENGraD.paper(nets["reuse"], refresh_every=_NEVER, representation=kept, **SETTINGS)),
-        "bounded": _on_stand_in(TENGraD(nets["bounded"], refresh_every=_NEVER, representation=kept)),
+        "bounded": _on_stand_in(TENGraD.unscaled(nets["bounded"], refresh_every=_NEVER, representation=kept)),
     }
     timers = {name: _timer(name, nets[name], optimizer, x, y) for name, optimizer in optimizers.items()}
     for _ in range(5):  # a refresh, and steps that prepare launches

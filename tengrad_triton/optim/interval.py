@@ -13,8 +13,8 @@ class Growing:
     """An interval of a third of the steps taken so far, at least 1 and at most ``most`` steps.
 
     The curvature changes fastest at the start of training. The optimizer asks for the interval at every step, and
-    refreshes once the curvature has served for at least that many. For ``most=10`` it refreshes at the steps 0 to 5, 7,
-    10, 14, 20 and 29, and from there on at every tenth. docs/defaults.md shows what that gains.
+    refreshes once the curvature has served for at least that many. By default it refreshes at the steps 0 to 5, 7, 10,
+    14, 20, 29, 43 and 63, and from there on at every twentieth. docs/defaults.md shows what that gains.
 
     Args:
         most: the longest interval, in steps.
@@ -23,7 +23,7 @@ class Growing:
         ValueError: ``most`` is less than 1.
     """
 
-    most: int = 10
+    most: int = 20
 
     def __post_init__(self) -> None:
         if self.most < 1:

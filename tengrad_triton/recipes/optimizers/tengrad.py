@@ -1,4 +1,4 @@
-"""TENGraD with the paper's settings, and with the library's defaults."""
+"""TENGraD with the paper's settings, with the library's defaults, and without scaling."""
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
@@ -45,7 +45,30 @@ class TengradSettings:
 @Parameter(group="TENGraD, by its defaults")
 @dataclass(frozen=True, kw_only=True)
 class TengradDefaultsSettings:
-    """TENGraD with the library's defaults: relative damping, a trust region, look-ahead, refreshes that grow rarer."""
+    """TENGraD with the library's defaults: scaled damping, a mean of gradients, refreshes that grow rarer."""
+
+    package: ClassVar[str] = "torch"
+    needs_closure: ClassVar[bool] = False
+    lr: PositiveFloat = 0.01
+    "Learning rate."
+    damping: PositiveFloat = 10.0
+    "Damping: multiples of the scale D, which has the gradient's size in every direction."
+    scaling: Literal["kronecker", "diagonal"] = "kronecker"
+    "Form of the scale D."
+    momentum: NonNegativeFloat = 0.9
+    "Share of the earlier gradients in the mean that a step follows."
+    weight_decay: NonNegativeFloat = 0.0
+    "Weight decay."
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Return TENGraD over all parameters."""
+        return TENGraD(model, **asdict(self))
+
+
+@Parameter(group="TENGraD, without scaling")
+@dataclass(frozen=True, kw_only=True)
+class TengradUnscaledSettings:
+    """TENGraD without scaling: relative damping, a trust region, look-ahead, refreshes that grow rarer."""
 
     package: ClassVar[str] = "torch"
     needs_closure: ClassVar[bool] = False
@@ -62,4 +85,4 @@ class TengradDefaultsSettings:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """Return TENGraD over all parameters."""
-        return TENGraD(model, **asdict(self))
+        return TENGraD.unscaled(model, **asdict(self))

@@ -59,7 +59,7 @@ def estimate(job: Job, name: OptimizerName) -> Estimate:
     settings = job.settings
     first, *later = seconds_of_steps(job, name, steps=4)
     plain = statistics.median(later)
-    every = getattr(settings.of(name), "refresh_every", 10)  # tengrad_defaults has no fixed interval: 10 early on
+    every = getattr(settings.of(name), "refresh_every", 10)  # TENGraD's own interval is not fixed: 10 early on
     refresh = max(0.0, first - plain) / every
     steps = settings.epochs * -(-len(job.data.train) // settings.batch_size)
     images = len(job.data.test) * settings.epochs

@@ -110,6 +110,7 @@ class Request:
         "ekfac",
         "kbfgs",
         "tengrad_defaults",
+        "tengrad_unscaled",
         "adamw",
         "muon",
     )

@@ -17,7 +17,7 @@ from tengrad_triton.recipes.optimizers.baselines import EkfacSettings, KbfgslSet
 from tengrad_triton.recipes.optimizers.first_order import AdamwSettings, SgdSettings
 from tengrad_triton.recipes.optimizers.muon import MuonSettings
 from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
-from tengrad_triton.recipes.optimizers.tengrad import TengradDefaultsSettings, TengradSettings
+from tengrad_triton.recipes.optimizers.tengrad import TengradDefaultsSettings, TengradSettings, TengradUnscaledSettings
 from tengrad_triton.recipes.optimizers.third_party import ShampooSettings, SoapSettings
 
 
@@ -77,6 +77,7 @@ class Settings:
     sgd: SgdSettings = field(default_factory=SgdSettings)
     adamw: AdamwSettings = field(default_factory=AdamwSettings)
     tengrad_defaults: TengradDefaultsSettings = field(default_factory=TengradDefaultsSettings)
+    tengrad_unscaled: TengradUnscaledSettings = field(default_factory=TengradUnscaledSettings)
     kfac: KfacSettings = field(default_factory=KfacSettings)
     ekfac: EkfacSettings = field(default_factory=EkfacSettings)
     kbfgs: KbfgsSettings = field(default_factory=KbfgsSettings)

@@ -95,7 +95,8 @@ def _table1(job_of: JobOf, request: Request, job: Job, console: Console) -> dict
 
 
 def _phases(job_of: JobOf, request: Request, job: Job, console: Console) -> dict[str, Any]:
-    names = [name for name in request.optimizer if name != "tengrad_defaults"]  # its steps are the two kinds of tengrad
+    # Those with an interval that grows have both kinds of steps among the first.
+    names = [name for name in request.optimizer if name not in ("tengrad_defaults", "tengrad_unscaled")]
     by_name = {name: phases.measure_phases(job_of(_settings(request, name)), name) for name in names}
     return {"seconds": by_name, "title": job.settings.title(len(job.data.train)), "batch_size": job.settings.batch_size}
 
