@@ -81,7 +81,7 @@ def test_what_no_rule_covers_takes_the_plain_sgd_step(case):
         twin = make()
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     with pytest.warns(UserWarning, match=reason):
-        optimizer = first_step(model, unsupported="sgd", nesterov=False, **settings)
+        optimizer = first_step(model, unsupported="sgd", nesterov=False, scaling="none", **settings)
     assert sorted(row.parameter for row in optimizer.summary().parameters if row.block == "-") == sorted(expected)
     sgd = torch.optim.SGD(twin.parameters(), **settings)
     backward(twin)

@@ -6,7 +6,9 @@ pixels of an image, N samples, P positions, K entries of a flat gradient; n entr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,9 +107,11 @@ def _of_refresh(
         return _without_rows(before, parameter, grad)
     is_matrix = _which_are_matrices(before, batches, outputs, inputs) if scaling == "kronecker" else (False, False)
     groups = next((call.g_NGPO.shape[1] for call in _outer_products(batches)), 1)
-    parts = [_second_moments(call, is_matrix, (groups, outputs, inputs)) for calls in batches for call in calls]
+    parts = [[_second_moments(call, is_matrix, (groups, outputs, inputs)) for call in calls] for calls in batches]
+    # Micro-batches are one batch: each call's moments are those of all of them, before different calls are added.
+    of_calls = [_with_equal_traces(*_sums(list(filter(None, own)))) for own in zip_longest(*parts)]
     total = sum(calls[0].samples for calls in batches)
-    rows, columns = (torch.stack(own).sum(0) / total for own in zip(*parts, strict=True))
+    rows, columns = (x / total for x in _sums(of_calls))
     square = _mean_square(grad, rows, before)
     return Moments(rows, columns, square, torch.ones_like(square))
 
@@ -163,20 +167,31 @@ def _second_moments(
 ) -> tuple[Tensor, Tensor]:
     """Return the sums over samples of the second moments of both sides, for (groups, outputs, inputs of a group).
 
-    They have the same trace, and such a one that the Kronecker product of their means over samples is the second moment
-    of the rows if inputs are independent of output gradients, and both of those at other positions (M15).
+    The Kronecker product of their means over samples is the second moment of the rows if inputs are independent of
+    output gradients, and both of those at other positions (M15).
     """
     if isinstance(call, OuterProducts):
-        (rows, columns), positions = _of_outer_products(call, is_matrix, sizes[2]), call.g_NGPO.shape[2]
+        sides, positions = _of_outer_products(call, is_matrix, sizes[2]), call.g_NGPO.shape[2]
     elif isinstance(call, EmbeddingGrads):
-        (rows, columns), positions = _of_embedding(call, is_matrix[1]), call.ids_NP.shape[1]
+        sides, positions = _of_embedding(call, is_matrix[1]), call.ids_NP.shape[1]
     else:
-        (rows, columns), positions = _of_rows(flatten_rows(call.j_NK), sizes), 1
+        sides, positions = _of_rows(flatten_rows(call.j_NK), sizes), 1
     rows, columns = (
-        x.diag_embed() if full and x.dim() == 2 else x for x, full in zip((rows, columns), is_matrix, strict=True)
+        (x.diag_embed() if full and x.dim() == 2 else x) / math.sqrt(positions)
+        for x, full in zip(sides, is_matrix, strict=True)
     )
+    return rows, columns
+
+
+def _sums(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    rows, columns = zip(*pairs, strict=True)
+    return torch.stack(rows).sum(0), torch.stack(columns).sum(0)
+
+
+def _with_equal_traces(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Return multiples of both with the same Kronecker product."""
     trace_r, trace_c = (_trace(x).clamp(min=torch.finfo(x.dtype).tiny) for x in (rows, columns))
-    return rows * (trace_c / (positions * trace_r)).sqrt(), columns * (trace_r / (positions * trace_c)).sqrt()
+    return rows * (trace_c / trace_r).sqrt(), columns * (trace_r / trace_c).sqrt()
 
 
 def _of_outer_products(outer: OuterProducts, is_matrix: tuple[bool, bool], inputs: int) -> tuple[Tensor, Tensor]:

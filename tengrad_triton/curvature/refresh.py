@@ -83,6 +83,9 @@ def refresh(
     with phase("capture"):
         contributions, missing = gather(layers, capture, options.release_calls)
     options.report(missing)
+    with phase("curvature"):
+        known = {} if before is None else before.moments
+        moments = updated_moments(known, contributions, layers, grads, options.scaling)
     if options.fisher_rows is not None:
         contributions = contributions.sample(options.fisher_rows, generator)
     choices = options.choose(contributions.geometries())
@@ -90,8 +93,6 @@ def refresh(
     compressed = compressed_layers(contributions, choices)
     tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
     with phase("curvature"):
-        known = {} if before is None else before.moments
-        moments = updated_moments(known, contributions, layers, grads, options.scaling)
         scales = scales_of(moments, layers)
         own = jacobians_of(contributions, choices, options.ops_for, scales)
         jacobians, history = append_history(own, rows, before, options.history)

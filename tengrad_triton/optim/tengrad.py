@@ -98,8 +98,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             ``"per_sample"``, ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of
             these four.
         unsupported: for parameters without a rule, or used outside of their layers: ``"explicit"`` computes their rows
-            by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD step, with one
-            warning; ``"error"`` raises `ValueError`.
+            by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD step, with scaling
+            over the size of their gradient, and one warning; ``"error"`` raises `ValueError`.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
         plan: the plan that `autotune` returned, or the path of the file that it wrote; for weights that it does not
             contain, the cost model decides.

@@ -27,7 +27,7 @@ QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_accuracy": ("train accuracy (%)", 100.0),
     "test_accuracy": ("test accuracy (%)", 100.0),
 }
-MORE = (("#56B4E9", "P"), ("#7F3C8D", "*"), ("#8C564B", "<"), ("#7F7F7F", ">"), ("#004060", "h"))
+MORE = (("#56B4E9", "P"), ("#7F3C8D", "*"), ("#8C564B", "<"), ("#7F7F7F", ">"), ("#004060", "h"), ("#B8860B", "X"))
 COLOURED = ("tengrad", "sgd", "adamw", *(name for name in ORDER if name not in ("tengrad", "sgd", "adamw")))
 STYLE = dict(zip(COLOURED, (*STYLES, *MORE), strict=True))  # the default run's three look as in its own figures
 DPI = 90
