@@ -221,7 +221,7 @@ LAYER = {
 @pytest.mark.parametrize("layer", LAYER)
 def test_d_is_that_of_its_definition(layer, monkeypatch):
     """D of a weight after two refreshes, from the inputs and the output gradients of its layer."""
-    monkeypatch.setattr("tengrad_triton.curvature.moments._POSITIONS", 2)
+    monkeypatch.setattr("tengrad_triton.curvature.moments.SIDE_SHARE", 1 / 6)
     case, moments_of, is_matrix = LAYER[layer]
     torch.manual_seed(0)
     model = copy.deepcopy(case.model()).double()  # the case keeps its layer: it would keep the hook

@@ -73,6 +73,9 @@ def why_not_compiled(access: StepAccess) -> str | None:
     of_one_batch = why_of_one_batch(options.likelihood) if options.fisher == "sampled" else None
     if of_one_batch is not None:
         return of_one_batch
+    kept = None if access.curvature is None else access.curvature.spending
+    if kept is not None and kept.rows < kept.of:
+        return f"a compiled refresh has exactly one row for each sample, but {kept.why} leaves {kept.rows} of {kept.of}"
     if access.adapts:
         return "damping='lm' compares losses before and after the step, which a compiled refresh does not support"
     return _why_not_chosen(access.choices().values())

@@ -220,7 +220,7 @@ class TrainStep:
         curvature = self._in_buffers(cast("Curvature", self._access.curvature))
         replays = self._buffers is not None
         with steps.functions.capture.attached(records=False), without_memory() if replays else nullcontext():
-            loss = steps.reuse(self._state(steps), pack_curvature(curvature), x, y)
+            loss = steps.reuse(self._state(steps), _packed(curvature), x, y)
         self._access.advance(curvature, self._access.age)
         return loss.clone() if replays else loss  # the next replay overwrites what this one returned
 
@@ -228,8 +228,9 @@ class TrainStep:
         """Return the curvature in static buffers if CUDA graphs are replayed, or else the curvature itself."""
         if self._buffers is None or curvature is self._buffered:
             return curvature
-        packed = self._buffers.update(pack_curvature(curvature))
-        self._buffered = unpack_curvature(packed, self._access.layers, self._access.ops_for)
+        packed = self._buffers.update(_packed(curvature))
+        buffered = unpack_curvature(packed, self._access.layers, self._access.ops_for)
+        self._buffered = replace(buffered, spending=curvature.spending)
         return self._buffered
 
     def _compiled_refresh(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
@@ -243,8 +244,15 @@ class TrainStep:
         except TorchDynamoException:
             access.generator.set_state(before)
             raise
-        access.advance(self._in_buffers(unpack_curvature(packed, access.layers, access.ops_for)), 0)
+        curvature = unpack_curvature(packed, access.layers, access.ops_for)
+        spending = None if access.curvature is None else access.curvature.spending
+        access.advance(self._in_buffers(replace(curvature, spending=spending)), 0)
         return loss
+
+
+def _packed(curvature: Curvature) -> dict[str, Any]:
+    """Return the curvature packed, without what a compiled step does not depend on."""
+    return pack_curvature(replace(curvature, spending=None))
 
 
 def _require_tensor(output: Any) -> None:

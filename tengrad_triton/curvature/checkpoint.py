@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.choices import OpsFor
+from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
@@ -35,6 +37,7 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
         "divisor_L": curvature.divisor_L,
         "failures_L": curvature.failures_L,
         "moments": pack_moments(curvature.moments),
+        "spending": None if curvature.spending is None else asdict(curvature.spending),
         "scales": {
             name: {param_name: one.pack() for param_name, one in layer.items()}
             for name, layer in curvature.scales.items()
@@ -71,7 +74,9 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
     damping_L, divisor_L, failures_L = (packed[name].to(device) for name in ("damping_L", "divisor_L", "failures_L"))
     moments = unpack_moments(packed["moments"], device)
     stored, history = store_contiguously(jacobians), tuple(packed["history"])
-    return Curvature(stored, packed["blocks"], inverses, history, damping_L, divisor_L, failures_L, moments, scales)
+    spending = None if packed["spending"] is None else Spending(**packed["spending"])
+    numbers = damping_L, divisor_L, failures_L
+    return Curvature(stored, packed["blocks"], inverses, history, *numbers, moments, scales, spending)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,8 +15,8 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
 from tengrad_triton.capture.rows.rule import ById, Pairs, contributions_of, pairs_of_calls
 from tengrad_triton.curvature.concat import MicroBatches, take_rows
-from tengrad_triton.curvature.geometry import Geometry, geometry_of_calls
-from tengrad_triton.layers import Call, Inputs, PerSampleGrads
+from tengrad_triton.curvature.geometry import Geometry, geometry_of_calls, geometry_of_rows
+from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,21 @@ class Contributions:
 
     def geometries(self) -> dict[str, Geometry]:
         """Return the sizes of every weight whose representation can be chosen, by its full name."""
+        return self._sizes(geometry_of_calls)
+
+    def explicit(self) -> dict[str, Geometry]:
+        """Return the sizes of every parameter whose rows are given, by its full name."""
+
+        def of_rows(calls: Sequence[Contribution]) -> Geometry | None:
+            return next((geometry_of_rows(call) for call in calls if isinstance(call, PerSampleGrads)), None)
+
+        return self._sizes(of_rows)
+
+    def _sizes(self, of_calls: Callable[[Sequence[Contribution]], Geometry | None]) -> dict[str, Geometry]:
         rows, geometries = self.rows, {}
         for name, layer in self.by_layer.items():
             for param_name, batches in layer.items():
-                first = geometry_of_calls(batches[0])
+                first = of_calls(batches[0])
                 if first is not None:
                     stored = first.factored_bytes * rows // first.samples
                     geometries[full_name(name, param_name)] = replace(first, samples=rows, factored_bytes=stored)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads
+from tengrad_triton.curvature.choices import Representation
+from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
 
 EMBEDDING = "embedding"
 """The layout of an embedding. Plans do not cover it."""
@@ -73,20 +74,68 @@ class Geometry:
         """Whether K is cheaper from explicit rows: for most convolutions it is, for most linear layers it is not."""
         return self.row_flops < self.pair_flops
 
-    def saved_by_rows(self, refresh_every: int) -> float:
-        """Return how much a step saves with explicit rows instead of factors: flops, or bytes for an embedding.
+    @property
+    def entries(self) -> int:
+        """Return the entries of the weight: G I O."""
+        return self.groups * self.inputs * self.outputs
 
-        A step takes two products with J: 2 G N P I O flops each from factors, or one pass each over all of J. The cost
-        of a refresh is divided among ``refresh_every`` steps.
+    def flops_of_pass(self, size: int) -> int:
+        """Return the flops in the time of moving ``size`` bytes."""
+        return size * _FLOPS_PER_BYTE.get(self.device, _FLOPS_PER_BYTE["cuda"])
+
+    def stored_bytes(self, representation: Representation) -> int:
+        """Return the most that a representation stores; ``"compressed"`` may drop rows."""
+        if representation == "factored":
+            return self.factored_bytes
+        return self.per_sample_bytes // (2 if representation == "per_sample_bf16" else 1)
+
+    def step_flops(self, representation: Representation) -> int:
+        """Return the cost of a step's two products with J: 2 G N P I O flops each from factors, and a pass over J."""
+        lookup = self.layout == EMBEDDING or representation != "factored"  # both forms of an embedding look ids up
+        products = 0 if lookup else 4 * self.samples * self.positions * self.entries
+        return products + 2 * self.flops_of_pass(self.stored_bytes(representation))
+
+    def refresh_flops(self, representation: Representation) -> int:
+        """Return the cost of K, and of rows where they are stored, which are written and read once more."""
+        if self.layout == EMBEDDING or representation == "factored":
+            return min(self.pair_flops, self.row_flops)
+        return self.row_flops + 2 * self.flops_of_pass(self.stored_bytes(representation))
+
+    def saved_by_rows(self, refresh_every: int) -> float:
+        """Return how many flops a step saves with explicit rows instead of factors.
+
+        The cost of a refresh is divided among ``refresh_every`` steps.
         """
-        if self.layout == EMBEDDING:  # both representations look ids up; the smaller one is cheaper
-            return float(self.factored_bytes - self.per_sample_bytes)
-        products = 4 * self.groups * self.samples * self.positions * self.inputs * self.outputs
-        flops_per_byte = _FLOPS_PER_BYTE.get(self.device, _FLOPS_PER_BYTE["cuda"])
-        factored = products + 2 * flops_per_byte * self.factored_bytes
-        rows = 2 * flops_per_byte * self.per_sample_bytes
-        gram = min(self.pair_flops, self.row_flops) - self.row_flops - rows  # J is written and read once more
-        return factored - rows + gram / refresh_every
+        saved = self.step_flops("factored") - self.step_flops("per_sample")
+        if self.layout == EMBEDDING:
+            return float(saved)
+        return saved + (self.refresh_flops("factored") - self.refresh_flops("per_sample")) / refresh_every
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What the budget pays for, by the cost model.
+
+    Attributes:
+        rows: the rows of J.
+        of: the rows that the batch has.
+        step: what every step adds to SGD's, as a share of it.
+        refresh: what a refresh adds to a step, as a share of SGD's step.
+        interval: the steps that a refresh has to serve for so that it stays within ``step_share``; 1 without one.
+        why: the setting that bounds the rows; empty if all are kept.
+    """
+
+    rows: int
+    of: int
+    step: float
+    refresh: float
+    interval: int
+    why: str
+
+    def __str__(self) -> str:
+        kept = f"{self.rows} of {self.of} rows{f' ({self.why})' if self.why else ''}"
+        costs = f"by the cost model a step adds {self.step:.2f} to SGD's, a refresh {self.refresh:.2f}"
+        return f"{kept}; {costs}" + (f", at least {self.interval} steps apart" if self.interval > 1 else "")
 
 
 def geometry_of(outer: OuterProducts) -> Geometry:
@@ -102,6 +151,14 @@ def geometry_of(outer: OuterProducts) -> Geometry:
         layout, inputs, stored = "dense", a.shape[-1], a.numel()
     stored, device = itemsize * (stored + outer.g_NGPO.numel()), outer.g_NGPO.device.type
     return Geometry(n, groups, positions, inputs, outputs, itemsize, stored, layout, device)
+
+
+def geometry_of_rows(rows: PerSampleGrads) -> Geometry:
+    """Return the sizes of rows that are given, as those of a layer with one input and one position."""
+    j_NK = flatten_rows(rows.j_NK)
+    n, entries = j_NK.shape
+    itemsize = max(4, j_NK.itemsize)
+    return Geometry(n, 1, 1, 1, entries, itemsize, n * entries * itemsize, "rows", j_NK.device.type)
 
 
 def geometry_of_calls(calls: Sequence[Contribution]) -> Geometry | None:

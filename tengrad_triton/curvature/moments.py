@@ -27,7 +27,7 @@ KEEP = 0.8  # what a refresh leaves of the weight of earlier ones
 FLOOR = 0.01  # what every eigenvalue gets in addition before the root, as a share of their mean
 LEAST = 1e-4  # the least size of V that D takes from a parameter, as a share of that of all parameters
 LARGEST = 128  # a side with more entries is diagonal: its matrix would cost more than it gains
-_POSITIONS = 4  # likewise a side with more entries than samples × positions over this: D⁻¹ V costs by n, SGD by N P
+SIDE_SHARE = 1 / 12  # likewise a side whose matrix costs more than this share of SGD's step
 
 
 class Moments(NamedTuple):
@@ -53,7 +53,12 @@ AllMoments = Mapping[str, Mapping[str, Moments]]
 
 
 def updated_moments(
-    before: AllMoments, contributions: Contributions, layers: Sequence[LayerParams], grads: Grads, scaling: Scaling
+    before: AllMoments,
+    contributions: Contributions,
+    layers: Sequence[LayerParams],
+    grads: Grads,
+    scaling: Scaling,
+    side_share: float | None = None,
 ) -> AllMoments:
     """Return the moments of every parameter after a refresh; none where D is the identity.
 
@@ -63,6 +68,7 @@ def updated_moments(
         layers: of the optimizer.
         grads: V of the parameters that the step updates; those without rows have moments too.
         scaling: what D is.
+        side_share: what a matrix of D may cost in D⁻¹ V, as a share of SGD's step; None for a twelfth.
     """
     if scaling == "none":
         return {}
@@ -72,14 +78,19 @@ def updated_moments(
         for name, parameter in layer.parameters.items():
             own, grad = known.get(name), grads.get((layer.name, name))
             if name in batches or grad is not None:
-                own = _updated(own, batches.get(name, []), parameter, grad, scaling)
+                own = _updated(own, batches.get(name, []), parameter, grad, scaling, side_share)
             if own is not None:  # one that this refresh does not see keeps what it has
                 updated.setdefault(layer.name, {})[name] = own
     return updated
 
 
 def _updated(
-    before: Moments | None, batches: MicroBatches, parameter: Tensor, grad: Tensor | None, scaling: Scaling
+    before: Moments | None,
+    batches: MicroBatches,
+    parameter: Tensor,
+    grad: Tensor | None,
+    scaling: Scaling,
+    side_share: float | None = None,
 ) -> Moments:
     """Return the moments of one parameter with those of a refresh; they begin anew where sizes differ.
 
@@ -89,8 +100,10 @@ def _updated(
         parameter: a tensor of its shape.
         grad: V; None where the step does not update it.
         scaling: what D is; with ``"kronecker"``, second moments are matrices where a side has few entries.
+        side_share: what a matrix may cost, as a share of SGD's step.
     """
-    new = _of_refresh(before, batches, parameter, grad, scaling)
+    most = 0.0 if scaling != "kronecker" else SIDE_SHARE if side_share is None else min(side_share, SIDE_SHARE)
+    new = _of_refresh(before, batches, parameter, grad, most)
     if before is None or before.rows.shape != new.rows.shape or before.columns.shape != new.columns.shape:
         before = Moments(*map(torch.zeros_like, new))
     is_finite = torch.stack([x.isfinite().all() for x in new]).all()  # otherwise D stays: no later step would recover
@@ -99,13 +112,13 @@ def _updated(
 
 
 def _of_refresh(
-    before: Moments | None, batches: MicroBatches, parameter: Tensor, grad: Tensor | None, scaling: Scaling
+    before: Moments | None, batches: MicroBatches, parameter: Tensor, grad: Tensor | None, side_share: float
 ) -> Moments:
-    """Return the moments of one refresh, with weight 1."""
+    """Return the moments of one refresh, with weight 1; all sides are diagonal with a ``side_share`` of 0."""
     outputs, _, inputs = matrix_view(parameter.detach()).shape
     if not batches:
         return _without_rows(before, parameter, grad)
-    is_matrix = _which_are_matrices(before, batches, outputs, inputs) if scaling == "kronecker" else (False, False)
+    is_matrix = _which_are_matrices(before, batches, outputs, inputs, side_share)
     groups = next((call.g_NGPO.shape[1] for call in _outer_products(batches)), 1)
     parts = [[_second_moments(call, is_matrix, (groups, outputs, inputs)) for call in calls] for calls in batches]
     # Micro-batches are one batch: each call's moments are those of all of them, before different calls are added.
@@ -145,14 +158,19 @@ def _trace(x: Tensor) -> Tensor:
     return (x.diagonal(dim1=1, dim2=2) if x.dim() == 3 else x).sum()
 
 
-def _which_are_matrices(before: Moments | None, batches: MicroBatches, outputs: int, inputs: int) -> tuple[bool, bool]:
-    """Return whether the second moments of outputs and of inputs are matrices, by their numbers; once so, for good."""
+def _which_are_matrices(
+    before: Moments | None, batches: MicroBatches, outputs: int, inputs: int, side_share: float
+) -> tuple[bool, bool]:
+    """Return whether the second moments of outputs and of inputs are matrices, by their numbers; once so, for good.
+
+    With a matrix of n entries D⁻¹ V takes 2 n flops for each entry of V; SGD's step takes 6 N P.
+    """
     outers = _outer_products(batches)
     embeddings = [call for calls in batches for call in calls if isinstance(call, EmbeddingGrads)]
     if not outers and not embeddings:
         return False, False
     positions = sum(call.samples * call.g_NGPO.shape[2] for call in outers) + sum(c.ids_NP.numel() for c in embeddings)
-    most = min(LARGEST, positions // _POSITIONS)
+    most = min(LARGEST, math.floor(3 * positions * side_share))
     groups = outers[0].g_NGPO.shape[1] if outers else 1
     were = (False, False) if before is None else (before.rows.dim() == 3, before.columns.dim() == 3)
     return were[0] or (not embeddings and 1 < outputs // groups <= most), were[1] or 1 < inputs <= most

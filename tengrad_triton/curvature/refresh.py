@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,12 +14,12 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.choices import Choice, Choices, Ops, OpsFor, Representation
 from tengrad_triton.curvature.concat import MicroBatches, concat_embedding, concat_outer
 from tengrad_triton.curvature.contributions import Contributions, gather
-from tengrad_triton.curvature.geometry import Geometry, geometry_of
+from tengrad_triton.curvature.geometry import Geometry, Spending, geometry_of
 from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians, LayerJacobian
 from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
-from tengrad_triton.curvature.moments import Grads, Scaling, scales_of, updated_moments
+from tengrad_triton.curvature.moments import AllMoments, Grads, Scaling, scales_of, updated_moments
 from tengrad_triton.curvature.scaling import Scale, Scales
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
@@ -31,7 +31,9 @@ class RefreshOptions:
     """The settings of the optimizer that a refresh needs.
 
     Attributes:
-        fisher_rows: the most rows to keep; None for all.
+        spend: returns what the refresh spends, above all how many rows it keeps, from all of them, the moments, and the
+            Fisher blocks: `Options.spender`.
+        side_share: what a matrix of D may cost in a step, as a share of SGD's (`updated_moments`).
         history: the number of refreshes whose rows are kept.
         tol: the error bound of ``"compressed"`` (M7).
         relative_damping: whether dampings are in units of each block's mean squared row norm (M5).
@@ -45,7 +47,8 @@ class RefreshOptions:
         report: takes the reason of every layer without rows, by the layer's name; warns or raises.
     """
 
-    fisher_rows: int | None
+    spend: Callable[[Contributions, AllMoments, FisherBlocks], Spending]
+    side_share: float | None
     history: int
     tol: float
     relative_damping: bool
@@ -74,22 +77,23 @@ def refresh(
         options: of the refresh.
         before: the present curvature, for its history, its moments and its count of failures.
         grads: V of the parameters that the step updates.
-        generator: draws which rows are kept where ``fisher_rows`` bounds them.
+        generator: draws which rows are kept where the budget does not pay for all.
 
     Raises:
         RuntimeError: nothing was captured since the last step.
-        ValueError: a rule returned rows of another size than its parameter.
+        ValueError: a rule returned rows of another size than its parameter, or the budget leaves no row.
     """
     with phase("capture"):
         contributions, missing = gather(layers, capture, options.release_calls)
     options.report(missing)
     with phase("curvature"):
         known = {} if before is None else before.moments
-        moments = updated_moments(known, contributions, layers, grads, options.scaling)
-    if options.fisher_rows is not None:
-        contributions = contributions.sample(options.fisher_rows, generator)
-    choices = options.choose(contributions.geometries())
-    blocks, rows = options.blocks_of(contributions.layers), contributions.rows
+        # D is that of all rows, also of those that J does without.
+        moments = updated_moments(known, contributions, layers, grads, options.scaling, options.side_share)
+    blocks = options.blocks_of(contributions.layers)
+    spending = options.spend(contributions, moments, blocks)
+    contributions = contributions.sample(spending.rows, generator)
+    choices, rows = options.choose(contributions.geometries()), contributions.rows
     compressed = compressed_layers(contributions, choices)
     tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
     with phase("curvature"):
@@ -97,10 +101,11 @@ def refresh(
         own = jacobians_of(contributions, choices, options.ops_for, scales)
         jacobians, history = append_history(own, rows, before, options.history)
         failures_L = failures_of(list(blocks), before)
-        return factor(
+        curvature = factor(
             jacobians, blocks, history, options.damping_of(blocks), failures_L, options.ops_for(()),
             tol, options.relative_damping, moments, scales,
         )  # fmt: skip
+    return replace(curvature, spending=spending)
 
 
 def jacobians_of(

@@ -59,7 +59,11 @@ class Multiplier(NamedTuple):
             x = torch.einsum("goh,...ghti->...goti", self.left, x)
         else:
             x = x * self.left[:, :, None, None]
-        return x @ self.right.unsqueeze(1) if self.right.dim() == 3 else x * self.right[:, None, None, :]
+        if self.right.dim() == 2:
+            return x * self.right[:, None, None, :]
+        if x.dim() == 4:  # a broadcast product would copy M for every output
+            return (x.reshape(len(x), -1, x.shape[3]) @ self.right).view(x.shape)
+        return torch.einsum("...goti,gij->...gotj", x, self.right)
 
     def of_parameter(self, x: Tensor) -> Tensor:
         """Return L X M for a parameter-shaped tensor, in its memory layout and in the type of L and M."""
@@ -70,6 +74,13 @@ class Multiplier(NamedTuple):
         outputs, inputs = self.left.shape[1], self.right.shape[1]
         made = self.of_groups(x.reshape(len(self.left), outputs, inputs, -1).mT)
         return torch.empty_like(x).copy_(made.mT.reshape(x.shape))
+
+    def of_parameters(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return L X M for several contiguous tensors of one shape, each with as many of the groups."""
+        outputs, inputs = self.left.shape[1], self.right.shape[1]
+        x = torch.stack(tuple(tensors)).to(self.left.dtype)
+        made = self.of_groups(x.view(len(self.left), outputs, inputs, -1).mT)
+        return made.mT.reshape(x.shape).unbind()
 
     def of_rows(self, j_NK: Tensor) -> Tensor:
         """Return the rows of J with L J_n M in place of J_n, in the type of L and M.
@@ -108,6 +119,8 @@ class Multiplier(NamedTuple):
 class Metric:
     """D⁻¹ of several parameters, prepared for many gradients.
 
+    Diagonal D take one call together. So do the matrices of parameters of equal sizes, where that is worth it.
+
     Args:
         scales: D of each parameter.
         parameters: tensors of the parameters' shapes and memory layouts.
@@ -120,13 +133,19 @@ class Metric:
         self._numbers = [
             self._inverses[place].of_parameter(torch.ones_like(parameters[place])) for place in self._diagonal
         ]
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for place, (inverse, x) in enumerate(zip(self._inverses, parameters, strict=True)):
+            if not inverse.is_diagonal:
+                alike.setdefault(_form(place, inverse, x), []).append(place)
+        self._batches = [(places, _joined([self._inverses[place] for place in places])) for places in alike.values()]
 
     def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return D⁻¹ x of a parameter-shaped tensor x for each parameter; one call serves all diagonal D."""
+        """Return D⁻¹ x of a parameter-shaped tensor x for each parameter."""
         scaled = dict(zip(self._diagonal, self._multiplied([tensors[p] for p in self._diagonal]), strict=True))
-        for place, (inverse, x) in enumerate(zip(self._inverses, tensors, strict=True)):
-            if place not in scaled:
-                scaled[place] = inverse.of_parameter(x)
+        for places, inverse in self._batches:
+            own = [tensors[place] for place in places]
+            made = inverse.of_parameters(own) if len(own) > 1 else [inverse.of_parameter(own[0])]
+            scaled |= zip(places, made, strict=True)
         return [scaled[place] for place in range(len(tensors))]
 
     def _multiplied(self, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -135,6 +154,25 @@ class Metric:
     def times(self, place: int, x: Tensor) -> Tensor:
         """Return D x of a tensor x of one parameter, given by its place."""
         return self._scales[place].power(1.0).of_parameter(x)
+
+
+def worth_a_batch(x: Tensor) -> bool:
+    """Whether parameters like this one are multiplied in one call; on a CPU it pays as long as calls cost the most."""
+    return x.is_contiguous() and (x.device.type != "cpu" or x.numel() <= 2**12)
+
+
+def _form(place: int, inverse: Multiplier, x: Tensor) -> tuple[object, ...]:
+    """Return what parameters have in common that are multiplied in one call; one that is alone has its place."""
+    alone = () if worth_a_batch(x) else (place,)
+    return (x.shape, inverse.left.shape, inverse.right.shape, inverse.left.dtype, x.device, *alone)
+
+
+def _joined(multipliers: Sequence[Multiplier]) -> Multiplier:
+    """Return one whose groups are those of all of them."""
+    if len(multipliers) == 1:
+        return multipliers[0]
+    left, right = zip(*multipliers, strict=True)
+    return Multiplier(torch.cat(left), torch.cat(right))
 
 
 def _times(x: Tensor, right: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
+from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.jacobians.base import Jacobians
 from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously
 from tengrad_triton.curvature.moments import AllMoments
@@ -136,6 +137,7 @@ class Curvature:
         failures_L: how many factorizations of each block have failed so far.
         moments: those of which D is made (M17), by the names of layer and parameter; none if D is the identity.
         scales: D of the parameters (M17), also of those without J; none if D is the identity.
+        spending: the rows and costs of the refresh, by the optimizer's budget; None for a compiled refresh.
         last_plan: the plan of the last step with this curvature (see `step`), if there was one.
     """
 
@@ -148,6 +150,7 @@ class Curvature:
     failures_L: Tensor
     moments: AllMoments
     scales: Scales
+    spending: Spending | None = None
     last_plan: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property

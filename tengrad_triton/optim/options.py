@@ -18,7 +18,8 @@ from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
 from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.validation import check_bound, check_choice, check_count, is_number
-from tengrad_triton.tuning.plan import Plan
+from tengrad_triton.tuning.budget import Budget, Spender
+from tengrad_triton.tuning.plan import Given, Plan
 from tengrad_triton.tuning.plan_file import load
 from tengrad_triton.tuning.precision import within_damping
 
@@ -57,6 +58,7 @@ class Options:
     unsupported: Unsupported
     backend: Backend
     plan: Plan
+    step_share: float | None
     max_bytes: int
     tol: float
     trust_region: float | None
@@ -66,13 +68,27 @@ class Options:
     output: Select
     verify: Verify
 
+    @property
+    def given(self) -> Given:
+        """The representations that the user chose."""
+        return None if self.representation == "auto" else self.representation
+
+    @property
+    def budget(self) -> Budget:
+        """What the optimizer may spend."""
+        return Budget(self.step_share, self.max_bytes, self.fisher_rows)
+
+    def spender(self, refresh_every: int, samples: int) -> Spender:
+        """Return what answers how many rows a refresh of a batch of ``samples`` keeps."""
+        draws = self.fisher != "empirical"
+        return Spender(self.budget, self.plan, self.given, refresh_every, samples, self.history, draws)
+
     def choose(self, geometries: Mapping[str, Geometry], refresh_every: int, damping: float) -> dict[str, Choice]:
         """Return every weight's choice: by the user if given, else by the plan, else by the cost model.
 
         ``damping`` is the least one of all weights.
         """
-        given = None if self.representation == "auto" else self.representation
-        choices = self.plan.choose(geometries, given, refresh_every, self.max_bytes)
+        choices = self.plan.choose(geometries, self.given, refresh_every, self.max_bytes)
         choices = within_damping(choices, damping, self.relative_damping)
         if self.history == 1:
             return choices
@@ -95,6 +111,7 @@ def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str |
         check_count(name, options[name], optional=name == "fisher_rows")
     _check_blocks(options["blocks"])
     _check_representation(options["representation"])
+    check_bound("step_share", options["step_share"])
     if not is_number(options["max_bytes"]) or options["max_bytes"] < 0:
         raise ValueError(f"max_bytes must be at least 0, got {options['max_bytes']!r}")
     if not is_number(options["tol"]) or not 0 < options["tol"] < 1:

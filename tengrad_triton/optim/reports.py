@@ -10,6 +10,7 @@ from torch import nn
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.options import Unsupported
 
@@ -92,6 +93,15 @@ class Reports:
         why = capture.why_loss_differs()
         if why is not None:
             self._once("loss", f"the loss is not that of the likelihood: {why}")
+
+    def spends(self, spending: Spending | None) -> None:
+        """Warn once where the memory is too small for all rows."""
+        if spending is not None and spending.why.startswith("max_bytes"):
+            self._once(
+                "bytes",
+                f"J of all {spending.of} rows takes more than {spending.why}: {spending.rows} of them, drawn at random "
+                "at each refresh, are used; raise max_bytes, or set fisher_rows= or representation= yourself",
+            )
 
     def _once(self, key: str, message: str) -> None:
         if key not in self._said:

@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass, fields
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.curvature.choices import Choice, implementation_names
+from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.woodbury import Curvature
@@ -42,10 +43,12 @@ class Summary:
     Attributes:
         parameters: the entries, in the order of the layers.
         failures: how many factorizations of Fisher blocks have failed so far.
+        spending: the rows and the costs of the last refresh; None before the first, and for baselines.
     """
 
     parameters: tuple[ParameterSummary, ...]
     failures: int
+    spending: Spending | None = None
 
     def __str__(self) -> str:
         titles = tuple(field.name for field in fields(ParameterSummary))
@@ -56,6 +59,8 @@ class Summary:
         ]
         total = sum(entry.bytes for entry in self.parameters)
         text.append(f"{len(self.parameters)} parameters, {total / 2**20:.1f} MiB kept between refreshes")
+        if self.spending is not None:
+            text.append(str(self.spending))
         if self.failures:
             text.append(f"{self.failures} factorizations failed: the damping of those blocks was raised")
         return "\n".join(text)
@@ -67,7 +72,9 @@ def summarize(layers: Sequence[LayerParams], curvature: Curvature | None, apart:
     ``apart`` has, by the parameter's name, why rows do not follow from calls of the parameter's layers.
     """
     entries = tuple(_entry(layer, param_name, curvature, apart) for layer in layers for param_name in layer.parameters)
-    return Summary(entries, 0 if curvature is None else int(curvature.failures_L.sum()))
+    if curvature is None:
+        return Summary(entries, 0)
+    return Summary(entries, int(curvature.failures_L.sum()), curvature.spending)
 
 
 def choices_of(curvature: Curvature | None) -> dict[str, Choice]:

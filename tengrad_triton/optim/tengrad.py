@@ -103,8 +103,12 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
         plan: the plan that `autotune` returned, or the path of the file that it wrote; for weights that it does not
             contain, the cost model decides.
-        max_bytes: the memory, in bytes, for those J whose representation is chosen automatically. It also bounds the
-            output gradients of the exact Fisher matrix, and the rows of each parameter without a rule.
+        step_share: what the optimizer may add to SGD's step in the mean, as a share of its time by the cost model: 0.2
+            for 1.2 times SGD's step. It bounds the rows, drawn at random, the matrices in D, and `Growing` from below
+            (M18). None for no bound. `summary` says what that comes to.
+        max_bytes: the memory, in bytes, for those J whose representation is chosen automatically: first they are stored
+            in less memory, then fewer rows are used, with one warning. It also bounds the output gradients of the exact
+            Fisher matrix, and the rows of each parameter without a rule.
         tol: the largest relative error α ‖Δd‖ / ‖∇L‖ of a ``"compressed"`` J (M7).
         seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
         output: the part of the model's output that the likelihood sees: a function of it, a key or an index. By default
@@ -133,14 +137,14 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         fisher: Fisher = "sampled", likelihood: str | Likelihood = "categorical", fisher_samples: int = 1,
         fisher_rows: int | None = None, history: int = 1, blocks: BlocksChoice = "layer",
         representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
-        backend: Backend = "auto", plan: Plan | Path | str | None = None, max_bytes: int = MAX_BYTES,
-        tol: float = 0.01, seed: int | None = None, output: Select = None, verify: Verify = "change",
+        backend: Backend = "auto", plan: Plan | Path | str | None = None, step_share: float | None = None,
+        max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None, verify: Verify = "change",
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
             device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
-            plan=plan, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
+            plan=plan, step_share=step_share, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
             output=output, verify=verify, scaling=scaling, clip_threshold=clip_threshold,
         )  # fmt: skip
         # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
@@ -208,16 +212,13 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
         groups = self.param_groups if self._scaling != "none" else []
         averages = [Average.of_group(group, self._steps) for group in groups]
+        bounds = self._options.trust_region, averages, self._options.clip_threshold
         if closure is None or age > 0 or not self.adapts:
-            step_(
-                curvature, targets, grads, self._ops, self._options.trust_region, averages, self._options.clip_threshold
-            )
+            step_(curvature, targets, grads, self._ops, *bounds)
             return curvature, age
         before = [target.parameter.clone() for target in targets]
         with restored_on_error(targets):
-            step_(
-                curvature, targets, grads, self._ops, self._options.trust_region, averages, self._options.clip_threshold
-            )
+            step_(curvature, targets, grads, self._ops, *bounds)
             self._adapt(curvature, targets, grads, before, closure, loss)
         return curvature, age
 
@@ -245,16 +246,16 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _refresh_is_due(self) -> bool:
-        is_released = self._curvature is not None and self._curvature.is_released
-        return is_released or self._curvature_is_outdated()
+        return self._curvature is None or self._curvature.is_released or self._age >= self._interval()
 
     def _refreshed(self, grads: Grads) -> Curvature:
         """Return the curvature of the batches since the last step, whose gradients are V."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
+        samples = sum(record.samples for record in self._capture.records if not record.is_extra)
         self._follow_schedules()
         options = RefreshOptions(
-            fisher_rows=o.fisher_rows, history=o.history, tol=o.tol, relative_damping=o.relative_damping,
+            spend=o.spender(steps, samples), side_share=o.budget.side_share, history=o.history, tol=o.tol, relative_damping=o.relative_damping,
             scaling=o.scaling, release_calls=self._release_calls,
             choose=partial(o.choose, refresh_every=steps, damping=min(g["damping"] for g in self.param_groups)),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
@@ -262,7 +263,16 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         )  # fmt: skip
         self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
-        return refresh(self._capture, self._layers, options, self._curvature, grads, row_generator)
+        curvature = refresh(self._capture, self._layers, options, self._curvature, grads, row_generator)
+        self._reports.spends(curvature.spending)
+        return curvature
+
+    def _interval(self) -> int:
+        """Return the present interval between refreshes, in steps."""
+        every, spending = self.refresh_every, None if self._curvature is None else self._curvature.spending
+        if isinstance(every, Growing) and spending is not None and spending.interval > every.most:
+            every = Growing(spending.interval)
+        return interval_at(every, self._steps)
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""

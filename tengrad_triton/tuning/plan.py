@@ -5,7 +5,6 @@ The cost model estimates the time of a step in flops: a weight gets explicit row
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -49,9 +48,7 @@ def representations_by_cost(
 
 def total_bytes(geometries: Mapping[str, Geometry], chosen: Mapping[str, Representation]) -> int:
     """Return the bytes that the chosen representations store."""
-    return sum(
-        g.per_sample_bytes if chosen[name] == "per_sample" else g.factored_bytes for name, g in geometries.items()
-    )
+    return sum(geometry.stored_bytes(chosen[name]) for name, geometry in geometries.items())
 
 
 @dataclass(frozen=True)
@@ -114,9 +111,6 @@ class Plan:
             given: the representations that the user chose.
             refresh_every: the number of steps that share the time of a refresh.
             max_bytes: the memory for J, in bytes.
-
-        Warns:
-            UserWarning: J takes more than ``max_bytes`` even in the smallest measured representations.
         """
         best = representations_by_cost(geometries, given, max_bytes, refresh_every)
         known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
@@ -124,23 +118,20 @@ class Plan:
         for name, measured in known.items():
             if measured and name not in fixed:
                 best[name] = _fastest(measured, best[name], refresh_every)
-
-        def used() -> int:
-            return sum(_stored(geometries[name], known[name], chosen) for name, chosen in best.items())
-
-        while used() > max_bytes and (moves := self._moves(known, best, fixed, refresh_every)):
+        while self.stored_bytes(geometries, best) > max_bytes and (
+            moves := self._moves(known, best, fixed, refresh_every)
+        ):
             _, name, smaller = min(moves)
             best[name] = smaller
-        if used() > max_bytes and len(fixed) < len(geometries):
-            warnings.warn(
-                f"J takes at least {used():,} bytes, but max_bytes is {max_bytes:,}: use fewer rows (fisher_rows=), or "
-                "rounded or compressed rows (representation=)",
-                stacklevel=2,
-            )
         return {
             name: Choice(chosen, known[name][chosen].kernel_overrides if chosen in known[name] else ())
             for name, chosen in best.items()
         }
+
+    def stored_bytes(self, geometries: Mapping[str, Geometry], chosen: Mapping[str, Representation]) -> int:
+        """Return the bytes of all J: as measured, or else as the geometries say."""
+        known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
+        return sum(_stored(geometries[name], known[name], one) for name, one in chosen.items())
 
     @staticmethod
     def _moves(
@@ -171,4 +162,4 @@ def _stored(geometry: Geometry, measured: Measurements, chosen: Representation) 
     """Return the bytes of one weight's J: as measured, or else as its geometry says."""
     if chosen in measured:
         return measured[chosen].bytes
-    return geometry.factored_bytes if chosen == "factored" else geometry.per_sample_bytes
+    return geometry.stored_bytes(chosen)

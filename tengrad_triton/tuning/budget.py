@@ -1,0 +1,245 @@
+"""How many rows of J a budget pays for, and how often they are refreshed (docs/math.md, M18).
+
+All costs are flops by the cost model (`Geometry`): a pass over memory counts as the flops that it takes the time of.
+Dimensions: N samples of a batch, P positions, R rows of J.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tengrad_triton.capture.blocks import full_name
+from tengrad_triton.curvature.choices import Representation
+from tengrad_triton.curvature.contributions import Contributions
+from tengrad_triton.curvature.geometry import EMBEDDING, Geometry, Spending
+from tengrad_triton.curvature.moments import AllMoments
+from tengrad_triton.curvature.woodbury import FisherBlocks
+from tengrad_triton.tuning.plan import Given, Plan
+
+_SGD_PASSES = 5  # over a weight: it, its gradient and its momentum are read, two of them written
+_SCALE_PASSES = 3  # over a weight for D⁻¹ V̂: V̂ and D⁻¹ are read, the product is written
+_EIGENVECTORS = 25  # n³ times this are the flops of the eigenvectors of a matrix of n entries
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a refresh could use, all rows of it, and what SGD does with the same batch.
+
+    Attributes:
+        weights: the sizes of every parameter, with R the rows of the whole refresh; also those whose rows are explicit.
+        samples: N.
+        backwards: the backward passes that the rows take beside the caller's.
+        history: the refreshes whose rows are kept.
+        sides: for each parameter the sides of D that are matrices, by their entries in every group; none without D.
+        blocks: the number of Fisher blocks.
+    """
+
+    weights: Mapping[str, Geometry]
+    samples: int
+    backwards: int
+    history: int
+    sides: Mapping[str, tuple[int, ...]]
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """The rows of the whole refresh."""
+        return next((geometry.samples for geometry in self.weights.values()), 0)
+
+    @property
+    def sgd(self) -> float:
+        """The flops of SGD's step: 6 N P for each entry of a weight, and passes over it."""
+        return sum(
+            (0 if g.layout == EMBEDDING else 6 * self.samples * g.positions * g.entries)
+            + _SGD_PASSES * g.flops_of_pass(g.itemsize * g.entries)
+            for g in self.weights.values()
+        )
+
+    @property
+    def scale(self) -> float:
+        """The flops of D⁻¹ V̂."""
+        return sum(
+            2 * sum(self.sides[name]) * g.entries + _SCALE_PASSES * g.flops_of_pass(g.itemsize * g.entries)
+            for name, g in self.weights.items()
+            if name in self.sides
+        )
+
+    def of_rows(self, rows: int) -> dict[str, Geometry]:
+        """Return the sizes of J with some of the rows of each refresh."""
+        rows *= self.history
+        return {
+            name: replace(g, samples=rows, factored_bytes=g.factored_bytes * rows // max(1, g.samples))
+            for name, g in self.weights.items()
+        }
+
+    def refresh(self, rows: int, chosen: Mapping[str, Representation]) -> float:
+        """Return the flops that a refresh with some of the rows adds to a step."""
+        backward = 4 * self.backwards * sum(self.samples * g.positions * g.entries for g in self.weights.values())
+        grams = sum(g.refresh_flops(chosen[name]) for name, g in self.of_rows(rows).items())
+        moments = sum(
+            n * n * (4 * self.samples * self.weights[name].positions + _EIGENVECTORS * n) * self.weights[name].groups
+            for name, sides in self.sides.items()
+            for n in sides
+        )
+        return backward + grams + moments + self.blocks * (self.history * rows) ** 3
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """The choices of an optimizer for other numbers of rows.
+
+    Attributes:
+        plan: of the device.
+        given: the representations that the user chose.
+        explicit: the names of parameters whose rows are given, which leaves no choice.
+        refresh_every: the number of steps that share the time of a refresh.
+        max_bytes: the memory for J, in bytes.
+    """
+
+    plan: Plan
+    given: Given
+    explicit: Collection[str]
+    refresh_every: int
+    max_bytes: int
+
+    def representations(self, sizes: Mapping[str, Geometry]) -> dict[str, Representation]:
+        """Return that of every parameter."""
+        choices = self.plan.choose(self._chosen(sizes), self.given, self.refresh_every, self.max_bytes)
+        chosen = {name: choice.representation for name, choice in choices.items()}
+        return {**chosen, **dict.fromkeys(self.explicit, "per_sample")}
+
+    def stored_bytes(self, sizes: Mapping[str, Geometry]) -> int:
+        """Return the bytes that ``max_bytes`` bounds; 0 if the user chose all representations."""
+        own = self._chosen(sizes)
+        if self.given is not None and (isinstance(self.given, str) or own.keys() <= self.given.keys()):
+            return 0
+        chosen = self.representations(sizes)
+        return self.plan.stored_bytes(own, {name: chosen[name] for name in own})
+
+    def _chosen(self, sizes: Mapping[str, Geometry]) -> dict[str, Geometry]:
+        return {name: geometry for name, geometry in sizes.items() if name not in self.explicit}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the optimizer may spend.
+
+    Attributes:
+        step_share: what the optimizer may add to SGD's step, as a share of it: one half for every step's products, the
+            other one for refreshes, in the mean. None for no bound.
+        max_bytes: the memory for J, in bytes.
+        fisher_rows: the most rows; None for no bound.
+    """
+
+    step_share: float | None
+    max_bytes: int
+    fisher_rows: int | None
+
+    @property
+    def side_share(self) -> float | None:
+        """The share of SGD's step that a matrix of D may take on each side: an eighth of the whole; None for no bound."""
+        return None if self.step_share is None else self.step_share / 8
+
+    def spend(self, work: Work, chooser: Chooser) -> Spending:
+        """Return the most rows within the budget.
+
+        Raises:
+            ValueError: not even one row is.
+        """
+        if not work.weights:
+            return Spending(0, 0, 0.0, 0.0, 1, "")
+        most = work.rows if self.fisher_rows is None else min(work.rows, self.fisher_rows)
+        rows, why = most, "" if most == work.rows else f"fisher_rows={self.fisher_rows}"
+        bounds = {"step_share": self._within_share, "max_bytes": self._within_bytes}
+        for name, within in bounds.items():
+            fitting = _largest(rows, lambda r, within=within: within(work, r, chooser))
+            if fitting == 0:
+                raise ValueError(self._no_row(name, work, chooser))
+            if fitting < rows:
+                rows, why = fitting, f"{name}={getattr(self, name):g}"
+        chosen = chooser.representations(work.of_rows(rows))
+        refresh = work.refresh(rows, chosen) / work.sgd
+        interval = 1 if self.step_share is None else max(1, math.ceil(2 * refresh / self.step_share))
+        return Spending(rows, work.rows, _step(work, rows, chosen) / work.sgd, refresh, interval, why)
+
+    def _within_share(self, work: Work, rows: int, chooser: Chooser) -> bool:
+        if self.step_share is None:
+            return True
+        return _step(work, rows, chooser.representations(work.of_rows(rows))) <= self.step_share / 2 * work.sgd
+
+    def _within_bytes(self, work: Work, rows: int, chooser: Chooser) -> bool:
+        return chooser.stored_bytes(work.of_rows(rows)) <= self.max_bytes
+
+    def _no_row(self, name: str, work: Work, chooser: Chooser) -> str:
+        sizes = work.of_rows(1)
+        if name == "max_bytes":
+            least = f"{chooser.stored_bytes(sizes):,}"
+            return f"max_bytes={self.max_bytes} leaves no row of J: one row takes {least} bytes; set at least that"
+        share = 2 * _step(work, 1, chooser.representations(sizes)) / work.sgd
+        without = "" if not work.sides else ", or set scaling='none', which needs less"
+        return (
+            f"step_share={self.step_share:g} leaves no row of J: by the cost model one row adds {share / 2:.3f} to SGD's "
+            f"step, for which half of the share is meant; set step_share to at least {math.ceil(1e3 * share) / 1e3:g}"
+            f"{without}"
+        )
+
+
+def _step(work: Work, rows: int, chosen: Mapping[str, Representation]) -> float:
+    return work.scale + sum(g.step_flops(chosen[name]) for name, g in work.of_rows(rows).items())
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """Return the largest number up to ``most`` that fits, by bisection; 0 if none does."""
+    if fits(most):
+        return most
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+class Spender:
+    """Returns what a refresh of the optimizer spends.
+
+    Args:
+        budget: what may be spent.
+        plan: of the device.
+        given: the representations that the user chose.
+        refresh_every: the number of steps that share the time of a refresh.
+        samples: N.
+        history: the refreshes whose rows are kept.
+        draws: whether the rows take backward passes of their own.
+    """
+
+    def __init__(
+        self, budget: Budget, plan: Plan, given: Given, refresh_every: int, samples: int, history: int, draws: bool
+    ) -> None:
+        self._budget, self._samples, self._history, self._draws = budget, samples, history, draws
+        self._chooser = partial(Chooser, plan, given, refresh_every=refresh_every, max_bytes=budget.max_bytes)
+
+    def __call__(self, contributions: Contributions, moments: AllMoments, blocks: FisherBlocks) -> Spending:
+        """Return what the budget pays for.
+
+        Args:
+            contributions: to all rows of the refresh.
+            moments: of which D is made; none without scaling.
+            blocks: the Fisher blocks.
+
+        Raises:
+            ValueError: the budget leaves no row.
+        """
+        explicit = contributions.explicit()
+        weights = {**contributions.geometries(), **explicit}
+        sides = {
+            full_name(layer, name): tuple(x.shape[1] for x in (own.rows, own.columns) if x.dim() == 3)
+            for layer, parameters in moments.items()
+            for name, own in parameters.items()
+            if full_name(layer, name) in weights
+        }
+        backwards = contributions.rows // max(1, self._samples) if self._draws else 0
+        work = Work(weights, self._samples, backwards, self._history, sides, len(blocks))
+        return self._budget.spend(work, self._chooser(explicit=explicit.keys()))
