@@ -220,9 +220,9 @@ LM, OTHER_LM = LevenbergMarquardt(), LevenbergMarquardt(increase=2.0)
 LEVEL = {"trust_region": None}
 # An optimizer, what the group of biases has of its own, settings of the optimizer, and what the refusal says.
 REFUSED = {
-    "damping": (TENGraD, {"damping": 0.5}, {}, "block '0' .* need one damping, got 0.003, 0.5"),
-    "damping, one block": (TENGraD, {"damping": 0.5}, ONE_BLOCK, "block 'network' .* need one damping, got 0.003, 0.5"),
-    "schedules of the damping": (TENGraD, {"damping": lambda step: 0.5}, {}, "need one damping, got 0.003, 0.5"),
+    "damping": (TENGraD, {"damping": 0.5}, {}, "block '0' .* need one damping, got 0.5, 10.0"),
+    "damping, one block": (TENGraD, {"damping": 0.5}, ONE_BLOCK, "block 'network' .* need one damping, got 0.5, 10.0"),
+    "schedules of the damping": (TENGraD, {"damping": lambda step: 0.5}, {}, "need one damping, got 0.5, 10.0"),
     "one adapted damping": (TENGraD, {"damping": "lm"}, {"damping": 0.1, **LEVEL}, "adapted in different ways"),
     "two adaptations": (TENGraD, {"damping": OTHER_LM}, {"damping": LM, **LEVEL}, "adapted in different ways"),
     "adapted, both signs": (TENGraD, {"maximize": True}, {"damping": "lm", **LEVEL}, "the same maximize"),

@@ -34,7 +34,7 @@ def stepped(model, x, representation, fisher):
             setattr(ops, name, partial(recorded, getattr(ops, name)))
         return ops
 
-    optimizer = TENGraD(model, lr=0.0, fisher=fisher, representation=representation, seed=0)
+    optimizer = TENGraD(model, lr=0.0, fisher=fisher, representation=representation, scaling="none", seed=0)
     optimizer._ops_for = ops_for
     F.cross_entropy(model(x).float(), torch.zeros(N, dtype=torch.long)).backward()
     optimizer.step()

@@ -70,8 +70,9 @@ def test_rows_are_those_of_the_forward_that_was_made(case, fisher):
     named = dict(model.named_parameters())
     recording = Recording(Categorical())
     optimizer = TENGraD(
-        model, lr=0.0, likelihood=recording, representation="per_sample", fisher=fisher, refresh_every=1
-    )
+        model, lr=0.0, likelihood=recording, representation="per_sample", fisher=fisher, refresh_every=1,
+        scaling="none",
+    )  # fmt: skip
     for _ in range(2):  # the second refresh uses what the first one found out about a module
         optimizer.zero_grad()
         output = model(x)
@@ -126,7 +127,7 @@ def test_an_embedding_makes_nothing_of_the_vocabularys_size():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(vocabulary, entries), nn.Flatten(), nn.Linear(6 * entries, 3))
     ids = torch.randint(vocabulary, (N, 6))
-    assert largest_in_a_refresh(model, ids, torch.randint(3, (N,))) < vocabulary
+    assert largest_in_a_refresh(model, ids, torch.randint(3, (N,)), scaling="none") < vocabulary
 
 
 def test_a_sequence_never_takes_memory_of_its_length_squared():
@@ -168,9 +169,9 @@ def test_summary_names_what_is_no_rule_and_no_sample_of_its_own():
     F.cross_entropy(model(torch.randn(N, 4)), torch.zeros(N, dtype=torch.long)).backward()
     optimizer.step()
     shown = {row.parameter: row.representation for row in optimizer.summary().parameters}
-    assert shown["1.weight"] == "per_sample, detached batch statistics"
-    assert shown["2.weight"] == "per_sample, explicit (OwnForward has its own forward)"
-    assert shown["0.weight"] == "factored"
+    assert shown["1.weight"] == "per_sample, detached batch statistics, D 4 ⊗ 1"
+    assert shown["2.weight"] == "per_sample, explicit (OwnForward has its own forward), D 3 ⊗ 4"
+    assert shown["0.weight"] == "factored, D 4 ⊗ 4"
 
 
 def test_rows_beyond_the_memory_take_the_sgd_step_and_say_so():

@@ -248,7 +248,8 @@ def test_what_was_said_reaches_the_fisher_matrix():
     likelihood, loss, (samples, _) = WEIGHTED["class weights"]
     model, x = nn.Linear(4, CLASSES, bias=False).double(), output_of((samples, 4), seed=3)
     blocks = own_hessians(loss, model(x).detach())
-    optimizer = TENGraD(model, lr=0.0, fisher="exact", likelihood=likelihood, representation="per_sample")
+    given = {"lr": 0.0, "scaling": "none", "representation": "per_sample"}
+    optimizer = TENGraD(model, fisher="exact", likelihood=likelihood, **given)
     loss(model(x)).backward()
     optimizer.step()
     j_NK = optimizer._curvature.jacobians[""]["weight"].j_NK

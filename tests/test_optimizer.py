@@ -96,7 +96,7 @@ def test_damping_changed_between_refreshes_waits_for_the_next():
     changed, steady = TENGraD(model, refresh_every=3), TENGraD(twin, refresh_every=3)
     take_steps(model, changed, 0, 1)
     take_steps(twin, steady, 0, 1)
-    changed.param_groups[0]["damping"] = 10.0
+    changed.param_groups[0]["damping"] = 1.0
     take_steps(model, changed, 1, 3)
     take_steps(twin, steady, 1, 3)
     assert torch.equal(flat(model), flat(twin))
@@ -199,9 +199,9 @@ def test_summary_shows_every_parameter():
     summary = optimizer.summary()
     assert [row.parameter for row in summary.parameters] == [name for name, _ in model.named_parameters()]
     assert {row.parameter: row.representation for row in summary.parameters if row.parameter.endswith("weight")} == {
-        "0.weight": "per_sample",
-        "4.weight": "factored",
-        "6.weight": "factored",
+        "0.weight": "per_sample, D 3² ⊗ 1",
+        "4.weight": "factored, D 8 ⊗ 27",
+        "6.weight": "factored, D 4 ⊗ 8",
     }
     assert sum(row.bytes for row in summary.parameters) > 0
     assert "4.weight" in str(summary)
@@ -212,7 +212,8 @@ def test_representation_by_hand():
     optimizer = TENGraD(model, representation={"0.weight": "factored", "6.weight": "per_sample"})
     take_steps(model, optimizer, 0, 1)
     chosen = {row.parameter: row.representation for row in optimizer.summary().parameters}
-    assert (chosen["0.weight"], chosen["4.weight"], chosen["6.weight"]) == ("factored", "factored", "per_sample")
+    weights = (chosen[f"{place}.weight"].split(",")[0] for place in (0, 4, 6))
+    assert tuple(weights) == ("factored", "factored", "per_sample")
 
 
 # The cost model: sizes (N, G, P, I, O) and the cheaper representation at a refresh in 100 steps, and at each step.

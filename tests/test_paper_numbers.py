@@ -38,7 +38,7 @@ def test_experiments_are_chosen_by_their_names_or_by_how_these_begin(words):
 def test_all_is_every_target_and_the_papers_own_scale_is_the_default():
     runs = runs_of(Request(), TARGETS)
     table2 = [run for run in runs if not run.grid]
-    assert len(table2) == len(EXPERIMENTS) * 8 * 5
+    assert len(table2) == len(EXPERIMENTS) * 9 * 5
     first = table2[0].settings
     assert (first.model, first.width, first.epochs, first.batch_size) == ("3c1f", 128, 10, 128)
     assert (first.tengrad.lr, first.tengrad.weight_decay, first.tengrad.damping) == (0.003, 0.001, 0.1)

@@ -88,7 +88,7 @@ def planned(model):
     """An optimizer of a layer of 6 inputs and 4 outputs, whose plan has `TF32X3` kernels for 8 samples."""
     seconds = {name: {"torch": 2.0, "triton": 1.0, TF32X3: 0.5} for name in PLANNED}
     plan = Plan({"N8 G1 P1 I6 O4 dense 32-bit": {"factored": Measured(seconds, 1)}})
-    return TENGraD(model, damping=1e-2, refresh_every=1, representation="factored", plan=plan)
+    return TENGraD.unscaled(model, damping=1e-2, refresh_every=1, representation="factored", plan=plan)
 
 
 def test_a_compiled_refresh_would_not_look_at_the_damping():

@@ -204,8 +204,9 @@ def test_a_label_a_token(fisher, ignored):
     likelihood.target = y if ignored else None
     draws = 400 if fisher == "sampled" else 1
     optimizer = TENGraD(
-        model, lr=0.0, fisher=fisher, fisher_samples=draws, likelihood=likelihood, representation="per_sample", seed=0
-    )
+        model, lr=0.0, fisher=fisher, fisher_samples=draws, likelihood=likelihood, representation="per_sample", seed=0,
+        scaling="none",
+    )  # fmt: skip
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     optimizer.step()
     j_NK = optimizer._curvature.jacobians[""]["weight"].j_NK
