@@ -43,7 +43,7 @@ def loss_on_test(model: nn.Module, text: Text, pieces: int = 128) -> float:
 
 
 def tengrad(model: nn.Module, **settings: Any) -> TENGraD:
-    """Return TENGraD with its defaults, except those given. A language model has its classes in the last dimension of its output."""
+    """Return TENGraD. A language model has its classes in the last dimension of its output."""
     return TENGraD(model, likelihood=Categorical(dim=-1), **settings)
 
 

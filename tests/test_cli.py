@@ -68,7 +68,10 @@ MISTAKES = {
     "command": (["trian"], "trian"),
     "flag": (["train", "--learning-rate", "1"], "--learning-rate"),
     "stray value": (["train", "3"], "3"),
-    "optimizer": (["train", "--optimizer", "sgd", "adam"], '"tengrad", "sgd", "adamw", "tengrad_defaults", "tengrad_unscaled"'),
+    "optimizer": (
+        ["train", "--optimizer", "sgd", "adam"],
+        '"tengrad", "sgd", "adamw", "tengrad_defaults", "tengrad_unscaled"',
+    ),
     "no optimizer": (["train", "--optimizer"], "at least one"),
     "optimizer twice": (["train", "--optimizer", "sgd", "sgd"], "once"),
     "model": (["train", "--model", "resnet"], "choose from 3c1f, mlp, "),

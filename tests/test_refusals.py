@@ -33,6 +33,8 @@ BAD = {
     "representation of a weight": ({"representation": {"0.weight": "dense"}}, ValueError, "representation must be"),
     "unsupported": ({"unsupported": "skip"}, ValueError, "unsupported must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    "no share": ({"step_share": 0}, ValueError, "step_share must be positive, or None for no bound, got 0"),
+    "share": ({"step_share": "0.1"}, ValueError, "step_share must be positive, or None for no bound, got '0.1'"),
     "max_bytes": ({"max_bytes": -1}, ValueError, "max_bytes must be at least 0"),
 }
 

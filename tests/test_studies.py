@@ -130,7 +130,7 @@ def test_the_page_shows_runs_that_failed(store, tmp_path):
     text = (tmp_path / "defaults.md").read_text()
     assert "| pinn | sgd | above its start | 1 | 1 |" in text
     assert r"| pinn | muon | crashed: RuntimeError: no luck \| at all | 0.01 | 1 |" in text
-    assert "| pinn | tengrad | not finite | 0.03 | 1 |" in text
+    assert "| pinn | tengrad | not finite | 0.01 | 1 |" in text
     assert "not reached (1 failed)" in text
     assert "| pinn | - | - | - | 1 of 1 |" in text
 

@@ -138,14 +138,16 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         fisher_rows: int | None = None, history: int = 1, blocks: BlocksChoice = "layer",
         representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
         backend: Backend = "auto", plan: Plan | Path | str | None = None, step_share: float | None = None,
-        max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None, verify: Verify = "change",
+        max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None,
+        verify: Verify = "change",
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
             device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
-            plan=plan, step_share=step_share, max_bytes=max_bytes, tol=tol, trust_region=trust_region, relative_damping=relative_damping,
-            output=output, verify=verify, scaling=scaling, clip_threshold=clip_threshold,
+            plan=plan, step_share=step_share, max_bytes=max_bytes, tol=tol, trust_region=trust_region,
+            relative_damping=relative_damping, output=output, verify=verify, scaling=scaling,
+            clip_threshold=clip_threshold,
         )  # fmt: skip
         # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
@@ -255,8 +257,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         samples = sum(record.samples for record in self._capture.records if not record.is_extra)
         self._follow_schedules()
         options = RefreshOptions(
-            spend=o.spender(steps, samples), side_share=o.budget.side_share, history=o.history, tol=o.tol, relative_damping=o.relative_damping,
-            scaling=o.scaling, release_calls=self._release_calls,
+            spend=o.spender(steps, samples), side_share=o.budget.side_share, history=o.history, tol=o.tol,
+            relative_damping=o.relative_damping, scaling=o.scaling, release_calls=self._release_calls,
             choose=partial(o.choose, refresh_every=steps, damping=min(g["damping"] for g in self.param_groups)),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
             ops_for=self._ops_for, report=self._reports.uncovered,

@@ -140,7 +140,7 @@ class Budget:
 
     @property
     def side_share(self) -> float | None:
-        """The share of SGD's step that a matrix of D may take on each side: an eighth of the whole; None for no bound."""
+        """The share of SGD's step that each matrix of D may take: an eighth of the whole. None for no bound."""
         return None if self.step_share is None else self.step_share / 8
 
     def spend(self, work: Work, chooser: Chooser) -> Spending:
@@ -155,7 +155,7 @@ class Budget:
         rows, why = most, "" if most == work.rows else f"fisher_rows={self.fisher_rows}"
         bounds = {"step_share": self._within_share, "max_bytes": self._within_bytes}
         for name, within in bounds.items():
-            fitting = _largest(rows, lambda r, within=within: within(work, r, chooser))
+            fitting = _largest(rows, partial(within, work, chooser))
             if fitting == 0:
                 raise ValueError(self._no_row(name, work, chooser))
             if fitting < rows:
@@ -165,12 +165,12 @@ class Budget:
         interval = 1 if self.step_share is None else max(1, math.ceil(2 * refresh / self.step_share))
         return Spending(rows, work.rows, _step(work, rows, chosen) / work.sgd, refresh, interval, why)
 
-    def _within_share(self, work: Work, rows: int, chooser: Chooser) -> bool:
+    def _within_share(self, work: Work, chooser: Chooser, rows: int) -> bool:
         if self.step_share is None:
             return True
         return _step(work, rows, chooser.representations(work.of_rows(rows))) <= self.step_share / 2 * work.sgd
 
-    def _within_bytes(self, work: Work, rows: int, chooser: Chooser) -> bool:
+    def _within_bytes(self, work: Work, chooser: Chooser, rows: int) -> bool:
         return chooser.stored_bytes(work.of_rows(rows)) <= self.max_bytes
 
     def _no_row(self, name: str, work: Work, chooser: Chooser) -> str:
@@ -181,9 +181,9 @@ class Budget:
         share = 2 * _step(work, 1, chooser.representations(sizes)) / work.sgd
         without = "" if not work.sides else ", or set scaling='none', which needs less"
         return (
-            f"step_share={self.step_share:g} leaves no row of J: by the cost model one row adds {share / 2:.3f} to SGD's "
-            f"step, for which half of the share is meant; set step_share to at least {math.ceil(1e3 * share) / 1e3:g}"
-            f"{without}"
+            f"step_share={self.step_share:g} leaves no row of J: by the cost model one row adds {share / 2:.3f} to "
+            "SGD's step, for which half of the share is meant; set step_share to at least "
+            f"{math.ceil(1e3 * share) / 1e3:g}{without}"
         )
 
 

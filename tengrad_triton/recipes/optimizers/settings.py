@@ -6,8 +6,18 @@ import torch
 from torch import nn
 
 OptimizerName = Literal[
-    "tengrad", "sgd", "adamw", "tengrad_defaults", "tengrad_unscaled", "kfac", "ekfac", "kbfgs", "kbfgsl", "muon",
-    "soap", "shampoo",
+    "tengrad",
+    "sgd",
+    "adamw",
+    "tengrad_defaults",
+    "tengrad_unscaled",
+    "kfac",
+    "ekfac",
+    "kbfgs",
+    "kbfgsl",
+    "muon",
+    "soap",
+    "shampoo",
 ]
 
 
