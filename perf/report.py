@@ -77,6 +77,9 @@ and samples that torch's own operations, which run on the CPU, take little more 
 fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
 thread; in most steps gradients have other addresses than before, as a CPU's allocator gives them."""
 
+BUDGET_NOTE = """What steps with the library's defaults (scaled damping, `Growing(20)`) add to steps of torch's SGD, in
+units of these, in the plain loop, without the proof of rows. `said` is what the cost model of `step_share` says
+(docs/math.md, M18). `–` is no budget: all rows."""
 PROOF_NOTE = """Refreshes that compare rows with autograd (`verify=`), and steps that reuse J, over those with
 `verify="never"`. `change` is a refresh with nothing new, which compares none. The first refresh has no warm-up."""
 
@@ -109,6 +112,7 @@ def section(device: Device, folder: Path) -> Iterator[str]:
     for part in gpu_page.parts(device):
         yield from _part(part.title, part.note, part.titles, part.lines)
     yield from _part("The host's share", HOST_NOTE, _HOST, _host(device))
+    yield from _part("The defaults and their budget", BUDGET_NOTE, _BUDGET, _budget(device))
     yield from _part("The proof of rows", PROOF_NOTE, _PROOF, _proof(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
     yield from _part("Layers", LAYERS_NOTE, _LAYERS, _layers(device))
@@ -203,6 +207,23 @@ def _host(device: Device) -> Iterator[Sequence[str]]:
         ratios = (f"{case[name]:.2f}" for name in ("reuse_over_sgd", "bounded_over_sgd"))
         what = case["model"], str(case["parameters"]), medians["sgd"]
         yield *what, *ratios, medians["reuse, optimizer"], str(case["launches"])
+
+
+_BUDGET = (
+    *("model", "N", "step_share", "rows", "J and D, MiB", "a step adds", "said", "a refresh adds", "said"),
+    *("refresh every", "the mean adds", "said"),
+)
+
+
+def _budget(device: Device) -> Iterator[Sequence[str]]:
+    for case in device.cases("budget"):
+        share = "–" if case["step_share"] is None else f"{case['step_share']:g}"
+        rows, of = case["rows"]
+        what = case["model"], str(case["samples"]), share, f"{rows} of {of}", f"{case['kept_bytes'] / 2**20:.1f}"
+        step, refresh, mean = (
+            (f"{case['measured'][name]:.2f}", f"{case['said'][name]:.2f}") for name in ("step", "refresh", "mean")
+        )
+        yield *what, *step, *refresh, f"{case['every']}th", *mean
 
 
 _PROOF = ("model", "N", "refresh, ms", "change", "always", "reuse, change", "first refresh, ms", "with the proof, ms")

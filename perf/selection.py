@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from perf.budget import SHARES, BudgetCase
 from perf.host.case import HostCase
 from perf.layers import LAYERS, LayerCase
 from perf.loops import Mode
@@ -45,12 +46,17 @@ class Selection:
         return replace(self, suites={**self.suites, "steps": steps})
 
 
-SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "proof", "steps")
+SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "proof", "budget", "steps")
 BUDGET = 600 * 2**20
 """Bytes for J of WRN-28-4 at N = 128: about the least with which its steps are exact."""
 _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN-28-4", 128, BUDGET)]
 _HOST = [HostCase(model, 300) for model in ("3C1F", "MLP", "WRN-28-4", "ResNet-18")]
 _PROOF = [ProofCase("3C1F", 128, 9), ProofCase("ResNet-18", 32, 9)]
+_BUDGET = [
+    BudgetCase(model, samples, rounds, share)
+    for model, samples, rounds in (("MLP", 128, 30), ("transformer", 32, 15), ("3C1F", 128, 7), ("ResNet-18", 64, 5))
+    for share in SHARES
+]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 
 QUICK = Selection(
@@ -68,6 +74,7 @@ QUICK = Selection(
         "layers": [LayerCase("Conv2d, depthwise", 4, 2), LayerCase("tied embedding and head", 4, 2)],
         "host": [HostCase("MLP", 10)],
         "proof": [ProofCase("tiny 3C1F", 8, 3)],
+        "budget": [BudgetCase("tiny 3C1F", 8, 3), BudgetCase("tiny 3C1F", 8, 3, 0.5)],
     },
 )
 
@@ -106,6 +113,7 @@ CPU = Selection(
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
         "proof": _PROOF,
+        "budget": _BUDGET,
     },
     skipped={
         "steps": {f"{model}, N = 512": _MINUTES for model in ("ResNet-18", "WRN-28-4")}
@@ -144,6 +152,7 @@ GPU = Selection(
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
         "proof": _PROOF,
+        "budget": _BUDGET,
     },
     skipped={"optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix, of three"}},
 )

@@ -67,7 +67,7 @@ def measure_steps(
     optimizer = tengrad(model, block + 2, max_bytes)
     ours = tengrad_step(model, optimizer, mode)
     sgd = sgd_step(made.on(device), mode)
-    timers = {"sgd": _sgd_timer(sgd, block, x, y), "tengrad": _tengrad_timer(ours, block, x, y)}
+    timers = {"sgd": sgd_timer(sgd, block, x, y), "tengrad": tengrad_timer(ours, block, x, y)}
     for _ in range(WARM_UP[mode]):
         for timer in timers.values():
             timer()
@@ -116,10 +116,11 @@ def _block(step: Step, times: int, x: Tensor, y: Tensor) -> float:
     return (now(x.device) - start) / times
 
 
-def _sgd_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
+def sgd_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
+    """Return a timer of the mean of ``block`` steps."""
     return lambda: {"sgd": _block(step, block, x, y)}
 
 
-def _tengrad_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
+def tengrad_timer(step: Step, block: int, x: Tensor, y: Tensor) -> Callable[[], dict[str, float]]:
     """Return a timer of one refresh, of the step after it, and of the later steps until the next refresh."""
     return lambda: {name: _block(step, n, x, y) for name, n in (("refresh", 1), ("first", 1), ("reuse", block))}
