@@ -107,8 +107,8 @@ def _updated(
     if before is None or before.rows.shape != new.rows.shape or before.columns.shape != new.columns.shape:
         before = Moments(*map(torch.zeros_like, new))
     is_finite = torch.stack([x.isfinite().all() for x in new]).all()  # otherwise D stays: no later step would recover
-    pairs = zip(before, new, strict=True)
-    return Moments(*(torch.where(is_finite, KEEP * x + (1 - KEEP) * y, x) for x, y in pairs))
+    kept = [torch.where(is_finite, y, x) for x, y in zip(before, new, strict=True)]
+    return Moments(*torch._foreach_lerp(list(before), kept, 1 - KEEP))
 
 
 def _of_refresh(
@@ -218,9 +218,10 @@ def _of_outer_products(outer: OuterProducts, is_matrix: tuple[bool, bool], input
     rows = _moment(outer.g_NGPO, is_matrix[0])
     if not isinstance(outer.a, ConvInput):
         return rows, _moment(outer.a.unflatten(3, (-1, inputs)).flatten(2, 3), is_matrix[1])
-    x_NGSC = outer.a.x_NCHW.flatten(2).unflatten(1, (-1, inputs)).mT
+    x_NGCS = outer.a.x_NCHW.flatten(2).unflatten(1, (-1, inputs))
     taps, positions = outer.a.inputs // inputs, outer.g_NGPO.shape[2]
-    return rows, _moment(x_NGSC, is_matrix[1]) * (taps * positions / x_NGSC.shape[2])
+    moment = (x_NGCS @ x_NGCS.mT).sum(0) if is_matrix[1] else x_NGCS.square().sum((0, 3))
+    return rows, moment * (taps * positions / x_NGCS.shape[3])
 
 
 def _of_embedding(embedding: EmbeddingGrads, is_matrix: bool) -> tuple[Tensor, Tensor]:

@@ -117,12 +117,15 @@ def jacobians_of(
 
     ``contributions`` is emptied: a layer's inputs are freed as soon as its J is there, unless J consists of them.
     """
+    known: dict[tuple[str, ...], Ops] = {}  # to make the ops takes longer than a small layer's arithmetic
 
     def of_layer(name: str) -> LayerJacobian:
         layer, own, jacobians = contributions.by_layer.pop(name), scales.get(name, {}), {}
         for param_name, batches in layer.items():
             choice = choices.get(full_name(name, param_name), Choice("per_sample", ()))
-            ops, scale = ops_for(choice.kernel_overrides), own.get(param_name)
+            ops, scale = known.get(choice.kernel_overrides), own.get(param_name)
+            if ops is None:
+                ops = known[choice.kernel_overrides] = ops_for(choice.kernel_overrides)
             jacobians[param_name] = jacobian_of(batches, choice.representation, ops, scale)
         return jacobians
 

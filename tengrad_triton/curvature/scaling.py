@@ -36,6 +36,11 @@ class Side(NamedTuple):
             return powers_Gn
         return (self.basis_Gnn * powers_Gn.unsqueeze(1)) @ self.basis_Gnn.mT
 
+    def root(self) -> Tensor:
+        """Return M with M Mᵀ the matrices themselves: [G, n, n], or [G, n] if they are diagonal."""
+        roots_Gn = self.values_Gn.sqrt()
+        return roots_Gn if self.basis_Gnn is None else self.basis_Gnn * roots_Gn.unsqueeze(1)
+
 
 class Multiplier(NamedTuple):
     """Matrices L and M of each group, with which the group's part X_t [O, I] of a weight becomes L X_t M at each tap t.
@@ -54,16 +59,14 @@ class Multiplier(NamedTuple):
         return self.left.dim() == self.right.dim() == 2
 
     def of_groups(self, x: Tensor) -> Tensor:
-        """Return L X M for X [..., G, O, T, I]."""
+        """Return L X M for X [G, O, T, I]."""
         if self.left.dim() == 3:
-            x = torch.einsum("goh,...ghti->...goti", self.left, x)
+            x = (self.left @ x.flatten(2)).view(x.shape)
         else:
             x = x * self.left[:, :, None, None]
         if self.right.dim() == 2:
             return x * self.right[:, None, None, :]
-        if x.dim() == 4:  # a broadcast product would copy M for every output
-            return (x.reshape(len(x), -1, x.shape[3]) @ self.right).view(x.shape)
-        return torch.einsum("...goti,gij->...gotj", x, self.right)
+        return (x.flatten(1, 2) @ self.right).view(x.shape)
 
     def of_parameter(self, x: Tensor) -> Tensor:
         """Return L X M for a parameter-shaped tensor, in its memory layout and in the type of L and M."""
@@ -87,9 +90,18 @@ class Multiplier(NamedTuple):
 
         The columns are in the order of `matrix_view`.
         """
-        groups, outputs, inputs = len(self.left), self.left.shape[1], self.right.shape[1]
-        j_NGOTI = j_NK.to(self.left.dtype).view(len(j_NK), groups, outputs, -1, inputs)
-        return self.of_groups(j_NGOTI).reshape(j_NK.shape)
+        rows, groups, outputs, inputs = len(j_NK), len(self.left), self.left.shape[1], self.right.shape[1]
+        x = j_NK.to(self.left.dtype).view(rows * groups, outputs, -1, inputs)
+        if self.left.dim() == 3:  # a batch of products, each with the same L: no copies of X, as in one large product
+            left = self.left.expand(rows, groups, outputs, outputs).reshape(rows * groups, outputs, outputs)
+            x = torch.bmm(left, x.flatten(2)).view(x.shape)
+        else:
+            x = (x.unflatten(0, (rows, groups)) * self.left[:, :, None, None]).flatten(0, 1)
+        if self.right.dim() == 2:
+            return (x.unflatten(0, (rows, groups)) * self.right[:, None, None, :]).view(j_NK.shape)
+        if groups == 1:
+            return (x.reshape(-1, inputs) @ self.right[0]).view(j_NK.shape)
+        return torch.einsum("ngoti,gij->ngotj", x.unflatten(0, (rows, groups)), self.right).reshape(j_NK.shape)
 
     def of_contribution(self, contribution: Contribution) -> Contribution:
         """Return what contributes L J_n M in place of J_n, in float32 at least."""
@@ -204,6 +216,12 @@ class Scale:
     def power(self, exponent: float) -> Multiplier:
         """Return D to a power."""
         return Multiplier(self.rows.power(exponent), self.columns.power(exponent))
+
+    @property
+    def root(self) -> Multiplier:
+        """What makes rows of the Gram matrix J D Jᵀ of the rows J."""
+        left = self.rows.root()
+        return Multiplier(left.mT if left.dim() == 3 else left, self.columns.root())
 
     def over(self, new: Scale) -> Multiplier:
         """Return what makes the rows J D_new⁻¹ of J D⁻¹."""

@@ -102,8 +102,10 @@ def _inverses(
     for names, k_BNN in by_size:
         factor_BNN, pivot_B = ops.cholesky(k_BNN, torch.stack([shifts[block] for block in names]))
         healthy_B = pivot_B > 0  # false for NaN too
-        # Where it failed, W = 0 gives w = 0, so that the step is V / (α + trace(K) / N).
-        inverse_BNN = torch.where(healthy_B[:, None, None], ops.cholesky_inverse(factor_BNN), 0.0)
+        inverse_BNN = ops.cholesky_inverse(factor_BNN)
+        # Where it failed, W = 0 gives w = 0, so that the step is V / (α + trace(K) / N). A CPU may look first.
+        if torch.compiler.is_compiling() or not k_BNN.is_cpu or not healthy_B.all():
+            inverse_BNN = torch.where(healthy_B[:, None, None], inverse_BNN, 0.0)
         inverses.append(InverseFactors(names, inverse_BNN))
         healthy |= dict(zip(names, healthy_B.unbind(), strict=True))
     return inverses, healthy

@@ -103,8 +103,8 @@ class Jacobian(ABC):
         return cast("Jacobian", replace(rescaled, scale=scale))
 
     def for_gram(self) -> Jacobian:
-        """Return J D^-½, whose Gram matrix is J D⁻¹ Jᵀ."""
-        return self if self.scale is None else self._times(self.scale.power(0.5))
+        """Return rows whose Gram matrix is J D⁻¹ Jᵀ: those of J D^-½, up to a rotation of each."""
+        return self if self.scale is None else self._times(self.scale.root)
 
     def append_history(self, older: Jacobian, rows: int) -> Jacobian | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``; None where the two do not fit."""
