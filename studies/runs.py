@@ -25,7 +25,7 @@ POINTS = 8  # evaluations in a run
 SEEDS = (0, 1, 2)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "the identity as D": dict(UNSCALED),
-    "damping 1000000": {"damping": 1e6},
+    "D alone": {"damping": 1e6},
     "damping 3": {"damping": 3.0},
     "damping 30": {"damping": 30.0},
     "diagonal D": {"scaling": "diagonal"},

@@ -60,10 +60,8 @@ class Multiplier(NamedTuple):
 
     def of_groups(self, x: Tensor) -> Tensor:
         """Return L X M for X [G, O, T, I]."""
-        if self.left.dim() == 3:
-            x = (self.left @ x.flatten(2)).view(x.shape)
-        else:
-            x = x * self.left[:, :, None, None]
+        is_matrix = self.left.dim() == 3
+        x = (self.left @ x.flatten(2)).view(x.shape) if is_matrix else x * self.left[:, :, None, None]
         if self.right.dim() == 2:
             return x * self.right[:, None, None, :]
         return (x.flatten(1, 2) @ self.right).view(x.shape)
