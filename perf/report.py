@@ -26,8 +26,8 @@ the time.
 """
 
 STEPS_NOTE = """Plain is the usual loop. Compiled is one graph for each step, for both optimizers. ± is half the
-distance between the quartiles. `every 10th` is the mean step with one refresh in ten steps, which is what the library's
-defaults come to after their first steps.
+distance between the quartiles. `every 10th` is the mean step with one refresh in ten steps. The settings are the
+paper's, without scaling; "The defaults and their budget" has the library's.
 
 Every step multiplies by J and by its transpose. A stored J is read twice; a layer that keeps its factors, such as the
 widest of ResNet-18, needs two products of the size of its forward. `least` is 1 plus the least time of these products
@@ -74,8 +74,9 @@ HOST_NOTE = """What a plain step that reuses the curvature takes the CPU on a ma
 least that time. No GPU is used here. Triton launches its kernels through a stand-in for the driver library, of
 which every call succeeds and does nothing (`perf/host`). The models have all their layers, but so few channels, pixels
 and samples that torch's own operations, which run on the CPU, take little more than their dispatch. SGD is torch's
-fused one. `with a trust region` is a step with the library's defaults, the other one has the paper's settings. One
-thread; in most steps gradients have other addresses than before, as a CPU's allocator gives them."""
+fused one. `reuse / SGD` has the paper's settings, `with a trust region` those of `TENGraD.unscaled`, and `the
+defaults` have scaled damping, whose matrices are multiplied in one call for all layers of one size. One thread; in most
+steps gradients have other addresses than before, as a CPU's allocator gives them."""
 
 BUDGET_NOTE = """What steps with the library's defaults (scaled damping, `Growing(20)`) add to steps of torch's SGD, in
 units of these, in the plain loop, without the proof of rows. `said` is what the cost model of `step_share` says
@@ -198,13 +199,17 @@ def _layers(device: Device) -> Iterator[Sequence[str]]:
         yield case["layer"], str(case["samples"]), sgd, *ratios, kept
 
 
-_HOST = ("model", "parameters", "SGD, ms", "reuse / SGD", "with a trust region", "its optimizer, ms", "kernel launches")
+_HOST = (
+    *("model", "parameters", "SGD, ms", "reuse / SGD", "with a trust region", "the defaults", "its optimizer, ms"),
+    "kernel launches",
+)
 
 
 def _host(device: Device) -> Iterator[Sequence[str]]:
     for case in device.cases("host"):
         medians = {name: _ms(spread["median"]) for name, spread in case["seconds"].items()}
-        ratios = (f"{case[name]:.2f}" for name in ("reuse_over_sgd", "bounded_over_sgd"))
+        kinds = ("reuse_over_sgd", "bounded_over_sgd", "scaled_over_sgd")
+        ratios = (f"{case[name]:.2f}" if name in case else "–" for name in kinds)
         what = case["model"], str(case["parameters"]), medians["sgd"]
         yield *what, *ratios, medians["reuse, optimizer"], str(case["launches"])
 

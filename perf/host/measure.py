@@ -72,11 +72,12 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     made = MODELS[model]
     x, y = torch.randn(SAMPLES, *made.sample), torch.zeros(SAMPLES, dtype=torch.long)
-    nets = {name: made.build() for name in ("sgd", "reuse", "bounded")}
+    nets = {name: made.build() for name in ("sgd", "reuse", "bounded", "scaled")}
     optimizers: dict[str, Any] = {
         "sgd": torch.optim.SGD(nets["sgd"].parameters(), fused=True, **SETTINGS),
         "reuse": _on_stand_in(TENGraD.paper(nets["reuse"], refresh_every=_NEVER, representation=kept, **SETTINGS)),
         "bounded": _on_stand_in(TENGraD.unscaled(nets["bounded"], refresh_every=_NEVER, representation=kept)),
+        "scaled": _on_stand_in(TENGraD(nets["scaled"], refresh_every=_NEVER, representation=kept)),
     }
     timers = {name: _timer(name, nets[name], optimizer, x, y) for name, optimizer in optimizers.items()}
     for _ in range(5):  # a refresh, and steps that prepare launches
@@ -91,6 +92,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
         "seconds": seconds,
         "reuse_over_sgd": medians["reuse"] / medians["sgd"],
         "bounded_over_sgd": medians["bounded"] / medians["sgd"],
+        "scaled_over_sgd": medians["scaled"] / medians["sgd"],
         "launches": launches,
         "parameters": len(list(nets["sgd"].parameters())),
     }

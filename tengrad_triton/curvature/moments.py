@@ -107,8 +107,9 @@ def _updated(
     if before is None or before.rows.shape != new.rows.shape or before.columns.shape != new.columns.shape:
         before = Moments(*map(torch.zeros_like, new))
     is_finite = torch.stack([x.isfinite().all() for x in new]).all()  # otherwise D stays: no later step would recover
-    kept = [torch.where(is_finite, y, x) for x, y in zip(before, new, strict=True)]
-    return Moments(*torch._foreach_lerp(list(before), kept, 1 - KEEP))
+    old = [x.to(y.dtype) for x, y in zip(before, new, strict=True)]  # the model may have been converted
+    seen = [torch.where(is_finite, y, x) for x, y in zip(old, new, strict=True)]
+    return Moments(*torch._foreach_lerp(old, seen, 1 - KEEP))
 
 
 def _of_refresh(
