@@ -93,11 +93,11 @@ class PerSample(Jacobian):
 
     @override
     def for_gram(self) -> PerSample:
-        """Return J D^-½ of the rows as they are stored, in float32 at least."""
+        """Return rows of the Gram matrix from those that are stored, in float32 at least."""
         if self.scale is None:
             return self
         j_NK = widen(self.j_NK)
-        return replace(self, j_NK=self.scale.power(0.5).of_rows(j_NK).to(j_NK.dtype))
+        return replace(self, j_NK=self.scale.root.of_rows(j_NK).to(j_NK.dtype))
 
     @override
     def _append(self, older: Jacobian, rows: int) -> PerSample | None:
