@@ -43,9 +43,9 @@ weights, and no learning-rate schedule. In the recurrent network Muon has one ma
 TIMES = """
 All runs had one thread of a machine that other programs used at the same time. Times are from rounds in which the
 optimizers take ten steps each in turn, so that other load affects all alike: each of the ten steps by its median over
-the rounds, of three passes over all problems. *A step* is the mean of the ten, or for TENGraD of the nine that reuse; SOAP updates its basis in one of
-its ten. The time axes are computed from these times and the numbers of refresh and reuse steps. Evaluations do not
-count.
+the rounds, which are of three passes over all problems. *A step* is the mean of the ten, or for TENGraD of the nine
+that reuse; SOAP updates its basis in one of its ten. The time axes are computed from these times and the numbers of
+refresh and reuse steps. Evaluations do not count.
 """
 FAILURES = """
 A run has failed if its loss was not finite, if the mean of its last training losses was above its first loss (*above

@@ -74,7 +74,8 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
     damping_L, divisor_L, failures_L = (packed[name].to(device) for name in ("damping_L", "divisor_L", "failures_L"))
     moments = unpack_moments(packed["moments"], device)
     stored, history = store_contiguously(jacobians), tuple(packed["history"])
-    spending = None if packed["spending"] is None else Spending(**packed["spending"])
+    spent = packed.get("spending")  # states of an earlier version have none
+    spending = None if spent is None else Spending(**spent)
     numbers = damping_L, divisor_L, failures_L
     return Curvature(stored, packed["blocks"], inverses, history, *numbers, moments, scales, spending)
 
