@@ -54,7 +54,7 @@ _HOST = [HostCase(model, 300) for model in ("3C1F", "MLP", "WRN-28-4", "ResNet-1
 _PROOF = [ProofCase("3C1F", 128, 9), ProofCase("ResNet-18", 32, 9)]
 _BUDGET = [
     BudgetCase(model, samples, rounds, share)
-    for model, samples, rounds in (("MLP", 128, 30), ("transformer", 32, 15), ("3C1F", 128, 7), ("ResNet-18", 64, 5))
+    for model, samples, rounds in (("MLP", 128, 30), ("transformer", 32, 15), ("3C1F", 128, 3))
     for share in SHARES
 ]
 _BASE = {"samples": 32, "width": 32, "depth": 3}

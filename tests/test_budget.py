@@ -39,7 +39,7 @@ def step_share(sizes, rows):
         added += min(of_factors, 2 * 8 * 4 * r * entries)
         sgd += 6 * N * g.positions * entries + 5 * 8 * 4 * entries
         if name in sizes.sides:
-            scale += 2 * sum(sizes.sides[name]) * entries + 3 * 8 * 4 * entries
+            scale += 2 * sum(sizes.sides[name]) * entries + 10 * 8 * 4 * entries
     return (added + scale) / sgd
 
 
@@ -110,7 +110,7 @@ def taken(steps=3, **options):
     return flat(model), optimizer
 
 
-@pytest.mark.parametrize("setting", [{"step_share": 0.7}, {"max_bytes": 20_000}])
+@pytest.mark.parametrize("setting", [{"step_share": 2.3}, {"max_bytes": 20_000}])
 def test_a_step_is_the_one_with_as_many_rows(setting):
     """`fisher_rows` is tested against dense computations; D is that of all rows in both."""
     with warnings.catch_warnings():
@@ -141,24 +141,24 @@ def test_less_memory_is_said_once_and_kept_to():
 
 
 def test_the_summary_says_what_was_chosen_and_why():
-    _, optimizer = taken(step_share=0.9)
+    _, optimizer = taken(step_share=1.9)
     spending, said = optimizer.summary().spending, str(optimizer.summary())
-    assert f"{spending.rows} of 64 rows (step_share=0.9)" in said
+    assert f"{spending.rows} of 64 rows (step_share=1.9)" in said
     assert f"a step adds {spending.step:.2f} to SGD's, a refresh {spending.refresh:.2f}" in said
-    assert spending.step <= 0.45
+    assert spending.step <= 0.95
     assert TENGraD(perceptron()).summary().spending is None
 
 
 def test_a_small_share_makes_sides_of_d_diagonal():
     forms = {}
-    for share in (None, 0.5, 0.13):  # 32 channels at 16 × 36 positions cost 32 / (3 × 576) = 0.02 of SGD's step
-        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)
-        model = nn.Sequential(nn.Conv2d(1, 32, 3), nn.Tanh(), *pooled)
+    for share in (None, 1.0, 0.58):  # 64 channels at 8 × 36 positions cost 64 / (3 × 288) = 0.07 of SGD's step
+        pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)
+        model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.Tanh(), *pooled)
         optimizer = TENGraD(model, step_share=share)
-        F.cross_entropy(model(torch.randn(16, 1, 8, 8)), torch.arange(16) % 3).backward()
+        F.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.arange(8) % 3).backward()
         optimizer.step()
         forms[share] = str(optimizer._curvature.scales["0"]["weight"])
-    assert forms == {None: "32² ⊗ 1", 0.5: "32² ⊗ 1", 0.13: "32 ⊗ 1"}
+    assert forms == {None: "64² ⊗ 1", 1.0: "64² ⊗ 1", 0.58: "64 ⊗ 1"}
 
 
 def test_a_share_that_leaves_no_row_changes_nothing():
@@ -196,7 +196,7 @@ def test_the_interval_grows_to_what_the_share_pays_for():
 
 
 def test_a_state_continues_within_the_budget():
-    options = {"step_share": 0.9, "refresh_every": Growing(2)}
+    options = {"step_share": 2.2, "refresh_every": Growing(2)}
     whole = small_model()
     optimizer = TENGraD(whole, **options)
     take_steps(whole, optimizer, 0, 8)
@@ -205,7 +205,7 @@ def test_a_state_continues_within_the_budget():
         assert torch.equal(flat(resumed_at(pause, TENGraD, options)), flat(whole))
 
 
-@pytest.mark.parametrize("share", [0.9, 100.0])
+@pytest.mark.parametrize("share", [1.5, 100.0])
 def test_a_compiled_step_keeps_to_the_budget(share):
     """Fewer rows take the plain refresh; with all rows the interval outlives a compiled one."""
     model = perceptron()
@@ -218,4 +218,4 @@ def test_a_compiled_step_keeps_to_the_budget(share):
         assert step.why_plain is None
         assert spending.rows == 64
     else:
-        assert f"step_share=0.9 leaves {spending.rows} of 64" in step.why_plain
+        assert f"step_share=1.5 leaves {spending.rows} of 64" in step.why_plain

@@ -20,7 +20,7 @@ from tengrad_triton.curvature.woodbury import FisherBlocks
 from tengrad_triton.tuning.plan import Given, Plan
 
 _SGD_PASSES = 5  # over a weight: it, its gradient and its momentum are read, two of them written
-_SCALE_PASSES = 3  # over a weight for D⁻¹ V̂: V̂ and D⁻¹ are read, the product is written
+_SCALE_PASSES = 10  # over a weight: three each for the mean, the look-ahead and D⁻¹ V̂, and one for the norm of that
 _EIGENVECTORS = 25  # n³ times this are the flops of the eigenvectors of a matrix of n entries
 
 
@@ -60,7 +60,7 @@ class Work:
 
     @property
     def scale(self) -> float:
-        """The flops of D⁻¹ V̂."""
+        """The flops of V̂ and D⁻¹ V̂."""
         return sum(
             2 * sum(self.sides[name]) * g.entries + _SCALE_PASSES * g.flops_of_pass(g.itemsize * g.entries)
             for name, g in self.weights.items()
@@ -78,13 +78,19 @@ class Work:
     def refresh(self, rows: int, chosen: Mapping[str, Representation]) -> float:
         """Return the flops that a refresh with some of the rows adds to a step."""
         backward = 4 * self.backwards * sum(self.samples * g.positions * g.entries for g in self.weights.values())
-        grams = sum(g.refresh_flops(chosen[name]) for name, g in self.of_rows(rows).items())
+        sizes = self.of_rows(rows)
+        grams = sum(g.refresh_flops(chosen[name]) for name, g in sizes.items())
+        scaled = sum(  # rows that are stored are multiplied once more for K
+            2 * sum(sides) * sizes[name].samples * sizes[name].entries
+            for name, sides in self.sides.items()
+            if chosen[name] != "factored"
+        )
         moments = sum(
-            n * n * (4 * self.samples * self.weights[name].positions + _EIGENVECTORS * n) * self.weights[name].groups
+            n * n * (8 * self.samples * self.weights[name].positions + _EIGENVECTORS * n) * self.weights[name].groups
             for name, sides in self.sides.items()
             for n in sides
         )
-        return backward + grams + moments + self.blocks * (self.history * rows) ** 3
+        return backward + grams + scaled + moments + self.blocks * (self.history * rows) ** 3
 
 
 @dataclass(frozen=True)
