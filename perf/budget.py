@@ -14,7 +14,6 @@ from perf.steps import sgd_timer, tengrad_timer
 from perf.timing import interleaved, mean_step
 from tengrad_triton import Growing, TENGraD
 
-SHARES = (None, 0.5, 0.2)
 LR = 1e-6  # the weights hardly move: all steps do the same work
 
 

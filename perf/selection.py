@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from perf.budget import SHARES, BudgetCase
+from perf.budget import BudgetCase
 from perf.host.case import HostCase
 from perf.layers import LAYERS, LayerCase
 from perf.loops import Mode
@@ -53,9 +53,9 @@ _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN
 _HOST = [HostCase(model, 300) for model in ("3C1F", "MLP", "WRN-28-4", "ResNet-18")]
 _PROOF = [ProofCase("3C1F", 128, 9), ProofCase("ResNet-18", 32, 9)]
 _BUDGET = [
-    BudgetCase(model, samples, rounds, share)
-    for model, samples, rounds in (("MLP", 128, 30), ("transformer", 32, 15), ("3C1F", 128, 3))
-    for share in SHARES
+    *(BudgetCase("MLP", 128, 30, share) for share in (None, 1.0)),
+    *(BudgetCase("transformer", 32, 7, share) for share in (None, 0.2)),
+    *(BudgetCase("3C1F", 128, 3, share) for share in (None, 0.2)),
 ]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 

@@ -80,17 +80,45 @@ def test_the_tightest_setting_is_named():
 
 
 def test_what_leaves_no_row_says_what_would():
-    with pytest.raises(
-        ValueError, match=r"step_share=0.001 leaves no row of J: .* set step_share to at least "
-    ) as said:
-        Budget(0.001, MANY, None).spend(work(sides={"first": (40, 30)}), chooser())
-    least = float(str(said.value).split("at least ")[1].split(",")[0])
-    assert Budget(least, MANY, None).spend(work(sides={"first": (40, 30)}), chooser()).rows == 1
+    with pytest.raises(ValueError, match=r"step_share=0.001 leaves no row of J: .* is enough$") as said:
+        Budget(0.001, MANY, None).spend(work(), chooser())
+    enough = float(str(said.value).split("step_share=")[2].split(" ")[0])
+    assert Budget(enough, MANY, None).spend(work(), chooser()).rows == 1
     with pytest.raises(ValueError, match=r"max_bytes=100 leaves no row of J: one row takes 2,008 bytes"):
         Budget(None, 100, None).spend(work(), chooser(max_bytes=100))
 
 
 # In the optimizer
+
+
+@pytest.mark.parametrize(("samples", "inputs", "width"), [(32, 8, 16), (32, 32, 64), (64, 100, 40), (8, 2, 256)])
+def test_the_share_that_is_said_to_be_enough_is(samples, inputs, width):
+    """Also where it pays for matrices in D, which the smaller one did not."""
+
+    def step(share):
+        model = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 4))
+        optimizer = TENGraD(model, step_share=share)
+        F.cross_entropy(model(torch.randn(samples, inputs)), torch.arange(samples) % 4).backward()
+        optimizer.step()
+        return optimizer
+
+    with pytest.raises(ValueError, match=r"is enough, or use TENGraD\.unscaled, which needs less") as said:
+        step(1e-3)
+    assert step(float(str(said.value).split("step_share=")[2].split(" ")[0])).summary().spending.rows >= 1
+
+
+def test_a_smaller_batch_keeps_the_rows_of_a_larger_one():
+    model = perceptron()
+    optimizer = TENGraD(model, step_share=2.3, scaling="diagonal", refresh_every=1)
+    kept = []
+    for samples in (64, 64, 6, 64, 3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(samples, 36)), torch.arange(samples) % 4).backward()
+        optimizer.step()
+        kept.append(optimizer._curvature.rows)
+    rows = optimizer.summary().spending.rows
+    assert 6 < rows < 64
+    assert kept == [rows, rows, 6, rows, 3]
 
 
 def perceptron():

@@ -102,3 +102,6 @@ def test_growing_interval():
     assert Growing(3).refreshes(13) == [0, 1, 2, 3, 4, 5, 7, 10]
     with pytest.raises(ValueError, match="most must be at least 1 step, got 0"):
         Growing(0)
+    for most in (2.5, True, "x", float("inf")):
+        with pytest.raises(TypeError, match=f"most must be a whole number of steps, got {most!r}"):
+            Growing(most)

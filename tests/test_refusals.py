@@ -36,6 +36,7 @@ BAD = {
     "no share": ({"step_share": 0}, ValueError, "step_share must be positive, or None for no bound, got 0"),
     "share": ({"step_share": "0.1"}, ValueError, "step_share must be positive, or None for no bound, got '0.1'"),
     "max_bytes": ({"max_bytes": -1}, ValueError, "max_bytes must be at least 0"),
+    "no max_bytes": ({"max_bytes": float("nan")}, ValueError, "max_bytes must be at least 0, got nan"),
 }
 
 

@@ -117,8 +117,8 @@ class Spending:
     """What the budget pays for, by the cost model.
 
     Attributes:
-        rows: the rows of J.
-        of: the rows that the batch has.
+        rows: the rows of J; a smaller batch may have fewer.
+        of: the rows of the largest batch so far.
         step: what every step adds to SGD's, as a share of it.
         refresh: what a refresh adds to a step, as a share of SGD's step.
         interval: the steps that a refresh has to serve for so that it stays within ``step_share``; 1 without one.
@@ -135,7 +135,7 @@ class Spending:
     def __str__(self) -> str:
         kept = f"{self.rows} of {self.of} rows{f' ({self.why})' if self.why else ''}"
         costs = f"by the cost model a step adds {self.step:.2f} to SGD's, a refresh {self.refresh:.2f}"
-        return f"{kept}; {costs}" + (f", at least {self.interval} steps apart" if self.interval > 1 else "")
+        return f"{kept}; {costs}" + (f", to be shared by {self.interval} steps" if self.interval > 1 else "")
 
 
 def geometry_of(outer: OuterProducts) -> Geometry:

@@ -31,8 +31,8 @@ class RefreshOptions:
     """The settings of the optimizer that a refresh needs.
 
     Attributes:
-        spend: returns what the refresh spends, above all how many rows it keeps, from all of them, the moments, and the
-            Fisher blocks: `Options.spender`.
+        spend: returns what the refresh spends, above all how many rows it keeps, from all of them, the moments, the
+            Fisher blocks, and what the last refresh spent: `Options.spender`.
         side_share: what a matrix of D may cost in a step, as a share of SGD's (`updated_moments`).
         history: the number of refreshes whose rows are kept.
         tol: the error bound of ``"compressed"`` (M7).
@@ -47,7 +47,7 @@ class RefreshOptions:
         report: takes the reason of every layer without rows, by the layer's name; warns or raises.
     """
 
-    spend: Callable[[Contributions, AllMoments, FisherBlocks], Spending]
+    spend: Callable[[Contributions, AllMoments, FisherBlocks, Spending | None], Spending]
     side_share: float | None
     history: int
     tol: float
@@ -91,7 +91,7 @@ def refresh(
         # D is that of all rows, also of those that J does without.
         moments = updated_moments(known, contributions, layers, grads, options.scaling, options.side_share)
     blocks = options.blocks_of(contributions.layers)
-    spending = options.spend(contributions, moments, blocks)
+    spending = options.spend(contributions, moments, blocks, None if before is None else before.spending)
     contributions = contributions.sample(spending.rows, generator)
     choices, rows = options.choose(contributions.geometries()), contributions.rows
     compressed = compressed_layers(contributions, choices)

@@ -21,11 +21,14 @@ class Growing:
 
     Raises:
         ValueError: ``most`` is less than 1.
+        TypeError: ``most`` is no whole number.
     """
 
     most: int = 20
 
     def __post_init__(self) -> None:
+        if not isinstance(self.most, int) or isinstance(self.most, bool):
+            raise TypeError(f"most must be a whole number of steps, got {self.most!r}")
         if self.most < 1:
             raise ValueError(f"most must be at least 1 step, got {self.most}")
 

@@ -112,7 +112,7 @@ def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str |
     _check_blocks(options["blocks"])
     _check_representation(options["representation"])
     check_bound("step_share", options["step_share"])
-    if not is_number(options["max_bytes"]) or options["max_bytes"] < 0:
+    if not is_number(options["max_bytes"]) or not options["max_bytes"] >= 0:  # NaN is not
         raise ValueError(f"max_bytes must be at least 0, got {options['max_bytes']!r}")
     if not is_number(options["tol"]) or not 0 < options["tol"] < 1:
         raise ValueError(f"tol must be in (0, 1), got {options['tol']!r}")

@@ -149,14 +149,18 @@ class Budget:
         """The share of SGD's step that each matrix of D may take: an eighth of the whole. None for no bound."""
         return None if self.step_share is None else self.step_share / 8
 
-    def spend(self, work: Work, chooser: Chooser) -> Spending:
+    def spend(self, work: Work, chooser: Chooser, before: Spending | None = None) -> Spending:
         """Return the most rows within the budget.
 
+        What the refresh ``before`` spent stays for a smaller batch, such as the last one of an epoch: as many rows.
+
         Raises:
-            ValueError: not even one row is.
+            ValueError: not even one row is within the budget.
         """
         if not work.weights:
             return Spending(0, 0, 0.0, 0.0, 1, "")
+        if before is not None and work.rows < before.of:
+            return before
         most = work.rows if self.fisher_rows is None else min(work.rows, self.fisher_rows)
         rows, why = most, "" if most == work.rows else f"fisher_rows={self.fisher_rows}"
         bounds = {"step_share": self._within_share, "max_bytes": self._within_bytes}
@@ -182,14 +186,17 @@ class Budget:
     def _no_row(self, name: str, work: Work, chooser: Chooser) -> str:
         sizes = work.of_rows(1)
         if name == "max_bytes":
-            least = f"{chooser.stored_bytes(sizes):,}"
-            return f"max_bytes={self.max_bytes} leaves no row of J: one row takes {least} bytes; set at least that"
-        share = 2 * _step(work, 1, chooser.representations(sizes)) / work.sgd
-        without = "" if not work.sides else ", or set scaling='none', which needs less"
+            stored = f"{chooser.stored_bytes(sizes):,}"
+            return f"max_bytes={self.max_bytes} leaves no row of J: one row takes {stored} bytes; set at least that"
+        plain = replace(work, sides=dict.fromkeys(work.sides, ()))
+        least = _step(plain, 1, chooser.representations(sizes)) / work.sgd
+        # A larger share also pays for matrices in D: for at most two a weight, of `side_share` or a twelfth each.
+        enough = min(4 * least, 2 * least + 1 / 3) if work.sides else 2 * least
+        without = ", or use TENGraD.unscaled, which needs less" if work.sides else ""
         return (
-            f"step_share={self.step_share:g} leaves no row of J: by the cost model one row adds {share / 2:.3f} to "
-            "SGD's step, for which half of the share is meant; set step_share to at least "
-            f"{math.ceil(1e3 * share) / 1e3:g}{without}"
+            f"step_share={self.step_share:g} leaves no row of J: by the cost model one row adds {least:.3f} to SGD's "
+            f"step, for which half of the share is meant; step_share={math.ceil(1e3 * enough) / 1e3:g} is enough"
+            f"{without}"
         )
 
 
@@ -227,13 +234,16 @@ class Spender:
         self._budget, self._samples, self._history, self._draws = budget, samples, history, draws
         self._chooser = partial(Chooser, plan, given, refresh_every=refresh_every, max_bytes=budget.max_bytes)
 
-    def __call__(self, contributions: Contributions, moments: AllMoments, blocks: FisherBlocks) -> Spending:
+    def __call__(
+        self, contributions: Contributions, moments: AllMoments, blocks: FisherBlocks, before: Spending | None
+    ) -> Spending:
         """Return what the budget pays for.
 
         Args:
             contributions: to all rows of the refresh.
             moments: of which D is made; none without scaling.
             blocks: the Fisher blocks.
+            before: what the last refresh spent, if there was one.
 
         Raises:
             ValueError: the budget leaves no row.
@@ -248,4 +258,4 @@ class Spender:
         }
         backwards = contributions.rows // max(1, self._samples) if self._draws else 0
         work = Work(weights, self._samples, backwards, self._history, sides, len(blocks))
-        return self._budget.spend(work, self._chooser(explicit=explicit.keys()))
+        return self._budget.spend(work, self._chooser(explicit=explicit.keys()), before)
