@@ -95,7 +95,7 @@ class Run:
         net, x = MODELS[model]()
         self.net = net.to(DEVICE, dtype)
         self.x = x.to(DEVICE, dtype) if x.is_floating_point() else x.to(DEVICE)
-        self.optimizer = TENGraD(self.net, refresh_every=100, seed=0, **options)
+        self.optimizer = TENGraD(self.net, refresh_every=100, seed=0, **{"scaling": "none", **options})
         self.optimizer._ops_for = partial(ops_for, "auto" if on_kernels else "torch")
         self.optimizer._ops = self.optimizer._ops_for()
         self.set_to_none, self.held = True, []  # earlier gradients, so that later ones have other addresses
