@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +41,8 @@ class BudgetCase:
         x, y = made.batch(self.samples, device)
         block = 10 if device.type == "cuda" else 3
         model, plain = made.on(device), made.on(device)
-        interval = partial(_always, block + 2)
-        optimizer = TENGraD(model, lr=LR, step_share=self.step_share, refresh_every=interval, seed=0, verify="never")
+        given: dict[str, Any] = {"step_share": self.step_share, "refresh_every": block + 2}
+        optimizer = TENGraD(model, lr=LR, seed=0, verify="never", **given)
         timers = {
             "sgd": sgd_timer(sgd_step(plain, "plain"), block, x, y),
             "tengrad": tengrad_timer(plain_step(model, optimizer), block, x, y),
@@ -72,7 +71,3 @@ class BudgetCase:
             "every": every,
             "kept_bytes": sum(parameter.bytes for parameter in optimizer.summary().parameters),
         }
-
-
-def _always(interval: int, step: int) -> int:
-    return interval

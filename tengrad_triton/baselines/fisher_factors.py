@@ -85,7 +85,7 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
 
     def _inversion_is_due(self) -> bool:
         """Whether the next step inverts the running factors."""
-        return self._curvature_is_outdated()
+        return self._curvature_is_outdated(self.refresh_every)
 
     def _factors_are_due(self) -> bool:
         """Whether the next step adds its batch to the running factors, even if it does not invert them."""

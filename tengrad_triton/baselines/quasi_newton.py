@@ -131,7 +131,7 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
 
     @override
     def _refresh_is_due(self) -> bool:
-        return self._curvature_is_outdated()
+        return self._curvature_is_outdated(self.refresh_every)
 
     @override
     def _take_step(

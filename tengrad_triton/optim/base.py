@@ -202,9 +202,9 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._curvature, self._age, self._steps = curvature, age + 1, self._steps + 1
         self._rearm()
 
-    def _curvature_is_outdated(self) -> bool:
+    def _curvature_is_outdated(self, every: int | Callable[[int], int]) -> bool:
         """Whether there is no curvature, or the present interval of steps was taken with it."""
-        return self._curvature is None or self._age >= interval_at(self.refresh_every, self._steps)
+        return self._curvature is None or self._age >= interval_at(every, self._steps)
 
     def _rearm(self) -> None:
         """Drop the captured tensors, and attach the hooks if the next step refreshes, or else remove them."""

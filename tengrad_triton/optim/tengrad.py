@@ -248,7 +248,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _refresh_is_due(self) -> bool:
-        return self._curvature is None or self._curvature.is_released or self._age >= self._interval()
+        is_released = self._curvature is not None and self._curvature.is_released
+        return is_released or self._curvature_is_outdated(self._paid_interval())
 
     def _refreshed(self, grads: Grads) -> Curvature:
         """Return the curvature of the batches since the last step, whose gradients are V."""
@@ -269,12 +270,12 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         self._reports.spends(curvature.spending)
         return curvature
 
-    def _interval(self) -> int:
-        """Return the present interval between refreshes, in steps."""
+    def _paid_interval(self) -> int | Callable[[int], int]:
+        """Return ``refresh_every``; a `Growing` that grows to what the budget asks for."""
         every, spending = self.refresh_every, None if self._curvature is None else self._curvature.spending
         if isinstance(every, Growing) and spending is not None and spending.interval > every.most:
-            every = Growing(spending.interval)
-        return interval_at(every, self._steps)
+            return Growing(spending.interval)
+        return every
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""

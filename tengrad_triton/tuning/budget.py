@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 from tengrad_triton.capture.blocks import full_name
 from tengrad_triton.curvature.choices import Representation
@@ -22,6 +22,8 @@ from tengrad_triton.tuning.plan import Given, Plan
 _SGD_PASSES = 5  # over a weight: it, its gradient and its momentum are read, two of them written
 _SCALE_PASSES = 10  # over a weight: three each for the mean, the look-ahead and D⁻¹ V̂, and one for the norm of that
 _EIGENVECTORS = 25  # n³ times this are the flops of the eigenvectors of a matrix of n entries
+Sizes = Mapping[str, Geometry]
+Chosen = Mapping[str, Representation]
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,13 @@ class Work:
             for name, g in self.weights.items()
         }
 
-    def refresh(self, rows: int, chosen: Mapping[str, Representation]) -> float:
-        """Return the flops that a refresh with some of the rows adds to a step."""
+    def step(self, sizes: Sizes, chosen: Chosen) -> float:
+        """Return the flops that J in these forms, and D, add to every step."""
+        return self.scale + sum(g.step_flops(chosen[name]) for name, g in sizes.items())
+
+    def refresh(self, rows: int, sizes: Sizes, chosen: Chosen) -> float:
+        """Return the flops that a refresh with some of the rows, of these sizes, adds to a step."""
         backward = 4 * self.backwards * sum(self.samples * g.positions * g.entries for g in self.weights.values())
-        sizes = self.of_rows(rows)
         grams = sum(g.refresh_flops(chosen[name]) for name, g in sizes.items())
         scaled = sum(  # rows that are stored are multiplied once more for K
             2 * sum(sides) * sizes[name].samples * sizes[name].entries
@@ -111,21 +116,20 @@ class Chooser:
     refresh_every: int
     max_bytes: int
 
-    def representations(self, sizes: Mapping[str, Geometry]) -> dict[str, Representation]:
+    def representations(self, sizes: Sizes) -> Chosen:
         """Return that of every parameter."""
         choices = self.plan.choose(self._chosen(sizes), self.given, self.refresh_every, self.max_bytes)
         chosen = {name: choice.representation for name, choice in choices.items()}
         return {**chosen, **dict.fromkeys(self.explicit, "per_sample")}
 
-    def stored_bytes(self, sizes: Mapping[str, Geometry]) -> int:
+    def stored_bytes(self, sizes: Sizes, chosen: Chosen) -> int:
         """Return the bytes that ``max_bytes`` bounds; 0 if the user chose all representations."""
         own = self._chosen(sizes)
         if self.given is not None and (isinstance(self.given, str) or own.keys() <= self.given.keys()):
             return 0
-        chosen = self.representations(sizes)
         return self.plan.stored_bytes(own, {name: chosen[name] for name in own})
 
-    def _chosen(self, sizes: Mapping[str, Geometry]) -> dict[str, Geometry]:
+    def _chosen(self, sizes: Sizes) -> dict[str, Geometry]:
         return {name: geometry for name, geometry in sizes.items() if name not in self.explicit}
 
 
@@ -163,33 +167,27 @@ class Budget:
             return before
         most = work.rows if self.fisher_rows is None else min(work.rows, self.fisher_rows)
         rows, why = most, "" if most == work.rows else f"fisher_rows={self.fisher_rows}"
-        bounds = {"step_share": self._within_share, "max_bytes": self._within_bytes}
-        for name, within in bounds.items():
-            fitting = _largest(rows, partial(within, work, chooser))
+        formed = cache(partial(_formed, work, chooser))
+        bounds = {
+            "step_share": lambda r: self.step_share is None or work.step(*formed(r)) <= self.step_share / 2 * work.sgd,
+            "max_bytes": lambda r: chooser.stored_bytes(*formed(r)) <= self.max_bytes,
+        }
+        for name, fits in bounds.items():
+            fitting = _largest(rows, fits)
             if fitting == 0:
                 raise ValueError(self._no_row(name, work, chooser))
             if fitting < rows:
                 rows, why = fitting, f"{name}={getattr(self, name):g}"
-        chosen = chooser.representations(work.of_rows(rows))
-        refresh = work.refresh(rows, chosen) / work.sgd
+        refresh = work.refresh(rows, *formed(rows)) / work.sgd
         interval = 1 if self.step_share is None else max(1, math.ceil(2 * refresh / self.step_share))
-        return Spending(rows, work.rows, _step(work, rows, chosen) / work.sgd, refresh, interval, why)
-
-    def _within_share(self, work: Work, chooser: Chooser, rows: int) -> bool:
-        if self.step_share is None:
-            return True
-        return _step(work, rows, chooser.representations(work.of_rows(rows))) <= self.step_share / 2 * work.sgd
-
-    def _within_bytes(self, work: Work, chooser: Chooser, rows: int) -> bool:
-        return chooser.stored_bytes(work.of_rows(rows)) <= self.max_bytes
+        return Spending(rows, work.rows, work.step(*formed(rows)) / work.sgd, refresh, interval, why)
 
     def _no_row(self, name: str, work: Work, chooser: Chooser) -> str:
-        sizes = work.of_rows(1)
+        one = _formed(work, chooser, 1)
         if name == "max_bytes":
-            stored = f"{chooser.stored_bytes(sizes):,}"
+            stored = f"{chooser.stored_bytes(*one):,}"
             return f"max_bytes={self.max_bytes} leaves no row of J: one row takes {stored} bytes; set at least that"
-        plain = replace(work, sides=dict.fromkeys(work.sides, ()))
-        least = _step(plain, 1, chooser.representations(sizes)) / work.sgd
+        least = replace(work, sides=dict.fromkeys(work.sides, ())).step(*one) / work.sgd
         # A larger share also pays for matrices in D: for at most two a weight, of `side_share` or a twelfth each.
         enough = min(4 * least, 2 * least + 1 / 3) if work.sides else 2 * least
         without = ", or use TENGraD.unscaled, which needs less" if work.sides else ""
@@ -200,8 +198,9 @@ class Budget:
         )
 
 
-def _step(work: Work, rows: int, chosen: Mapping[str, Representation]) -> float:
-    return work.scale + sum(g.step_flops(chosen[name]) for name, g in work.of_rows(rows).items())
+def _formed(work: Work, chooser: Chooser, rows: int) -> tuple[Sizes, Chosen]:
+    sizes = work.of_rows(rows)
+    return sizes, chooser.representations(sizes)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:

@@ -113,14 +113,12 @@ class Plan:
             max_bytes: the memory for J, in bytes.
         """
         best = representations_by_cost(geometries, given, max_bytes, refresh_every)
-        known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
+        known = self._known(geometries)
         fixed = {name for name in geometries if given is not None and (isinstance(given, str) or name in given)}
         for name, measured in known.items():
             if measured and name not in fixed:
                 best[name] = _fastest(measured, best[name], refresh_every)
-        while self.stored_bytes(geometries, best) > max_bytes and (
-            moves := self._moves(known, best, fixed, refresh_every)
-        ):
+        while _total(geometries, known, best) > max_bytes and (moves := self._moves(known, best, fixed, refresh_every)):
             _, name, smaller = min(moves)
             best[name] = smaller
         return {
@@ -130,8 +128,10 @@ class Plan:
 
     def stored_bytes(self, geometries: Mapping[str, Geometry], chosen: Mapping[str, Representation]) -> int:
         """Return the bytes of all J: as measured, or else as the geometries say."""
-        known = {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
-        return sum(_stored(geometries[name], known[name], one) for name, one in chosen.items())
+        return _total(geometries, self._known(geometries), chosen)
+
+    def _known(self, geometries: Mapping[str, Geometry]) -> dict[str, Measurements]:
+        return {name: self.entries.get(geometry.key, {}) for name, geometry in geometries.items()}
 
     @staticmethod
     def _moves(
@@ -158,8 +158,11 @@ def _fastest(measured: Measurements, by_cost: Representation, refresh_every: int
     return by_cost if stays else fastest
 
 
-def _stored(geometry: Geometry, measured: Measurements, chosen: Representation) -> int:
-    """Return the bytes of one weight's J: as measured, or else as its geometry says."""
-    if chosen in measured:
-        return measured[chosen].bytes
-    return geometry.stored_bytes(chosen)
+def _total(
+    geometries: Mapping[str, Geometry], known: Mapping[str, Measurements], chosen: Mapping[str, Representation]
+) -> int:
+    """Return the bytes of all J: as measured, or else as the geometries say."""
+    return sum(
+        known[name][one].bytes if one in known[name] else geometries[name].stored_bytes(one)
+        for name, one in chosen.items()
+    )
