@@ -133,7 +133,7 @@ def test_a_layer_carries_one_hook_while_its_calls_are_captured():
     """Dynamo of torch 2.11 mistakes two hooks on one layer: no refresh of a model with batch norm could be traced."""
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False))
     capture = FunctionalCapture(model, {"0": model[0], "1": model[1]}, {})
-    with capture.attached(records=True):
+    with capture.attached({"0", "1"}, detaches=True):
         assert [len(layer._forward_hooks) for layer in model] == [1, 1, 1]
     assert not any(layer._forward_hooks for layer in model)
 

@@ -7,7 +7,7 @@ each of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -71,9 +71,12 @@ class FunctionalCapture:
         return tensors
 
     @contextmanager
-    def attached(self, records: bool) -> Iterator[None]:
-        """Prepare the model for tracing; with ``records``, attach a hook to every layer to be recorded."""
-        forwards = [forward for forward in self._forwards if records or is_unrolled(forward.layer)]
+    def attached(self, names: Collection[str], detaches: bool) -> Iterator[None]:
+        """Prepare the model for tracing: attach hooks to the named layers, which will be recorded.
+
+        With ``detaches``, also to those whose batch statistics become constants in some forward.
+        """
+        forwards = [forward for forward in self._forwards if forward.name in names or is_unrolled(forward.layer)]
         fast = torch.backends.mha.get_fastpath_enabled()
         with ExitStack() as stack:
             # torch's fast path for evaluation has no derivative, and tracing does not see that one is needed.
@@ -84,15 +87,17 @@ class FunctionalCapture:
             for forward in forwards:
                 forward.layer.forward = forward
                 stack.callback(delattr, forward.layer, "forward")
-            for layer, hook in self._hooks().items() if records else []:  # to run before the user's hooks
+            for layer, hook in self._hooks(names, detaches).items():  # to run before the user's hooks
                 stack.callback(layer.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             yield
 
-    def _hooks(self) -> dict[nn.Module, _HookChain]:
+    def _hooks(self, names: Collection[str], detaches: bool) -> dict[nn.Module, _HookChain]:
         """Return one hook for each layer, which first detaches its batch statistics, and then records its call."""
-        parts: dict[nn.Module, list[Callable[..., Any]]] = {layer: [_DetachStatistics(self)] for layer in self._mixing}
+        mixing = self._mixing if detaches else []
+        parts: dict[nn.Module, list[Callable[..., Any]]] = {layer: [_DetachStatistics(self)] for layer in mixing}
         for name, layer in self._hooked.items():
-            parts.setdefault(layer, []).append(_RecordCall(self, name))
+            if name in names:
+                parts.setdefault(layer, []).append(_RecordCall(self, name))
         return {layer: _HookChain(hooks) for layer, hooks in parts.items()}
 
     # Methods for a traced forward
@@ -160,16 +165,16 @@ class _TappedForward:
     """Replaces the forward of a layer with uncalled linear layers by one that taps each of them."""
 
     def __init__(self, capture: FunctionalCapture, name: str, layer: Any) -> None:
-        self._capture, self._name, self.layer = capture, name, layer
+        self._capture, self.name, self.layer = capture, name, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if first_tensor(args, kwargs).dim() != 3:  # the input has no batch dimension: torch's own forward handles it
             return type(self.layer).forward(self.layer, *args, **kwargs)
-        perturbations = self._capture.perturbations_of(self._name)
+        perturbations = self._capture.perturbations_of(self.name)
         tap, weights = Tap(perturbations), dict(self.layer.named_parameters(remove_duplicate=False))
         outputs = forward_with_taps(self.layer, weights, arguments(self.layer, Call(args, kwargs)), tap)
         if perturbations is not None:
-            self._capture.record(self._name, tap.inputs, None)
+            self._capture.record(self.name, tap.inputs, None)
         return outputs
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.rerun import rerun_rows
-from tengrad_triton.capture.rows.rule import Pairs, contributions_of
+from tengrad_triton.capture.rows.rule import ById, Pairs, contributions_of
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
+from tengrad_triton.compiled.sample_space import Weight, dense_jacobians, projected_means
 from tengrad_triton.compiled.trace_spec import TraceSpec
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature, unpack_moments
 from tengrad_triton.curvature.choices import Choices, Ops
@@ -24,7 +25,7 @@ from tengrad_triton.curvature.refresh import jacobians_of
 from tengrad_triton.curvature.step import step_
 from tengrad_triton.curvature.target import Average, Trained, grads_of, targets_of, trained_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
-from tengrad_triton.layers import Call, mixes_samples
+from tengrad_triton.layers import Call, OuterProducts, mixes_samples
 from tengrad_triton.likelihoods import Reparametrized
 
 Named = Mapping[str, Tensor]
@@ -94,14 +95,40 @@ class StepFunctions:
     capture: FunctionalCapture
     spec: TraceSpec
 
-    def reuse(self, state: StepState, packed: Mapping[str, Any], x: Any, y: Any) -> Tensor:
-        """Take a step with the present curvature ``packed``; return the loss."""
-        output, pull, _ = self._forward(state, {}, x, detach_statistics=False)
+    def reuse(
+        self,
+        state: StepState,
+        packed: Mapping[str, Any],
+        perturbations: CallTensors,
+        means: Mapping[Weight, Tensor],
+        x: Any,
+        y: Any,
+    ) -> Tensor:
+        """Take a step with the present curvature ``packed``; return the loss.
+
+        Layers with ``perturbations`` have dense J. ``means`` are the projections of their running means (M19), which
+        the step updates in place.
+        """
+        output, pull, tensors = self._forward(state, perturbations, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
-        grads, _ = pull(grad_output)
+        grads, by_perturbation = pull(grad_output)
         curvature = unpack_curvature(packed, self.layers, self.ops.__getitem__)
-        self._step(curvature, state, grads)
+        projected = self._projected(curvature, perturbations, tensors, by_perturbation)
+        self._step(curvature, state, grads, projected, means)
         return loss
+
+    def dense_layers(self, curvature: Curvature) -> CallTensors:
+        """Return the perturbations of those layers whose gradients are projected in sample space (M19)."""
+        with_spring = {
+            layer.name for layer in self.layers if any(self.groups[g]["spring"] for g in layer.groups.values())
+        }
+        return {
+            name: calls
+            for name, calls in self.spec.perturbations.items()
+            if len(calls) == 1 and calls[0] and name not in with_spring | self.capture.tapped_names
+            if all(self.names[weight] in self.trained for weight in dense_jacobians(curvature, [name]))
+            if dense_jacobians(curvature, [name])
+        }
 
     def refresh(
         self,
@@ -113,13 +140,14 @@ class StepFunctions:
         noise: Tensor | None,
         x: Any,
         y: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Take a step with the curvature of this batch; return the loss and the packed curvature."""
+    ) -> tuple[Tensor, dict[str, Any], dict[Weight, Tensor]]:
+        """Take a step with the curvature of this batch; return the loss, the packed curvature, and ``means``."""
         # The curvature may keep x, and the training loop may write its next batch into the same tensors.
         x, samples = tree_map_only(Tensor, Tensor.clone, x), self.spec.samples
         forward = self._forward(state, perturbations, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(forward[0], y)
         grads, by_perturbation = forward[1](grad_output)
+        of_loss = by_perturbation
         # If the model mixes samples, the rows come from a second forward, in which batch statistics are constants.
         mixes = any(mixes_samples(module) for module in self.model.modules())
         of_rows = self._forward(state, perturbations, x, detach_statistics=True) if mixes else forward
@@ -139,13 +167,32 @@ class StepFunctions:
             jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping,
             kept, scales,
         )  # fmt: skip
-        self._step(curvature, state, grads)
-        return loss, pack_curvature(curvature)
+        projected = self._projected(curvature, self.dense_layers(curvature), forward[2], of_loss)
+        means = projected_means(curvature, self.averages_of(curvature, state.momenta))
+        self._step(curvature, state, grads, projected, means)
+        return loss, pack_curvature(curvature), means
 
-    def _contributions(
-        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Any
-    ) -> Contributions:
-        """Return the contributions of the recorded calls, for each layer of a Fisher block."""
+    def averages_of(self, curvature: Curvature, momenta: Named) -> dict[Weight, Tensor]:
+        """Return the running means m of the dense weights; none where D is the identity."""
+        if self.scaling == "none":
+            return {}
+        return {one: momenta[self.names[one]] for one in dense_jacobians(curvature, self.dense_layers(curvature))}
+
+    def _projected(
+        self, curvature: Curvature, layers: Collection[str], tensors: CallTensors, by_perturbation: CallTensors
+    ) -> dict[Weight, Tensor]:
+        """Return J D⁻¹ V of the dense weights of some layers, from the derivatives of the loss itself."""
+        by_id = self._of_calls({name: tensors[name] for name in layers}, by_perturbation, 1, {})
+        parameters = {layer.name: layer.parameters for layer in self.layers}
+        return {
+            (name, param_name): one.project_without(cast("OuterProducts", by_id[id(parameters[name][param_name])][0]))
+            for (name, param_name), one in dense_jacobians(curvature, layers).items()
+        }
+
+    def _of_calls(
+        self, tensors: CallTensors, by_perturbation: CallTensors, scale: int, explicit: Mapping[int, Tensor]
+    ) -> ById:
+        """Return the contributions of the recorded calls, and of explicit rows, by the parameter's id."""
 
         def pairs_of(name: str) -> Pairs:
             if name in self.capture.tapped_names:
@@ -155,9 +202,15 @@ class StepFunctions:
             return [(call.inputs(name), call.scaled_grads(scale)) for call in calls]
 
         with_rule = {name: self.captured[name] for name in tensors if self.captured[name].has_rule}
+        return contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, self.spec.samples)
+
+    def _contributions(
+        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Any
+    ) -> Contributions:
+        """Return the contributions of the recorded calls, for each layer of a Fisher block."""
         explicit = self._rows_of_reruns(tensors, by_perturbation, scale)
         explicit |= self._rows_of_model(x, grad_output, scale)
-        by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, self.spec.samples)
+        by_id = self._of_calls(tensors, by_perturbation, scale, explicit)
         in_blocks = {name for names in self.blocks.values() for name in names}
         return Contributions(
             {
@@ -215,15 +268,31 @@ class StepFunctions:
                 buffer.copy_(buffers[name])
         return output, pull, tensors
 
-    def _step(self, curvature: Curvature, state: StepState, by_name: Named) -> None:
+    def _step(
+        self,
+        curvature: Curvature,
+        state: StepState,
+        by_name: Named,
+        projected: Mapping[Weight, Tensor] | None = None,
+        means: Mapping[Weight, Tensor] | None = None,
+    ) -> None:
+        """Step along the gradients; ``projected`` has J D⁻¹ V of some weights, ``means`` what precedes it (M19)."""
         trained = self._trained(state, by_name)
         targets = targets_of(trained, self.groups, state.settings, state.rates)
         averages = [
             None if group["spring"] else Average(numbers[0], numbers[1], group["nesterov"])
             for group, numbers in zip(self.groups, state.averages, strict=False)
         ]
-        grads = grads_of(trained, self.groups)
-        step_(curvature, targets, grads, self.ops[()], self.trust_region, averages, self.clip_threshold)
+        grads, known, projected, means = grads_of(trained, self.groups), {}, projected or {}, means or {}
+        for place, target in enumerate(targets):
+            weight = target.layer, target.param_name
+            if weight in projected:
+                y_N = -projected[weight] if self.groups[target.group]["maximize"] else projected[weight]
+                average = averages[target.group] if averages else None
+                known[place] = y_N if average is None else average.of([means[weight]], [y_N])[0]
+                if average is not None:
+                    average.remember_([means[weight]], [y_N])
+        step_(curvature, targets, grads, self.ops[()], self.trust_region, averages, self.clip_threshold, known)
 
     def _trained(self, state: StepState, grads: Named) -> list[Trained]:
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -69,7 +69,9 @@ def prepare(
         modes: the modes of `torch.compile` for the refresh and the reuse.
         options: further options of `torch.compile`.
     """
-    functions = _functions(access, loss_fn, first.trained, spec if isinstance(spec, TraceSpec) else NO_CAPTURE)
+    # A step that reuses the curvature captures dense layers, also where refreshes are not compiled.
+    captures = spec if isinstance(spec, TraceSpec) else first.spec
+    functions = _functions(access, loss_fn, first.trained, captures if isinstance(captures, TraceSpec) else NO_CAPTURE)
     refresh = torch.compile(_with_own_code(functions.refresh), mode=modes[0], **options)
     reuse = torch.compile(_with_own_code(functions.reuse), mode=modes[1], **options)
     return CompiledSteps(first.output, spec, functions, reuse, refresh)

@@ -20,6 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
 from tengrad_triton.compiled.graphs import LossFn, StepState
 from tengrad_triton.compiled.prepare import CompiledSteps, FirstEvaluation, prepare
+from tengrad_triton.compiled.sample_space import ProjectedMeans
 from tengrad_triton.compiled.signatures import MOST, ModelState, Prepared, Signature, batch_signature
 from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
 from tengrad_triton.compiled.trace_spec import NOT_SEEN, SpecOrReason, TraceSpec, trace_spec_of, why_not_compiled
@@ -86,6 +87,7 @@ class TrainStep:
         self._buffers = StaticBuffers() if mode in _CUDA_GRAPH_MODES else None
         self._buffered: Curvature | None = None  # the curvature whose tensors are in the buffers
         self._model_state, self._prepared = ModelState(access), Prepared[CompiledSteps]()
+        self._means = ProjectedMeans(are_static=self._buffers is not None)
         self._warned = self._loss_is_checked = False
         self._untraceable: str | None = None  # why the refresh could not be traced
 
@@ -217,11 +219,14 @@ class TrainStep:
         return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.numbers_of_groups())
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
-        curvature = self._in_buffers(cast("Curvature", self._access.curvature))
-        replays = self._buffers is not None
-        with steps.functions.capture.attached(records=False), without_memory() if replays else nullcontext():
-            loss = steps.reuse(self._state(steps), _packed(curvature), x, y)
-        self._access.advance(curvature, self._access.age)
+        access, functions, replays = self._access, steps.functions, self._buffers is not None
+        curvature, state = self._in_buffers(cast("Curvature", access.curvature)), self._state(steps)
+        dense, momenta = functions.dense_layers(curvature), functions.averages_of(curvature, state.momenta)
+        means = self._means.of(curvature, momenta, access.steps)
+        with functions.capture.attached(dense, detaches=False), without_memory() if replays else nullcontext():
+            loss = steps.reuse(state, _packed(curvature), dense, means, x, y)
+        access.advance(curvature, access.age)
+        self._means.keep(curvature, momenta, access.steps)
         return loss.clone() if replays else loss  # the next replay overwrites what this one returned
 
     def _in_buffers(self, curvature: Curvature) -> Curvature:
@@ -239,14 +244,16 @@ class TrainStep:
         access.release()
         state = (self._state(steps), functions.spec.perturbations, *access.before_refresh(functions.blocks))
         try:
-            with functions.capture.attached(records=True), ignore_vmap_warning():
-                loss, packed = steps.refresh(*state, noise, x, y)
+            with functions.capture.attached(functions.spec.perturbations, detaches=True), ignore_vmap_warning():
+                loss, packed, means = steps.refresh(*state, noise, x, y)
         except TorchDynamoException:
             access.generator.set_state(before)
             raise
         curvature = unpack_curvature(packed, access.layers, access.ops_for)
         spending = None if access.curvature is None else access.curvature.spending
-        access.advance(self._in_buffers(replace(curvature, spending=spending)), 0)
+        curvature = self._in_buffers(replace(curvature, spending=spending))
+        access.advance(curvature, 0)
+        self._means.keep(curvature, functions.averages_of(curvature, state[0].momenta), access.steps, means)
         return loss
 
 

@@ -8,7 +8,7 @@ Dimensions: L Fisher blocks, N rows of J, R directions.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,14 +70,23 @@ class ProductPlan:
         self._layouts: Sequence[Hashable] = ()  # of the last step's gradients
         self._prepared: tuple[RepeatedProducts | None, list[_Launch]] | None = None  # for such gradients
 
-    def along(self, grads: Sequence[Tensor], scaled: Sequence[Tensor] | None = None, once: bool = False) -> Products:
+    def along(
+        self,
+        grads: Sequence[Tensor],
+        scaled: Sequence[Tensor] | None = None,
+        once: bool = False,
+        projected: Mapping[int, Tensor] | None = None,
+    ) -> Products:
         """Return the products of a step.
 
         Args:
             grads: V of each entry.
             scaled: D⁻¹ V of each entry, which the update takes in place of V and overwrites; None for V itself.
             once: whether it is the only step along such gradients.
+            projected: J D⁻¹ V of those entries, by index, for which it is known.
         """
+        if projected:
+            return Products(None, self._launches, grads, scaled, self._shape, projected)
         if once or not may_repeat(grads[0]) or (scaled is not None and self._has_spring):
             return Products(None, self._launches, grads, scaled, self._shape)
         own = [*map(layout_of, grads)]
@@ -102,8 +111,9 @@ class Products:
         grads: Sequence[Tensor],
         scaled: Sequence[Tensor] | None,
         shape: list[int],
+        projected: Mapping[int, Tensor] | None = None,
     ) -> None:
-        self._repeated, self._shape = repeated, shape
+        self._repeated, self._shape, self._projected = repeated, shape, projected or {}
         self._others = [(launch, launch.views(grads)) for launch in others]
         self._is_scaled = scaled is not None
         self._scaled = self._others if scaled is None else [(launch, launch.views(scaled)) for launch in others]
@@ -111,10 +121,23 @@ class Products:
 
     def project(self) -> Tensor:
         """Return y_LN = J V, summed over the parameters of every block; zeros follow where a block has fewer rows."""
-        parts = [launch.project(views, self._shape) for launch, views in self._others]
+        parts = [
+            launch.project(views, self._shape, self._projected)
+            for launch, views in self._others
+            if not self._projected.keys() >= set(launch.places)
+        ]
+        parts += [self._known()] if self._projected else []
         if self._repeated is not None:
             parts.append(self._repeated.project())
         return sum(parts[1:], start=parts[0])
+
+    def _known(self) -> Tensor:
+        """Return the part of y_LN that was given."""
+        y_LN = next(iter(self._projected.values())).new_zeros(self._shape)
+        blocks = {place: block for one, _ in self._others for place, block in zip(one.places, one.blocks, strict=True)}
+        for place, y_N in self._projected.items():
+            y_LN[blocks[place], : len(y_N)] += y_N
+        return y_LN
 
     def expand_update_(self, w_LN: Tensor, damping_L: Tensor) -> None:
         """Step every target along (V − Jᵀ w) / damping, with D⁻¹ V in place of V where that is given."""
@@ -132,7 +155,7 @@ class _Launch:
     def __init__(self, entries: Sequence[BlockEntry], places: list[int]) -> None:
         own = [entries[place] for place in places]
         self.places = places
-        self._jacobians, self._blocks = [one.jacobian for one in own], [one.block for one in own]
+        self._jacobians, self.blocks = [one.jacobian for one in own], [one.block for one in own]
         self._rows = [one.rows for one in self._jacobians]
         self._operands = self._jacobians[0].operands_of(self._jacobians)
         # A view of the parameter itself would refer to it, and torch swaps no tensor that others refer to.
@@ -145,8 +168,12 @@ class _Launch:
         """Return the entries' gradients as the ops take them."""
         return [one.view(grads[place]) for one, place in zip(self._jacobians, self.places, strict=True)]
 
-    def project(self, views: list[Tensor], shape: list[int]) -> Tensor:
-        return self._jacobians[0].project_grouped(self._operands, views, self._blocks, shape)
+    def project(self, views: list[Tensor], shape: list[int], known: Mapping[int, Tensor]) -> Tensor:
+        """Return y_LN without those entries whose part of it is known."""
+        at = [at for at, place in enumerate(self.places) if place not in known]
+        own, blocks = [self._jacobians[i] for i in at], [self.blocks[i] for i in at]
+        operands = self._operands if len(at) == len(views) else own[0].operands_of(own)
+        return own[0].project_grouped(operands, [views[i] for i in at], blocks, shape)
 
     def expand_update_(
         self, views: list[Tensor], w: Sequence[Tensor], dampings: Sequence[Tensor], is_scaled: bool
@@ -160,7 +187,7 @@ class _Launch:
         state = self._state(self.views(grads), w_LN.unbind(), damping_L.unbind(), is_scaled)
         if not runs_kernel(*self._operands, *state):
             return None
-        launches = self._jacobians[0].launches(self._operands, state, self._blocks)
+        launches = self._jacobians[0].launches(self._operands, state, self.blocks)
         return launches if launches is not None and launches.reads_no_copy() else None
 
     def _state(
@@ -170,9 +197,9 @@ class _Launch:
         if is_scaled:  # V is averaged already: only SPRING keeps the direction, elsewhere it goes where V was
             triples = zip(self._momenta, views, self._has_spring, strict=True)
             momenta = [momentum if spring else view for momentum, view, spring in triples]
-        own_w = [w[block] for block in self._blocks]
+        own_w = [w[block] for block in self.blocks]
         own_w = [w_N if w_N.shape[0] == n else w_N[:n] for w_N, n in zip(own_w, self._rows, strict=True)]
-        numbers = (own_w, [dampings[block] for block in self._blocks], self._settings)
+        numbers = (own_w, [dampings[block] for block in self.blocks], self._settings)
         return UpdateState(self._params, momenta, views, *numbers, self._nesterov)
 
 

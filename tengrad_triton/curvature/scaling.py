@@ -31,7 +31,7 @@ class Side(NamedTuple):
 
     def power(self, exponent: float) -> Tensor:
         """Return the matrices to a power: [G, n, n], or their diagonals [G, n] if they are diagonal."""
-        powers_Gn = self.values_Gn**exponent
+        powers_Gn = self.values_Gn.reciprocal() if exponent == -1.0 else self.values_Gn**exponent
         if self.basis_Gnn is None:
             return powers_Gn
         return (self.basis_Gnn * powers_Gn.unsqueeze(1)) @ self.basis_Gnn.mT

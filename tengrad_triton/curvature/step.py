@@ -5,7 +5,7 @@ Dimensions: L Fisher blocks, B blocks of one size, N rows of J, T targets that h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ def step_(
     trust_region: float | None,
     averages: Sequence[Average | None],
     clip_threshold: float | None,
+    projected: Mapping[int, Tensor] | None = None,
 ) -> None:
     """Update every target along its natural gradient, or along its gradient where its layer has no J.
 
@@ -54,9 +55,11 @@ def step_(
         trust_region: κ, the bound of M14; None for no bound.
         averages: how each parameter group averages its gradients first; empty where momentum is part of the update.
         clip_threshold: the bound of M17 on the step of each block with scaled damping; None for no bound.
+        projected: J D⁻¹ V of the targets, by index, for which it is known without V (M19).
     """
     places = places_of_averages(targets, averages)
-    _plan_of(curvature, targets).step_(averaged(targets, grads, places), ops, trust_region, clip_threshold)
+    plan, own = _plan_of(curvature, targets), averaged(targets, grads, places)
+    plan.step_(own, ops, trust_region, clip_threshold, projected or {})
     remember_(targets, grads, places)
 
 
@@ -137,8 +140,9 @@ class StepPlan:
         self._has_one_rate = [len(rates[one.block]) == 1 for one in self._entries]
 
     def step_(
-        self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None, clip_threshold: float | None
-    ) -> None:
+        self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None, clip_threshold: float | None,
+        projected: Mapping[int, Tensor],
+    ) -> None:  # fmt: skip
         """Do what the function of this name does."""
         if self._entries:
             with phase("solve"):
@@ -146,7 +150,8 @@ class StepPlan:
                 for index in self._springs:
                     own[index] = self._with_spring(index, own[index])
                 scaled = None if self._metric is None else self._metric.inverse(own)
-                products = self._products.along(own, scaled)
+                known = {index: projected[place] for index, place in enumerate(self._places) if place in projected}
+                products = self._products.along(own, scaled, projected=known)
                 y_LN = products.project()
                 w_LN, divisor_L = self._solve(y_LN, ops), self._divisor_L
                 if scaled is not None and clip_threshold is not None:
@@ -207,7 +212,10 @@ class StepPlan:
 
     def _clip_scale_L(self, scaled: list[Tensor], threshold: float) -> Tensor:
         """Return min(1, threshold / the root mean square of D⁻¹ V), each weight in its unit, for each block (M17)."""
-        square_T = torch.stack(torch._foreach_norm(scaled, 2)).square()
+        if torch.compiler.is_compiling():  # one pass with what made D⁻¹ V; the list of norms would take another
+            square_T = torch.stack([x.square().sum() for x in scaled])
+        else:
+            square_T = torch.stack(torch._foreach_norm(scaled, 2)).square()
         if self._clip_weights_LT is None:
             self._clip_weights_LT = self._weights_of_squares(square_T)
         mean_L = self._clip_weights_LT @ square_T

@@ -191,7 +191,7 @@ class Average(NamedTuple):
         """Return V̂ of each gradient V, from the means m before the step: a step that fails leaves them as they are."""
         c = self.share * (2.0 - self.share) if self.nesterov else self.share  # of V in the new m, and once more
         if isinstance(c, Tensor):  # a number that a compiled function reads
-            return [self.correction * m.lerp(g, c.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
+            return [self.correction * torch.addcmul(m, g - m, c.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
         found = grads if c == 1.0 else list(torch._foreach_lerp(momenta, grads, c))
         return found if self.correction == 1.0 else list(torch._foreach_mul(found, self.correction))
 
@@ -199,7 +199,7 @@ class Average(NamedTuple):
         """Update the means m in place."""
         if isinstance(self.share, Tensor):
             for m, g in zip(momenta, grads, strict=True):
-                m.lerp_(g, self.share.to(g.dtype))
+                m.addcmul_(g - m, self.share.to(g.dtype))
         elif self.share == 1.0:
             torch._foreach_copy_(momenta, grads)
         else:

@@ -88,6 +88,11 @@ class StepAccess:
         return self._optimizer._age
 
     @property
+    def steps(self) -> int:
+        """Return the number of steps taken so far."""
+        return self._optimizer._steps
+
+    @property
     def refresh_is_due(self) -> bool:
         """Whether the next step refreshes the curvature."""
         return self._optimizer._refresh_is_due()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Factored(Jacobian):
     @override
     def rows(self) -> int:
         return len(self.factors.g_NGPO)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether inputs and output gradients are one matrix each: one group, and one position for each row."""
+        return isinstance(self.factors.a, Tensor) and self.factors.g_NGPO.shape[1:3] == (1, 1)
 
     @property
     @override
@@ -88,6 +93,16 @@ class Factored(Jacobian):
             x, g, geometries = operands
             return self.ops.project_conv(x, g, v, geometries, blocks, shape)
         return self.ops.project(*operands, v, blocks, shape)
+
+    def project_without(self, of_grad: OuterProducts) -> Tensor:
+        """Return y_N, the projection of V = Σ_m g_m a_mᵀ, from its factors: it takes no V (M19); J is dense.
+
+        y_n = Σ_m ⟨a_n, a_m⟩ ⟨g_n, g_m⟩: products of N × M numbers in place of passes over the weight.
+        """
+        own, of_grad = self.factors.widened(), of_grad.widened()
+        pairs = (own.a, of_grad.a), (own.g_NGPO, of_grad.g_NGPO)
+        aa_NM, gg_NM = (cast("Tensor", x).flatten(0, 2) @ cast("Tensor", y).flatten(0, 2).mT for x, y in pairs)
+        return (aa_NM * gg_NM).sum(1)
 
     @override
     def expand_update_grouped_(self, operands: Operands, state: UpdateState) -> None:
