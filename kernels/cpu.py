@@ -123,7 +123,7 @@ def project(a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: list[int]
 
 def project_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Tensor:
     """Return y_N with y_n = Σ_γp ⟨V_γ a_nγp, g_nγp⟩."""
-    if not _has_one_position(g_NGPO):
+    if not has_one_position(g_NGPO):
         return (torch.einsum("ngpi,goi->ngpo", a_NGPI, v_GOI) * g_NGPO).sum((1, 2, 3))
     va_ON = v_GOI.flatten(0, 1) @ a_NGPI.flatten(0, 2).mT  # for few samples BLAS is faster in this order
     return (va_ON * g_NGPO.flatten(0, 2).mT).sum(0)
@@ -132,16 +132,29 @@ def project_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, v_GOI: Tensor) -> Ten
 def weighted_outer_products(a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> Tensor:
     """Return Σ_np w_n g_nγp a_nγpᵀ over [G, O, I]."""
     weighted_NGPO = g_NGPO * w_N.view(-1, 1, 1, 1)
-    if not _has_one_position(g_NGPO):
+    if not has_one_position(g_NGPO):
         return torch.einsum("ngpo,ngpi->goi", weighted_NGPO, a_NGPI)
+    return torch.bmm(*_thin_product(a_NGPI, weighted_NGPO)).view(1, g_NGPO.shape[3], -1)
+
+
+def add_weighted_outer_products_(x_OI: Tensor, a_NGPI: Tensor, g_NGPO: Tensor, w_N: Tensor) -> None:
+    """Add Σ_n w_n g_n a_nᵀ to a contiguous matrix in place, for one position (`has_one_position`)."""
+    g_BON, a_BNI = _thin_product(a_NGPI, g_NGPO * w_N.view(-1, 1, 1, 1))
+    x_OI.view(len(g_BON), g_BON.shape[1], -1).baddbmm_(g_BON, a_BNI)
+
+
+def _thin_product(a_NGPI: Tensor, g_NGPO: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of Gᵀ A as batched ones, with one range of the outputs for each thread.
+
+    BLAS does not divide such a thin product well among threads.
+    """
     outputs = g_NGPO.shape[3]
     parts = 1 if torch.compiler.is_compiling() else _equal_ranges(outputs, torch.get_num_threads())
-    # One range of the outputs for each thread: BLAS does not divide such a thin product well among threads.
-    weighted_BON = weighted_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
-    return torch.bmm(weighted_BON, a_NGPI.flatten(0, 2).expand(parts, -1, -1)).view(1, outputs, -1)
+    g_BON = g_NGPO.reshape(-1, parts, outputs // parts).permute(1, 2, 0)
+    return g_BON, a_NGPI.flatten(0, 2).expand(parts, -1, -1)
 
 
-def _has_one_position(g_NGPO: Tensor) -> bool:
+def has_one_position(g_NGPO: Tensor) -> bool:
     """Return whether G = P = 1 on a CPU, where the factors are matrices and one product of BLAS is fastest."""
     return g_NGPO.is_cpu and g_NGPO.shape[1] == g_NGPO.shape[2] == 1
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .conv_geometry import conv_geometries
-from .cpu import expansions, weighted_outer_products
+from .cpu import add_weighted_outer_products_, expansions, has_one_position, weighted_outer_products
 from .dispatch import widen
 
 _WAITING_ENTRIES = 1 << 16  # directions are collected for one fused call up to this many entries, which a cache holds
@@ -27,8 +27,14 @@ def expand_update_(
     params: Tensors, momenta: Tensors, grads: Tensors, a: Tensors, g: Tensors,
     w: Tensors, dampings: Tensors, settings: Tensors, nesterov: bool,
 ) -> None:  # fmt: skip
-    """Compute Jᵀ w from factors, and update."""
-    factors = zip(a, g, _negated_ratios(w, dampings), strict=True)
+    """Compute Jᵀ w from factors, and update; where no direction is kept, products are added to the parameters."""
+    ratios = _negated_ratios(w, dampings)
+    if _keeps_no_direction(params, momenta, grads) and all(map(_adds_in_place, params, a, g)):
+        rates = _step_along_(params, grads, dampings, settings)
+        for param, a_NGPI, g_NGPO, u_N, lr in zip(params, a, g, ratios, rates, strict=True):
+            add_weighted_outer_products_(param.view(len(param), -1), a_NGPI, g_NGPO, u_N * -lr)
+        return
+    factors = zip(a, g, ratios, strict=True)
     expanded = (
         (t, weighted_outer_products(widen(a_NGPI), widen(g_NGPO), u_N))
         for t, (a_NGPI, g_NGPO, u_N) in enumerate(factors)
@@ -76,6 +82,14 @@ def _update_along_(
 
     ``expanded`` yields (t, Jᵀ (−w / damping)) with entries in the order (O, T, I); these tensors are overwritten.
     """
+    if _keeps_no_direction(params, momenta, grads):
+        rates = _step_along_(params, grads, dampings, settings)
+        for t, added in expanded:
+            own = added.reshape(params[t].shape)
+            params[t].add_(
+                own if _same_layout(own, params[t]) else torch.empty_like(params[t]).copy_(own), alpha=-rates[t]
+            )
+        return
     update_all_(
         (
             (params[t], momenta[t], _direction(grads[t], added.reshape(grads[t].shape), dampings[t]), settings[t])
@@ -83,6 +97,33 @@ def _update_along_(
         ),
         nesterov,
     )
+
+
+def _keeps_no_direction(params: Sequence[Tensor], momenta: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Return whether each momentum is the gradient itself, which the caller gives up, and is none (`_Launch`)."""
+    same = all(momentum is grad for momentum, grad in zip(momenta, grads, strict=True))
+    return same and not torch.compiler.is_compiling() and all(p.is_cpu and p.dtype in _FUSED_DTYPES for p in params)
+
+
+def _adds_in_place(param: Tensor, a_NGPI: Tensor, g_NGPO: Tensor) -> bool:
+    return has_one_position(g_NGPO) and param.is_contiguous() and param.dtype == a_NGPI.dtype == g_NGPO.dtype
+
+
+def _step_along_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], dampings: Sequence[Tensor], settings: Sequence[Tensor]
+) -> list[float]:
+    """Update along grad / damping alone, with one call for all parameters of equal numbers; return each one's lr."""
+    numbers = {id(one): one.tolist() for one in settings}
+    alike: dict[tuple[float, float], list[int]] = {}
+    for t, damping in enumerate(torch.stack(tuple(dampings)).tolist()):
+        lr, _, weight_decay, shrink = numbers[id(settings[t])]
+        alike.setdefault((1 - lr * (weight_decay + shrink), -lr / damping), []).append(t)
+    for (kept, rate), places in alike.items():
+        own = [params[t] for t in places]
+        if kept != 1.0:
+            torch._foreach_mul_(own, kept)
+        torch._foreach_add_(own, [grads[t] for t in places], alpha=rate)
+    return [numbers[id(one)][0] for one in settings]
 
 
 def _direction(grad: Tensor, added: Tensor, damping: Tensor) -> Tensor:

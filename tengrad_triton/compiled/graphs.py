@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vjp
@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.rerun import rerun_rows
-from tengrad_triton.capture.rows.rule import ById, Pairs, contributions_of
+from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
-from tengrad_triton.compiled.sample_space import Weight, dense_jacobians, projected_means
+from tengrad_triton.compiled.sample_space import Weight, dense_jacobians, dense_layers, project, projected_means
 from tengrad_triton.compiled.trace_spec import TraceSpec
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature, unpack_moments
 from tengrad_triton.curvature.choices import Choices, Ops
@@ -25,7 +25,7 @@ from tengrad_triton.curvature.refresh import jacobians_of
 from tengrad_triton.curvature.step import step_
 from tengrad_triton.curvature.target import Average, Trained, grads_of, targets_of, trained_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
-from tengrad_triton.layers import Call, OuterProducts, mixes_samples
+from tengrad_triton.layers import Call, mixes_samples
 from tengrad_triton.likelihoods import Reparametrized
 
 Named = Mapping[str, Tensor]
@@ -113,22 +113,16 @@ class StepFunctions:
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, by_perturbation = pull(grad_output)
         curvature = unpack_curvature(packed, self.layers, self.ops.__getitem__)
-        projected = self._projected(curvature, perturbations, tensors, by_perturbation)
+        projected = project(curvature, self.capture, perturbations, tensors, by_perturbation)
         self._step(curvature, state, grads, projected, means)
         return loss
 
     def dense_layers(self, curvature: Curvature) -> CallTensors:
         """Return the perturbations of those layers whose gradients are projected in sample space (M19)."""
-        with_spring = {
-            layer.name for layer in self.layers if any(self.groups[g]["spring"] for g in layer.groups.values())
-        }
-        return {
-            name: calls
-            for name, calls in self.spec.perturbations.items()
-            if len(calls) == 1 and calls[0] and name not in with_spring | self.capture.tapped_names
-            if all(self.names[weight] in self.trained for weight in dense_jacobians(curvature, [name]))
-            if dense_jacobians(curvature, [name])
-        }
+        spring = {index for index, group in enumerate(self.groups) if group["spring"]}
+        names = [layer.name for layer in self.layers if spring.isdisjoint(layer.groups.values())]
+        captured = {name: self.captured[name].layer for name in names if name in self.spec.perturbations}
+        return dense_layers(curvature, captured, self.spec.perturbations)
 
     def refresh(
         self,
@@ -167,7 +161,7 @@ class StepFunctions:
             jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping,
             kept, scales,
         )  # fmt: skip
-        projected = self._projected(curvature, self.dense_layers(curvature), forward[2], of_loss)
+        projected = project(curvature, self.capture, self.dense_layers(curvature), forward[2], of_loss)
         means = projected_means(curvature, self.averages_of(curvature, state.momenta))
         self._step(curvature, state, grads, projected, means)
         return loss, pack_curvature(curvature), means
@@ -176,23 +170,13 @@ class StepFunctions:
         """Return the running means m of the dense weights; none where D is the identity."""
         if self.scaling == "none":
             return {}
-        return {one: momenta[self.names[one]] for one in dense_jacobians(curvature, self.dense_layers(curvature))}
+        dense = dense_jacobians(curvature, self.dense_layers(curvature))
+        return {one: momenta[self.names[one]] for one in dense if self.names[one] in momenta}
 
-    def _projected(
-        self, curvature: Curvature, layers: Collection[str], tensors: CallTensors, by_perturbation: CallTensors
-    ) -> dict[Weight, Tensor]:
-        """Return J D⁻¹ V of the dense weights of some layers, from the derivatives of the loss itself."""
-        by_id = self._of_calls({name: tensors[name] for name in layers}, by_perturbation, 1, {})
-        parameters = {layer.name: layer.parameters for layer in self.layers}
-        return {
-            (name, param_name): one.project_without(cast("OuterProducts", by_id[id(parameters[name][param_name])][0]))
-            for (name, param_name), one in dense_jacobians(curvature, layers).items()
-        }
-
-    def _of_calls(
-        self, tensors: CallTensors, by_perturbation: CallTensors, scale: int, explicit: Mapping[int, Tensor]
-    ) -> ById:
-        """Return the contributions of the recorded calls, and of explicit rows, by the parameter's id."""
+    def _contributions(
+        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Any
+    ) -> Contributions:
+        """Return the contributions of the recorded calls, for each layer of a Fisher block."""
 
         def pairs_of(name: str) -> Pairs:
             if name in self.capture.tapped_names:
@@ -202,15 +186,9 @@ class StepFunctions:
             return [(call.inputs(name), call.scaled_grads(scale)) for call in calls]
 
         with_rule = {name: self.captured[name] for name in tensors if self.captured[name].has_rule}
-        return contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, self.spec.samples)
-
-    def _contributions(
-        self, tensors: CallTensors, by_perturbation: CallTensors, grad_output: Tensor, scale: int, x: Any
-    ) -> Contributions:
-        """Return the contributions of the recorded calls, for each layer of a Fisher block."""
         explicit = self._rows_of_reruns(tensors, by_perturbation, scale)
         explicit |= self._rows_of_model(x, grad_output, scale)
-        by_id = self._of_calls(tensors, by_perturbation, scale, explicit)
+        by_id = contributions_of(with_rule, pairs_of, explicit, self.spec.unattributed, self.spec.samples)
         in_blocks = {name for names in self.blocks.values() for name in names}
         return Contributions(
             {

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
 from tengrad_triton.compiled.static_buffers import mark_static
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.woodbury import Curvature
+from tengrad_triton.layers import has_rule_of_linear
+from tengrad_triton.layers.dense import weight_grads
+
+_ROUNDING = 1e-3  # how far, relative to its size, a projection may be off after an interval's steps in float32
+_ROUNDINGS = 8  # likewise, in roundings of m, which is in half precision where the parameter is
 
 Weight = tuple[str, str]
 """A weight by the names of its layer and of the parameter within it."""
@@ -25,6 +32,31 @@ def dense_jacobians(curvature: Curvature, layers: Collection[str]) -> dict[Weigh
     }
 
 
+def dense_layers(
+    curvature: Curvature, captured: Mapping[str, nn.Module], perturbations: CallTensors
+) -> dict[str, Sequence[Mapping[str, Tensor]]]:
+    """Return the perturbations of the linear layers with a dense J that a forward calls once."""
+    once = [name for name, layer in captured.items() if len(perturbations[name]) == 1 and has_rule_of_linear(layer)]
+    dense = {name for name, _ in dense_jacobians(curvature, once)}
+    return {name: perturbations[name] for name in once if name in dense and perturbations[name][0]}
+
+
+def project(
+    curvature: Curvature,
+    capture: FunctionalCapture,
+    layers: Collection[str],
+    tensors: CallTensors,
+    by_perturbation: CallTensors,
+) -> dict[Weight, Tensor]:
+    """Return J D⁻¹ V of the dense weights, where V is what the layers' calls contribute to the gradient of the loss."""
+    found = {}
+    for (name, param_name), one in dense_jacobians(curvature, layers).items():
+        (call,) = capture.layer_calls(name, tensors, by_perturbation)
+        x, g = cast("Tensor", call.inputs(name)), cast("Tensor", call.scaled_grads(1))
+        found[name, param_name] = one.project_without(weight_grads(x, g))
+    return found
+
+
 def projected_means(curvature: Curvature, momenta: Mapping[Weight, Tensor]) -> dict[Weight, Tensor]:
     """Return J D⁻¹ m of the running mean m of each dense weight."""
     jacobians = dense_jacobians(curvature, {name for name, _ in momenta})
@@ -34,7 +66,8 @@ def projected_means(curvature: Curvature, momenta: Mapping[Weight, Tensor]) -> d
 class ProjectedMeans:
     """J D⁻¹ m of dense weights, where m are the running means of their gradients.
 
-    A compiled step updates them as it updates m. They are computed from m where another step was taken in between.
+    A compiled step updates them as it updates m, and they are kept with the curvature, also in its state. They are
+    computed from m where another step was taken in between, or m has changed otherwise.
 
     Args:
         are_static: whether they keep their addresses, for CUDA graphs.
@@ -43,13 +76,16 @@ class ProjectedMeans:
     def __init__(self, are_static: bool) -> None:
         self._are_static = are_static
         self._means: dict[Weight, Tensor] = {}
-        self._key: tuple[Any, ...] | None = None
+        self._key: tuple[Any, ...] = ()
 
     def of(self, curvature: Curvature, momenta: Mapping[Weight, Tensor], steps: int) -> dict[Weight, Tensor]:
         """Return J D⁻¹ m of each m after so many steps. The step updates them in place; `keep` must follow it."""
-        key, self._key = self._key, None  # a step that fails leaves them in no known state
-        if key is None or key[0] is not curvature or key[1:] != _state(momenta, steps):
-            self._replace(projected_means(curvature, momenta))
+        key, self._key = self._key, ()  # a step that fails leaves them in no known state
+        if key != _key(curvature, momenta, steps):
+            new = projected_means(curvature, momenta)
+            kept = _by_weight(curvature.projected) if curvature.projected.get("steps") == steps else {}
+            self._replace(kept if _are_close(kept, new, momenta) else new)
+        curvature.projected.clear()
         return self._means
 
     def keep(
@@ -62,20 +98,40 @@ class ProjectedMeans:
         """Note that they, or the ``new`` ones in their place, belong to the present m, after so many steps."""
         if new is not None:
             self._replace(new)
-        self._key = curvature, *_state(momenta, steps)
+        nested: dict[str, dict[str, Tensor]] = {}
+        for (name, param_name), mean in self._means.items():
+            nested.setdefault(name, {})[param_name] = mean
+        curvature.projected.update(steps=steps, means=nested)
+        self._key = _key(curvature, momenta, steps)
 
     def _replace(self, new: Mapping[Weight, Tensor]) -> None:
+        before, self._means = self._means, {}
         for weight, y_N in new.items():
-            old = self._means.get(weight)
+            old = before.get(weight)
             if old is not None and (old.shape, old.dtype, old.device) == (y_N.shape, y_N.dtype, y_N.device):
-                old.copy_(y_N)
+                self._means[weight] = old.copy_(y_N)
                 continue
             self._means[weight] = y_N.clone()
             if self._are_static:
                 mark_static(self._means[weight])
-        self._means = {weight: self._means[weight] for weight in new}
 
 
-def _state(momenta: Mapping[Weight, Tensor], steps: int) -> tuple[int, list[tuple[Weight, int, int]]]:
-    """Return what changes with every change of m: its version counts writes in place."""
-    return steps, [(weight, m.data_ptr(), m._version) for weight, m in momenta.items()]
+def _by_weight(projected: Mapping[str, Any]) -> dict[Weight, Tensor]:
+    return {
+        (name, param_name): mean for name, layer in projected["means"].items() for param_name, mean in layer.items()
+    }
+
+
+def _are_close(kept: Mapping[Weight, Tensor], new: Mapping[Weight, Tensor], momenta: Mapping[Weight, Tensor]) -> bool:
+    """Return whether projections that a state holds are those of its m, up to rounding."""
+
+    def is_close(x_N: Tensor, y_N: Tensor, m: Tensor) -> bool:
+        most = max(_ROUNDING, _ROUNDINGS * torch.finfo(m.dtype).eps)
+        return x_N.shape == y_N.shape and bool((x_N - y_N).norm() <= most * y_N.norm())
+
+    return kept.keys() == new.keys() and all(is_close(kept[one], new[one], m) for one, m in momenta.items())
+
+
+def _key(curvature: Curvature, momenta: Mapping[Weight, Tensor], steps: int) -> tuple[Any, ...]:
+    """Return what changes with the curvature and with every change of m: its version counts writes in place."""
+    return id(curvature), steps, [(weight, m.data_ptr(), m._version) for weight, m in momenta.items()]

@@ -236,6 +236,7 @@ class TrainStep:
         packed = self._buffers.update(_packed(curvature))
         buffered = unpack_curvature(packed, self._access.layers, self._access.ops_for)
         self._buffered = replace(buffered, spending=curvature.spending)
+        self._buffered.projected.update(curvature.projected)
         return self._buffered
 
     def _compiled_refresh(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:

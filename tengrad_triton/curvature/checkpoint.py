@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.choices import OpsFor
@@ -38,6 +39,7 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
         "failures_L": curvature.failures_L,
         "moments": pack_moments(curvature.moments),
         "spending": None if curvature.spending is None else asdict(curvature.spending),
+        "projected": dict(curvature.projected),
         "scales": {
             name: {param_name: one.pack() for param_name, one in layer.items()}
             for name, layer in curvature.scales.items()
@@ -77,7 +79,9 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
     spent = packed.get("spending")  # states of an earlier version have none
     spending = None if spent is None else Spending(**spent)
     numbers = damping_L, divisor_L, failures_L
-    return Curvature(stored, packed["blocks"], inverses, history, *numbers, moments, scales, spending)
+    curvature = Curvature(stored, packed["blocks"], inverses, history, *numbers, moments, scales, spending)
+    curvature.projected.update(tree_map_only(Tensor, partial(_to, device=device), packed.get("projected", {})))
+    return curvature
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -50,10 +50,7 @@ class Target(NamedTuple):
         return grad + (damping * self.spring) * times_d(self.momentum) if self.spring else grad
 
     def in_scratch(self, settings: Tensor) -> Target:
-        """Return the target with zeros for its parameter and momentum: the update makes them lr d and d.
-
-        ``settings`` is `scratch_settings` of the target's own.
-        """
+        """Return it with zeros for parameter and momentum, which the update makes lr d and d (`scratch_settings`)."""
         zeros = (torch.zeros_like(self.parameter), torch.zeros_like(self.parameter))
         return self._replace(parameter=zeros[0], momentum=zeros[1], settings=settings, nesterov=False)
 
@@ -191,15 +188,17 @@ class Average(NamedTuple):
         """Return V̂ of each gradient V, from the means m before the step: a step that fails leaves them as they are."""
         c = self.share * (2.0 - self.share) if self.nesterov else self.share  # of V in the new m, and once more
         if isinstance(c, Tensor):  # a number that a compiled function reads
-            return [self.correction * torch.addcmul(m, g - m, c.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
+            return [self.correction * (m + (g - m) * c.to(g.dtype)) for m, g in zip(momenta, grads, strict=True)]
         found = grads if c == 1.0 else list(torch._foreach_lerp(momenta, grads, c))
-        return found if self.correction == 1.0 else list(torch._foreach_mul(found, self.correction))
+        if self.correction != 1.0:  # with c = 1 it is 1
+            torch._foreach_mul_(found, self.correction)
+        return found
 
     def remember_(self, momenta: list[Tensor], grads: list[Tensor]) -> None:
         """Update the means m in place."""
         if isinstance(self.share, Tensor):
             for m, g in zip(momenta, grads, strict=True):
-                m.addcmul_(g - m, self.share.to(g.dtype))
+                m.add_((g - m) * self.share.to(g.dtype))  # torch.lerp has two forms, which takes twice as long
         elif self.share == 1.0:
             torch._foreach_copy_(momenta, grads)
         else:

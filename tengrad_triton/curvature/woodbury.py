@@ -141,6 +141,7 @@ class Curvature:
         scales: D of the parameters (M17), also of those without J; none if D is the identity.
         spending: the rows and costs of the refresh, by the optimizer's budget; None for a compiled refresh.
         last_plan: the plan of the last step with this curvature (see `step`), if there was one.
+        projected: after a compiled step, the number of steps, and J D⁻¹ m of dense weights then (M19).
     """
 
     jacobians: Jacobians
@@ -154,6 +155,7 @@ class Curvature:
     scales: Scales
     spending: Spending | None = None
     last_plan: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    projected: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def rows(self) -> int:

@@ -162,6 +162,11 @@ def rule_reads_values(layer: nn.Module, call: Call) -> bool:
     return isinstance(layer, nn.EmbeddingBag) and first_tensor(call.args, call.kwargs).dim() == 1
 
 
+def has_rule_of_linear(layer: nn.Module) -> bool:
+    """Return whether the layer is a linear one with the library's own rule, which no user has replaced."""
+    return canonical.dispatch(type(layer)) is canonical.dispatch(nn.Linear) and type(layer) is nn.Linear
+
+
 def graph_counts_calls(layer: nn.Module) -> bool:
     """Whether each call adds one edge to autograd's graph for each parameter.
 
