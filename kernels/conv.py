@@ -129,7 +129,8 @@ def expand_conv_update_(
 
     Args:
         params: weights [O, C / groups, kh, kw], changed in place.
-        momenta: the momenta, of the same shapes; changed in place.
+        momenta: the momenta, of the same shapes; changed in place. Where each
+            is the gradient itself, no momentum is kept, and what is in it afterwards is not defined.
         grads: the gradients, of the same shapes.
         x: inputs, as for `project_conv`.
         g: output gradients, as for `project_conv`.

@@ -105,7 +105,8 @@ def expand_update_(
     Args:
         params: strided views [O, T, I] of the parameters, with O over all groups and (T, I) over the inputs of ``a``.
             For a convolution T counts the taps and I the channels; for any other layer T is 1. Changed in place.
-        momenta: the momenta, as views of the same shapes; changed in place.
+        momenta: the momenta, as views of the same shapes; changed in place. Where each
+            is the gradient itself, no momentum is kept, and what is in it afterwards is not defined.
         grads: the gradients, as views of the same shapes.
         a: inputs [N, G, P, I] of each weight's layer.
         g: output gradients [N, G, P, O] of each layer.

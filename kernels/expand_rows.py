@@ -80,7 +80,8 @@ def expand_rows_update_(
 
     Args:
         params: strided views [O, T, I] of the parameters, changed in place.
-        momenta: the momenta, as views of the same shapes; changed in place.
+        momenta: the momenta, as views of the same shapes; changed in place. Where each
+            is the gradient itself, no momentum is kept, and what is in it afterwards is not defined.
         grads: the gradients, as views of the same shapes.
         j: rows [N, K] of each weight, K running over (O, T, I).
         w: the coefficients w_N of the rows of each J.

@@ -79,8 +79,9 @@ defaults` have scaled damping, whose matrices are multiplied in one call for all
 steps gradients have other addresses than before, as a CPU's allocator gives them."""
 
 BUDGET_NOTE = """What steps with the library's defaults (scaled damping, `Growing(20)`) add to steps of torch's SGD, in
-units of these, in the plain loop, without the proof of rows. `said` is what the cost model of `step_share` says
-(docs/math.md, M18). `–` is no budget: all rows."""
+units of these, without the proof of rows. `said` is what the cost model of `step_share` says (docs/math.md, M18), which
+is one of the plain loop: a compiled step of dense layers takes less (M19). `–` is no budget: all rows. The last column
+is the mean with a refresh at every 10th step."""
 PROOF_NOTE = """Refreshes that compare rows with autograd (`verify=`), and steps that reuse J, over those with
 `verify="never"`. `change` is a refresh with nothing new, which compares none. The first refresh has no warm-up."""
 
@@ -215,8 +216,8 @@ def _host(device: Device) -> Iterator[Sequence[str]]:
 
 
 _BUDGET = (
-    *("model", "N", "step_share", "rows", "J and D, MiB", "a step adds", "said", "a refresh adds", "said"),
-    *("refresh every", "the mean adds", "said"),
+    *("model", "N", "loop", "step_share", "rows", "J and D, MiB", "a step adds", "said", "a refresh adds", "said"),
+    *("refresh every", "the mean adds", "said", "every 10th"),
 )
 
 
@@ -224,11 +225,13 @@ def _budget(device: Device) -> Iterator[Sequence[str]]:
     for case in device.cases("budget"):
         share = "–" if case["step_share"] is None else f"{case['step_share']:g}"
         rows, of = case["rows"]
-        what = case["model"], str(case["samples"]), share, f"{rows} of {of}", f"{case['kept_bytes'] / 2**20:.1f}"
+        what = case["model"], str(case["samples"]), case["mode"], share
+        kept = f"{rows} of {of}", f"{case['kept_bytes'] / 2**20:.1f}"
         step, refresh, mean = (
             (f"{case['measured'][name]:.2f}", f"{case['said'][name]:.2f}") for name in ("step", "refresh", "mean")
         )
-        yield *what, *step, *refresh, f"{case['every']}th", *mean
+        tenth = f"{case['measured']['every 10th']:.2f}"
+        yield *what, *kept, *step, *refresh, f"{case['every']}th", *mean, tenth
 
 
 _PROOF = ("model", "N", "refresh, ms", "change", "always", "reuse, change", "first refresh, ms", "with the proof, ms")

@@ -56,6 +56,7 @@ _BUDGET = [
     *(BudgetCase("MLP", 128, 30, share) for share in (None, 1.0)),
     *(BudgetCase("transformer", 32, 7, share) for share in (None, 0.2)),
     *(BudgetCase("3C1F", 128, 3, share) for share in (None, 0.2)),
+    BudgetCase("MLP 2048", 128, 9, mode="compiled"),
 ]
 _BASE = {"samples": 32, "width": 32, "depth": 3}
 
