@@ -140,7 +140,7 @@ def jacobian_of(
     With a ``scale`` D it is J D⁻¹.
     """
     if scale is not None:
-        inverse = scale.power(-1.0)
+        inverse = scale.inverse
         batches = [[inverse.of_contribution(call) for call in calls] for calls in batches]
     kinds = {type(call) for calls in batches for call in calls}
     outers = [[call for call in calls if isinstance(call, OuterProducts)] for calls in batches]

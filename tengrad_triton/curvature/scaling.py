@@ -15,31 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tengrad_triton.curvature.sides import Side, places_of_alike, sides_of
 from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
-
-
-class Side(NamedTuple):
-    """Symmetric positive definite matrices, one for each group, by their eigenvalues and eigenvectors.
-
-    Attributes:
-        values_Gn: the eigenvalues [G, n].
-        basis_Gnn: the eigenvectors [G, n, n] as columns; None for diagonal matrices.
-    """
-
-    values_Gn: Tensor
-    basis_Gnn: Tensor | None
-
-    def power(self, exponent: float) -> Tensor:
-        """Return the matrices to a power: [G, n, n], or their diagonals [G, n] if they are diagonal."""
-        powers_Gn = self.values_Gn**exponent
-        if self.basis_Gnn is None:
-            return powers_Gn
-        return (self.basis_Gnn * powers_Gn.unsqueeze(1)) @ self.basis_Gnn.mT
-
-    def root(self) -> Tensor:
-        """Return M with M Mᵀ the matrices themselves: [G, n, n], or [G, n] if they are diagonal."""
-        roots_Gn = self.values_Gn.sqrt()
-        return roots_Gn if self.basis_Gnn is None else self.basis_Gnn * roots_Gn.unsqueeze(1)
 
 
 class Multiplier(NamedTuple):
@@ -65,6 +42,12 @@ class Multiplier(NamedTuple):
         if self.right.dim() == 2:
             return x * self.right[:, None, None, :]
         return (x.flatten(1, 2) @ self.right).view(x.shape)
+
+    def as_parameter(self, like: Tensor) -> Tensor:
+        """Return diagonal L and M as numbers to multiply the entries of a parameter, in its memory layout."""
+        if like.dim() > 2 or len(self.left) > 1 or not like.is_contiguous():
+            return self.of_parameter(torch.ones_like(like))
+        return (self.left.mT * self.right).view(like.shape)
 
     def of_parameter(self, x: Tensor) -> Tensor:
         """Return L X M for a parameter-shaped tensor, in its memory layout and in the type of L and M."""
@@ -138,16 +121,13 @@ class Metric:
 
     def __init__(self, scales: Sequence[Scale], parameters: Sequence[Tensor]) -> None:
         self._scales = scales
-        self._inverses = [scale.power(-1.0) for scale in scales]
-        self._diagonal = [place for place, inverse in enumerate(self._inverses) if inverse.is_diagonal]
-        self._numbers = [
-            self._inverses[place].of_parameter(torch.ones_like(parameters[place])) for place in self._diagonal
-        ]
-        alike: dict[tuple[object, ...], list[int]] = {}
-        for place, (inverse, x) in enumerate(zip(self._inverses, parameters, strict=True)):
-            if not inverse.is_diagonal:
-                alike.setdefault(_form(place, inverse, x), []).append(place)
-        self._batches = [(places, _joined([self._inverses[place] for place in places])) for places in alike.values()]
+        inverses = [scale.inverse for scale in scales]
+        self._diagonal = [place for place, inverse in enumerate(inverses) if inverse.is_diagonal]
+        self._numbers = [inverses[place].as_parameter(parameters[place]) for place in self._diagonal]
+        others = [place for place, inverse in enumerate(inverses) if not inverse.is_diagonal]
+        alike = places_of_alike([_form(place, inverses[place], parameters[place]) for place in others])
+        batches = [[others[index] for index in own] for own in alike]
+        self._batches = [(places, _joined([inverses[place] for place in places])) for places in batches]
 
     def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return D⁻¹ x of a parameter-shaped tensor x for each parameter."""
@@ -163,7 +143,7 @@ class Metric:
 
     def times(self, place: int, x: Tensor) -> Tensor:
         """Return D x of a tensor x of one parameter, given by its place."""
-        return self._scales[place].power(1.0).of_parameter(x)
+        return self._scales[place].itself().of_parameter(x)
 
 
 def worth_a_batch(x: Tensor) -> bool:
@@ -211,9 +191,14 @@ class Scale:
     rows: Side
     columns: Side
 
-    def power(self, exponent: float) -> Multiplier:
-        """Return D to a power."""
-        return Multiplier(self.rows.power(exponent), self.columns.power(exponent))
+    def itself(self) -> Multiplier:
+        """Return D."""
+        return Multiplier(self.rows.matrices(), self.columns.matrices())
+
+    @property
+    def inverse(self) -> Multiplier:
+        """D⁻¹."""
+        return Multiplier(self.rows.inverse, self.columns.inverse)
 
     @property
     def root(self) -> Multiplier:
@@ -223,8 +208,8 @@ class Scale:
 
     def over(self, new: Scale) -> Multiplier:
         """Return what makes the rows J D_new⁻¹ of J D⁻¹."""
-        left = _product(new.rows.power(-1.0), self.rows.power(1.0))
-        return Multiplier(left, _product(self.columns.power(1.0), new.columns.power(-1.0)))
+        left = _product(new.rows.inverse, self.rows.matrices())
+        return Multiplier(left, _product(self.columns.matrices(), new.columns.inverse))
 
     @property
     def nbytes(self) -> int:
@@ -238,16 +223,15 @@ class Scale:
         return " ⊗ ".join(sides)
 
     def pack(self) -> list[Tensor | None]:
-        """Return the tensors from which `unpack` makes an equal object."""
-        return [*self.rows, *self.columns]
+        """Return the tensors from which `unpack_scales` makes an equal object."""
+        return [*self.rows[:2], *self.columns[:2]]
 
-    @staticmethod
-    def unpack(packed: list[Tensor | None]) -> Scale:
-        """Return the object whose `pack` returned these tensors."""
-        rows, rows_basis, columns, columns_basis = packed
-        assert rows is not None
-        assert columns is not None
-        return Scale(Side(rows, rows_basis), Side(columns, columns_basis))
+
+def unpack_scales(packed: Sequence[Sequence[Tensor | None]]) -> list[Scale]:
+    """Return the objects whose `pack` returned these tensors."""
+    spectra = [(one[at], one[at + 1]) for at in (0, 2) for one in packed]
+    sides = sides_of([(values_Gn, basis_Gnn) for values_Gn, basis_Gnn in spectra if values_Gn is not None])
+    return [Scale(*both) for both in zip(sides[: len(packed)], sides[len(packed) :], strict=True)]
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
