@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.sides import Side, places_of_alike, sides_of
-from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
+from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 
 
 class Multiplier(NamedTuple):
@@ -71,26 +72,45 @@ class Multiplier(NamedTuple):
 
         The columns are in the order of `matrix_view`.
         """
-        rows, groups, outputs, inputs = len(j_NK), len(self.left), self.left.shape[1], self.right.shape[1]
-        x = j_NK.to(self.left.dtype).view(rows * groups, outputs, -1, inputs)
-        if self.left.dim() == 3:  # a batch of products, each with the same L: no copies of X, as in one large product
-            left = self.left.expand(rows, groups, outputs, outputs).reshape(rows * groups, outputs, outputs)
-            x = torch.bmm(left, x.flatten(2)).view(x.shape)
-        else:
-            x = (x.unflatten(0, (rows, groups)) * self.left[:, :, None, None]).flatten(0, 1)
-        if self.right.dim() == 2:
-            return (x.unflatten(0, (rows, groups)) * self.right[:, None, None, :]).view(j_NK.shape)
-        if groups == 1:
-            return (x.reshape(-1, inputs) @ self.right[0]).view(j_NK.shape)
-        return torch.einsum("ngoti,gij->ngotj", x.unflatten(0, (rows, groups)), self.right).reshape(j_NK.shape)
+        j_NK = j_NK.to(self.left.dtype)
+        if self.is_diagonal:
+            return j_NK * self.flat(j_NK.shape[1])
+        return self._times_rows(j_NK, True, True)
 
-    def of_contribution(self, contribution: Contribution) -> Contribution:
-        """Return what contributes L J_n M in place of J_n, in float32 at least."""
-        if isinstance(contribution, OuterProducts):
-            return self.of_outer_products(contribution)
-        if isinstance(contribution, EmbeddingGrads):
-            return self.of_embedding(contribution)
-        return PerSampleGrads(self.of_rows(flatten_rows(contribution.j_NK)))
+    def flat(self, entries: int) -> Tensor:
+        """Return diagonal L and M as numbers [K] to multiply the entries of a row."""
+        both_GOTI = self.left[:, :, None, None] * self.right[:, None, None, :]
+        return both_GOTI.expand(-1, -1, entries // both_GOTI.numel(), -1).reshape(entries)
+
+    def explicit_rows(self, outer: OuterProducts, ops: Ops) -> Tensor:
+        """Return the rows L J_n M. Each side multiplies its factor, or the rows where these have fewer entries."""
+        x = outer.a.x_NCHW if isinstance(outer.a, ConvInput) else outer.a
+        entries = outer.samples * outer.entries
+        first_left, first_right = outer.g_NGPO.numel() <= entries, x.numel() <= entries
+        g_NGPO = self.of_outputs(outer.g_NGPO) if first_left else outer.g_NGPO
+        factors = OuterProducts(self.of_inputs(outer.a) if first_right else outer.a, g_NGPO)
+        j_NK = factors.widened().sample_grads(ops)
+        if not first_left and not first_right:
+            return self.of_rows(j_NK)
+        return self._times_rows(j_NK, not first_left, not first_right)
+
+    def _times_rows(self, j_NK: Tensor, left: bool, right: bool) -> Tensor:
+        """Return the rows of J with L J_n M, L J_n or J_n M in place of J_n.
+
+        Matrices come first: a diagonal then multiplies their result in place.
+        """
+        n, (groups, outputs), inputs = len(j_NK), self.left.shape[:2], self.right.shape[1]
+        x = made = j_NK.view(n, groups, outputs, -1, inputs)
+        if left and self.left.dim() == 3:  # a batch of products, each with the same L: no copies of X
+            batch = self.left.expand(n, *self.left.shape).flatten(0, 1)
+            made = torch.bmm(batch, made.reshape(n * groups, outputs, -1)).view(x.shape)
+        if right and self.right.dim() == 3:
+            one = made.reshape(-1, inputs) @ self.right[0] if groups == 1 else None
+            made = (torch.einsum("ngoti,gij->ngotj", made, self.right) if one is None else one).reshape(x.shape)
+        for multiplies, diagonal in ((left, self.left[:, :, None, None]), (right, self.right[:, None, None, :])):
+            if multiplies and diagonal.dim() == 4:
+                made = made * diagonal if made is x else made.mul_(diagonal)
+        return made.reshape(j_NK.shape)
 
     def of_embedding(self, embedding: EmbeddingGrads) -> EmbeddingGrads:
         """Return the embedding gradients of L J_n M; L is diagonal, with an entry for each vector of the table."""
@@ -99,14 +119,20 @@ class Multiplier(NamedTuple):
 
     def of_outer_products(self, outer: OuterProducts) -> OuterProducts:
         """Return the factors of L J_n M: a becomes Mᵀ a, and g becomes L g."""
-        g_NGPO = _times_groups(outer.g_NGPO, self.left.mT if self.left.dim() == 3 else self.left)
-        if isinstance(outer.a, ConvInput):
-            x_NGCS = outer.a.x_NCHW.to(self.right.dtype).flatten(2).unflatten(1, (len(self.right), -1))
+        return OuterProducts(self.of_inputs(outer.a), self.of_outputs(outer.g_NGPO))
+
+    def of_outputs(self, g_NGPO: Tensor) -> Tensor:
+        """Return L g."""
+        return _times_groups(g_NGPO, self.left.mT if self.left.dim() == 3 else self.left)
+
+    def of_inputs(self, a: Tensor | ConvInput) -> Tensor | ConvInput:
+        """Return Mᵀ a."""
+        if isinstance(a, ConvInput):
+            x_NGCS = a.x_NCHW.to(self.right.dtype).flatten(2).unflatten(1, (len(self.right), -1))
             moved = self.right.mT @ x_NGCS if self.right.dim() == 3 else x_NGCS * self.right.unsqueeze(2)
-            return OuterProducts(replace(outer.a, x_NCHW=moved.reshape(outer.a.x_NCHW.shape)), g_NGPO)
-        taps = outer.a.shape[3] // self.right.shape[1]
-        a_NGPTI = outer.a.unflatten(3, (taps, -1))
-        return OuterProducts(_times_groups(a_NGPTI.flatten(2, 3), self.right).reshape(outer.a.shape), g_NGPO)
+            return replace(a, x_NCHW=moved.reshape(a.x_NCHW.shape))
+        a_NGPTI = a.unflatten(3, (-1, self.right.shape[1]))
+        return _times_groups(a_NGPTI.flatten(2, 3), self.right).reshape(a.shape)
 
 
 class Metric:
