@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -157,7 +157,18 @@ def jacobian_of(
             return Factored(factors if by is None else by.of_outer_products(factors), ops, scale)
     rows = [_sum([_explicit_rows(call, ops, by) for call in calls]) for calls in batches]
     j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch.cat would copy a single tensor
-    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops, "samples", scale)
+    if representation == "per_sample_bf16":  # K is that of the rounded rows
+        return PerSample(j_NK.bfloat16(), ops, "samples", scale)
+    return PerSample(j_NK, ops, "samples", scale, _factors_for_gram(outers, kinds, by))
+
+
+def _factors_for_gram(
+    outers: Sequence[Sequence[OuterProducts]], kinds: Collection[type], by: Multiplier | None
+) -> OuterProducts | None:
+    """Return the factors where K takes fewer flops from them than from rows; they are no larger than rows then."""
+    if by is None or kinds != {OuterProducts} or not by.prefers_factors(outers[0][0]):
+        return None
+    return concat_outer(outers)
 
 
 def _explicit_rows(call: Contribution, ops: Ops, by: Multiplier | None) -> Tensor:

@@ -94,6 +94,13 @@ class Multiplier(NamedTuple):
             return self.of_rows(j_NK)
         return self._times_rows(j_NK, not first_left, not first_right)
 
+    def prefers_factors(self, outer: OuterProducts) -> bool:
+        """Whether it takes fewer flops to make the rows L J_n M of the factors than of the rows J_n."""
+        x = outer.a.x_NCHW if isinstance(outer.a, ConvInput) else outer.a
+        left, right = (m.shape[1] if m.dim() == 3 else 0 for m in self)
+        rows, positions = outer.samples * outer.entries, outer.g_NGPO.shape[2]
+        return rows * positions + outer.g_NGPO.numel() * left + x.numel() * right < rows * (left + right)
+
     def _times_rows(self, j_NK: Tensor, left: bool, right: bool) -> Tensor:
         """Return the rows of J with L J_n M, L J_n or J_n M in place of J_n.
 
@@ -226,11 +233,10 @@ class Scale:
         """D⁻¹."""
         return Multiplier(self.rows.inverse, self.columns.inverse)
 
-    @property
-    def root(self) -> Multiplier:
-        """What makes rows of the Gram matrix J D Jᵀ of the rows J."""
-        left = self.rows.root()
-        return Multiplier(left.mT if left.dim() == 3 else left, self.columns.root())
+    def root(self, of_inverse: bool = False) -> Multiplier:
+        """Return what makes rows of the Gram matrix J D Jᵀ of the rows J, or of J D⁻¹ Jᵀ."""
+        left = self.rows.root(of_inverse)
+        return Multiplier(left.mT if left.dim() == 3 else left, self.columns.root(of_inverse))
 
     def over(self, new: Scale) -> Multiplier:
         """Return what makes the rows J D_new⁻¹ of J D⁻¹."""

@@ -32,9 +32,9 @@ class Side(NamedTuple):
         """Return the matrices themselves: [G, n, n], or their diagonals [G, n] if they are diagonal."""
         return self.values_Gn if self.basis_Gnn is None else _assembled(self.values_Gn, self.basis_Gnn)
 
-    def root(self) -> Tensor:
-        """Return M with M Mᵀ the matrices themselves: [G, n, n], or [G, n] if they are diagonal."""
-        roots_Gn = self.values_Gn.sqrt()
+    def root(self, of_inverse: bool) -> Tensor:
+        """Return M with M Mᵀ the matrices themselves, or their inverses: [G, n, n], or [G, n] if they are diagonal."""
+        roots_Gn = self.values_Gn.rsqrt() if of_inverse else self.values_Gn.sqrt()
         return roots_Gn if self.basis_Gnn is None else self.basis_Gnn * roots_Gn.unsqueeze(1)
 
 

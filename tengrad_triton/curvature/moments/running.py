@@ -192,9 +192,8 @@ def _averaged(alike: Sequence[_New]) -> list[Moments]:
         torch.stack([pair[side] for one in alike for pair in one.calls]).unflatten(0, (-1, calls)) for side in (0, 1)
     )
     if samples:
-        rows, columns = ((x / samples).sum(1) for x in _with_equal_traces(rows, columns))
-    else:
-        rows, columns = rows.squeeze(1), columns.squeeze(1)
+        rows, columns = _with_equal_traces(rows, columns, samples)
+    rows, columns = (x.squeeze(1) if calls == 1 else x.sum(1) for x in (rows, columns))
     square_B = torch.stack([one.square.to(rows.dtype) for one in alike])
     new = rows, columns, square_B, torch.ones_like(square_B)
     old = _stacked([one.before for one in alike], new)
@@ -221,12 +220,13 @@ def _stacked(before: Sequence[Moments | None], new: Sequence[Tensor]) -> list[Te
     return [torch.stack([x.to(y.dtype) for x in own]) for own, y in zip(zip(*fitting, strict=True), new, strict=True)]
 
 
-def _with_equal_traces(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return multiples of both with the same Kronecker product, for each parameter and call [B, C, …]."""
+def _with_equal_traces(rows: Tensor, columns: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    """Return both over the samples, with equal traces and the same Kronecker product, for every call [B, C, …]."""
     trace_r, trace_c = (
         _traces(x.flatten(0, 1)).clamp(min=torch.finfo(x.dtype).tiny).view(x.shape[:2]) for x in (rows, columns)
     )
-    return rows * _along((trace_c / trace_r).sqrt(), rows), columns * _along((trace_r / trace_c).sqrt(), columns)
+    factor_r, factor_c = ((x / y).sqrt() / samples for x, y in ((trace_c, trace_r), (trace_r, trace_c)))
+    return rows * _along(factor_r, rows), columns * _along(factor_c, columns)
 
 
 def _traces(x: Tensor) -> Tensor:
