@@ -48,7 +48,7 @@ class Multiplier(NamedTuple):
         """Return diagonal L and M as numbers to multiply the entries of a parameter, in its memory layout."""
         if like.dim() > 2 or len(self.left) > 1 or not like.is_contiguous():
             return self.of_parameter(torch.ones_like(like))
-        return (self.left.mT * self.right).view(like.shape)
+        return self.flat(like.numel()).view(like.shape)
 
     def of_parameter(self, x: Tensor) -> Tensor:
         """Return L X M for a parameter-shaped tensor, in its memory layout and in the type of L and M."""
@@ -79,6 +79,8 @@ class Multiplier(NamedTuple):
 
     def flat(self, entries: int) -> Tensor:
         """Return diagonal L and M as numbers [K] to multiply the entries of a row."""
+        if len(self.left) == 1 and entries == self.left.numel() * self.right.numel():
+            return (self.left.mT * self.right).view(entries)
         both_GOTI = self.left[:, :, None, None] * self.right[:, None, None, :]
         return both_GOTI.expand(-1, -1, entries // both_GOTI.numel(), -1).reshape(entries)
 
