@@ -133,23 +133,17 @@ def _updated(seen: Sequence[_Seen], side_share: float) -> list[Moments]:
 
 def _of_refresh(seen: Sequence[_Seen], side_share: float) -> list[_New]:
     """Return the second moments of one refresh."""
-    squares, with_rows = _mean_squares(seen), [one for one in seen if one.batches]
-    of_calls = iter(
-        second_moments(
-            [
-                (one.batches, form_of(one.batches, one.parameter, side_share, _are_matrices(one.before)))
-                for one in with_rows
-            ]
-        )
-    )
+    with_rows = [one for one in seen if one.batches]
+    forms = [form_of(one.batches, one.parameter, side_share, _are_matrices(one.before)) for one in with_rows]
+    of_calls = iter(second_moments([(one.batches, form) for one, form in zip(with_rows, forms, strict=True)]))
     return [
         _New(
             one.before,
             next(of_calls) if one.batches else [_without_rows(one)],
             sum(calls[0].samples for calls in one.batches),
-            square,
+            _mean_square(one),
         )
-        for one, square in zip(seen, squares, strict=True)
+        for one in seen
     ]
 
 
@@ -168,15 +162,10 @@ def _without_rows(one: _Seen) -> Pair:
     return rows, columns
 
 
-def _mean_squares(seen: Sequence[_Seen]) -> list[Tensor]:
-    """Return those of V; without V, what it was so far."""
-    grads = [widen(one.grad.detach()) for one in seen if one.grad is not None]
-    norms = torch._foreach_norm(grads, 2) if grads else ()
-    means = iter(norm.square() / grad.numel() for norm, grad in zip(norms, grads, strict=True))
-    return [next(means) if one.grad is not None else _square_so_far(one) for one in seen]
-
-
-def _square_so_far(one: _Seen) -> Tensor:
+def _mean_square(one: _Seen) -> Tensor:
+    """Return that of V; without V, what it was so far."""
+    if one.grad is not None:
+        return widen(one.grad.detach()).square().mean()
     return one.parameter.new_zeros(()) if one.before is None else mean_of(one.before.square, one.before.weight)
 
 
