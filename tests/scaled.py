@@ -10,7 +10,7 @@ KEEP, FLOOR, LEAST = 0.8, 0.01, 1e-4
 
 def dense_d(scale, parameter):
     """Return D [K, K] of a parameter, in the order of its flat entries."""
-    by = scale.power(1.0)
+    by = scale.itself()
     units = torch.eye(parameter.numel(), dtype=by.left.dtype).view(-1, *parameter.shape)
     return torch.stack([by.of_parameter(unit).flatten() for unit in units])
 

@@ -13,8 +13,7 @@ from scaled import FLOOR, KEEP, LEAST, DenseScaled, Settings, dense_d, unit
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step
-from tengrad_triton.curvature.moments import _updated
-from tengrad_triton.layers import PerSampleGrads, tensors_in
+from tengrad_triton.layers import tensors_in
 from tengrad_triton.likelihoods import LIKELIHOODS
 
 OFF = {"relative_damping": False, "trust_region": None}
@@ -221,7 +220,7 @@ LAYER = {
 @pytest.mark.parametrize("layer", LAYER)
 def test_d_is_that_of_its_definition(layer, monkeypatch):
     """D of a weight after two refreshes, from the inputs and the output gradients of its layer."""
-    monkeypatch.setattr("tengrad_triton.curvature.moments.SIDE_SHARE", 1 / 6)
+    monkeypatch.setattr("tengrad_triton.curvature.moments.running.SIDE_SHARE", 1 / 6)
     case, moments_of, is_matrix = LAYER[layer]
     torch.manual_seed(0)
     model = copy.deepcopy(case.model()).double()  # the case keeps its layer: it would keep the hook
@@ -372,17 +371,6 @@ class OwnScale(nn.Module):
 
     def forward(self, x):
         return x * self.factor
-
-
-def test_moments_forget_what_is_not_finite():
-    model, optimizer = perceptron(scaling="kronecker", fisher="empirical")
-    some_steps(model, optimizer, range(1))
-    known = optimizer._curvature.moments
-    gradient = {name: torch.full_like(p, float("inf")) for name, p in model[0].named_parameters()}
-    for name, moments in known["0"].items():
-        batches_of = [[PerSampleGrads(torch.ones(3, *gradient[name].shape, dtype=torch.float64))]]
-        after = _updated(moments, batches_of, gradient[name], gradient[name], "kronecker")
-        torch.testing.assert_close(after, moments, rtol=0, atol=0)
 
 
 def test_the_summary_says_the_form_of_d():

@@ -19,7 +19,7 @@ from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.jacobians.per_sample import PerSample, store_contiguously
 from tengrad_triton.curvature.moments import AllMoments, Moments
-from tengrad_triton.curvature.scaling import Scale
+from tengrad_triton.curvature.scaling import Scale, Scales, unpack_scales
 from tengrad_triton.curvature.woodbury import Curvature, InverseFactors
 from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 
@@ -60,10 +60,7 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
             f"the state holds curvature of {', '.join(unknown)}, but this optimizer's layers are "
             f"{', '.join(known) or 'none'}: it was saved for another model"
         )
-    scales = {
-        name: {param_name: _scale(one, known.get(name, {}).get(param_name)) for param_name, one in layer.items()}
-        for name, layer in packed["scales"].items()
-    }
+    scales = _scales(packed["scales"], known)
     jacobians, device = {}, torch.device("cpu")
     for name, layer in packed["jacobians"].items():
         own = scales.get(name, {})
@@ -101,10 +98,16 @@ def unpack_moments(packed: Mapping[str, Any], device: torch.device) -> AllMoment
     }
 
 
-def _scale(packed: Sequence[Tensor | None], parameter: Tensor | None) -> Scale:
-    """Return D, on the device of its parameter if this optimizer has it."""
-    device = torch.device("cpu") if parameter is None else parameter.device
-    return Scale.unpack([_to(x, device) for x in packed])
+def _scales(packed: Mapping[str, Any], parameters: Mapping[str, Mapping[str, Tensor]]) -> Scales:
+    """Return D of every parameter, on its device if this optimizer has it."""
+    moved = []
+    for name, layer in packed.items():
+        for param_name, one in layer.items():
+            parameter = parameters.get(name, {}).get(param_name)
+            device = torch.device("cpu") if parameter is None else parameter.device
+            moved.append([_to(x, device) for x in one])
+    made = iter(unpack_scales(moved))
+    return {name: {param_name: next(made) for param_name in layer} for name, layer in packed.items()}
 
 
 def _unpack(packed: Mapping[str, Any], scale: Scale | None, device: torch.device, ops_for: OpsFor) -> Jacobian:

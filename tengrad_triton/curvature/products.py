@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tengrad_triton.curvature.jacobians.base import Jacobian, UpdateState
 from tengrad_triton.curvature.jacobians.per_sample import CHUNK_BYTES
+from tengrad_triton.curvature.sides import places_of_alike
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.kernels import ProductLaunches, RepeatedProducts, launch_place, layout_of, may_repeat, runs_kernel
 
@@ -24,7 +25,7 @@ def grams(jacobians: Sequence[Jacobian], blocks: Sequence[int], count: int) -> T
     """Return k_LNN, the Gram matrix J D⁻¹ Jᵀ of every block: its parameters lie side by side in J, so theirs add up."""
     parts = []
     for some in _some_at_a_time(jacobians, blocks):
-        for places in _groups([one.group_key("gram") for one, _ in some]):
+        for places in places_of_alike([one.group_key("gram") for one, _ in some]):
             own, of_block = zip(*(some[place] for place in places), strict=True)
             parts.append(own[0].gram_grouped(own, list(of_block), count))
     return sum(parts[1:], start=parts[0])
@@ -65,7 +66,7 @@ class ProductPlan:
             (one.jacobian.group_key("project"), one.jacobian.group_key("expand"), one.target.nesterov)
             for one in entries
         ]
-        self._launches, self._shape = [_Launch(entries, places) for places in _groups(keys)], shape
+        self._launches, self._shape = [_Launch(entries, places) for places in places_of_alike(keys)], shape
         self._has_spring = any(one.target.spring for one in entries)
         self._layouts: Sequence[Hashable] = ()  # of the last step's gradients
         self._prepared: tuple[RepeatedProducts | None, list[_Launch]] | None = None  # for such gradients
@@ -219,11 +220,3 @@ def _repeated(
     places = [place for one, group in made if group is not None for place in one.places]
     repeated = RepeatedProducts(groups, places, grads, w_LN, damping_L, has_scaled)
     return repeated, [one for one, group in made if group is None]
-
-
-def _groups(keys: Sequence[Hashable]) -> Iterable[list[int]]:
-    """Return the indices of the entries that each of the distinct keys has."""
-    groups: dict[Hashable, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    return groups.values()

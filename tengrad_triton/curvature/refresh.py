@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -20,7 +20,7 @@ from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.moments import AllMoments, Grads, Scaling, scales_of, updated_moments
-from tengrad_triton.curvature.scaling import Scale, Scales
+from tengrad_triton.curvature.scaling import Multiplier, Scale, Scales
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
 from tengrad_triton.profiling import phase
@@ -139,27 +139,47 @@ def jacobian_of(
 
     With a ``scale`` D it is J D⁻¹.
     """
-    if scale is not None:
-        inverse = scale.power(-1.0)
-        batches = [[inverse.of_contribution(call) for call in calls] for calls in batches]
+    by = None if scale is None else scale.inverse
     kinds = {type(call) for calls in batches for call in calls}
     outers = [[call for call in calls if isinstance(call, OuterProducts)] for calls in batches]
     if EmbeddingGrads in kinds and PerSampleGrads not in kinds and representation == "factored":
         embeddings = [[call for call in calls if isinstance(call, EmbeddingGrads)] for calls in batches]
         linear = concat_outer(outers) if OuterProducts in kinds else None
-        return EmbeddingJacobian(concat_embedding(embeddings), linear, ops, scale)
+        embedding = concat_embedding(embeddings)
+        if by is not None:
+            embedding, linear = by.of_embedding(embedding), linear and by.of_outer_products(linear)
+        return EmbeddingJacobian(embedding, linear, ops, scale)
     if kinds == {OuterProducts}:
         # A J that will be compressed stays factored until then, where K is cheaper from factors.
         compressible = representation == "compressed" and not geometry_of(outers[0][0]).prefers_explicit_rows
         if representation == "factored" or compressible:
-            return Factored(concat_outer(outers), ops, scale)
-    rows = [_sum([_explicit_rows(call, ops) for call in calls]) for calls in batches]
+            factors = concat_outer(outers)
+            return Factored(factors if by is None else by.of_outer_products(factors), ops, scale)
+    rows = [_sum([_explicit_rows(call, ops, by) for call in calls]) for calls in batches]
     j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch.cat would copy a single tensor
-    return PerSample(j_NK.bfloat16() if representation == "per_sample_bf16" else j_NK, ops, "samples", scale)
+    if representation == "per_sample_bf16":  # K is that of the rounded rows
+        return PerSample(j_NK.bfloat16(), ops, "samples", scale)
+    return PerSample(j_NK, ops, "samples", scale, _factors_for_gram(outers, kinds, by))
 
 
-def _explicit_rows(call: Contribution, ops: Ops) -> Tensor:
-    return flatten_rows(call.j_NK) if isinstance(call, PerSampleGrads) else call.sample_grads(ops)
+def _factors_for_gram(
+    outers: Sequence[Sequence[OuterProducts]], kinds: Collection[type], by: Multiplier | None
+) -> OuterProducts | None:
+    """Return the factors where K takes fewer flops from them than from rows; they are no larger than rows then."""
+    if by is None or kinds != {OuterProducts} or not by.prefers_factors(outers[0][0]):
+        return None
+    return concat_outer(outers)
+
+
+def _explicit_rows(call: Contribution, ops: Ops, by: Multiplier | None) -> Tensor:
+    if isinstance(call, PerSampleGrads):
+        j_NK = flatten_rows(call.j_NK)
+        return j_NK if by is None else by.of_rows(j_NK)
+    if by is None:
+        return call.sample_grads(ops)
+    if isinstance(call, EmbeddingGrads):
+        return by.of_embedding(call).sample_grads(ops)
+    return by.explicit_rows(call, ops)
 
 
 def _sum(rows: Sequence[Tensor]) -> Tensor:

@@ -15,31 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
-
-
-class Side(NamedTuple):
-    """Symmetric positive definite matrices, one for each group, by their eigenvalues and eigenvectors.
-
-    Attributes:
-        values_Gn: the eigenvalues [G, n].
-        basis_Gnn: the eigenvectors [G, n, n] as columns; None for diagonal matrices.
-    """
-
-    values_Gn: Tensor
-    basis_Gnn: Tensor | None
-
-    def power(self, exponent: float) -> Tensor:
-        """Return the matrices to a power: [G, n, n], or their diagonals [G, n] if they are diagonal."""
-        powers_Gn = self.values_Gn.reciprocal() if exponent == -1.0 else self.values_Gn**exponent
-        if self.basis_Gnn is None:
-            return powers_Gn
-        return (self.basis_Gnn * powers_Gn.unsqueeze(1)) @ self.basis_Gnn.mT
-
-    def root(self) -> Tensor:
-        """Return M with M Mᵀ the matrices themselves: [G, n, n], or [G, n] if they are diagonal."""
-        roots_Gn = self.values_Gn.sqrt()
-        return roots_Gn if self.basis_Gnn is None else self.basis_Gnn * roots_Gn.unsqueeze(1)
+from tengrad_triton.curvature.choices import Ops
+from tengrad_triton.curvature.sides import Side, places_of_alike, sides_of
+from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
 
 
 class Multiplier(NamedTuple):
@@ -66,6 +44,12 @@ class Multiplier(NamedTuple):
             return x * self.right[:, None, None, :]
         return (x.flatten(1, 2) @ self.right).view(x.shape)
 
+    def as_parameter(self, like: Tensor) -> Tensor:
+        """Return diagonal L and M as numbers to multiply the entries of a parameter, in its memory layout."""
+        if like.dim() > 2 or len(self.left) > 1 or not like.is_contiguous():
+            return self.of_parameter(torch.ones_like(like))
+        return self.flat(like.numel()).view(like.shape)
+
     def of_parameter(self, x: Tensor) -> Tensor:
         """Return L X M for a parameter-shaped tensor, in its memory layout and in the type of L and M."""
         x = x.to(self.left.dtype)
@@ -88,26 +72,54 @@ class Multiplier(NamedTuple):
 
         The columns are in the order of `matrix_view`.
         """
-        rows, groups, outputs, inputs = len(j_NK), len(self.left), self.left.shape[1], self.right.shape[1]
-        x = j_NK.to(self.left.dtype).view(rows * groups, outputs, -1, inputs)
-        if self.left.dim() == 3:  # a batch of products, each with the same L: no copies of X, as in one large product
-            left = self.left.expand(rows, groups, outputs, outputs).reshape(rows * groups, outputs, outputs)
-            x = torch.bmm(left, x.flatten(2)).view(x.shape)
-        else:
-            x = (x.unflatten(0, (rows, groups)) * self.left[:, :, None, None]).flatten(0, 1)
-        if self.right.dim() == 2:
-            return (x.unflatten(0, (rows, groups)) * self.right[:, None, None, :]).view(j_NK.shape)
-        if groups == 1:
-            return (x.reshape(-1, inputs) @ self.right[0]).view(j_NK.shape)
-        return torch.einsum("ngoti,gij->ngotj", x.unflatten(0, (rows, groups)), self.right).reshape(j_NK.shape)
+        j_NK = j_NK.to(self.left.dtype)
+        if self.is_diagonal:
+            return j_NK * self.flat(j_NK.shape[1])
+        return self._times_rows(j_NK, True, True)
 
-    def of_contribution(self, contribution: Contribution) -> Contribution:
-        """Return what contributes L J_n M in place of J_n, in float32 at least."""
-        if isinstance(contribution, OuterProducts):
-            return self.of_outer_products(contribution)
-        if isinstance(contribution, EmbeddingGrads):
-            return self.of_embedding(contribution)
-        return PerSampleGrads(self.of_rows(flatten_rows(contribution.j_NK)))
+    def flat(self, entries: int) -> Tensor:
+        """Return diagonal L and M as numbers [K] to multiply the entries of a row."""
+        if len(self.left) == 1 and entries == self.left.numel() * self.right.numel():
+            return (self.left.mT * self.right).view(entries)
+        both_GOTI = self.left[:, :, None, None] * self.right[:, None, None, :]
+        return both_GOTI.expand(-1, -1, entries // both_GOTI.numel(), -1).reshape(entries)
+
+    def explicit_rows(self, outer: OuterProducts, ops: Ops) -> Tensor:
+        """Return the rows L J_n M. Each side multiplies its factor, or the rows where these have fewer entries."""
+        x = outer.a.x_NCHW if isinstance(outer.a, ConvInput) else outer.a
+        entries = outer.samples * outer.entries
+        first_left, first_right = outer.g_NGPO.numel() <= entries, x.numel() <= entries
+        g_NGPO = self.of_outputs(outer.g_NGPO) if first_left else outer.g_NGPO
+        factors = OuterProducts(self.of_inputs(outer.a) if first_right else outer.a, g_NGPO)
+        j_NK = factors.widened().sample_grads(ops)
+        if not first_left and not first_right:
+            return self.of_rows(j_NK)
+        return self._times_rows(j_NK, not first_left, not first_right)
+
+    def prefers_factors(self, outer: OuterProducts) -> bool:
+        """Whether it takes fewer flops to make the rows L J_n M of the factors than of the rows J_n."""
+        x = outer.a.x_NCHW if isinstance(outer.a, ConvInput) else outer.a
+        left, right = (m.shape[1] if m.dim() == 3 else 0 for m in self)
+        rows, positions = outer.samples * outer.entries, outer.g_NGPO.shape[2]
+        return rows * positions + outer.g_NGPO.numel() * left + x.numel() * right < rows * (left + right)
+
+    def _times_rows(self, j_NK: Tensor, left: bool, right: bool) -> Tensor:
+        """Return the rows of J with L J_n M, L J_n or J_n M in place of J_n.
+
+        Matrices come first: a diagonal then multiplies their result in place.
+        """
+        n, (groups, outputs), inputs = len(j_NK), self.left.shape[:2], self.right.shape[1]
+        x = made = j_NK.view(n, groups, outputs, -1, inputs)
+        if left and self.left.dim() == 3:  # a batch of products, each with the same L: no copies of X
+            batch = self.left.expand(n, *self.left.shape).flatten(0, 1)
+            made = torch.bmm(batch, made.reshape(n * groups, outputs, -1)).view(x.shape)
+        if right and self.right.dim() == 3:
+            one = made.reshape(-1, inputs) @ self.right[0] if groups == 1 else None
+            made = (torch.einsum("ngoti,gij->ngotj", made, self.right) if one is None else one).reshape(x.shape)
+        for multiplies, diagonal in ((left, self.left[:, :, None, None]), (right, self.right[:, None, None, :])):
+            if multiplies and diagonal.dim() == 4:
+                made = made * diagonal if made is x else made.mul_(diagonal)
+        return made.reshape(j_NK.shape)
 
     def of_embedding(self, embedding: EmbeddingGrads) -> EmbeddingGrads:
         """Return the embedding gradients of L J_n M; L is diagonal, with an entry for each vector of the table."""
@@ -116,14 +128,20 @@ class Multiplier(NamedTuple):
 
     def of_outer_products(self, outer: OuterProducts) -> OuterProducts:
         """Return the factors of L J_n M: a becomes Mᵀ a, and g becomes L g."""
-        g_NGPO = _times_groups(outer.g_NGPO, self.left.mT if self.left.dim() == 3 else self.left)
-        if isinstance(outer.a, ConvInput):
-            x_NGCS = outer.a.x_NCHW.to(self.right.dtype).flatten(2).unflatten(1, (len(self.right), -1))
+        return OuterProducts(self.of_inputs(outer.a), self.of_outputs(outer.g_NGPO))
+
+    def of_outputs(self, g_NGPO: Tensor) -> Tensor:
+        """Return L g."""
+        return _times_groups(g_NGPO, self.left.mT if self.left.dim() == 3 else self.left)
+
+    def of_inputs(self, a: Tensor | ConvInput) -> Tensor | ConvInput:
+        """Return Mᵀ a."""
+        if isinstance(a, ConvInput):
+            x_NGCS = a.x_NCHW.to(self.right.dtype).flatten(2).unflatten(1, (len(self.right), -1))
             moved = self.right.mT @ x_NGCS if self.right.dim() == 3 else x_NGCS * self.right.unsqueeze(2)
-            return OuterProducts(replace(outer.a, x_NCHW=moved.reshape(outer.a.x_NCHW.shape)), g_NGPO)
-        taps = outer.a.shape[3] // self.right.shape[1]
-        a_NGPTI = outer.a.unflatten(3, (taps, -1))
-        return OuterProducts(_times_groups(a_NGPTI.flatten(2, 3), self.right).reshape(outer.a.shape), g_NGPO)
+            return replace(a, x_NCHW=moved.reshape(a.x_NCHW.shape))
+        a_NGPTI = a.unflatten(3, (-1, self.right.shape[1]))
+        return _times_groups(a_NGPTI.flatten(2, 3), self.right).reshape(a.shape)
 
 
 class Metric:
@@ -138,16 +156,13 @@ class Metric:
 
     def __init__(self, scales: Sequence[Scale], parameters: Sequence[Tensor]) -> None:
         self._scales = scales
-        self._inverses = [scale.power(-1.0) for scale in scales]
-        self._diagonal = [place for place, inverse in enumerate(self._inverses) if inverse.is_diagonal]
-        self._numbers = [
-            self._inverses[place].of_parameter(torch.ones_like(parameters[place])) for place in self._diagonal
-        ]
-        alike: dict[tuple[object, ...], list[int]] = {}
-        for place, (inverse, x) in enumerate(zip(self._inverses, parameters, strict=True)):
-            if not inverse.is_diagonal:
-                alike.setdefault(_form(place, inverse, x), []).append(place)
-        self._batches = [(places, _joined([self._inverses[place] for place in places])) for places in alike.values()]
+        inverses = [scale.inverse for scale in scales]
+        self._diagonal = [place for place, inverse in enumerate(inverses) if inverse.is_diagonal]
+        self._numbers = [inverses[place].as_parameter(parameters[place]) for place in self._diagonal]
+        others = [place for place, inverse in enumerate(inverses) if not inverse.is_diagonal]
+        alike = places_of_alike([_form(place, inverses[place], parameters[place]) for place in others])
+        batches = [[others[index] for index in own] for own in alike]
+        self._batches = [(places, _joined([inverses[place] for place in places])) for places in batches]
 
     def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return D⁻¹ x of a parameter-shaped tensor x for each parameter."""
@@ -163,7 +178,7 @@ class Metric:
 
     def times(self, place: int, x: Tensor) -> Tensor:
         """Return D x of a tensor x of one parameter, given by its place."""
-        return self._scales[place].power(1.0).of_parameter(x)
+        return self._scales[place].itself().of_parameter(x)
 
 
 def worth_a_batch(x: Tensor) -> bool:
@@ -211,20 +226,24 @@ class Scale:
     rows: Side
     columns: Side
 
-    def power(self, exponent: float) -> Multiplier:
-        """Return D to a power."""
-        return Multiplier(self.rows.power(exponent), self.columns.power(exponent))
+    def itself(self) -> Multiplier:
+        """Return D."""
+        return Multiplier(self.rows.matrices(), self.columns.matrices())
 
     @property
-    def root(self) -> Multiplier:
-        """What makes rows of the Gram matrix J D Jᵀ of the rows J."""
-        left = self.rows.root()
-        return Multiplier(left.mT if left.dim() == 3 else left, self.columns.root())
+    def inverse(self) -> Multiplier:
+        """D⁻¹."""
+        return Multiplier(self.rows.inverse, self.columns.inverse)
+
+    def root(self, of_inverse: bool = False) -> Multiplier:
+        """Return what makes rows of the Gram matrix J D Jᵀ of the rows J, or of J D⁻¹ Jᵀ."""
+        left = self.rows.root(of_inverse)
+        return Multiplier(left.mT if left.dim() == 3 else left, self.columns.root(of_inverse))
 
     def over(self, new: Scale) -> Multiplier:
         """Return what makes the rows J D_new⁻¹ of J D⁻¹."""
-        left = _product(new.rows.power(-1.0), self.rows.power(1.0))
-        return Multiplier(left, _product(self.columns.power(1.0), new.columns.power(-1.0)))
+        left = _product(new.rows.inverse, self.rows.matrices())
+        return Multiplier(left, _product(self.columns.matrices(), new.columns.inverse))
 
     @property
     def nbytes(self) -> int:
@@ -238,16 +257,15 @@ class Scale:
         return " ⊗ ".join(sides)
 
     def pack(self) -> list[Tensor | None]:
-        """Return the tensors from which `unpack` makes an equal object."""
-        return [*self.rows, *self.columns]
+        """Return the tensors from which `unpack_scales` makes an equal object."""
+        return [*self.rows[:2], *self.columns[:2]]
 
-    @staticmethod
-    def unpack(packed: list[Tensor | None]) -> Scale:
-        """Return the object whose `pack` returned these tensors."""
-        rows, rows_basis, columns, columns_basis = packed
-        assert rows is not None
-        assert columns is not None
-        return Scale(Side(rows, rows_basis), Side(columns, columns_basis))
+
+def unpack_scales(packed: Sequence[Sequence[Tensor | None]]) -> list[Scale]:
+    """Return the objects whose `pack` returned these tensors."""
+    spectra = [(one[at], one[at + 1]) for at in (0, 2) for one in packed]
+    sides = sides_of([(values_Gn, basis_Gnn) for values_Gn, basis_Gnn in spectra if values_Gn is not None])
+    return [Scale(*both) for both in zip(sides[: len(packed)], sides[len(packed) :], strict=True)]
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ class StepPlan:
         """Step along D⁻¹ V, or V where no refresh has seen the parameter, bounded; SPRING adds μ φ."""
         target, scale = self.targets[place], self._scales_without_j.get(place)
         if scale is not None:
-            grad = scale.power(-1.0).of_parameter(grad)
+            grad = scale.inverse.of_parameter(grad)
         if self._is_scaled and clip_threshold is not None:
             square = widen(grad).square().mean() * unit_of(target.parameter) ** 2
             grad = grad * _clip_scale(square, clip_threshold)

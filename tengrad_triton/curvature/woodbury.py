@@ -16,7 +16,7 @@ from torch import Tensor
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.jacobians.base import Jacobians
-from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously
+from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously, without_factors
 from tengrad_triton.curvature.moments import AllMoments
 from tengrad_triton.curvature.products import grams
 from tengrad_triton.curvature.scaling import Scales
@@ -88,7 +88,7 @@ def factor(
     used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
     divisor_L = used_L / alpha_L if scales else used_L
     counts_L = failures_L + ~healthy_L
-    stored = store_contiguously(jacobians)
+    stored = store_contiguously(without_factors(jacobians))
     full = Curvature(stored, blocks, inverses, history, used_L, divisor_L, counts_L, moments, scales)
     return compress(full, k, shifts, tol) if tol else full
 

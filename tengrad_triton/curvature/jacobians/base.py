@@ -104,7 +104,7 @@ class Jacobian(ABC):
 
     def for_gram(self) -> Jacobian:
         """Return rows whose Gram matrix is J D⁻¹ Jᵀ: those of J D^-½, up to a rotation of each."""
-        return self if self.scale is None else self._times(self.scale.root)
+        return self if self.scale is None else self._times(self.scale.root())
 
     def append_history(self, older: Jacobian, rows: int) -> Jacobian | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``; None where the two do not fit."""

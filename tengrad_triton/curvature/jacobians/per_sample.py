@@ -20,7 +20,7 @@ from tengrad_triton.kernels import ProductLaunches, rows_products
 from tengrad_triton.kernels.cholesky import LARGEST_BATCHED
 from tengrad_triton.kernels.cpu import worth_a_batch
 from tengrad_triton.kernels.dispatch import widen
-from tengrad_triton.layers import matrix_view
+from tengrad_triton.layers import OuterProducts, matrix_view
 
 CHUNK_BYTES = 256 * 2**20  # explicit rows formed at a time where they are not kept
 
@@ -34,12 +34,20 @@ class PerSample(Jacobian):
 
     In bfloat16 every product uses the rounded rows: the step is exact for a slightly different Fisher matrix.
     Compression (M7) and reduction (M12) replace the rows of the samples by fewer ones (see `RowKind`).
+
+    Attributes:
+        j_NK: the rows.
+        ops: the kernels.
+        row_kind: what a row is.
+        scale: D of the parameter; None for the identity.
+        factors: those of J without D⁻¹ until K is formed, where that takes fewer flops from them than from ``j_NK``.
     """
 
     j_NK: Tensor
     ops: Ops
     row_kind: RowKind
     scale: Scale | None = None
+    factors: OuterProducts | None = None
 
     @property
     @override
@@ -89,22 +97,24 @@ class PerSample(Jacobian):
 
     @override
     def _times(self, by: Multiplier) -> PerSample:
-        return replace(self, j_NK=by.of_rows(self.j_NK).to(self.j_NK.dtype))
+        return replace(self, j_NK=by.of_rows(self.j_NK).to(self.j_NK.dtype), factors=None)
 
     @override
     def for_gram(self) -> PerSample:
-        """Return rows of the Gram matrix from those that are stored, in float32 at least."""
+        """Return rows of the Gram matrix, in float32 at least: from those that are stored, or from their factors."""
         if self.scale is None:
             return self
+        if self.factors is not None:
+            return replace(self, j_NK=self.scale.root(of_inverse=True).explicit_rows(self.factors, self.ops))
         j_NK = widen(self.j_NK)
-        return replace(self, j_NK=self.scale.root.of_rows(j_NK).to(j_NK.dtype))
+        return replace(self, j_NK=self.scale.root().of_rows(j_NK).to(j_NK.dtype))
 
     @override
     def _append(self, older: Jacobian, rows: int) -> PerSample | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same dtype."""
         if not isinstance(older, PerSample) or older.j_NK.dtype != self.j_NK.dtype:
             return None
-        return replace(self, j_NK=torch.cat([self.j_NK, older.j_NK[:rows]]))
+        return replace(self, j_NK=torch.cat([self.j_NK, older.j_NK[:rows]]), factors=None)
 
     @property
     @override
@@ -124,6 +134,17 @@ class PerSample(Jacobian):
     def nbytes(self) -> int:
         """Return the bytes stored."""
         return self.j_NK.nbytes
+
+
+def without_factors(jacobians: Jacobians) -> Jacobians:
+    """Return the same J without what only K is formed from."""
+    return {
+        name: {
+            param_name: replace(one, factors=None) if isinstance(one, PerSample) and one.factors is not None else one
+            for param_name, one in layer.items()
+        }
+        for name, layer in jacobians.items()
+    }
 
 
 def store_contiguously(jacobians: Jacobians) -> Jacobians:
@@ -164,7 +185,10 @@ def reduce_rows(jacobians: Jacobians, names: Sequence[str]) -> Jacobians:
     return {
         name: {
             param_name: replace(
-                cast("PerSample", one), j_NK=parts[name, param_name].contiguous(), row_kind="parameters"
+                cast("PerSample", one),
+                j_NK=parts[name, param_name].contiguous(),
+                row_kind="parameters",
+                factors=None,
             )
             for param_name, one in jacobians[name].items()
         }
