@@ -15,7 +15,7 @@ from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.rerun import rerun_rows
 from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
-from tengrad_triton.compiled.sample_space import Weight, dense_jacobians, dense_layers, project, projected_means
+from tengrad_triton.compiled.sample_space import Weight, dense_jacobians, project, projected_means
 from tengrad_triton.compiled.trace_spec import TraceSpec
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature, unpack_moments
 from tengrad_triton.curvature.choices import Choices, Ops
@@ -75,6 +75,7 @@ class StepFunctions:
         ops: the ops for each combination of kernel overrides in ``choices``, and for no overrides.
         capture: records and perturbs the captured layers.
         spec: which calls `refresh` perturbs and records.
+        linear: the layers whose gradients may be projected in sample space (M19), if their J is dense.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class StepFunctions:
     ops: Mapping[tuple[str, ...], Ops]
     capture: FunctionalCapture
     spec: TraceSpec
+    linear: Sequence[str]
 
     def reuse(
         self,
@@ -119,10 +121,8 @@ class StepFunctions:
 
     def dense_layers(self, curvature: Curvature) -> CallTensors:
         """Return the perturbations of those layers whose gradients are projected in sample space (M19)."""
-        spring = {index for index, group in enumerate(self.groups) if group["spring"]}
-        names = [layer.name for layer in self.layers if spring.isdisjoint(layer.groups.values())]
-        captured = {name: self.captured[name].layer for name in names if name in self.spec.perturbations}
-        return dense_layers(curvature, captured, self.spec.perturbations)
+        dense = {name for name, _ in dense_jacobians(curvature, self.linear)}
+        return {name: self.spec.perturbations[name] for name in self.linear if name in dense}
 
     def refresh(
         self,

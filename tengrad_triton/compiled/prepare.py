@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions
+from tengrad_triton.compiled.sample_space import linear_layers
 from tengrad_triton.compiled.trace_spec import NO_CAPTURE, SpecOrReason, TraceSpec, why_of_one_batch
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
@@ -96,6 +97,7 @@ def _functions(access: StepAccess, loss_fn: LossFn, trained: frozenset[str], spe
     names = {parameter: name for name, parameter in model.named_parameters()}
     layers = [layer for layer in access.layers if all(p in names for p in layer.parameters.values())]
     captured = access.capture.layers
+    groups = [{name: group[name] for name in STATIC_SETTINGS} for group in access.groups]
     sampled = options.fisher == "sampled" and isinstance(options.likelihood, Reparametrized)
     return StepFunctions(
         model=model,
@@ -106,7 +108,7 @@ def _functions(access: StepAccess, loss_fn: LossFn, trained: frozenset[str], spe
         trained=trained,
         likelihood=cast("Reparametrized", options.likelihood) if sampled else None,
         choices=choices,
-        groups=[{name: group[name] for name in STATIC_SETTINGS} for group in access.groups],
+        groups=groups,
         blocks={} if access.curvature is None else access.curvature.blocks,
         trust_region=options.trust_region,
         clip_threshold=options.clip_threshold,
@@ -117,4 +119,5 @@ def _functions(access: StepAccess, loss_fn: LossFn, trained: frozenset[str], spe
             model, {name: captured[name].layer for name in spec.perturbations}, spec.samples_second
         ),
         spec=spec,
+        linear=linear_layers(layers, captured, groups, spec.perturbations),
     )

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
 from tengrad_triton.compiled.static_buffers import mark_static
 from tengrad_triton.curvature.jacobians.factored import Factored
@@ -32,13 +33,17 @@ def dense_jacobians(curvature: Curvature, layers: Collection[str]) -> dict[Weigh
     }
 
 
-def dense_layers(
-    curvature: Curvature, captured: Mapping[str, nn.Module], perturbations: CallTensors
-) -> dict[str, Sequence[Mapping[str, Tensor]]]:
-    """Return the perturbations of the linear layers with a dense J that a forward calls once."""
-    once = [name for name, layer in captured.items() if len(perturbations[name]) == 1 and has_rule_of_linear(layer)]
-    dense = {name for name, _ in dense_jacobians(curvature, once)}
-    return {name: perturbations[name] for name in once if name in dense and perturbations[name][0]}
+def linear_layers(
+    layers: Sequence[LayerParams],
+    captured: Mapping[str, CapturedLayer],
+    groups: Sequence[Mapping[str, Any]],
+    perturbations: CallTensors,
+) -> list[str]:
+    """Return the names of the linear layers that a forward calls once, none of whose groups has SPRING."""
+    spring = {index for index, group in enumerate(groups) if group["spring"]}
+    names = [layer.name for layer in layers if spring.isdisjoint(layer.groups.values()) and layer.name in perturbations]
+    once = [name for name in names if len(perturbations[name]) == 1 and perturbations[name][0]]
+    return [name for name in once if has_rule_of_linear(captured[name].layer)]
 
 
 def project(
