@@ -177,3 +177,78 @@ def test_a_resumed_run_is_the_same_bit_for_bit():
     for x, y in batches(1, start=3):
         pair.compiled_step(x, y)
     assert all(torch.equal(x, expected[name]) for name, x in pair.twin.state_dict().items())
+
+
+class Changing(nn.Module):
+    """A linear layer whose weight is used once more, or that is called once more, as soon as ``kind`` says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head, self.kind = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, 5), None
+
+    def forward(self, x):
+        h = self.layer(x).tanh()
+        if self.kind == "another use":
+            h = F.linear(h, self.layer.weight)
+        if self.kind == "another call":
+            h = self.layer(h).tanh()
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", ["another use", "another call"])
+def test_a_weight_that_gets_another_use_is_no_longer_projected_from_one_call(kind):
+    pair = Pair(Changing, refresh_every=100)
+    pair.train(3)
+    pair.model.kind = pair.twin.kind = kind
+    pair.train(2, start=3)
+    assert pair.error < TOLERANCE
+    assert not pair.projected.get("means")
+
+
+@pytest.mark.filterwarnings("ignore:compiled for")  # each kind of batch is compiled when it comes again
+def test_the_dtype_may_change_and_come_back():
+    pair = Pair()
+    for start, dtype in ((0, torch.float64), (3, torch.float32), (8, torch.float64)):
+        for model in (pair.model, pair.twin):
+            model.to(dtype)
+        for x, y in batches(3, start):
+            pair.step(pair.model, pair.plain, x.to(dtype), y)
+            pair.compiled_step(x.to(dtype), y)
+    assert pair.error < 1e-5  # of float32
+
+
+def test_a_small_change_of_a_mean_is_followed_after_loading_too():
+    pair = Pair(refresh_every=100)
+    pair.train(3)
+    for model, optimizer in ((pair.model, pair.plain), (pair.twin, pair.optimizer)):
+        state = copy.deepcopy(optimizer.state_dict())
+        place = next(i for i, p in enumerate(model.parameters()) if p is model[2].weight)
+        state["state"][place]["momentum_buffer"].mul_(1.0005)
+        optimizer.load_state_dict(state)
+    pair.train(1, start=3)
+    assert pair.error < TOLERANCE
+
+
+def test_autocast_rounds_what_is_projected_as_it_rounds_the_gradient():
+    """The products of both are of bfloat16: 8 bits, over some steps."""
+
+    def loss_of(model, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(model(x), y)
+
+    class Autocast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = mlp()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.model(x).float()
+
+    pair = Pair(Autocast)
+    for model in (pair.model, pair.twin):
+        model.float()
+    for x, y in batches(3):
+        pair.step(pair.model, pair.plain, x.float(), y)
+        pair.compiled_step(x.float(), y)
+    assert pair.error < 2**-9

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, vjp
+from torch.func import grad, grad_and_value, vjp
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.rerun import rerun_rows
 from tengrad_triton.capture.rows.rule import Pairs, contributions_of
+from tengrad_triton.compiled import sample_space
 from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
-from tengrad_triton.compiled.sample_space import Weight, dense_jacobians, project, projected_means
+from tengrad_triton.compiled.sample_space import Weight
 from tengrad_triton.compiled.trace_spec import TraceSpec
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature, unpack_moments
 from tengrad_triton.curvature.choices import Choices, Ops
@@ -26,6 +28,7 @@ from tengrad_triton.curvature.step import step_
 from tengrad_triton.curvature.target import Average, Trained, grads_of, targets_of, trained_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.layers import Call, mixes_samples
+from tengrad_triton.layers.stateless import Places, call_with
 from tengrad_triton.likelihoods import Reparametrized
 
 Named = Mapping[str, Tensor]
@@ -59,6 +62,7 @@ class StepFunctions:
 
     Attributes:
         model: the module, called with its parameters replaced.
+        places: where its tensors are replaced.
         loss_fn: returns a scalar mean over the samples, from the model's output and the target.
         layers: the optimizer's layers.
         captured: the layers whose calls contribute rows.
@@ -79,6 +83,7 @@ class StepFunctions:
     """
 
     model: nn.Module
+    places: Places
     loss_fn: LossFn
     layers: Sequence[LayerParams]
     captured: Mapping[str, CapturedLayer]
@@ -115,13 +120,13 @@ class StepFunctions:
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, by_perturbation = pull(grad_output)
         curvature = unpack_curvature(packed, self.layers, self.ops.__getitem__)
-        projected = project(curvature, self.capture, perturbations, tensors, by_perturbation)
+        projected = sample_space.project(curvature, self.capture, perturbations, tensors, by_perturbation)
         self._step(curvature, state, grads, projected, means)
         return loss
 
     def dense_layers(self, curvature: Curvature) -> CallTensors:
         """Return the perturbations of those layers whose gradients are projected in sample space (M19)."""
-        dense = {name for name, _ in dense_jacobians(curvature, self.linear)}
+        dense = {name for name, _ in sample_space.dense_jacobians(curvature, self.linear)}
         return {name: self.spec.perturbations[name] for name in self.linear if name in dense}
 
     def refresh(
@@ -161,16 +166,29 @@ class StepFunctions:
             jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping,
             kept, scales,
         )  # fmt: skip
-        projected = project(curvature, self.capture, self.dense_layers(curvature), forward[2], of_loss)
-        means = projected_means(curvature, self.averages_of(curvature, state.momenta))
+        projected = sample_space.project(curvature, self.capture, self.dense_layers(curvature), forward[2], of_loss)
+        means = sample_space.projected_means(curvature, self.averages_of(curvature, state.momenta))
         self._step(curvature, state, grads, projected, means)
         return loss, pack_curvature(curvature), means
+
+    def calls_give_gradients(self, perturbations: CallTensors, state: StepState, x: Any, y: Any) -> bool:
+        """Return whether the gradients of the layers' weights are those of their calls, by a pass without a step."""
+        device = next(iter(state.parameters.values())).device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.capture.attached(perturbations, detaches=True):
+            try:
+                output, pull, tensors = self._forward(state, perturbations, x, detach_statistics=True)
+                grads, by_perturbation = pull(grad(self.loss_fn)(output, y))
+                calls = sample_space.weight_grads_of(self.capture, perturbations, tensors, by_perturbation)
+            except Exception:
+                return False
+        return all(sample_space.sums_to(calls[name], grads[self.names[name, "weight"]]) for name in perturbations)
 
     def averages_of(self, curvature: Curvature, momenta: Named) -> dict[Weight, Tensor]:
         """Return the running means m of the dense weights; none where D is the identity."""
         if self.scaling == "none":
             return {}
-        dense = dense_jacobians(curvature, self.dense_layers(curvature))
+        dense = sample_space.dense_jacobians(curvature, self.dense_layers(curvature))
         return {one: momenta[self.names[one]] for one in dense if self.names[one] in momenta}
 
     def _contributions(
@@ -236,7 +254,7 @@ class StepFunctions:
             # A function under a transform cannot write into tensors from outside, such as BatchNorm's running means.
             buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
             self.capture.start(perturbations, detach_statistics)
-            output = functional_call(self.model, {**frozen, **trained, **buffers}, (x,))
+            output = call_with(self.model, self.places, {**frozen, **trained, **buffers}, (x,))
             return output, (self.capture.stop(), buffers)
 
         transformed: Any = vjp(forward, trained, perturbations, has_aux=True)

@@ -10,13 +10,62 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tengrad_triton.compiled.functional_capture import FunctionalCapture
-from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions
-from tengrad_triton.compiled.sample_space import linear_layers
+from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
+from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions, StepState
+from tengrad_triton.compiled.sample_space import Weight, linear_layers
 from tengrad_triton.compiled.trace_spec import NO_CAPTURE, SpecOrReason, TraceSpec, why_of_one_batch
+from tengrad_triton.curvature.woodbury import Curvature
+from tengrad_triton.layers.stateless import places_of
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.tuning.precision import without_tf32x3
+
+
+class IsTracedAnew(Exception):  # noqa: N818 - no error: the caller calls again
+    """The compiled function does not fit any more, because the model or the curvature has changed."""
+
+
+class Reuse:
+    """The compiled `StepFunctions.reuse`. Before each trace, dense layers are found to have no other use of weights.
+
+    Args:
+        functions: the functions before their compilation.
+        compiled: the compiled function.
+    """
+
+    def __init__(self, functions: StepFunctions, compiled: Callable[..., Any]) -> None:
+        self._functions, self._compiled = functions, compiled
+        self._fits = False  # whether it was traced since the last comparison
+        self._is_exact = True
+
+    def dense_layers(self, curvature: Curvature, state: StepState, x: Any, y: Any) -> CallTensors:
+        """Return the perturbations of the layers that a call projects in sample space."""
+        dense = self._functions.dense_layers(curvature) if self._is_exact else {}
+        if dense and not self._fits:
+            self._is_exact = self._functions.calls_give_gradients(dense, state, x, y)
+        return dense if self._is_exact else {}
+
+    def __call__(
+        self,
+        state: StepState,
+        packed: Mapping[str, Any],
+        dense: CallTensors,
+        means: Mapping[Weight, Tensor],
+        *batch: Any,
+    ) -> Tensor:
+        """Take the step; raise `IsTracedAnew` instead where layers are ``dense`` and the function does not fit."""
+        if not dense or not self._fits:
+            loss: Tensor = self._compiled(state, packed, dense, means, *batch)
+            self._fits = bool(dense)
+            return loss
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                return cast("Tensor", self._compiled(state, packed, dense, means, *batch))
+        except RuntimeError as error:
+            if "fail_on_recompile" not in str(error):
+                raise
+        self._fits = False
+        raise IsTracedAnew
 
 
 @dataclass(frozen=True)
@@ -34,7 +83,7 @@ class CompiledSteps:
     output: Tensor
     spec: SpecOrReason
     functions: StepFunctions
-    reuse: Callable[..., Any]
+    reuse: Reuse
     refresh: Callable[..., Any]
 
     @property
@@ -75,7 +124,7 @@ def prepare(
     functions = _functions(access, loss_fn, first.trained, captures if isinstance(captures, TraceSpec) else NO_CAPTURE)
     refresh = torch.compile(_with_own_code(functions.refresh), mode=modes[0], **options)
     reuse = torch.compile(_with_own_code(functions.reuse), mode=modes[1], **options)
-    return CompiledSteps(first.output, spec, functions, reuse, refresh)
+    return CompiledSteps(first.output, spec, functions, Reuse(functions, reuse), refresh)
 
 
 def _with_own_code(method: Any) -> Callable[..., Any]:
@@ -101,6 +150,7 @@ def _functions(access: StepAccess, loss_fn: LossFn, trained: frozenset[str], spe
     sampled = options.fisher == "sampled" and isinstance(options.likelihood, Reparametrized)
     return StepFunctions(
         model=model,
+        places=places_of(model),
         loss_fn=loss_fn,
         layers=layers,
         captured=captured,

@@ -13,11 +13,10 @@ from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCa
 from tengrad_triton.compiled.static_buffers import mark_static
 from tengrad_triton.curvature.jacobians.factored import Factored
 from tengrad_triton.curvature.woodbury import Curvature
-from tengrad_triton.layers import has_rule_of_linear
+from tengrad_triton.layers import OuterProducts, has_rule_of_linear
 from tengrad_triton.layers.dense import weight_grads
 
-_ROUNDING = 1e-3  # how far, relative to its size, a projection may be off after an interval's steps in float32
-_ROUNDINGS = 8  # likewise, in roundings of m, which is in half precision where the parameter is
+_ROUNDINGS = 300  # how far, relative to its size, projections may be from those of m, after an interval's steps
 
 Weight = tuple[str, str]
 """A weight by the names of its layer and of the parameter within it."""
@@ -54,12 +53,30 @@ def project(
     by_perturbation: CallTensors,
 ) -> dict[Weight, Tensor]:
     """Return J D⁻¹ V of the dense weights, where V is what the layers' calls contribute to the gradient of the loss."""
+    of_calls = weight_grads_of(capture, layers, tensors, by_perturbation)
+    dense = dense_jacobians(curvature, layers)
+    return {weight: one.project_without(of_calls[weight[0]]) for weight, one in dense.items()}
+
+
+def weight_grads_of(
+    capture: FunctionalCapture, layers: Collection[str], tensors: CallTensors, by_perturbation: CallTensors
+) -> dict[str, OuterProducts]:
+    """Return the factors of what the one call of each linear layer contributes to the gradient of its weight."""
     found = {}
-    for (name, param_name), one in dense_jacobians(curvature, layers).items():
+    for name in layers:
         (call,) = capture.layer_calls(name, tensors, by_perturbation)
         x, g = cast("Tensor", call.inputs(name)), cast("Tensor", call.scaled_grads(1))
-        found[name, param_name] = one.project_without(weight_grads(x, g))
+        found[name] = weight_grads(x.to(g.dtype), g)  # autocast rounds the input
     return found
+
+
+def sums_to(of_calls: OuterProducts, grad: Tensor) -> bool:
+    """Return whether a gradient is what the calls contribute, within sqrt(eps): another use differs much more."""
+    eps = max(torch.finfo(x.dtype).eps for x in (of_calls.g_NGPO, grad))
+    own = of_calls.widened()
+    a_RI, g_RO = cast("Tensor", own.a).flatten(0, 2), own.g_NGPO.flatten(0, 2)
+    size = (a_RI.norm(dim=1) * g_RO.norm(dim=1)).sum()
+    return bool((g_RO.mT @ a_RI - grad).norm() <= eps**0.5 * size)
 
 
 def projected_means(curvature: Curvature, momenta: Mapping[Weight, Tensor]) -> dict[Weight, Tensor]:
@@ -88,8 +105,9 @@ class ProjectedMeans:
         key, self._key = self._key, ()  # a step that fails leaves them in no known state
         if key != _key(curvature, momenta, steps):
             new = projected_means(curvature, momenta)
-            kept = _by_weight(curvature.projected) if curvature.projected.get("steps") == steps else {}
-            self._replace(kept if _are_close(kept, new, momenta) else new)
+            is_loaded = key[:1] != (id(curvature),) and curvature.projected.get("steps") == steps
+            kept = _by_weight(curvature.projected) if is_loaded else {}
+            self._replace(kept if _are_close(kept, new) else new)
         curvature.projected.clear()
         return self._means
 
@@ -127,14 +145,14 @@ def _by_weight(projected: Mapping[str, Any]) -> dict[Weight, Tensor]:
     }
 
 
-def _are_close(kept: Mapping[Weight, Tensor], new: Mapping[Weight, Tensor], momenta: Mapping[Weight, Tensor]) -> bool:
+def _are_close(kept: Mapping[Weight, Tensor], new: Mapping[Weight, Tensor]) -> bool:
     """Return whether projections that a state holds are those of its m, up to rounding."""
 
-    def is_close(x_N: Tensor, y_N: Tensor, m: Tensor) -> bool:
-        most = max(_ROUNDING, _ROUNDINGS * torch.finfo(m.dtype).eps)
-        return x_N.shape == y_N.shape and bool((x_N - y_N).norm() <= most * y_N.norm())
+    def is_close(x_N: Tensor, y_N: Tensor) -> bool:
+        most = _ROUNDINGS * torch.finfo(y_N.dtype).eps
+        return (x_N.shape, x_N.dtype) == (y_N.shape, y_N.dtype) and bool((x_N - y_N).norm() <= most * y_N.norm())
 
-    return kept.keys() == new.keys() and all(is_close(kept[one], new[one], m) for one, m in momenta.items())
+    return kept.keys() == new.keys() and all(is_close(kept[one], y_N) for one, y_N in new.items())
 
 
 def _key(curvature: Curvature, momenta: Mapping[Weight, Tensor], steps: int) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
 from tengrad_triton.compiled.graphs import LossFn, StepState
-from tengrad_triton.compiled.prepare import CompiledSteps, FirstEvaluation, prepare
+from tengrad_triton.compiled.prepare import CompiledSteps, FirstEvaluation, IsTracedAnew, prepare
 from tengrad_triton.compiled.sample_space import ProjectedMeans
 from tengrad_triton.compiled.signatures import MOST, ModelState, Prepared, Signature, batch_signature
 from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
@@ -215,16 +215,22 @@ class TrainStep:
 
     def _state(self, steps: CompiledSteps) -> StepState:
         parameters = dict(self._model.named_parameters())
-        momenta = {name: self._access.momentum_of(parameters[name]) for name in steps.functions.trained}
+        functions = steps.functions
+        own = functions.trained.intersection(functions.names.values())  # the model's others are not the optimizer's
+        momenta = {name: self._access.momentum_of(parameters[name]) for name in own}
         return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.numbers_of_groups())
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         access, functions, replays = self._access, steps.functions, self._buffers is not None
         curvature, state = self._in_buffers(cast("Curvature", access.curvature)), self._state(steps)
-        dense, momenta = functions.dense_layers(curvature), functions.averages_of(curvature, state.momenta)
+        dense = steps.reuse.dense_layers(curvature, state, x, y)
+        momenta = functions.averages_of(curvature, state.momenta) if dense else {}
         means = self._means.of(curvature, momenta, access.steps)
-        with functions.capture.attached(dense, detaches=False), without_memory() if replays else nullcontext():
-            loss = steps.reuse(state, _packed(curvature), dense, means, x, y)
+        try:
+            with functions.capture.attached(dense, detaches=False), without_memory() if replays else nullcontext():
+                loss = steps.reuse(state, _packed(curvature), dense, means, x, y)
+        except IsTracedAnew:
+            return self._compiled_reuse(steps, x, y)
         access.advance(curvature, access.age)
         self._means.keep(curvature, momenta, access.steps)
         return loss.clone() if replays else loss  # the next replay overwrites what this one returned
@@ -247,7 +253,7 @@ class TrainStep:
         try:
             with functions.capture.attached(functions.spec.perturbations, detaches=True), ignore_vmap_warning():
                 loss, packed, means = steps.refresh(*state, noise, x, y)
-        except TorchDynamoException:
+        except Exception:
             access.generator.set_state(before)
             raise
         curvature = unpack_curvature(packed, access.layers, access.ops_for)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.unobserved import unobserved
 from tengrad_triton.layers import tensors_in
+from tengrad_triton.layers.stateless import call_with, places_of
 
 _CHUNK_BYTES = 256 * 2**20  # one `vmap` computes rows of at most this size
 _SAMPLES_PER_PASS = 16  # the backward passes of this many samples are batched into one
@@ -64,7 +65,7 @@ def _rows_of_call(
     leaves, spec = tree_flatten((call.call.args, dict(call.call.kwargs)))
     is_batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == samples for leaf in leaves]
     with_grads = [index for index, grad in enumerate(call.output_grads) if grad is not None]
-    detached = {name: p.detach() for name, p in parameters.items()}
+    detached, places = {name: p.detach() for name, p in parameters.items()}, places_of(layer)
 
     def one_sample(batched: list[Tensor], cotangents: list[Tensor]) -> Any:
         """Return the rows of one sample; ``batched`` holds its slices of the arguments."""
@@ -74,7 +75,7 @@ def _rows_of_call(
 
         def forward(parameters: Mapping[str, Tensor]) -> list[Tensor]:
             buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-            outputs = outputs_of(functional_call(layer, {**buffers, **parameters}, args, kwargs))
+            outputs = outputs_of(call_with(layer, places, {**buffers, **parameters}, args, kwargs))
             return [outputs[index] for index in with_grads]
 
         transformed: Any = vjp(forward, detached)

@@ -99,9 +99,9 @@ class Factored(Jacobian):
 
         y_n = Σ_m ⟨a_n, a_m⟩ ⟨g_n, g_m⟩: products of N × M numbers in place of passes over the weight.
         """
-        own, of_grad = self.factors.widened(), of_grad.widened()
-        pairs = (own.a, of_grad.a), (own.g_NGPO, of_grad.g_NGPO)
-        aa_NM, gg_NM = (cast("Tensor", x).flatten(0, 2) @ cast("Tensor", y).flatten(0, 2).mT for x, y in pairs)
+        own = self.factors.widened()
+        pairs = (cast("Tensor", own.a), cast("Tensor", of_grad.a)), (own.g_NGPO, of_grad.g_NGPO)
+        aa_NM, gg_NM = (x.flatten(0, 2) @ y.flatten(0, 2).to(x.dtype).mT for x, y in pairs)
         return (aa_NM * gg_NM).sum(1)
 
     @override
