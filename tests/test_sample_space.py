@@ -205,6 +205,15 @@ def test_a_weight_that_gets_another_use_is_no_longer_projected_from_one_call(kin
     assert not pair.projected.get("means")
 
 
+def test_nor_at_a_compiled_refresh():
+    pair = Pair(Changing, refresh_every=1)
+    pair.train(3)
+    assert set(pair.projected["means"]) == {"layer", "head"}
+    pair.twin.kind = "another use"
+    pair.train(1, start=3)
+    assert not pair.projected.get("means")
+
+
 @pytest.mark.filterwarnings("ignore:compiled for")  # each kind of batch is compiled when it comes again
 def test_the_dtype_may_change_and_come_back():
     pair = Pair()

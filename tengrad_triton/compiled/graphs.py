@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,14 +103,9 @@ class StepFunctions:
     linear: Sequence[str]
 
     def reuse(
-        self,
-        state: StepState,
-        packed: Mapping[str, Any],
-        perturbations: CallTensors,
-        means: Mapping[Weight, Tensor],
-        x: Any,
-        y: Any,
-    ) -> Tensor:
+        self, state: StepState, packed: Mapping[str, Any], perturbations: CallTensors, means: Mapping[Weight, Tensor],
+        x: Any, y: Any,
+    ) -> Tensor:  # fmt: skip
         """Take a step with the present curvature ``packed``; return the loss.
 
         Layers with ``perturbations`` have dense J. ``means`` are the projections of their running means (M19), which
@@ -124,10 +119,9 @@ class StepFunctions:
         self._step(curvature, state, grads, projected, means)
         return loss
 
-    def dense_layers(self, curvature: Curvature) -> CallTensors:
-        """Return the perturbations of those layers whose gradients are projected in sample space (M19)."""
-        dense = {name for name, _ in sample_space.dense_jacobians(curvature, self.linear)}
-        return {name: self.spec.perturbations[name] for name in self.linear if name in dense}
+    def dense_layers(self, curvature: Curvature, linear: Sequence[str]) -> CallTensors:
+        """Return the perturbations of those linear layers whose J are dense."""
+        return {name: self.spec.perturbations[name] for name, _ in sample_space.dense_jacobians(curvature, linear)}
 
     def refresh(
         self,
@@ -136,11 +130,15 @@ class StepFunctions:
         damping_L: Tensor,
         failures_L: Tensor,
         moments: Mapping[str, Any],
+        linear: Sequence[str],
         noise: Tensor | None,
         x: Any,
         y: Any,
     ) -> tuple[Tensor, dict[str, Any], dict[Weight, Tensor]]:
-        """Take a step with the curvature of this batch; return the loss, the packed curvature, and ``means``."""
+        """Take a step with the curvature of this batch; return the loss, the packed curvature, and ``means``.
+
+        The gradients of those ``linear`` layers whose J are dense are projected in sample space (M19).
+        """
         # The curvature may keep x, and the training loop may write its next batch into the same tensors.
         x, samples = tree_map_only(Tensor, Tensor.clone, x), self.spec.samples
         forward = self._forward(state, perturbations, x, detach_statistics=False)
@@ -166,15 +164,16 @@ class StepFunctions:
             jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping,
             kept, scales,
         )  # fmt: skip
-        projected = sample_space.project(curvature, self.capture, self.dense_layers(curvature), forward[2], of_loss)
-        means = sample_space.projected_means(curvature, self.averages_of(curvature, state.momenta))
+        dense = self.dense_layers(curvature, linear)
+        projected = sample_space.project(curvature, self.capture, dense, forward[2], of_loss)
+        means = sample_space.projected_means(curvature, self.averages_of(curvature, dense, state.momenta))
         self._step(curvature, state, grads, projected, means)
         return loss, pack_curvature(curvature), means
 
-    def calls_give_gradients(self, perturbations: CallTensors, state: StepState, x: Any, y: Any) -> bool:
-        """Return whether the gradients of the layers' weights are those of their calls, by a pass without a step."""
-        device = next(iter(state.parameters.values())).device
-        devices = [device] if device.type == "cuda" else []
+    def calls_give_gradients(self, state: StepState, x: Any, y: Any) -> bool:
+        """Return whether the gradients of linear layers' weights are those of their calls: a pass without a step."""
+        perturbations = {name: self.spec.perturbations[name] for name in self.linear}
+        devices = {p.device for p in state.parameters.values() if p.is_cuda}
         with torch.random.fork_rng(devices), self.capture.attached(perturbations, detaches=True):
             try:
                 output, pull, tensors = self._forward(state, perturbations, x, detach_statistics=True)
@@ -184,11 +183,11 @@ class StepFunctions:
                 return False
         return all(sample_space.sums_to(calls[name], grads[self.names[name, "weight"]]) for name in perturbations)
 
-    def averages_of(self, curvature: Curvature, momenta: Named) -> dict[Weight, Tensor]:
+    def averages_of(self, curvature: Curvature, layers: Collection[str], momenta: Named) -> dict[Weight, Tensor]:
         """Return the running means m of the dense weights; none where D is the identity."""
         if self.scaling == "none":
             return {}
-        dense = sample_space.dense_jacobians(curvature, self.dense_layers(curvature))
+        dense = sample_space.dense_jacobians(curvature, layers)
         return {one: momenta[self.names[one]] for one in dense if self.names[one] in momenta}
 
     def _contributions(

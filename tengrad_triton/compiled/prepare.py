@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tengrad_triton.compiled.functional_capture import CallTensors, FunctionalCapture
+from tengrad_triton.compiled.functional_capture import FunctionalCapture
 from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions, StepState
-from tengrad_triton.compiled.sample_space import Weight, linear_layers
+from tengrad_triton.compiled.sample_space import linear_layers
 from tengrad_triton.compiled.trace_spec import NO_CAPTURE, SpecOrReason, TraceSpec, why_of_one_batch
-from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.layers.stateless import places_of
 from tengrad_triton.likelihoods import Reparametrized
 from tengrad_triton.optim.step_access import StepAccess
@@ -25,42 +24,33 @@ class IsTracedAnew(Exception):  # noqa: N818 - no error: the caller calls again
     """The compiled function does not fit any more, because the model or the curvature has changed."""
 
 
-class Reuse:
-    """The compiled `StepFunctions.reuse`. Before each trace, dense layers are found to have no other use of weights.
+class Traced:
+    """A compiled function of a step. Before it is traced, linear layers are found to have no other use of weights.
 
     Args:
         functions: the functions before their compilation.
-        compiled: the compiled function.
+        compiled: `StepFunctions.reuse` or `refresh`, compiled.
     """
 
     def __init__(self, functions: StepFunctions, compiled: Callable[..., Any]) -> None:
         self._functions, self._compiled = functions, compiled
-        self._fits = False  # whether it was traced since the last comparison
-        self._is_exact = True
+        self._fits, self._is_exact = False, bool(functions.linear)
 
-    def dense_layers(self, curvature: Curvature, state: StepState, x: Any, y: Any) -> CallTensors:
-        """Return the perturbations of the layers that a call projects in sample space."""
-        dense = self._functions.dense_layers(curvature) if self._is_exact else {}
-        if dense and not self._fits:
-            self._is_exact = self._functions.calls_give_gradients(dense, state, x, y)
-        return dense if self._is_exact else {}
+    def linear(self, state: StepState, x: Any, y: Any) -> Sequence[str]:
+        """Return the layers that the next call may project in sample space (M19)."""
+        if self._is_exact and not self._fits:  # it will be traced: the model may have changed since it was prepared
+            self._is_exact = self._functions.calls_give_gradients(state, x, y)
+        return self._functions.linear if self._is_exact else ()
 
-    def __call__(
-        self,
-        state: StepState,
-        packed: Mapping[str, Any],
-        dense: CallTensors,
-        means: Mapping[Weight, Tensor],
-        *batch: Any,
-    ) -> Tensor:
-        """Take the step; raise `IsTracedAnew` instead where layers are ``dense`` and the function does not fit."""
-        if not dense or not self._fits:
-            loss: Tensor = self._compiled(state, packed, dense, means, *batch)
-            self._fits = bool(dense)
-            return loss
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function; raise `IsTracedAnew` instead where it projects in sample space and does not fit."""
+        if not self._is_exact or not self._fits:
+            found = self._compiled(*arguments)
+            self._fits = True
+            return found
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
-                return cast("Tensor", self._compiled(state, packed, dense, means, *batch))
+                return self._compiled(*arguments)
         except RuntimeError as error:
             if "fail_on_recompile" not in str(error):
                 raise
@@ -83,8 +73,8 @@ class CompiledSteps:
     output: Tensor
     spec: SpecOrReason
     functions: StepFunctions
-    reuse: Reuse
-    refresh: Callable[..., Any]
+    reuse: Traced
+    refresh: Traced
 
     @property
     def why_plain(self) -> str | None:
@@ -124,7 +114,7 @@ def prepare(
     functions = _functions(access, loss_fn, first.trained, captures if isinstance(captures, TraceSpec) else NO_CAPTURE)
     refresh = torch.compile(_with_own_code(functions.refresh), mode=modes[0], **options)
     reuse = torch.compile(_with_own_code(functions.reuse), mode=modes[1], **options)
-    return CompiledSteps(first.output, spec, functions, Reuse(functions, reuse), refresh)
+    return CompiledSteps(first.output, spec, functions, Traced(functions, reuse), Traced(functions, refresh))
 
 
 def _with_own_code(method: Any) -> Callable[..., Any]:

@@ -223,8 +223,8 @@ class TrainStep:
     def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         access, functions, replays = self._access, steps.functions, self._buffers is not None
         curvature, state = self._in_buffers(cast("Curvature", access.curvature)), self._state(steps)
-        dense = steps.reuse.dense_layers(curvature, state, x, y)
-        momenta = functions.averages_of(curvature, state.momenta) if dense else {}
+        dense = functions.dense_layers(curvature, steps.reuse.linear(state, x, y))
+        momenta = functions.averages_of(curvature, dense, state.momenta)
         means = self._means.of(curvature, momenta, access.steps)
         try:
             with functions.capture.attached(dense, detaches=False), without_memory() if replays else nullcontext():
@@ -249,10 +249,15 @@ class TrainStep:
         access, functions, before = self._access, steps.functions, self._access.generator.get_state()
         noise = None if functions.likelihood is None else functions.likelihood.noise(steps.output, access.generator)
         access.release()
-        state = (self._state(steps), functions.spec.perturbations, *access.before_refresh(functions.blocks))
+        state = self._state(steps)
+        linear = steps.refresh.linear(state, x, y)
+        inputs = functions.spec.perturbations, *access.before_refresh(functions.blocks), linear, noise
         try:
             with functions.capture.attached(functions.spec.perturbations, detaches=True), ignore_vmap_warning():
-                loss, packed, means = steps.refresh(*state, noise, x, y)
+                loss, packed, means = steps.refresh(state, *inputs, x, y)
+        except IsTracedAnew:
+            access.generator.set_state(before)
+            return self._compiled_refresh(steps, x, y)
         except Exception:
             access.generator.set_state(before)
             raise
@@ -260,7 +265,8 @@ class TrainStep:
         spending = None if access.curvature is None else access.curvature.spending
         curvature = self._in_buffers(replace(curvature, spending=spending))
         access.advance(curvature, 0)
-        self._means.keep(curvature, functions.averages_of(curvature, state[0].momenta), access.steps, means)
+        dense = functions.dense_layers(curvature, linear)
+        self._means.keep(curvature, functions.averages_of(curvature, dense, state.momenta), access.steps, means)
         return loss
 
 
