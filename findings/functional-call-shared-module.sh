@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # torch 2.13.0: torch.func.functional_call leaves a module that is at two places of a model with the tensor that was to
-# replace its parameter for the call only. 2.11.0 and 2.14.1 do the same.
+# replace its parameter for the call only. 2.11.0 and 2.14.1 do the same (pytorch/pytorch, issue 164759).
 #
 # Seen with torch 2.13.0, Python 3.11, on Linux x86-64 without a GPU:
 #
