@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vjp
 from torch.utils._pytree import tree_map_only
@@ -111,7 +110,7 @@ class StepFunctions:
         Layers with ``perturbations`` have dense J. ``means`` are the projections of their running means (M19), which
         the step updates in place.
         """
-        output, pull, tensors = self._forward(state, perturbations, x, detach_statistics=False)
+        output, pull, tensors = self.forward(state, perturbations, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, by_perturbation = pull(grad_output)
         curvature = unpack_curvature(packed, self.layers, self.ops.__getitem__)
@@ -141,13 +140,13 @@ class StepFunctions:
         """
         # The curvature may keep x, and the training loop may write its next batch into the same tensors.
         x, samples = tree_map_only(Tensor, Tensor.clone, x), self.spec.samples
-        forward = self._forward(state, perturbations, x, detach_statistics=False)
+        forward = self.forward(state, perturbations, x, detach_statistics=False)
         grad_output, loss = grad_and_value(self.loss_fn)(forward[0], y)
         grads, by_perturbation = forward[1](grad_output)
         of_loss = by_perturbation
         # If the model mixes samples, the rows come from a second forward, in which batch statistics are constants.
         mixes = any(mixes_samples(module) for module in self.model.modules())
-        of_rows = self._forward(state, perturbations, x, detach_statistics=True) if mixes else forward
+        of_rows = self.forward(state, perturbations, x, detach_statistics=True) if mixes else forward
         scale = samples  # the loss is a mean, but a row is the gradient of one sample's own loss
         if self.likelihood is not None and noise is not None:
             target = self.likelihood.from_noise(of_rows[0], noise)
@@ -169,19 +168,6 @@ class StepFunctions:
         means = sample_space.projected_means(curvature, self.averages_of(curvature, dense, state.momenta))
         self._step(curvature, state, grads, projected, means)
         return loss, pack_curvature(curvature), means
-
-    def calls_give_gradients(self, state: StepState, x: Any, y: Any) -> bool:
-        """Return whether the gradients of linear layers' weights are those of their calls: a pass without a step."""
-        perturbations = {name: self.spec.perturbations[name] for name in self.linear}
-        devices = {p.device for p in state.parameters.values() if p.is_cuda}
-        with torch.random.fork_rng(devices), self.capture.attached(perturbations, detaches=True):
-            try:
-                output, pull, tensors = self._forward(state, perturbations, x, detach_statistics=True)
-                grads, by_perturbation = pull(grad(self.loss_fn)(output, y))
-                calls = sample_space.weight_grads_of(self.capture, perturbations, tensors, by_perturbation)
-            except Exception:
-                return False
-        return all(sample_space.sums_to(calls[name], grads[self.names[name, "weight"]]) for name in perturbations)
 
     def averages_of(self, curvature: Curvature, layers: Collection[str], momenta: Named) -> dict[Weight, Tensor]:
         """Return the running means m of the dense weights; none where D is the identity."""
@@ -244,7 +230,7 @@ class StepFunctions:
         rows = rerun_rows(self.model, parameters, [call], self.spec.samples, scale)
         return {id(parameters[name]): own for name, own in rows.items()}
 
-    def _forward(self, state: StepState, perturbations: CallTensors, x: Any, detach_statistics: bool) -> ForwardPass:
+    def forward(self, state: StepState, perturbations: CallTensors, x: Any, detach_statistics: bool) -> ForwardPass:
         """Call the model. A forward with detached statistics is a second one, so it does not update buffers."""
         trained = {name: state.parameters[name].detach() for name in self.trained}
         frozen = {name: p.detach() for name, p in state.parameters.items() if name not in self.trained}

@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.func import grad
 
+from tengrad_triton.capture.rows.unobserved import unobserved
 from tengrad_triton.compiled.functional_capture import FunctionalCapture
 from tengrad_triton.compiled.graphs import STATIC_SETTINGS, LossFn, StepFunctions, StepState
-from tengrad_triton.compiled.sample_space import linear_layers
+from tengrad_triton.compiled.sample_space import linear_layers, sums_to, weight_grads_of
 from tengrad_triton.compiled.trace_spec import NO_CAPTURE, SpecOrReason, TraceSpec, why_of_one_batch
 from tengrad_triton.layers.stateless import places_of
 from tengrad_triton.likelihoods import Reparametrized
@@ -39,8 +41,24 @@ class Traced:
     def linear(self, state: StepState, x: Any, y: Any) -> Sequence[str]:
         """Return the layers that the next call may project in sample space (M19)."""
         if self._is_exact and not self._fits:  # it will be traced: the model may have changed since it was prepared
-            self._is_exact = self._functions.calls_give_gradients(state, x, y)
+            self._is_exact = self._calls_give_gradients(state, x, y)
         return self._functions.linear if self._is_exact else ()
+
+    def _calls_give_gradients(self, state: StepState, x: Any, y: Any) -> bool:
+        """Return whether the gradients of linear layers' weights are those of their calls: a pass without a step."""
+        one = self._functions
+        perturbations = {name: one.spec.perturbations[name] for name in one.linear}
+        devices = {p.device for p in state.parameters.values() if p.is_cuda}
+        attached = one.capture.attached(perturbations, detaches=True)
+        with torch.random.fork_rng(devices), unobserved(one.model), attached:
+            try:
+                output, pull, tensors = one.forward(state, perturbations, x, detach_statistics=True)
+                grads, by_perturbation = pull(grad(one.loss_fn)(output, y))
+                calls = weight_grads_of(one.capture, perturbations, tensors, by_perturbation)
+            except Exception:
+                return False
+        names = {name: one.names[name, "weight"] for name in perturbations}
+        return all(own in grads and sums_to(calls[name], grads[own]) for name, own in names.items())
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function; raise `IsTracedAnew` instead where it projects in sample space and does not fit."""

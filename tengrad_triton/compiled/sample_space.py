@@ -38,10 +38,11 @@ def linear_layers(
     groups: Sequence[Mapping[str, Any]],
     perturbations: CallTensors,
 ) -> list[str]:
-    """Return the names of the linear layers that a forward calls once, none of whose groups has SPRING."""
+    """Return the names of the linear layers that a forward calls once and train a weight, without SPRING."""
     spring = {index for index, group in enumerate(groups) if group["spring"]}
-    names = [layer.name for layer in layers if spring.isdisjoint(layer.groups.values()) and layer.name in perturbations]
-    once = [name for name in names if len(perturbations[name]) == 1 and perturbations[name][0]]
+    with_weight = [layer for layer in layers if "weight" in layer.trained() and layer.groups["weight"] not in spring]
+    calls = {layer.name: perturbations.get(layer.name, ()) for layer in with_weight}
+    once = [name for name, own in calls.items() if len(own) == 1 and own[0]]
     return [name for name in once if has_rule_of_linear(captured[name].layer)]
 
 
