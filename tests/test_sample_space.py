@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from tengrad_triton import TENGraD, compile_train_step
 
-SAMPLES, INPUTS, REFRESH = 16, 12, 4
+SAMPLES, INPUTS, REFRESH = 4, 12, 4
 TOLERANCE = 1e-12
 
 
@@ -20,7 +20,7 @@ class Twice(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.twice, self.head = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, 5)
+        self.twice, self.head = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, 7)
 
     def forward(self, x):
         return self.head(self.twice(self.twice(x).tanh()).tanh())
@@ -33,7 +33,7 @@ def mlp():
 MODELS = {
     "perceptron": (mlp, {"0", "2", "4"}),
     "batch norm": (
-        lambda: nn.Sequential(nn.Linear(INPUTS, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Linear(9, 5)),
+        lambda: nn.Sequential(nn.Linear(INPUTS, 30), nn.BatchNorm1d(30), nn.Tanh(), nn.Linear(30, 5)),
         {"0", "3"},
     ),
     "a layer called twice": (Twice, {"head"}),
@@ -184,7 +184,7 @@ class Changing(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer, self.head, self.kind = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, 5), None
+        self.layer, self.head, self.kind = nn.Linear(INPUTS, INPUTS), nn.Linear(INPUTS, 7), None
 
     def forward(self, x):
         h = self.layer(x).tanh()

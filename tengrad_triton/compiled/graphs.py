@@ -114,13 +114,15 @@ class StepFunctions:
         grad_output, loss = grad_and_value(self.loss_fn)(output, y)
         grads, by_perturbation = pull(grad_output)
         curvature = unpack_curvature(packed, self.layers, self.ops.__getitem__)
-        projected = sample_space.project(curvature, self.capture, perturbations, tensors, by_perturbation)
+        dense = sample_space.dense_jacobians(curvature, perturbations, self.spec.samples)
+        projected = sample_space.project(dense, self.capture, tensors, by_perturbation)
         self._step(curvature, state, grads, projected, means)
         return loss
 
     def dense_layers(self, curvature: Curvature, linear: Sequence[str]) -> CallTensors:
         """Return the perturbations of those linear layers whose J are dense."""
-        return {name: self.spec.perturbations[name] for name, _ in sample_space.dense_jacobians(curvature, linear)}
+        dense = sample_space.dense_jacobians(curvature, linear, self.spec.samples)
+        return {name: self.spec.perturbations[name] for name, _ in dense}
 
     def refresh(
         self,
@@ -163,9 +165,9 @@ class StepFunctions:
             jacobians, self.blocks, (samples,), damping_L, failures_L, self.ops[()], {}, self.relative_damping,
             kept, scales,
         )  # fmt: skip
-        dense = self.dense_layers(curvature, linear)
-        projected = sample_space.project(curvature, self.capture, dense, forward[2], of_loss)
-        means = sample_space.projected_means(curvature, self.averages_of(curvature, dense, state.momenta))
+        dense = sample_space.dense_jacobians(curvature, linear, samples)
+        projected = sample_space.project(dense, self.capture, forward[2], of_loss)
+        means = sample_space.projected_means(curvature, self.averages_of(curvature, linear, state.momenta))
         self._step(curvature, state, grads, projected, means)
         return loss, pack_curvature(curvature), means
 
@@ -173,7 +175,7 @@ class StepFunctions:
         """Return the running means m of the dense weights; none where D is the identity."""
         if self.scaling == "none":
             return {}
-        dense = sample_space.dense_jacobians(curvature, layers)
+        dense = sample_space.dense_jacobians(curvature, layers, self.spec.samples)
         return {one: momenta[self.names[one]] for one in dense if self.names[one] in momenta}
 
     def _contributions(

@@ -22,13 +22,13 @@ Weight = tuple[str, str]
 """A weight by the names of its layer and of the parameter within it."""
 
 
-def dense_jacobians(curvature: Curvature, layers: Collection[str]) -> dict[Weight, Factored]:
-    """Return those J, of the weights of some layers, that are dense (`Factored.is_dense`)."""
+def dense_jacobians(curvature: Curvature, layers: Collection[str], samples: int) -> dict[Weight, Factored]:
+    """Return those J, of the weights of some layers, that are dense and large beside the number of samples."""
     return {
         (name, param_name): one
         for name in layers
         for param_name, one in curvature.jacobians.get(name, {}).items()
-        if isinstance(one, Factored) and one.is_dense
+        if isinstance(one, Factored) and one.prefers_sample_space(samples)
     }
 
 
@@ -47,15 +47,10 @@ def linear_layers(
 
 
 def project(
-    curvature: Curvature,
-    capture: FunctionalCapture,
-    layers: Collection[str],
-    tensors: CallTensors,
-    by_perturbation: CallTensors,
+    dense: Mapping[Weight, Factored], capture: FunctionalCapture, tensors: CallTensors, by_perturbation: CallTensors
 ) -> dict[Weight, Tensor]:
-    """Return J D⁻¹ V of the dense weights, where V is what the layers' calls contribute to the gradient of the loss."""
-    of_calls = weight_grads_of(capture, layers, tensors, by_perturbation)
-    dense = dense_jacobians(curvature, layers)
+    """Return J D⁻¹ V of the weights, where V is what the layers' calls contribute to the gradient of the loss."""
+    of_calls = weight_grads_of(capture, {name for name, _ in dense}, tensors, by_perturbation)
     return {weight: one.project_without(of_calls[weight[0]]) for weight, one in dense.items()}
 
 
@@ -82,8 +77,7 @@ def sums_to(of_calls: OuterProducts, grad: Tensor) -> bool:
 
 def projected_means(curvature: Curvature, momenta: Mapping[Weight, Tensor]) -> dict[Weight, Tensor]:
     """Return J D⁻¹ m of the running mean m of each dense weight."""
-    jacobians = dense_jacobians(curvature, {name for name, _ in momenta})
-    return {weight: jacobians[weight].project(m) for weight, m in momenta.items()}
+    return {(name, own): curvature.jacobians[name][own].project(m) for (name, own), m in momenta.items()}
 
 
 class ProjectedMeans:

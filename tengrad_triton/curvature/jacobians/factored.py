@@ -43,10 +43,16 @@ class Factored(Jacobian):
     def rows(self) -> int:
         return len(self.factors.g_NGPO)
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether inputs and output gradients are one matrix each: one group, and one position for each row."""
-        return isinstance(self.factors.a, Tensor) and self.factors.g_NGPO.shape[1:3] == (1, 1)
+    def prefers_sample_space(self, samples: int) -> bool:
+        """Whether J is dense, and it takes fewer flops to project V from that many factors than V itself (M19).
+
+        Dense are inputs and output gradients of one matrix each: one group, and one position for each row.
+        """
+        a, g_NGPO = self.factors.a, self.factors.g_NGPO
+        if not isinstance(a, Tensor) or g_NGPO.shape[1:3] != (1, 1):
+            return False
+        inputs, outputs = a.shape[3], g_NGPO.shape[3]
+        return samples * (inputs + outputs) < inputs * outputs
 
     @property
     @override
