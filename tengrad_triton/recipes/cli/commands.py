@@ -1,5 +1,6 @@
 """The commands: their arguments as typed values, and what each does with them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tengrad_triton.recipes.cli import train as runs
 from tengrad_triton.recipes.cli.autotune import AutotuneSettings
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.paper.execute import execute
+from tengrad_triton.recipes.paper.published import described_rates, rates
 from tengrad_triton.recipes.paper.request import TARGETS, Request, check_target
 from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
@@ -171,8 +173,8 @@ def run(arguments: list[str]) -> None:
 def _report(folder: RunFolder, to: Path) -> None:
     stored = _stored(folder)
     local = stored.pop("data", None) is not None  # the folder may be gone, and no page names a folder of this machine
-    if isinstance(stored.get("tengrad"), dict):
-        stored["tengrad"].pop("plan", None)  # it changes times and rounding only
+    for own in (own for own in stored.values() if isinstance(own, dict)):
+        own.pop("plan", None)  # it changes times and rounding only
     pages.write(pages.read(folder, _train_command(["train"], folder, stored).settings, local), to)
 
 
@@ -208,8 +210,31 @@ def _train_command(arguments: list[str], folder: RunFolder, stored: dict[str, An
 def parse(arguments: list[str], config: tuple[Dict, ...] = ()) -> Command | None:
     """Return the command that the arguments name, or None for help and version, which cyclopts shows.
 
-    Raises `UsageError` if an argument is unknown or has a wrong value.
+    Without a ``config``, the defaults of `train` are those of the data set that the arguments name. Raises `UsageError`
+    if an argument is unknown or has a wrong value.
     """
+    command = _parsed(arguments, config)
+    if config or not isinstance(command, TrainCommand):
+        return command
+    asked = command.settings
+    tuned = Dict(rates(asked.dataset, asked.model), use_commands_as_keys=False, source=f"rates for {asked.dataset}")
+    return _parsed(arguments, (tuned,))
+
+
+def _help_of_train() -> str:
+    """Return the description of `train`, with the rates for each data set."""
+    described = (inspect.getdoc(train) or "").partition("\n\nParameters")[0]
+    return "\n\n".join(
+        [
+            described,
+            "Learning rate, weight decay and damping depend on the data set, if you do not give them. Those below are "
+            "for digits. Those of the others are the paper's for the model, or else for its first model:",
+            *described_rates(),
+        ]
+    )
+
+
+def _parsed(arguments: list[str], config: tuple[Dict, ...]) -> Command | None:
     app = App(
         name="tengrad-triton",
         help="Exact natural-gradient steps for PyTorch.",
@@ -218,8 +243,8 @@ def parse(arguments: list[str], config: tuple[Dict, ...] = ()) -> Command | None
         help_format="plaintext",
     )
     app.version = __version__
-    for command in COMMANDS.values():
-        app.command(command)
+    for name, command in COMMANDS.items():
+        app.command(command, help=_help_of_train() if name == "train" else None)
     try:
         parsed: Command | None = app(
             arguments,

@@ -6,6 +6,7 @@ from typing import Any
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.files import replacing
+from tengrad_triton.recipes.optimizers.tengrad import ExactSettings
 from tengrad_triton.recipes.reports.run_figures import draw
 from tengrad_triton.recipes.reports.run_page import GENERATED, Run, markdown
 from tengrad_triton.recipes.training.run_folder import RunFolder
@@ -24,8 +25,9 @@ def read(folder: RunFolder, settings: Settings, local_data: bool) -> Run:
     if not history:
         command = f"tengrad-triton train --resume {shlex.quote(str(folder.path))}"
         raise UsageError(f"{folder.path}: no epoch has ended yet: go on with `{command}`")
-    summary = folder.read_text("tengrad-summary.txt") if "tengrad" in settings.optimizer else None
-    return Run(settings, local_data, sessions, history, summary)
+    ours = [name for name in settings.optimizer if isinstance(settings.of(name), ExactSettings)]
+    summaries = {name: folder.read_text(f"{name}-summary.txt") for name in ours}
+    return Run(settings, local_data, sessions, history, summaries)
 
 
 def write(run: Run, page: Path) -> None:

@@ -86,7 +86,7 @@ def settings_of(
         seed=seed,
         device=request.device,
         threads=request.threads,
-        **{name: own},  # type: ignore[arg-type]
+        **{name: own},
     )
 
 
@@ -124,8 +124,8 @@ def _searches(request: Request, targets: tuple[str, ...]) -> Iterator[PaperRun]:
     """Yield the runs of figures 9 and 10 (TENGraD on Fashion-MNIST) and of tables 3 to 5 (all optimizers)."""
     seen = set()
     if any(target in SENSITIVITY for target in targets):
-        weight_decay = EXPERIMENTS[0].tuned["tengrad"][1]
-        for run in _grid(EXPERIMENTS[0], "tengrad", request, (weight_decay,)):
+        weight_decay = EXPERIMENTS[0].tuned["tengrad_paper"][1]
+        for run in _grid(EXPERIMENTS[0], "tengrad_paper", request, (weight_decay,)):
             seen.add((run.experiment.key, run.label))
             yield run
     if "tables3-5" in targets:

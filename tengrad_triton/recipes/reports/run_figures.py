@@ -4,7 +4,7 @@ Key: S steps.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate, cycle
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,12 +16,11 @@ from torch.nn.functional import pad
 
 from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.reports.styles import style_of
 from tengrad_triton.recipes.training.metrics import History, Record
 
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
-# Okabe and Ito's colours can be told apart with any colour vision; the markers help in print.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "x"))
 MARKERS = 12  # on each curve, whatever its number of points
 WINDOW = 25  # steps of a running mean: batches differ more than optimizers
 
@@ -91,8 +90,8 @@ def _by_step(history: History) -> Figure:
 
 
 def _styled(history: History) -> Iterator[tuple[str, str, OptimizerName, Record]]:
-    for (color, marker), (name, record) in zip(cycle(STYLES), history.items(), strict=False):
-        yield color, marker, name, record
+    for name, record in history.items():
+        yield *style_of(name), name, record
 
 
 def _finish(panels: tuple[Axes, Axes], quantity: str) -> None:

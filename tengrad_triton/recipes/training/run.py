@@ -9,6 +9,7 @@ from tengrad_triton.recipes.data.registry import load
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring import machine
 from tengrad_triton.recipes.optimizers import third_party
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.checkpoint import record_of
 from tengrad_triton.recipes.training.job import Job
@@ -45,7 +46,7 @@ def warm_up_all(job: Job) -> WarmUps:
         try:
             done[name] = warm_up(job, name)
         except ValueError as error:
-            raise UsageError(f"{name}: {error}: see the --{name} flags") from error
+            raise UsageError(f"{name}: {error}: see the {flag(name)} flags") from error
         except torch.OutOfMemoryError as error:
             raise UsageError(f"{name}: {error}: lower --batch-size or --width") from error
     return done
@@ -53,7 +54,7 @@ def warm_up_all(job: Job) -> WarmUps:
 
 def check_installed(name: OptimizerName) -> None:
     """Raise `UsageError` if the package of an optimizer is not installed."""
-    package = Settings().of(name).package
+    package = OPTIMIZERS[name].package
     if not is_installed(package):
         advice = "pip install 'tengrad-triton[rivals]'" if package == third_party.PACKAGE else "leave it out"
         raise UsageError(f"{name} needs the package {package}, which is not installed: {advice}")
@@ -93,4 +94,4 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
             add_events(events, history[name], since=len(history[name].epochs) - 1)
             progress.epoch(history[name].epochs[-1])
     if history[name].diverged:
-        console.print(f"{name} diverged in epoch {len(history[name].epochs)}: lower --{name}.lr", style="bold red")
+        console.print(f"{name} diverged in epoch {len(history[name].epochs)}: lower {flag(name)}.lr", style="bold red")

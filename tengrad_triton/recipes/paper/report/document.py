@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tengrad_triton.recipes.paper.published import EXPERIMENTS, Experiment
-from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished
+from tengrad_triton.recipes.optimizers.registry import place
+from tengrad_triton.recipes.paper.published import EXPERIMENTS, TUNED, Experiment
+from tengrad_triton.recipes.paper.report.seeds import Finished
 from tengrad_triton.recipes.paper.request import INVERSES, MEASURED, Request
 from tengrad_triton.recipes.paper.runs import read_json
 from tengrad_triton.recipes.training.run_folder import RunFolder
@@ -61,11 +62,10 @@ def finished(document: Document, kind: str) -> dict[str, list[Finished]]:
     clock = clock_of(document)
     for run in document["runs"]:
         if run["kind"] == kind:
-            tuned = {key: run["own"][key] for key in ("lr", "weight_decay", "damping") if key in run["own"]}
+            tuned = {key: run["own"][key] for key in TUNED if key in run["own"]}
             entry = Finished(run["optimizer"], run["settings"]["seed"], run["rows"], run["diverged"], tuned, clock)
             by_title.setdefault(run["row"], []).append(entry)
-    place = {name: number for number, name in enumerate(ORDER)}
-    return {title: sorted(runs, key=lambda run: (place[run.optimizer], run.seed)) for title, runs in by_title.items()}
+    return {title: sorted(runs, key=lambda run: (place(run.optimizer), run.seed)) for title, runs in by_title.items()}
 
 
 def clock_of(document: Document) -> str:
