@@ -15,7 +15,7 @@ help:                      ## list what make can do
 
 install: $(READY)          ## make .venv and install the package, its tools and the pinned torch
 
-train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and AdamW
+train: $(READY)            ## train a small 3C1F on digits with TENGraD, by its defaults and as in the paper, SGD and AdamW
 	$(VENV)/bin/tengrad-triton train
 
 quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
