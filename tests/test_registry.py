@@ -14,6 +14,7 @@ from helpers.paper import SCALE
 
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag, place
 from tengrad_triton.recipes.reports.styles import style_of
+from tengrad_triton.recipes.training.settings import _with_optimizers
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = """
@@ -110,6 +111,12 @@ def test_a_name_without_an_entry_comes_last():
     assert [place(name) for name in OPTIMIZERS] == list(range(len(OPTIMIZERS)))
     assert place("of an older version") == len(OPTIMIZERS)
     assert len(style_of("of an older version")) == 2
+
+
+def test_an_optimizer_cannot_take_the_name_of_another_setting(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "epochs", OPTIMIZERS["sgd"])
+    with pytest.raises(TypeError, match="'epochs': another setting has this name"):
+        _with_optimizers(type("Own", (), {"__annotations__": {"epochs": int}}))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -36,8 +36,13 @@ ModelName = Annotated[str, Parameter(validator=_known_model)]
 
 
 def _with_optimizers(settings: type[T]) -> type[T]:
-    """Add a field for each optimizer to a class that becomes a dataclass: its own settings, by its name."""
+    """Add a field for each optimizer to a class that becomes a dataclass: its own settings, by its name.
+
+    Raises `TypeError` if another setting has that name.
+    """
     for name, own in OPTIMIZERS.items():
+        if name in settings.__annotations__:
+            raise TypeError(f"optimizer {name!r}: another setting has this name: rename its entry of OPTIMIZERS")
         settings.__annotations__[name] = own
         setattr(settings, name, field(default_factory=own))
     return settings
