@@ -38,7 +38,8 @@ def run(tmp_path_factory):
 def test_a_run_leaves_whole_files_only(run):
     files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     events = {file for file in files if file.startswith("tensorboard/")}
-    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv", "tengrad-summary.txt"}
+    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv"}
+    named |= {f"{name}-summary.txt" for name in DEFAULTS if name.startswith("tengrad")}
     checkpoints = {f"checkpoints/{name}.pt" for name in DEFAULTS}
     assert files - events == named | {f"{name}.png" for name in FIGURES} | checkpoints
     assert {file.split("/")[1] for file in events} == set(DEFAULTS)
