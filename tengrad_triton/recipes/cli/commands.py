@@ -227,8 +227,9 @@ def _help_of_train() -> str:
     return "\n\n".join(
         [
             described,
-            "Learning rate, weight decay and damping depend on the data set, if you do not give them. Those below are "
-            "for digits. Those of the others are the paper's for the model, or else for its first model:",
+            "Learning rate, weight decay and damping depend on the data set, unless you give them. The defaults of the "
+            "flags are those for digits. Other data sets have the following, in this order: what the paper tuned, and "
+            "torch's for adamw. On CIFAR densenet and mobilenetv2 have the paper's values for them.",
             *described_rates(),
         ]
     )
