@@ -13,9 +13,9 @@ from helpers.training import IMAGES
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.cli.train import start
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.optimizers.first_order import AdamwSettings, SgdSettings
 from tengrad_triton.recipes.reports.run_figures import FIGURES
 from tengrad_triton.recipes.training.metrics import EpochMetrics

@@ -4,8 +4,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.reports.run_figures import draw
 from tengrad_triton.recipes.reports.run_page import GENERATED, Run, markdown
 from tengrad_triton.recipes.training.run_folder import RunFolder

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import History, Record
 

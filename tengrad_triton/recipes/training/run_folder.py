@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import History, Record
 from tengrad_triton.recipes.training.metrics_files import epochs_csv, epochs_json, parse_epochs, parse_steps, steps_csv
