@@ -18,21 +18,14 @@ from rich.table import Table
 
 from tengrad_triton.curvature.choices import Representation, implementation_names
 from tengrad_triton.files import reason
-from tengrad_triton.recipes.data.registry import DatasetName
+from tengrad_triton.recipes.data.registry import DATASETS, DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring import machine
-from tengrad_triton.recipes.models import ImageShape, image_model
+from tengrad_triton.recipes.models import image_model
 from tengrad_triton.recipes.training.settings import ModelName
 from tengrad_triton.tuning import plan_file
 from tengrad_triton.tuning.autotune import DAMPING, EXACT, TOL, measured_plan
 from tengrad_triton.tuning.plan import Measured, Plan
-
-SHAPES: dict[DatasetName, tuple[ImageShape, int]] = {
-    "digits": ((1, 8, 8), 10),
-    "fashion-mnist": ((1, 28, 28), 10),
-    "cifar10": ((3, 32, 32), 10),
-    "cifar100": ((3, 32, 32), 100),
-}
 
 
 @Parameter(name="*")
@@ -73,16 +66,16 @@ def tune(settings: AutotuneSettings, console: Console) -> None:
     with _usage_errors("--plan "):
         path = settings.plan or plan_file.default_path(device)
         plan_file.check_target(path, device)
-    shape, classes = SHAPES[settings.dataset]
+    dataset = DATASETS[settings.dataset]
     torch.manual_seed(0)
-    model = image_model(settings.model).build(shape, classes, settings.width).to(device)
+    model = image_model(settings.model).build(dataset.shape, dataset.classes, settings.width).to(device)
     rounded: tuple[Representation, ...] = ("per_sample_bf16",) if settings.bf16 else ()
     fewer: tuple[Representation, ...] = () if settings.tol is None else ("compressed",)
     with _warnings_as_lines(console), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=None)
         measured = measured_plan(
             model,
-            torch.randn(settings.batch_size, *shape, device=device),
+            torch.randn(settings.batch_size, *dataset.shape, device=device),
             None,
             (*EXACT, *rounded, *fewer),
             (settings.tol or TOL, settings.damping),

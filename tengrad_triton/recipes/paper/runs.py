@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tengrad_triton.recipes.data.registry import DatasetName
+from tengrad_triton.recipes.data.registry import data_folder
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
 from tengrad_triton.recipes.paper.published import BATCH_SIZE, EXPERIMENTS, PAPER, Experiment, with_tuned
@@ -94,16 +94,6 @@ def _model_of(experiment: Experiment, depth: int | None) -> str:
     """Return the name of the experiment's model, with another depth if one is given and the model has one."""
     family, *sizes = experiment.model.split("-")
     return experiment.model if depth is None or len(sizes) != 2 else f"{family}-{depth}-{sizes[1]}"
-
-
-def data_folder(data: Path | None, dataset: DatasetName) -> Path | None:
-    """Return the folder of a data set in --data, or None without --data; raises `UsageError` if it is missing."""
-    if data is None:
-        return None
-    for name in (dataset, dataset.replace("-", "_")):
-        if (data / name).is_dir():
-            return data / name
-    raise UsageError(f"--data {data}: no folder {dataset} in it: expected one for each data set, with Parquet files")
 
 
 def runs_of(request: Request, targets: tuple[str, ...]) -> list[PaperRun]:
