@@ -65,6 +65,14 @@ def test_images_are_converted_to_the_data_sets_mode(tmp_path, mode):
     np.testing.assert_array_equal(images[0].permute(1, 2, 0), np.array(colours.convert("RGB")))
 
 
+def test_gray_images_may_be_stored_with_three_equal_channels(tmp_path):
+    pixels = random_pixels(1, "L")[0]
+    for part in ("train", "test"):
+        image = as_png(Image.fromarray(pixels).convert("RGB"))
+        write_parquet(tmp_path / f"{part}-0.parquet", "image", "label", [image], [0])
+    np.testing.assert_array_equal(loaded("fashion-mnist", tmp_path).train.images[0, 0], pixels)
+
+
 def with_names(folder, image, label, mode, names):
     """Write files of a mode whose schema names the classes."""
     for part in ("train", "test"):
@@ -111,11 +119,15 @@ OTHERS = {  # what --dataset asks for, what writes the folder, and the message
         lambda folder: with_names(folder, "img", "label", "RGB", tuple("012")),
         "3 classes (0, 1, 2, ...)",
     ),
-    "gray images": ("cifar10", lambda folder: write_folder(folder, size=(32, 32)), "gray images: expected colour"),
+    "gray images": (
+        "cifar10",
+        lambda folder: write_folder(folder, size=(32, 32)),
+        "gray images (L): expected colour (RGB)",
+    ),
     "colour images": (
         "fashion-mnist",
         lambda folder: write_folder(folder, mode="RGB", size=(28, 28)),
-        "colour images: expected gray (L), got RGB",
+        "colour images (RGB): expected gray (L)",
     ),
     "another size": (
         "fashion-mnist",

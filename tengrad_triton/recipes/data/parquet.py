@@ -156,13 +156,20 @@ def _labels(table: "Dataset", column: str, classes: int, origin: str) -> Tensor:
 
 
 def _check_first(samples: "Dataset", column: str, mode: str, origin: str) -> None:
-    """Raise `UsageError` if the first image is gray and colour is expected, or the reverse."""
+    """Raise `UsageError` if the first image is gray and colour is expected, or the reverse.
+
+    Some copies store gray images with three equal channels: those are gray too, where gray is expected.
+    """
     from datasets import Image  # noqa: PLC0415
 
     image = samples.select_columns(column).cast_column(column, Image())[0][column]
-    if image is not None and (image.mode in GRAY) != (mode == "L"):
-        got, expected = ("gray", "colour") if image.mode in GRAY else ("colour", "gray")
-        raise UsageError(f"{origin}: {got} images: expected {expected} ({mode}), got {image.mode}; {ANOTHER}")
+    if image is None:
+        return
+    red, *others = np.array(image.convert("RGB")).transpose(2, 0, 1)
+    is_gray = image.mode in GRAY or (mode == "L" and all((red == other).all() for other in others))
+    if is_gray != (mode == "L"):
+        got, expected = ("gray", "colour") if is_gray else ("colour", "gray")
+        raise UsageError(f"{origin}: {got} images ({image.mode}): expected {expected} ({mode}); {ANOTHER}")
 
 
 def _decode(samples: "Dataset", column: str, mode: str, size: tuple[int, int], origin: str, console: Console) -> Tensor:
