@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises `OSError` if something else than a file that we may write is at ``path``.
     """
-    _check_replaceable(path)
+    check_replaceable(path)
     temporary = path.with_name(f"{OWN}{secrets.token_hex(8)}.tmp")  # no file of the user's has this name
     try:
         yield temporary
@@ -52,7 +52,8 @@ def read_bytes(path: Path, limit: int = LIMIT) -> bytes:
     Raises `OSError` for anything else without opening it: a pipe waits for a writer, and a device may have no end. Also
     raises it for a file of more than ``limit`` bytes.
     """
-    size = _regular(path).st_size
+    check_regular(path)
+    size = path.stat().st_size
     if size > limit:
         raise _error(errno.EFBIG, path)
     with path.open("rb") as file:
@@ -64,10 +65,29 @@ def begins_with(path: Path, mark: bytes, within: int = 0) -> bool:
 
     Raises `OSError` if the path is anything else than a regular file.
     """
-    _regular(path)
+    check_regular(path)
     with path.open("rb") as file:
         head = file.read(within or len(mark))
     return mark in head
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` if there is no regular file at ``path``, nor where a link at ``path`` leads."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise _error(errno.EINVAL, path, "not a regular file")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise `OSError` if there is something at ``path`` that is no file, or that nobody may write."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise _error(errno.EEXIST, path, kind)
+    if not mode & 0o222 or not os.access(path, os.W_OK):
+        raise _error(errno.EACCES, path, "read-only file")
 
 
 def check_writable(path: Path) -> None:
@@ -75,7 +95,7 @@ def check_writable(path: Path) -> None:
 
     Leaves nothing behind. What nobody can know before, such as a disk that becomes full, is raised by the write itself.
     """
-    _check_replaceable(path)
+    check_replaceable(path)
     folder, missing = path.absolute().parent, [path.name]
     while not os.path.lexists(folder):
         folder, missing = folder.parent, [folder.name, *missing]
@@ -126,25 +146,6 @@ def _lock(folder: Path, name: str) -> Path:
 def reason(error: BaseException) -> str:
     """Return what went wrong, without the error's number and file."""
     return str(error.strerror or error) if isinstance(error, OSError) else str(error)
-
-
-def _regular(path: Path) -> os.stat_result:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise _error(errno.EINVAL, path, "not a regular file")
-    return status
-
-
-def _check_replaceable(path: Path) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise _error(errno.EEXIST, path, kind)
-    if not mode & 0o222 or not os.access(path, os.W_OK):
-        raise _error(errno.EACCES, path, "read-only file")
 
 
 def _error(number: int, path: Path, what: str = "") -> OSError:

@@ -40,6 +40,7 @@ def test_a_run_leaves_whole_files_only(run):
     events = {file for file in files if file.startswith("tensorboard/")}
     named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv", "tengrad-summary.txt"}
     checkpoints = {f"checkpoints/{name}.pt" for name in DEFAULTS}
+    named |= {".tengrad-triton-run.lock"}
     assert files - events == named | {f"{name}.png" for name in FIGURES} | checkpoints
     assert {file.split("/")[1] for file in events} == set(DEFAULTS)
 

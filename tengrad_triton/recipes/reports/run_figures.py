@@ -18,6 +18,8 @@ from tengrad_triton.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import History, Record
 
+SOFTWARE = "tengrad-triton"
+MARK = f"Software\0{SOFTWARE}".encode()  # in the first bytes of a figure: what has it may be replaced
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
 # Okabe and Ito's colours can be told apart with any colour vision; the markers help in print.
@@ -32,7 +34,7 @@ def draw(history: History, title: str, folder: Path, prefix: str) -> None:
     for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
         figure.suptitle(title)
         with replacing(folder / f"{prefix}{name}.png") as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:
