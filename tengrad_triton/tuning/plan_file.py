@@ -108,7 +108,7 @@ def check_target(path: Path, device: torch.device) -> None:
         target = _target(path)
         files.check_writable(target)
         files.check_lock(target.parent, "plan")
-        header = _read(target)[0] if target.exists() else {}
+        header = _read(path)[0] if path.exists() else {}
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({files.reason(error)}): {advice}") from error
     except DamagedError:  # `save` copies it

@@ -45,9 +45,7 @@ def _asked(out: Path) -> list[dict[str, Any]]:
     file = out / ASKED
     asked = read_json(file) if file.exists() else None
     if not isinstance(asked, list) or not all(map(_is_command, asked)):
-        raise UsageError(
-            f"--out {out}: has other files than those of a report (no {ASKED} with its commands): name another folder"
-        )
+        raise UsageError(f"--out {out}: has files, but no {ASKED} with the commands of a report: name another folder")
     return asked
 
 
