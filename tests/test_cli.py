@@ -108,14 +108,6 @@ def test_a_missing_gpu_is_one_line(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_too_small_for_the_model_are_one_line(tmp_path, capsys):
-    (tmp_path / "data").mkdir()
-    write_folder(tmp_path / "data", count=2, size=(2, 5))
-    assert main(["train", "--dataset", "fashion-mnist", "--data", "data"]) == 2
-    assert "got images of 2 x 5" in one_line(capsys)
-    assert not (tmp_path / "runs").exists()
-
-
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_there_is_not_overwritten(kind, tmp_path, capsys):
     taken = tmp_path / "taken"

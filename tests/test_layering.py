@@ -12,7 +12,7 @@ PACKAGE = ROOT / "tengrad_triton"
 
 # Each imports what stands before it, and itself.
 ORDER = [
-    *("kernels", "likelihoods", "profiling", "layers", "capture", "curvature", "tuning", "optim", "compiled"),
+    *("kernels", "likelihoods", "profiling", "files", "layers", "capture", "curvature", "tuning", "optim", "compiled"),
     *("baselines", "recipes"),
 ]
 NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}

@@ -171,7 +171,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _report(folder: RunFolder, to: Path) -> None:
-    stored = _stored(folder)
+    stored = folder.settings()
     local = stored.pop("data", None) is not None  # the folder may be gone, and no page names a folder of this machine
     for own in (own for own in stored.values() if isinstance(own, dict)):
         own.pop("plan", None)  # it changes times and rounding only
@@ -182,7 +182,7 @@ def _resumed_settings(arguments: list[str], out: Path | None, folder: RunFolder)
     """Return the settings of a folder; raises `UsageError` if a flag contradicts them."""
     if out is not None:
         raise UsageError(f"--out {out}: --resume goes on in {folder.path}: drop one of the two")
-    stored = _stored(folder)
+    stored = folder.settings()
     settings = _train_command(["train"], folder, stored).settings
     kept, given = settings.flags(), _train_command(arguments, folder, stored).settings.flags()
     for flag in sorted(kept | given):
@@ -190,13 +190,6 @@ def _resumed_settings(arguments: list[str], out: Path | None, folder: RunFolder)
             got, expected = given.get(flag), kept.get(flag)
             raise UsageError(f"{flag} {got}: this run has {expected}: drop the flag, or start anew without --resume")
     return settings
-
-
-def _stored(folder: RunFolder) -> dict[str, Any]:
-    stored = folder.read_json("settings.json")
-    if not isinstance(stored, dict):
-        raise UsageError(f"{folder.path / 'settings.json'}: expected the settings of a run, got {stored}")
-    return stored
 
 
 def _train_command(arguments: list[str], folder: RunFolder, stored: dict[str, Any]) -> TrainCommand:

@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(130, str(stop))
     except KeyboardInterrupt:
         return _fail(130, "interrupted before training began")
+    except OSError as error:  # of the file system: no command ends in a traceback for what lies on the user's disk
+        return _fail(2, f"{error.filename or 'a file'}: {error.strerror or error}: it cannot be read or written")
     except ModuleNotFoundError as error:
         return _fail(2, f"{error}: the command line needs more packages: pip install 'tengrad-triton[train]'")
     return 0

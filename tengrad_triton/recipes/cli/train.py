@@ -8,7 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tengrad_triton.recipes.errors import InterruptedRunError
+from tengrad_triton.files import reason
+from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 from tengrad_triton.recipes.reports.comparison import OUTCOME, outcomes
 from tengrad_triton.recipes.reports.run_figures import draw
 from tengrad_triton.recipes.training.job import Job
@@ -32,6 +33,9 @@ def start(settings: Settings, out: Path | None, console: Console) -> None:
 
 def resume(settings: Settings, run: RunFolder, console: Console) -> None:
     """Resume a run after its last whole epoch; raises as `start` does."""
+    run.check_writable()
+    if (run.path / "outcome.json").exists():
+        raise UsageError(f"{run.path}: a run of tengrad-triton paper, which has ended: read its metrics.json")
     job = job_of(settings, console)
     _train_and_show(job, run, warm_up_all(job), console)
 
@@ -39,12 +43,16 @@ def resume(settings: Settings, run: RunFolder, console: Console) -> None:
 def _train_and_show(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> None:
     title = job.settings.title(len(job.data.train))
     console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
+    command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
     try:
         history = train_all(job, run, warm_ups, console)
+        draw(history, title, run.path, "")
     except KeyboardInterrupt as stop:
-        command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
         raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
-    draw(history, title, run.path, "")
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or run.path}: cannot be written ({reason(error)}): make room, and go on with `{command}`"
+        ) from error
     console.print(_outcome_table(history))
 
 

@@ -112,7 +112,7 @@ class Request:
     scale: Annotated[Scale, Parameter(name="scale", group="Scale")] = field(default_factory=Scale)
     grid: Annotated[Grid, Parameter(name="grid", group="Grid")] = field(default_factory=Grid)
     data: ResolvedExistingDirectory | None = None
-    "Folder with a folder of Parquet files for each of fashion-mnist, cifar10 and cifar100; the hub if not given."
+    "Folder with train-*.parquet and test-*.parquet, or with such a folder for each data set; the hub if not given."
     out: Path = Path("runs/paper")
     "Folder of the runs and the report; finished runs in it are kept, and unfinished ones resumed."
     estimate: Annotated[bool, Parameter(negative=())] = False

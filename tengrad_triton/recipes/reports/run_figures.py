@@ -14,11 +14,13 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.reports.styles import style_of
 from tengrad_triton.recipes.training.metrics import History, Record
 
+SOFTWARE = "tengrad-triton"
+MARK = f"Software\0{SOFTWARE}".encode()  # in the first bytes of a figure: what has it may be replaced
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
 MARKERS = 12  # on each curve, whatever its number of points
@@ -31,7 +33,7 @@ def draw(history: History, title: str, folder: Path, prefix: str) -> None:
     for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
         figure.suptitle(title)
         with replacing(folder / f"{prefix}{name}.png") as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:

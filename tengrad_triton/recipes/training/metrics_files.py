@@ -53,6 +53,8 @@ def parse_epochs(text: str) -> dict[OptimizerName, list[EpochMetrics]]:
 
 def parse_steps(text: str) -> dict[OptimizerName, Steps]:
     """Return the steps in the text of steps.csv; raises `ValueError` if it is anything else."""
+    if text and not text.endswith("\n"):
+        raise ValueError("its last line is cut off")
     header, *lines = (line.split(",") for line in text.splitlines() or [""])
     if header != (expected := ["optimizer", "step", *(column.name for column in fields(Steps))]):
         raise ValueError(f"got columns {', '.join(header)}, expected {', '.join(expected)}")

@@ -63,8 +63,13 @@ def check_installed(name: OptimizerName) -> None:
 def train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
     """Train every optimizer from its last checkpoint to its end; return the metrics of all.
 
-    Raises `UsageError` if a checkpoint does not fit the settings.
+    Raises `UsageError` if a checkpoint does not fit the settings, or if another process trains into the folder.
     """
+    with run.locked():
+        return _train_each(job, run, warm_ups, console)
+
+
+def _train_each(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
     settings = job.settings
     history: History = {name: record_of(run.load_checkpoint(name)) for name in settings.optimizer}
     seconds = {name: warm.seconds for name, warm in warm_ups.items()}

@@ -69,7 +69,7 @@ class Settings:
     dataset: DatasetName = "digits"
     "Data set. The digits ship with scikit-learn; the others come from the Hugging Face hub or from --data."
     data: ResolvedExistingDirectory | None = None
-    "Folder with the data set as train-*.parquet and test-*.parquet; the hub if not given."
+    "Folder with train-*.parquet and test-*.parquet, or with such a folder for each data set; the hub if not given."
     train_limit: PositiveInt | None = None
     "Number of training images, from the first; all if not given."
     test_limit: PositiveInt | None = None

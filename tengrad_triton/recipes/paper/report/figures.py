@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.paper.report.seeds import Finished, by_epoch, by_optimizer
 from tengrad_triton.recipes.paper.request import Request
 from tengrad_triton.recipes.reports.styles import COLORS, style_of

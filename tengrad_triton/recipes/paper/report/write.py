@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
 from tengrad_triton.recipes.paper.report import figures
 from tengrad_triton.recipes.paper.report.document import finished, read_document, scale_of
