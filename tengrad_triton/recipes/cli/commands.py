@@ -8,16 +8,17 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
-from rich.console import Console
 
 from tengrad_triton import __version__
 from tengrad_triton.recipes.cli import autotune as plans
 from tengrad_triton.recipes.cli import report as pages
 from tengrad_triton.recipes.cli import train as runs
 from tengrad_triton.recipes.cli.autotune import AutotuneSettings
+from tengrad_triton.recipes.cli.help import WholeFlags, description_of
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.paper.execute import execute
 from tengrad_triton.recipes.paper.request import TARGETS, Request, check_target
+from tengrad_triton.recipes.terminal import new_console
 from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
 
@@ -138,6 +139,9 @@ def paper(
     return PaperCommand(targets, request)
 
 
+HELP = """Exact natural-gradient steps for PyTorch.
+
+Start with tengrad-triton train. tengrad-triton COMMAND --help lists the flags of a command."""
 COMMANDS: dict[str, Callable[..., Command]] = {
     "train": train,
     "report": report,
@@ -149,7 +153,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 
 def run(arguments: list[str]) -> None:
     """Run a command; raises `UsageError` if it cannot be carried out, and `InterruptedRunError` on Ctrl-C."""
-    console = Console()
+    console = new_console()
     match parse(arguments):
         case ReportCommand(path, to):
             _report(RunFolder(path), to)
@@ -212,14 +216,15 @@ def parse(arguments: list[str], config: tuple[Dict, ...] = ()) -> Command | None
     """
     app = App(
         name="tengrad-triton",
-        help="Exact natural-gradient steps for PyTorch.",
+        help=HELP,
         config=config,
         suppress_keyboard_interrupt=False,
         help_format="plaintext",
+        help_formatter=WholeFlags(),
     )
     app.version = __version__
-    for command in COMMANDS.values():
-        app.command(command)
+    for place, command in enumerate(COMMANDS.values()):
+        app.command(command, help=description_of(command), sort_key=place)
     try:
         parsed: Command | None = app(
             arguments,

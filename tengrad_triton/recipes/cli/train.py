@@ -4,18 +4,18 @@ import shlex
 from datetime import datetime
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from tengrad_triton.recipes.errors import InterruptedRunError
 from tengrad_triton.recipes.reports.comparison import OUTCOME, outcomes
 from tengrad_triton.recipes.reports.run_figures import draw
+from tengrad_triton.recipes.terminal import FittedTable
 from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.metrics import History
 from tengrad_triton.recipes.training.run import WarmUps, job_of, train_all, warm_up_all
 from tengrad_triton.recipes.training.run_folder import RunFolder, check_free
 from tengrad_triton.recipes.training.settings import Settings
+from tengrad_triton.tables import Column
 
 
 def start(settings: Settings, out: Path | None, console: Console) -> None:
@@ -41,21 +41,15 @@ def _train_and_show(job: Job, run: RunFolder, warm_ups: WarmUps, console: Consol
     console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
     try:
         history = train_all(job, run, warm_ups, console)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:  # rich exits when a pipe has no reader any more
         command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
         raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
     draw(history, title, run.path, "")
-    console.print(_outcome_table(history))
+    console.print(outcome_table(history))
 
 
-def _outcome_table(history: History) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption="Times are those of training, after a warm-up; that of an epoch is the median.",
-    )
-    for heading in OUTCOME:
-        table.add_column(heading, justify="left" if heading == OUTCOME[0] else "right", no_wrap=True)
-    for cells in outcomes(history):
-        table.add_row(*cells)
-    return table
+def outcome_table(history: History) -> FittedTable:
+    """Return a line for each optimizer: its accuracies, loss and times."""
+    columns = [Column(heading, right=heading != OUTCOME[0]) for heading in OUTCOME]
+    caption = "Times are those of training, after a warm-up; that of an epoch is the median."
+    return FittedTable(columns, outcomes(history), caption)
