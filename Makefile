@@ -49,6 +49,8 @@ clean:                     ## remove .venv, builds, runs and caches
 # One resolver run for everything: torch's pinned build must be chosen before anything that depends on torch.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing tengrad-triton with PyTorch, Triton and its tools into $(VENV): a few minutes, once."
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]'
+	@began=$$(date +%s) && \
+	$(PYTHON) -m venv $(VENV) && \
+	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]' && \
+	echo "Installed into $(VENV) in $$(($$(date +%s) - began)) s." && \
 	touch $@

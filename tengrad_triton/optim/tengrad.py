@@ -297,4 +297,4 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def summary(self) -> Summary:
-        return summarize(self._layers, self._curvature, self._reports.apart)
+        return summarize(self._layers, self._module, self._curvature, self._reports.apart)

@@ -11,10 +11,8 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
 from cyclopts.validators import Number
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from tengrad_triton.curvature.choices import Representation, implementation_names
 from tengrad_triton.files import reason
@@ -22,10 +20,22 @@ from tengrad_triton.recipes.data.registry import DATASETS, DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring import machine
 from tengrad_triton.recipes.models import image_model
+from tengrad_triton.recipes.terminal import FittedTable
 from tengrad_triton.recipes.training.settings import ModelName
+from tengrad_triton.tables import Column
 from tengrad_triton.tuning import plan_file
 from tengrad_triton.tuning.autotune import DAMPING, EXACT, TOL, measured_plan
 from tengrad_triton.tuning.plan import Measured, Plan
+
+COLUMNS = (
+    Column("weight", wraps=True),
+    Column("choice"),
+    Column("kernels"),
+    Column("µs", right=True),
+    Column("MiB", right=True),
+    Column("runner-up"),
+    Column("its µs", right=True),
+)
 
 
 @Parameter(name="*")
@@ -113,28 +123,25 @@ def _usage_errors(flag: str) -> Iterator[None]:
         raise UsageError(f"{flag}{error}") from error
 
 
-def table_of(plan: Plan, refresh_every: int) -> Table:
+def table_of(plan: Plan, refresh_every: int) -> FittedTable:
     """Return a line for each geometry: the choice, its kernels other than Triton's defaults, and the second best."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=f"µs a step, a refresh shared by {refresh_every} steps")
-    table.add_column("weight", overflow="fold")
-    for heading in ("choice", "kernels"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("µs", "MiB", "runner-up", "µs"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for key, entry in plan.entries.items():
         ranked = sorted(entry, key=lambda name, entry=entry: entry[name].per_step(refresh_every))  # type: ignore[misc]
         first, second = entry[ranked[0]], entry[ranked[1]] if len(ranked) > 1 else None
-        table.add_row(
-            key,
-            ranked[0],
-            "\n".join(implementation_names(first.kernel_overrides).values())
-            or ("torch" if _only_torch(first) else "triton"),
-            f"{first.per_step(refresh_every) * 1e6:.0f}",
-            f"{first.bytes / 2**20:.1f}",
-            ranked[1] if second else "-",
-            f"{second.per_step(refresh_every) * 1e6:.0f}" if second else "-",
+        rows.append(
+            (
+                key,
+                ranked[0],
+                "\n".join(implementation_names(first.kernel_overrides).values())
+                or ("torch" if _only_torch(first) else "triton"),
+                f"{first.per_step(refresh_every) * 1e6:.0f}",
+                f"{first.bytes / 2**20:.1f}",
+                ranked[1] if second else "-",
+                f"{second.per_step(refresh_every) * 1e6:.0f}" if second else "-",
+            )
         )
-    return table
+    return FittedTable(COLUMNS, rows, f"µs a step, a refresh shared by {refresh_every} steps")
 
 
 def _only_torch(measured: Measured) -> bool:

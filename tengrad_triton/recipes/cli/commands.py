@@ -1,6 +1,5 @@
 """The commands: their arguments as typed values, and what each does with them."""
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +8,18 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
-from rich.console import Console
 
 from tengrad_triton import __version__
 from tengrad_triton.recipes.cli import autotune as plans
 from tengrad_triton.recipes.cli import report as pages
 from tengrad_triton.recipes.cli import train as runs
 from tengrad_triton.recipes.cli.autotune import AutotuneSettings
+from tengrad_triton.recipes.cli.help import WholeFlags, description_of
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.paper.execute import execute
 from tengrad_triton.recipes.paper.published import described_rates, rates
 from tengrad_triton.recipes.paper.request import TARGETS, Request, check_target
+from tengrad_triton.recipes.terminal import new_console
 from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
 
@@ -140,6 +140,9 @@ def paper(
     return PaperCommand(targets, request)
 
 
+HELP = """Exact natural-gradient steps for PyTorch.
+
+Start with tengrad-triton train. tengrad-triton COMMAND --help lists the flags of a command."""
 COMMANDS: dict[str, Callable[..., Command]] = {
     "train": train,
     "report": report,
@@ -151,7 +154,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
 
 def run(arguments: list[str]) -> None:
     """Run a command; raises `UsageError` if it cannot be carried out, and `InterruptedRunError` on Ctrl-C."""
-    console = Console()
+    console = new_console()
     match parse(arguments):
         case ReportCommand(path, to):
             _report(RunFolder(path), to)
@@ -216,10 +219,9 @@ def parse(arguments: list[str], config: tuple[Dict, ...] = ()) -> Command | None
 
 def _help_of_train() -> str:
     """Return the description of `train`, with the rates for each data set."""
-    described = (inspect.getdoc(train) or "").partition("\n\nParameters")[0]
     return "\n\n".join(
         [
-            described,
+            description_of(train),
             "Learning rate, weight decay and damping depend on the data set, unless you give them. The defaults of the "
             "flags are those for digits. Other data sets have the following, in this order: what the paper tuned, and "
             "torch's for adamw. On CIFAR densenet and mobilenetv2 have the paper's values for them.",
@@ -231,14 +233,16 @@ def _help_of_train() -> str:
 def _parsed(arguments: list[str], config: tuple[Dict, ...]) -> Command | None:
     app = App(
         name="tengrad-triton",
-        help="Exact natural-gradient steps for PyTorch.",
+        help=HELP,
         config=config,
         suppress_keyboard_interrupt=False,
         help_format="plaintext",
+        help_formatter=WholeFlags(),
     )
     app.version = __version__
-    for name, command in COMMANDS.items():
-        app.command(command, help=_help_of_train() if name == "train" else None)
+    for place, (name, command) in enumerate(COMMANDS.items()):
+        described = _help_of_train() if name == "train" else description_of(command)
+        app.command(command, help=described, sort_key=place)
     try:
         parsed: Command | None = app(
             arguments,

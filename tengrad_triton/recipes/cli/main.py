@@ -7,7 +7,10 @@ from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 if it cannot be carried out, or 130 after Ctrl-C."""
+    """Run one command and return its exit code: 0, 2 if it cannot be carried out, or 130 after Ctrl-C.
+
+    Where the output is a pipe that nobody reads any more, rich ends the process with 1 and prints nothing.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         # Imported here because Ctrl-C may come while torch is imported, and [train] may not be installed.

@@ -87,10 +87,10 @@ def _train_each(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -
 
 
 def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, console: Console) -> None:
-    epochs = job.settings.epochs
+    epochs, label = job.settings.epochs, name.ljust(max(map(len, job.settings.optimizer)))
     with (
         closing(run.events(name, history[name])) as events,
-        Progress.of(console, name, epochs, len(job.data.train)) as progress,
+        Progress.of(console, label, epochs, len(job.data.train)) as progress,
     ):
         for state in fit(job, name, run.load_checkpoint(name), progress.step):
             run.save_checkpoint(name, state)
@@ -99,4 +99,5 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
             add_events(events, history[name], since=len(history[name].epochs) - 1)
             progress.epoch(history[name].epochs[-1])
     if history[name].diverged:
-        console.print(f"{name} diverged in epoch {len(history[name].epochs)}: lower {flag(name)}.lr", style="bold red")
+        line = f"{name} diverged in epoch {len(history[name].epochs)}: lower {flag(name)}.lr"
+        console.print(line, style="bold red", soft_wrap=True)

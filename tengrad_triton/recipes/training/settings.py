@@ -78,7 +78,7 @@ class Settings:
     "Passes over the training set."
     batch_size: PositiveInt = 128
     "Images per step."
-    decay_at: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, negative=())] = ()
+    decay_at: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, negative=(), show_default=False)] = ()
     "Epochs after which every optimizer's learning rate is multiplied by --decay."
     decay: PositiveFloat = 0.1
     "Factor of the learning rates after the epochs of --decay-at."
