@@ -18,6 +18,7 @@ Each sub-package imports only those before it:
 import logging
 
 from tengrad_triton.compiled.train_step import compile_train_step
+from tengrad_triton.inspection.rules import check_rule
 from tengrad_triton.layers import Call, Canonical, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical
 from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tengrad_triton.optim.damping import LevenbergMarquardt
@@ -45,5 +46,6 @@ __all__ = [
     "TENGraD",
     "autotune",
     "canonical",
+    "check_rule",
     "compile_train_step",
 ]
