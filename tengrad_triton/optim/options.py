@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,10 +78,10 @@ class Options:
         """What the optimizer may spend."""
         return Budget(self.step_share, self.max_bytes, self.fisher_rows)
 
-    def spender(self, refresh_every: int, samples: int) -> Spender:
-        """Return what answers how many rows a refresh of a batch of ``samples`` keeps."""
+    def spender(self, refresh_every: int, samples: int, foresee: Callable[..., None]) -> Spender:
+        """Return what answers how many rows a refresh of a batch of ``samples`` keeps; ``foresee`` is told of it."""
         draws = self.fisher != "empirical"
-        return Spender(self.budget, self.plan, self.given, refresh_every, samples, self.history, draws)
+        return Spender(self.budget, self.plan, self.given, refresh_every, samples, self.history, draws, foresee)
 
     def choose(self, geometries: Mapping[str, Geometry], refresh_every: int, damping: float) -> dict[str, Choice]:
         """Return every weight's choice: by the user if given, else by the plan, else by the cost model.

@@ -262,8 +262,9 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
         samples = sum(record.samples for record in self._capture.records if not record.is_extra)
         self._follow_schedules()
+        foresee = partial(self._reports.foresees, self._ops, self._generator.device)
         options = RefreshOptions(
-            spend=o.spender(steps, samples), side_share=o.budget.side_share, history=o.history, tol=o.tol,
+            spend=o.spender(steps, samples, foresee), side_share=o.budget.side_share, history=o.history, tol=o.tol,
             relative_damping=o.relative_damping, scaling=o.scaling, release_calls=self._release_calls,
             choose=partial(o.choose, refresh_every=steps, damping=min(g["damping"] for g in self.param_groups)),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
