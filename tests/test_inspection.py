@@ -210,7 +210,7 @@ REFUSED = {
     "unknown": ("7", {}, ValueError, "no Fisher block is named '7': the blocks are '0', '2', '3'"),
     "a parameter": ("0.weight", {}, ValueError, "'0.weight' is a part of block '0'"),
     "another kind of name": (
-        0, {}, ValueError, "no Fisher block is named 0: did you mean '0'? the blocks are '0', '2', '3'"
+        0, {}, ValueError, "no Fisher block is named 0 (did you mean '0'?): the blocks are '0', '2', '3'"
     ),
     "frozen": ("3", {}, ValueError, "block '3' had no part in the last refresh"),
     "too large": (

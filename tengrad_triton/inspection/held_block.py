@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.scaling import Multiplier
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
+from tengrad_triton.inspection.names import did_you_mean
 from tengrad_triton.layers import flatten_rows, unflatten_rows
 
 _GIB = 2**30
@@ -189,10 +189,8 @@ def _check_name(name: str, key: str, layers: Sequence[LayerParams], planned: Fis
     inside = _blocks_with(name, key, layers, blocks)
     if inside is not None:
         raise ValueError(f"no Fisher block is named {name!r}: {name!r} is a part of block {inside!r}")
-    close = get_close_matches(str(name), blocks, n=3)
-    meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     listed = ", ".join(map(repr, list(blocks)[:20])) + (", …" if len(blocks) > 20 else "")
-    raise ValueError(f"no Fisher block is named {name!r}: {meant}the blocks are {listed}")
+    raise ValueError(f"no Fisher block is named {name!r}{did_you_mean(name, blocks)}: the blocks are {listed}")
 
 
 def _blocks_with(name: str, key: str, layers: Sequence[LayerParams], blocks: Mapping[str, Sequence[str]]) -> str | None:

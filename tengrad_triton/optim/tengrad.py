@@ -120,6 +120,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     Raises:
         ValueError: a setting is out of range or unknown; the message says which, and what was expected.
         TypeError: a setting has the wrong type.
+        FileNotFoundError: ``plan`` is the path of no file.
 
     Note:
         On a GPU, or with a ``max_bytes`` below the default, a refresh frees captured tensors before it ends. If it
@@ -144,7 +145,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
-            device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
+            model, device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, step_share=step_share, max_bytes=max_bytes, tol=tol, trust_region=trust_region,
             relative_damping=relative_damping, output=output, verify=verify, scaling=scaling,
