@@ -12,9 +12,8 @@ PACKAGE = ROOT / "tengrad_triton"
 
 # Each imports what stands before it, and itself.
 ORDER = [
-    *("kernels", "likelihoods", "profiling", "files", "tables", "layers", "capture", "curvature", "tuning", "optim"),
-    "compiled",
-    *("baselines", "recipes"),
+    *("kernels", "likelihoods", "profiling", "files", "tables", "layers", "capture", "curvature", "tuning"),
+    *("inspection", "optim", "compiled", "baselines", "recipes"),
 ]
 NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
 OF_TENGRAD = {"tengrad", "woodbury", "jacobians", "refresh", "step_access"}  # what no baseline may know
