@@ -89,7 +89,7 @@ def test_the_outcome_is_that_of_the_metrics(trained, page):
 
 
 def test_the_times_of_steps_are_those_of_the_csv(trained, page):
-    """Two of tengrad_paper's six steps refresh: 0 and 4."""
+    """Of six steps tengrad_paper refreshes at two, 0 and 4; tengrad refreshes at all."""
     table = table_after("## Time of a step", page)
     with (trained / "steps.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))

@@ -80,8 +80,8 @@ def _unfinished(run: Run) -> list[str]:
 def _step_times(run: Run) -> list[str]:
     if any(session["device_type"] != "cpu" for session in run.sessions):
         return [GPU_NOTE]
-    every = {name: run.settings.of(name).interval for name in run.history}
-    return [table(STEP_TIME, step_times(run.history, {n: steps for n, steps in every.items() if steps})), STEP_NOTE]
+    refreshes = {name: run.settings.of(name).refreshes(len(record.steps)) for name, record in run.history.items()}
+    return [table(STEP_TIME, step_times(run.history, refreshes)), STEP_NOTE]
 
 
 def _setup(run: Run) -> dict[str, object]:

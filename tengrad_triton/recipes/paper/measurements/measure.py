@@ -98,7 +98,7 @@ def _table1(job_of: JobOf, request: Request, job: Job, console: Console) -> dict
 
 def _phases(job_of: JobOf, request: Request, job: Job, console: Console) -> dict[str, Any]:
     # Those with an interval that varies have both kinds of steps among the first.
-    names = [name for name in request.optimizer if not OPTIMIZERS[name].interval_varies]
+    names = [name for name in request.optimizer if (own := OPTIMIZERS[name]()).interval or not own.refreshes(1)]
     by_name = {name: phases.measure_phases(job_of(_settings(request, name)), name) for name in names}
     return {"seconds": by_name, "title": job.settings.title(len(job.data.train)), "batch_size": job.settings.batch_size}
 

@@ -35,8 +35,9 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
                 one_step(model, optimizer, images, labels, own.needs_closure)
                 whole = now(job.device) - begun
             steps.append(_by_phase(profiler, whole))
-    kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
-    return {kind: _medians(of) for kind, of in kinds.items() if own.interval or kind == "reuse"}
+    refreshes = own.refreshes(len(steps))
+    kinds = {"refresh": [steps[n] for n in refreshes], "reuse": [s for n, s in enumerate(steps) if n not in refreshes]}
+    return {kind: _medians(of) for kind, of in kinds.items() if of}
 
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
