@@ -10,6 +10,7 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.pages import code_blocks
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -119,10 +120,6 @@ def test_a_narrow_theorem_writes_the_page(tmp_path):
     text = (tmp_path / "theorem1.md").read_text()
     assert text.count("\n| 0.") == len(theorem1.SHARES)
     assert (tmp_path / "theorem1.png").stat().st_size > 10_000
-
-
-def code_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def test_the_layer_of_the_guide_is_exact(capsys):
