@@ -4,13 +4,14 @@ Key: S steps.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate, cycle
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -27,12 +28,31 @@ WINDOW = 25  # steps of a running mean: batches differ more than optimizers
 
 
 def draw(history: History, title: str, folder: Path, prefix: str) -> None:
-    """Write a PNG file for each of `FIGURES`; its name starts with ``prefix``."""
-    figures = [_by_epoch(history, *quantity) for quantity in QUANTITIES]
-    for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
+    """Write a PNG file for each of `figures_of` the history; its name starts with ``prefix``."""
+    by_epoch = {quantity[0]: partial(_by_epoch, history, *quantity) for quantity in QUANTITIES}
+    for name in figures_of(history):
+        figure = by_epoch[name]() if name in by_epoch else _by_step(history)
         figure.suptitle(title)
         with replacing(folder / f"{prefix}{name}.png") as temporary:
             figure.savefig(temporary, format="png")
+
+
+def figures_of(history: History) -> tuple[str, ...]:
+    """Return the names of the figures that show something: one epoch makes no curve by epoch."""
+    return FIGURES if any(len(record.epochs) > 1 for record in history.values()) else FIGURES[-1:]
+
+
+def log_axis(panel: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers; with few decades, also numbers between them."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    if high < 10 * low:
+        panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        panel.yaxis.set_minor_locator(NullLocator())
+    elif high < 200 * low:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:
@@ -56,7 +76,7 @@ def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure
                     values,
                     line,
                     color=color,
-                    marker=marker if part == "test" or len(epochs) == 1 else None,  # one epoch makes no line
+                    marker=marker if part == "test" or len(epochs) == 1 else None,  # one point makes no line
                     markerfacecolor=None if part == "test" else "none",
                     markevery=max(1, len(values) // MARKERS),
                     markersize=5,
@@ -99,4 +119,4 @@ def _finish(panels: tuple[Axes, Axes], quantity: str) -> None:
     for panel in panels:
         panel.grid(alpha=0.3)
         if quantity == "loss":
-            panel.set_yscale("log")
+            log_axis(panel)

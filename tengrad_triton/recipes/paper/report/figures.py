@@ -19,7 +19,7 @@ from torch import Tensor
 from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished, by_epoch, by_optimizer
 from tengrad_triton.recipes.paper.request import Request
-from tengrad_triton.recipes.reports.run_figures import STYLES
+from tengrad_triton.recipes.reports.run_figures import STYLES, log_axis
 
 QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_loss": ("training cross-entropy (nats)", 1.0),
@@ -63,7 +63,7 @@ def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name:
     for panel in panels:
         panel.grid(alpha=0.3)
         if "loss" in quantity:
-            panel.set_yscale("log")
+            log_axis(panel)
     panels[1].legend(fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return save(figure, out, name)
