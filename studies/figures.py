@@ -43,7 +43,7 @@ def _by_the_clock(results: Results) -> Figure:
     """Draw the ratio of times to each tuned rival on each problem."""
     rivals = {target.rival: _ratios(results, target.rival) for target in TARGETS}
     names = sorted(results.problems, key=lambda name: rivals["adamw"].get(name) or math.inf, reverse=True)
-    figure = Figure(figsize=(9, 1 + 0.36 * max(4, len(names))), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.2, 1 + 0.34 * max(4, len(names))), dpi=140, layout="constrained")
     panel = figure.subplots()
     for shift, (rival, ratios) in zip((0.2, 0.0, -0.2), rivals.items(), strict=True):
         (color, marker), known = COLOR[rival], [name for name in names if name in ratios]
@@ -61,7 +61,7 @@ def _by_the_clock(results: Results) -> Figure:
         panel.text(x, 1.02, text, ha=side, transform=panel.get_xaxis_transform())
     panel.set_xlabel("TENGraD's time to the rival's last test loss / time of the rival's whole run")
     panel.grid(alpha=0.3)
-    panel.legend(loc="upper left", bbox_to_anchor=(1, 1), title="learning rate tuned\nfor each problem")
+    panel.legend(loc="upper right", title="learning rate tuned\nfor each problem")
     return figure
 
 

@@ -22,9 +22,10 @@ STEP = """
 ## A step, from the model to the update
 
 `capture` records the calls of the layers in the forward, and the output gradients in the backward. The rules of
-`layers` turn each call into contributions to the rows of J. `curvature` makes J and the factored Fisher blocks from them, in the
-representation that `tuning` chooses, and takes the step, with the operations of `kernels`. `optim` decides when, and
-holds the settings and the state. [Contributing](../CONTRIBUTING.md) leads through the eleven modules of such a step.
+`layers` turn each call into contributions to the rows of J. `curvature` makes J and the factored Fisher blocks from
+them, in the representation that `tuning` chooses, and takes the step, with the operations of `kernels`. `optim` decides
+when, and holds the settings and the state. [Contributing](../CONTRIBUTING.md) leads through the eleven modules of such
+a step.
 """
 
 
@@ -78,8 +79,8 @@ def _places(imports: Mapping[str, set[str]]) -> dict[str, tuple[float, float]]:
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
     x0, y0, x1, y1 = start[0] + WIDTH / 2, start[1], end[0] + WIDTH / 2, end[1] + HEIGHT
-    bend = GAP_Y / 2
-    curve = f"M{x0:g} {y0:g}C{x0:g} {y0 - bend:g} {x1:g} {y1 + 2 * bend:g} {x1:g} {y1 + 1:g}"
+    middle = (y0 + y1) / 2
+    curve = f"M{x0:g} {y0:g}C{x0:g} {middle:g} {x1:g} {middle:g} {x1:g} {y1 + 1:g}"
     return f'<path class="arrow" d="{curve}" marker-end="url(#head)"/>'
 
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from tengrad_triton.recipes.cli.commands import COMMANDS, parse
 
-COLUMNS = 88  # as many as fit beside the table of contents
+COLUMNS = 80  # as many as fit beside the table of contents
 
 INTRODUCTION = """
 # Command line

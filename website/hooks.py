@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from website import architecture, command_line, links
+from website import architecture, command_line, links, rendering
 from website.imports import ROOT
 
 AT_THE_ROOT = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
@@ -31,3 +31,14 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     pages |= AT_THE_ROOT | {"README.md": "index.md"}
     source = next(name for name, uri in pages.items() if uri == page.file.src_uri)
     return links.rewrite(markdown, source, pages)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> None:
+    """Warn where the page's Markdown reads differently on a code host."""
+    if page.file.abs_src_path and "\n::: " not in page.markdown:  # a host shows these lines as they are
+        rendering.compare(page.markdown, html, page.file.src_uri)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> None:
+    """Warn of what the finished page would fetch from other hosts."""
+    links.expect_nothing_fetched(output, page.file.src_uri)

@@ -17,6 +17,7 @@ from website.imports import ROOT
 _FENCED = r"^```.*?^```"
 _CODE = r"(`+)(?!`).+?(?<!`)\1(?!`)"
 _LINK = re.compile(_FENCED + "|" + _CODE + r"|\[(?P<text>(?:[^][`]|`[^`]*`)*)\]\((?P<target>[^()\s]+)\)", re.M | re.S)
+_FETCHED = re.compile(r'<(?:script|img|link rel="stylesheet")[^>]*? (?:src|href)="((?:https?:)?//[^"]*)')
 _ELSEWHERE = re.compile(r"[a-z]+:|#")  # another site, or a heading of the same page
 
 log = logging.getLogger("mkdocs.plugins.tengrad_triton.links")
@@ -45,3 +46,9 @@ def rewrite(markdown: str, source: str, pages: Mapping[str, str]) -> str:
         return f"`{file}`" if text.strip("`") in {file, path, target} else f"{text} (`{file}`)"
 
     return _LINK.sub(link, markdown)
+
+
+def expect_nothing_fetched(html: str, name: str) -> None:
+    """Warn of scripts, styles and images of other hosts: a reader's browser asks only the host of the pages."""
+    for address in _FETCHED.findall(html):
+        log.warning("%s fetches %s: put the file below docs/", name, address)
