@@ -47,7 +47,7 @@ def log_axis(panel: Axes) -> None:
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     if high < 10 * low:
-        panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        panel.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
         panel.yaxis.set_minor_locator(NullLocator())
     elif high < 200 * low:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -45,7 +45,7 @@ def save(figure: Figure, out: Path, name: str) -> str:
 def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name: str) -> str:
     """Draw a quantity by epoch and by time, with error bars of the standard deviation over the seeds."""
     label, scale = QUANTITIES[quantity]
-    figure = Figure(figsize=(10, 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(10, 4.6), dpi=DPI, layout="constrained")
     panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
     for optimizer, group in by_optimizer(runs).items():
         spreads, seconds = by_epoch(group, quantity, scale)
@@ -64,7 +64,8 @@ def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name:
         panel.grid(alpha=0.3)
         if "loss" in quantity:
             log_axis(panel)
-    panels[1].legend(fontsize="small")
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return save(figure, out, name)
 
