@@ -85,10 +85,13 @@ MISTAKES = {
         "--row VGG: no such row: choose from 3C1F, Fashion-MNIST; WideResNet, CIFAR-10",
     ),
     "row of another figure": (["figure12", "--row", "3C1F"], "figure12 shows WideResNet, CIFAR-10"),
-    "optimizer": (["table2", "--optimizer", "adam"], '"tengrad", "sgd"'),
+    "optimizer": (["table2", "--optimizer", "adam"], '"tengrad", "tengrad_paper", "sgd"'),
     "optimizer twice": (["table2", "--optimizer", "sgd", "sgd"], "once"),
     "scale": (["table2", "--scale.epochs", "0"], "--scale.epochs"),
-    "no data": (["table2", "--data", "."], "no folder fashion-mnist in it"),
+    "no data": (
+        ["table2", "--data", "."],
+        "no test-*.parquet in it, nor in a folder fashion-mnist or fashion_mnist of it",
+    ),
     "missing package": (["table2", "--optimizer", "soap"], "pip install 'tengrad-triton[rivals]'"),
 }
 

@@ -101,8 +101,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD step, with scaling
             over the size of their gradient, and one warning; ``"error"`` raises `ValueError`.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
-        plan: the plan that `autotune` returned, or the path of the file that it wrote; for weights that it does not
-            contain, the cost model decides.
+        plan: what `autotune` returned, or the path of the file that it wrote. The cost model decides for weights that
+            it does not contain; for all, with a warning, if it was measured on another device or with other versions.
         step_share: what the optimizer may add to SGD's step in the mean, as a share of its time by the cost model: 0.2
             for 1.2 times SGD's step. It bounds the rows, drawn at random, the matrices in D, and `Growing` from below
             (M18). None for no bound. `summary` says what that comes to.
@@ -117,7 +117,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
 
     Raises:
-        ValueError: a setting is out of range or unknown; the message says which, and what was expected.
+        ValueError: a setting is out of range or unknown, or a file is no plan; the message says what was expected.
         TypeError: a setting has the wrong type.
 
     Note:
@@ -297,4 +297,4 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def summary(self) -> Summary:
-        return summarize(self._layers, self._curvature, self._reports.apart)
+        return summarize(self._layers, self._module, self._curvature, self._reports.apart)

@@ -12,22 +12,13 @@ from torch import Tensor, nn
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring.memory import free_bytes
-from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
+from tengrad_triton.recipes.optimizers.settings import LayerSizes, OptimizerName
 from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.loop import EVAL_BATCH
 from tengrad_triton.recipes.training.warm_up import seconds_of_steps
 
 FLOAT = 4  # bytes
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """I, O and P of a layer, and its number of parameters."""
-
-    inputs: int
-    outputs: int
-    positions: int
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -84,16 +75,8 @@ def needed_bytes(job: Job, name: OptimizerName) -> int:
     model, sizes, kept = _trace(job)
     parameters = sum(p.numel() for p in model.parameters())
     n = job.settings.batch_size
-    curvature = sum(_curvature(name, size, n) for size in sizes.values())
+    curvature = sum(OPTIMIZERS[name].curvature_numbers(size, n) for size in sizes.values())
     return FLOAT * (3 * parameters + n * kept + curvature)
-
-
-def _curvature(name: OptimizerName, size: LayerSizes, n: int) -> int:
-    jacobian = n * min(size.parameters, size.positions * (size.inputs + size.outputs))
-    factors = size.inputs**2 + size.outputs**2
-    by_name = {"tengrad": jacobian + n**2, "ekfac": factors + size.parameters}
-    by_name |= dict.fromkeys(("kfac", "kbfgs", "kbfgsl"), factors)
-    return by_name.get(name, 0)
 
 
 def _trace(job: Job) -> tuple[nn.Module, Mapping[str, LayerSizes], int]:

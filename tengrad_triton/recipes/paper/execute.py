@@ -1,8 +1,7 @@
 """Carries out `tengrad-triton paper`: estimates, the runs that are left, the measurements, and the report."""
 
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tengrad_triton.files import reason
 from tengrad_triton.recipes.data.images import Data
 from tengrad_triton.recipes.data.registry import DatasetName, load
 from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
@@ -18,7 +18,7 @@ from tengrad_triton.recipes.measuring import machine
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.paper.estimates import Estimate, check_memory, estimate
 from tengrad_triton.recipes.paper.measurements.measure import measure
-from tengrad_triton.recipes.paper.report.document import note_command
+from tengrad_triton.recipes.paper.report.document import check_folder, note_command
 from tengrad_triton.recipes.paper.report.write import write
 from tengrad_triton.recipes.paper.request import Request, expand_all
 from tengrad_triton.recipes.paper.runs import PaperRun, runs_of
@@ -60,6 +60,8 @@ def execute(targets: tuple[str, ...], request: Request, command: Sequence[str], 
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     shared = Shared(request, console, machine.chosen_device(request.device))
+    if not request.estimate:
+        check_folder(request.out)
     with _advice_on_failure(request):
         left = [run for run in runs if run.outcome(request.out) is None]
         _show_estimates(left, shared, len(runs))
@@ -85,12 +87,8 @@ def _advice_on_failure(request: Request) -> Iterator[None]:
         raise InterruptedRunError(f"interrupted: {advice}") from stop
     except OSError as error:
         raise UsageError(
-            f"{request.out}: cannot be written ({error.strerror or error}): make room, and {advice}"
+            f"{error.filename or request.out}: cannot be written ({reason(error)}): make room, and {advice}"
         ) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
-            raise
-        raise UsageError(f"{request.out}: a checkpoint cannot be written: make room, and {advice}") from error
 
 
 def _show_estimates(left: Sequence[PaperRun], shared: Shared, total: int) -> None:
@@ -127,9 +125,12 @@ def duration(seconds: float) -> str:
 def train(run: PaperRun, shared: Shared) -> None:
     """Train from the last whole epoch to the end, write outcome.json, and delete the checkpoint, which can be large."""
     path = run.folder(shared.request.out)
+    if run.outcome(shared.request.out) is not None:
+        return  # another process has trained it meanwhile
     folder = RunFolder(path)
     if not (path / "settings.json").exists():
-        shutil.rmtree(path, ignore_errors=True)  # a process may have been killed before it wrote the settings
+        with suppress(OSError):
+            (path / "checkpoints").rmdir()  # a process may have been killed before it wrote the settings
         folder = RunFolder.create(path, run.settings)
     job = shared.job(run.settings)
     check_memory(job, run.name)
@@ -142,4 +143,4 @@ def train(run: PaperRun, shared: Shared) -> None:
         "median_step_seconds": steps_S.median().item() if len(steps_S) else None,
     }
     folder.write_json("outcome.json", outcome)
-    shutil.rmtree(path / "checkpoints")
+    folder.delete_checkpoint(run.name)

@@ -5,24 +5,25 @@ Key: S steps.
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import accumulate, cycle
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.reports.styles import log_axis, style_of
 from tengrad_triton.recipes.training.metrics import History, Record
 
+SOFTWARE = "tengrad-triton"
+MARK = f"Software\0{SOFTWARE}".encode()  # in the first bytes of a figure: what has it may be replaced
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
-# Okabe and Ito's colours can be told apart with any colour vision; the markers help in print.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "x"))
 MARKERS = 12  # on each curve, whatever its number of points
 WINDOW = 25  # steps of a running mean: batches differ more than optimizers
 
@@ -34,25 +35,12 @@ def draw(history: History, title: str, folder: Path, prefix: str) -> None:
         figure = by_epoch[name]() if name in by_epoch else _by_step(history)
         figure.suptitle(title)
         with replacing(folder / f"{prefix}{name}.png") as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def figures_of(history: History) -> tuple[str, ...]:
     """Return the names of the figures that show something: one epoch makes no curve by epoch."""
     return FIGURES if any(len(record.epochs) > 1 for record in history.values()) else FIGURES[-1:]
-
-
-def log_axis(panel: Axes) -> None:
-    """Make the vertical axis logarithmic, with plain numbers; with few decades, also numbers between them."""
-    panel.set_yscale("log")
-    low, high = panel.get_ylim()
-    if high < 10 * low:
-        panel.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
-        panel.yaxis.set_minor_locator(NullLocator())
-    elif high < 200 * low:
-        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:
@@ -111,8 +99,8 @@ def _by_step(history: History) -> Figure:
 
 
 def _styled(history: History) -> Iterator[tuple[str, str, OptimizerName, Record]]:
-    for (color, marker), (name, record) in zip(cycle(STYLES), history.items(), strict=False):
-        yield color, marker, name, record
+    for name, record in history.items():
+        yield *style_of(name), name, record
 
 
 def _finish(panels: tuple[Axes, Axes], quantity: str) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring.machine import describe
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.paper.measurements import complexity, inverses, phases
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
@@ -46,7 +47,8 @@ def _is_missing(target: str, request: Request) -> bool:
     file = request.out / "results" / f"{target}.json"
     if not file.exists():
         return True
-    scale = RunFolder(file.parent).read_json(file.name)["scale"]
+    measured = RunFolder(file.parent).read_json(file.name)
+    scale = measured.get("scale") if isinstance(measured, dict) else None
     if scale != request.scale.description():
         raise UsageError(f"{file}: was measured at another scale ({scale}): name another --out, or ask for the same")
     return False
@@ -59,7 +61,7 @@ def _settings(request: Request, name: OptimizerName) -> Settings:
 def _measure_inverses(
     targets: tuple[str, ...], job_of: JobOf, request: Request, folder: RunFolder, console: Console
 ) -> None:
-    damping = EXPERIMENT.tuned["tengrad"][-1]
+    damping = EXPERIMENT.tuned["tengrad_paper"][-1]
     job = job_of(replace(_settings(request, "sgd"), epochs=1))
     console.print(f"{', '.join(targets)}: one epoch of SGD, then the blocks of the inverse", highlight=False)
     model = inverses.trained(job)
@@ -87,7 +89,7 @@ def _measure_inverses(
 
 
 def _table1(job_of: JobOf, request: Request, job: Job, console: Console) -> dict[str, Any]:
-    names = [name for name in request.optimizer if hasattr(Settings().of(name), "refresh_every")]
+    names = [name for name in request.optimizer if OPTIMIZERS[name]().interval]
     cases = complexity.measure_costs(
         names, complexity.VALUES, job.device, lambda line: console.print(line, highlight=False)
     )
@@ -95,8 +97,8 @@ def _table1(job_of: JobOf, request: Request, job: Job, console: Console) -> dict
 
 
 def _phases(job_of: JobOf, request: Request, job: Job, console: Console) -> dict[str, Any]:
-    # Those with an interval that grows have both kinds of steps among the first.
-    names = [name for name in request.optimizer if name not in ("tengrad_defaults", "tengrad_unscaled")]
+    # Those with an interval that varies have both kinds of steps among the first.
+    names = [name for name in request.optimizer if not OPTIMIZERS[name].interval_varies]
     by_name = {name: phases.measure_phases(job_of(_settings(request, name)), name) for name in names}
     return {"seconds": by_name, "title": job.settings.title(len(job.data.train)), "batch_size": job.settings.batch_size}
 

@@ -1,7 +1,6 @@
 """The time of a step by phase: the ranges that the optimizers mark, from torch's profiler."""
 
 import statistics
-from dataclasses import replace
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -24,10 +23,7 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
     an optimizer that marks no range counts as the update.
     """
     warm_up(job, name)
-    own = job.settings.of(name)
-    refreshes = hasattr(own, "refresh_every")
-    if refreshes:
-        own = replace(own, refresh_every=EVERY)  # type: ignore[type-var]
+    own = job.settings.of(name).changed(refresh_every=EVERY)
     model = job.model().to(job.device)
     optimizer = own.build(model)
     images, labels = next(job.data.batches("train", job.settings.batch_size))
@@ -40,7 +36,7 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
                 whole = now(job.device) - begun
             steps.append(_by_phase(profiler, whole))
     kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
-    return {kind: _medians(of) for kind, of in kinds.items() if refreshes or kind == "reuse"}
+    return {kind: _medians(of) for kind, of in kinds.items() if own.interval or kind == "reuse"}
 
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
