@@ -62,18 +62,17 @@ def svg(imports: Mapping[str, set[str]]) -> str:
 
 
 def _places(imports: Mapping[str, set[str]]) -> dict[str, tuple[float, float]]:
-    """Return the left upper corner of each box: below all that it imports, near the middle of these."""
+    """Return the left upper corner of each box, below all that it imports, in as many columns as a row needs."""
     levels: dict[str, int] = {}
-    for part in ORDER:
-        levels[part] = max((levels[other] + 1 for other in imports[part]), default=0)
+    for part in (part for part in ORDER if imports[part]):
+        levels[part] = max((levels[other] + 1 for other in imports[part] if imports[other]), default=1)
+    for part in (part for part in ORDER if not imports[part]):  # these stand just above the first that imports them
+        levels[part] = min((levels[other] - 1 for other in levels if part in imports[other]), default=0)
     places: dict[str, tuple[float, float]] = {}
-    step = WIDTH + GAP_X
-    for level in range(max(levels.values()) + 1):
-        row = [part for part in ORDER if levels[part] == level]
-        above = [places[other][0] for part in row for other in imports[part]]
-        middle = sum(above) / len(above) if above else MARGIN + step * (len(row) - 1) / 2
-        for index, part in enumerate(row):
-            places[part] = (middle + step * (index - (len(row) - 1) / 2), MARGIN + level * (HEIGHT + GAP_Y))
+    for level in set(levels.values()):
+        row = [part for part in levels if levels[part] == level]  # those that import something come first
+        for column, part in enumerate(row):
+            places[part] = (MARGIN + column * (WIDTH + GAP_X), MARGIN + level * (HEIGHT + GAP_Y))
     return places
 
 
