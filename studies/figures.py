@@ -17,9 +17,9 @@ from studies.problems import PROBLEMS
 from studies.results import TARGETS, Curve, Results, ratio
 from studies.runs import SEEDS
 from tengrad_triton.files import replacing
-from tengrad_triton.recipes.reports.styles import COLORS, MARKERS, log_axis
+from tengrad_triton.recipes.reports.styles import STYLES, log_axis
 
-COLOR = dict(zip(NAMES, zip(COLORS, MARKERS, strict=False), strict=False))
+COLOR = dict(zip(NAMES, STYLES, strict=False))
 TITLES = {"adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}
 LEAST, TICKS, NEVER = 0.4, (0.5, 0.7, 1.0, 1.5), 2.2  # of the ratios' axis; NEVER is where no loss was reached
 COLUMNS = 4  # of the figure with a panel for each problem

@@ -12,6 +12,8 @@ COLORS = (
     *("#56B4E9", "#7F3C8D", "#004060", "#7F7F7F", "#8C564B", "#B8860B"),
 )
 MARKERS = "os^DvxP*h><Xd"  # one more than colours, so that no two pairs are equal when colours come again
+STYLES = tuple(zip(COLORS, MARKERS, strict=False))
+"""Pairs for what is no optimizer, or several settings of one."""
 
 
 def style_of(name: OptimizerName) -> tuple[str, str]:
