@@ -93,12 +93,15 @@ class TrainStep:
         self._untraceable: str | None = None  # why the refresh could not be traced
 
     def __call__(self, x: Any, y: Any) -> Tensor:
-        """Take one step with a batch; return its loss, a scalar, from before the step.
+        """Take one step with a batch.
 
         Args:
             x: the model's input: a tensor, samples first, or tensors in nested tuples, lists and dictionaries. Other
                 entries (numbers, strings, None) are constants of what is compiled.
             y: the target of ``loss_fn``, nested in the same way.
+
+        Returns:
+            the loss of the batch before the step, a scalar without a graph.
 
         Raises:
             ValueError: ``loss_fn`` returned no scalar, or no mean over the samples.

@@ -50,7 +50,13 @@ class LevenbergMarquardt:
             raise ValueError(f"expected 0 < decrease <= 1 <= increase, got {self.decrease} and {self.increase}")
 
     def adapted(self, damping: float, actual: float, predicted: float) -> float:
-        """Return the damping after a step that changed the loss by ``actual``, when ``predicted`` was expected."""
+        """Return the next damping.
+
+        Args:
+            damping: the present one.
+            actual: ΔL, by how much the step changed the loss, in its units; below 0 where it fell.
+            predicted: ΔM, by how much the quadratic model expected it to change.
+        """
         ratio = actual / predicted if predicted else math.nan
         if ratio > 0.75 and predicted < 0:
             return max(self.least, self.decrease * damping)

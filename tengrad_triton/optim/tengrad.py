@@ -109,7 +109,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             (M18). None for no bound. `summary` says what that comes to.
         max_bytes: the memory, in bytes, for those J whose representation is chosen automatically: first they are stored
             in less memory, then fewer rows are used, with one warning. It also bounds the output gradients of the exact
-            Fisher matrix, and the rows of each parameter without a rule.
+            Fisher matrix, and the rows of each parameter without a rule. 4 GiB by default.
         tol: the largest relative error α ‖Δd‖ / ‖∇L‖ of a ``"compressed"`` J (M7).
         seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
         output: the part of the model's output that the likelihood sees: a function of it, a key or an index. By default
