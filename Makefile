@@ -8,7 +8,7 @@ PYTEST      := $(RUN) pytest
 WORKERS     ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train quick test tests test-slow bench lint format clean
+.PHONY: help install train quick test tests test-slow bench dist smoke lint format clean
 
 help:                      ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,19 @@ test-slow: $(READY)        ## run the tests marked slow
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf
 
+dist: $(READY)             ## build the sdist and the wheel into dist/, and check them and CITATION.cff
+	rm -rf dist
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[release]'
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+	$(VENV)/bin/cffconvert --validate
+
+# Each installation takes up to 7 GB, until it has been used. `make smoke PYTHON=python3.13 TORCH=2.14.1` tests another pair.
+TORCH       ?= 2.13.0
+smoke: dist                ## install the wheel and the sdist into clean environments, and use them
+	$(RUN) release.smoke dist/*.whl --python $(PYTHON) --torch $(TORCH)
+	$(RUN) release.smoke dist/*.tar.gz --python $(PYTHON) --torch $(TORCH)
+
 lint: $(READY)             ## check style (ruff) and types (mypy); change nothing
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -44,7 +57,7 @@ format: $(READY)           ## fix what ruff can fix, and lay out the code
 	$(RUN) ruff format .
 
 clean:                     ## remove .venv, builds, runs and caches
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs dist .pytest_cache .mypy_cache .ruff_cache
 
 # One resolver run for everything: torch's pinned build must be chosen before anything that depends on torch.
 $(READY): pyproject.toml $(CONSTRAINTS)
