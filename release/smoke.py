@@ -52,7 +52,7 @@ def check_command_line(environment: Environment) -> None:
     for command in COMMANDS:
         done = environment.run("tengrad-triton", *command.split())
         assert not done.stderr, f"{command}: {done.stderr}"
-    assert "Test accuracy" in (environment.elsewhere / "page.md").read_text(encoding="utf-8")
+    assert "test accuracy" in (environment.elsewhere / "page.md").read_text(encoding="utf-8")
 
 
 def smoke(archive: Path, python: str, torch: str) -> str:

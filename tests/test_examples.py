@@ -10,6 +10,7 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.pages import blocks_of, run_python
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -121,14 +122,9 @@ def test_a_narrow_theorem_writes_the_page(tmp_path):
     assert (tmp_path / "theorem1.png").stat().st_size > 10_000
 
 
-def code_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
 def test_the_layer_of_the_guide_is_exact(capsys):
-    names = {}
-    for text in code_blocks(ROOT / "docs" / "guides" / "your-own-layer.md"):
-        exec(compile(text, "your-own-layer.md", "exec"), names)
+    page = ROOT / "docs" / "guides" / "your-own-layer.md"
+    names = run_python(page, [b for b in blocks_of(page.read_text()) if b.language == "python"], {})
     said = capsys.readouterr().out
     assert re.search(r"0\.weight +\(8, 4\) +0 ", said)
     torch.manual_seed(0)
