@@ -1,7 +1,7 @@
-"""Install an archive in a clean environment and use it: `python -m release.smoke ARCHIVE --torch 2.13.0`.
+"""Install a wheel and an sdist in a clean environment and use them: `python -m release.smoke dist --torch 2.13.0`.
 
-Two installations are used from an empty folder: without extras, where the command line must say what it lacks, and with
-[train], where it must work. A line for the table of docs/releasing.md is printed last.
+From an empty folder: the wheel without extras, where the command line must say what it lacks; the wheel with [train],
+where every command must run; and the sdist. A line for the table of docs/releasing.md is printed last.
 """
 
 import argparse
@@ -25,6 +25,7 @@ class Environment:
         self.bin, self.elsewhere = folder / "env" / "bin", folder / "elsewhere"
         self.elsewhere.mkdir()
         self.env = KEPT | {"HOME": str(folder), "PIP_CACHE_DIR": cache_of_pip(), "OMP_NUM_THREADS": "1"}
+        self.env["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "compiled")
         subprocess.run([python, "-m", "venv", str(folder / "env")], env=self.env, check=True)
 
     def run(self, *command: str, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -36,12 +37,14 @@ class Environment:
         return done
 
     def install(self, *requirements: str) -> None:
-        """Install what pip is asked for."""
-        self.run("python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
+        """Install what pip is asked for; what is not imported need not be compiled."""
+        self.run(
+            "python", "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", *requirements
+        )
 
 
 def cache_of_pip() -> str:
-    """Return the user's cache of downloads: a torch of gigabytes is fetched once for all environments."""
+    """Return the user's cache of downloads: gigabytes of torch are fetched once for all environments."""
     return os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip"))
 
 
@@ -55,29 +58,32 @@ def check_command_line(environment: Environment) -> None:
     assert "test accuracy" in (environment.elsewhere / "page.md").read_text(encoding="utf-8")
 
 
-def smoke(archive: Path, python: str, torch: str) -> str:
-    """Install and use the archive; return the line of the table."""
+def smoke(wheel: Path, sdist: Path, python: str, torch: str) -> str:
+    """Install and use the archives; return the line of the table."""
     with tempfile.TemporaryDirectory(prefix="smoke-") as folder:
         environment = Environment(Path(folder), python)
-        environment.install(str(archive), f"torch=={torch}")
-        row = environment.run("python", "-I", str(PROBE)).stdout.strip().splitlines()[-1]
+        environment.install(str(wheel), f"torch=={torch}")
+        line = environment.run("python", "-I", str(PROBE)).stdout.strip().splitlines()[-1]
         lacking = environment.run("tengrad-triton", "--version", status=2).stderr.splitlines()[-1]  # torch misses numpy
         assert lacking.startswith("tengrad-triton: "), lacking
         assert lacking.endswith("pip install 'tengrad-triton[train]'"), lacking
-        environment.install(f"{archive}[train]", f"torch=={torch}")
+        environment.install(f"{wheel}[train]", f"torch=={torch}")
         check_command_line(environment)
         environment.run("python", "-m", "pip", "check")
-    return f"{row} {'wheel' if archive.suffix == '.whl' else 'sdist'} |"
+        environment.install("--force-reinstall", "--no-deps", str(sdist))
+        environment.run("python", "-I", str(PROBE))
+    return line
 
 
 def main() -> None:
     """Read the arguments, and print the line of the table."""
     parser = argparse.ArgumentParser(prog="python -m release.smoke", description=__doc__)
-    parser.add_argument("archive", type=Path, help="a wheel or an sdist")
+    parser.add_argument("folder", type=Path, help="folder with one wheel and one sdist")
     parser.add_argument("--python", default="python3", help="the interpreter of the environment")
     parser.add_argument("--torch", required=True, help="the version of torch")
     given = parser.parse_args()
-    print(smoke(given.archive.resolve(strict=True), given.python, given.torch))
+    (wheel,), (sdist,) = given.folder.resolve().glob("*.whl"), given.folder.resolve().glob("*.tar.gz")
+    print(smoke(wheel, sdist, given.python, given.torch))
 
 
 if __name__ == "__main__":
