@@ -124,7 +124,7 @@ def test_a_narrow_theorem_writes_the_page(tmp_path):
 
 def test_the_layer_of_the_guide_is_exact(capsys):
     page = ROOT / "docs" / "guides" / "your-own-layer.md"
-    names = run_python(page, [b for b in blocks_of(page.read_text()) if b.language == "python"], {})
+    names = run_python(page, blocks_of(page.read_text())[:1], {})
     said = capsys.readouterr().out
     assert re.search(r"0\.weight +\(8, 4\) +0 ", said)
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the first word after its fence, the number of lines before its text, and the text."""
+    """A block of code: the first word after its fence, the number of lines before its text, and the text."""
 
     language: str
     line: int
@@ -19,9 +19,9 @@ class Block:
 
 
 def blocks_of(text):
-    """Return the fenced blocks of a page in their order."""
-    fences = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
-    return [Block(token.info.partition(" ")[0], token.map[0] + 1, token.content) for token in fences]
+    """Return the blocks of code of a page in their order; one that is only indented has no language."""
+    tokens = [token for token in MarkdownIt().parse(text) if token.type in {"fence", "code_block"}]
+    return [Block(token.info.partition(" ")[0], token.map[0] + 1, token.content) for token in tokens]
 
 
 def spans_of(text):
