@@ -11,17 +11,22 @@ ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code: the first word after its fence, the number of lines before its text, and the text."""
+    """A fenced block: the first word after its fence, the number of lines before its text, and the text."""
 
     language: str
     line: int
     text: str
 
 
-def blocks_of(text):
-    """Return the blocks of code of a page in their order; one that is only indented has no language."""
-    tokens = [token for token in MarkdownIt().parse(text) if token.type in {"fence", "code_block"}]
-    return [Block(token.info.partition(" ")[0], token.map[0] + 1, token.content) for token in tokens]
+def blocks_of(text, before=0):
+    """Return the fenced blocks of a page in their order, also those in an indented note. Formulas are indented only."""
+    found = []
+    for token in MarkdownIt().parse(text):
+        if token.type == "fence":
+            found.append(Block(token.info.partition(" ")[0], before + token.map[0] + 1, token.content))
+        elif token.type == "code_block" and "```" in token.content:
+            found += blocks_of(token.content, before + token.map[0])
+    return found
 
 
 def spans_of(text):
