@@ -18,6 +18,7 @@ from helpers.paper import figures_not_rendered, measured_at_a_tiny_scale, write_
 from helpers.processes import errors_of
 from torch import nn
 
+from tengrad_triton import compile_train_step
 from tengrad_triton.recipes.cli.commands import COMMANDS, parse
 from tengrad_triton.recipes.cli.main import main
 
@@ -93,8 +94,9 @@ GIVEN = {
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """Run in an empty folder, with an empty cache of plans."""
+    """Run in an empty folder, with an empty cache of plans, and compile without inductor, which takes a minute."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(compile_train_step.__kwdefaults__, "backend", "aot_eager")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     with a_quick_command(), figures_not_rendered(), measured_at_a_tiny_scale():
         yield tmp_path
