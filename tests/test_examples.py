@@ -10,7 +10,7 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.pages import code_blocks
+from helpers.pages import blocks_of, run_python
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -123,11 +123,11 @@ def test_a_narrow_theorem_writes_the_page(tmp_path):
 
 
 def test_the_layer_of_the_guide_is_exact(capsys):
-    names = {}
-    for text in code_blocks(ROOT / "docs" / "guides" / "your-own-layer.md"):
-        exec(compile(text, "your-own-layer.md", "exec"), names)
-        if "but only the first token" not in text:  # the guide ends with a wrong rule
-            rule = canonical.dispatch(names["FirstTokenLinear"])
+    page = ROOT / "docs" / "guides" / "your-own-layer.md"
+    first, *others = blocks_of(page.read_text())
+    names = run_python(page, [first], {})
+    rule = canonical.dispatch(names["FirstTokenLinear"])
+    run_python(page, others, names)  # which end with a wrong rule
     canonical.register(names["FirstTokenLinear"], rule)
     said = capsys.readouterr().out
     assert re.search(r"0\.weight +\(8, 4\) +0 ", said)

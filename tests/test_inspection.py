@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from exact_cases import CLASSES, LAYERS, TOLERANCE, Case, batches
 from graph_rows import cotangents_of, rows_of_graph
-from helpers.pages import code_blocks
+from helpers.pages import blocks_of, run_python
 from scaled import dense_d
 from torch import nn
 
@@ -293,10 +293,8 @@ def test_parameters_that_take_the_sgd_step_have_no_block():
 
 def test_the_guide_says_what_is_the_case(capsys):
     page = Path(__file__).parent.parent / "docs" / "guides" / "inspect.md"
-    names = {}
-    blocks = code_blocks(page)
-    for text in blocks:
-        exec(compile(text, page.name, "exec"), names)
+    blocks = blocks_of(page.read_text())
+    names = run_python(page, blocks, {})
     assert len(blocks) == 6
     assert names["fisher"].shape == (56, 56)
     assert {name: tuple(j.shape) for name, j in names["rows"].items()} == {"0.weight": (96, 8, 6), "0.bias": (96, 8)}
