@@ -130,7 +130,7 @@ def test_the_layer_of_the_guide_is_exact(capsys):
     for text in code_blocks(ROOT / "docs" / "guides" / "your-own-layer.md"):
         exec(compile(text, "your-own-layer.md", "exec"), names)
     said = capsys.readouterr().out
-    assert re.search(r"0\.weight +\(8, 4\) +0 ", said)
+    assert re.search(r"\n0\n(  .*\n)*  weight +\(8, 4\) ", said)
     torch.manual_seed(0)
     model = nn.Sequential(names["FirstTokenLinear"](4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
     nn.init.normal_(model[0].scale)
@@ -171,7 +171,7 @@ def test_fine_tuning_covers_every_parameter(tiny, tmp_path):
     finetune.main(out=tmp_path, seconds=0.3, threads=torch.get_num_threads())
     text = (tmp_path / "finetune.md").read_text()
     assert f"**{len(rows)} of {len(rows)} parameters have an exact block.**" in text
-    assert "attention.in_proj_weight" in text
+    assert "\nblocks.0.attention\n  in_proj_weight " in text
 
 
 def test_the_texts_are_those_of_python():
