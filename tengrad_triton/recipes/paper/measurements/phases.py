@@ -1,7 +1,9 @@
 """The time of a step by phase: the ranges that the optimizers mark, from torch's profiler."""
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -24,23 +26,37 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
     an optimizer that marks no range counts as the update.
     """
     warm_up(job, name)
+    steps = list(_profiled_steps(job, name, EVERY * ROUNDS))
+    kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
+    refreshes = hasattr(job.settings.of(name), "refresh_every")
+    return {kind: _medians(of) for kind, of in kinds.items() if refreshes or kind == "reuse"}
+
+
+def seconds_of_phases(job: Job, name: OptimizerName) -> float:
+    """Return how long `measure_phases` takes, from its first steps: a warm-up, one refresh and one step without it."""
+    start = now(job.device)
+    warm_up(job, name)
+    times = [now(job.device)]
+    times += [now(job.device) for _ in _profiled_steps(job, name, 2)]
+    refresh, reuse = (end - begun for begun, end in pairwise(times))
+    return times[0] - start + ROUNDS * (refresh + (EVERY - 1) * reuse)
+
+
+def _profiled_steps(job: Job, name: OptimizerName, count: int) -> Iterator[dict[str, float]]:
+    """Yield the seconds of each phase in an optimizer's first steps."""
     own = job.settings.of(name)
-    refreshes = hasattr(own, "refresh_every")
-    if refreshes:
+    if hasattr(own, "refresh_every"):
         own = replace(own, refresh_every=EVERY)  # type: ignore[type-var]
     model = job.model().to(job.device)
     optimizer = own.build(model)
     images, labels = next(job.data.batches("train", job.settings.batch_size))
-    steps = []
     with closing_hooks(optimizer):
-        for _ in range(EVERY * ROUNDS):
+        for _ in range(count):
             with profile(activities=_activities(job)) as profiler:
                 begun = now(job.device)
                 one_step(model, optimizer, images, labels, own.needs_closure)
                 whole = now(job.device) - begun
-            steps.append(_by_phase(profiler, whole))
-    kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
-    return {kind: _medians(of) for kind, of in kinds.items() if refreshes or kind == "reuse"}
+            yield _by_phase(profiler, whole)
 
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:

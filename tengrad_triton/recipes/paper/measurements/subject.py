@@ -1,0 +1,42 @@
+"""What the measurements are of: 3C1F on Fashion-MNIST, the first row of table 2."""
+
+from dataclasses import replace
+
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.paper.published import EXPERIMENTS
+from tengrad_triton.recipes.paper.request import INVERSES, Request
+from tengrad_triton.recipes.paper.runs import settings_of
+from tengrad_triton.recipes.paper.shared import Shared
+from tengrad_triton.recipes.training.job import Job
+from tengrad_triton.recipes.training.settings import Settings
+
+EXPERIMENT = EXPERIMENTS[0]
+DAMPING = EXPERIMENT.tuned["tengrad"][-1]
+
+
+def settings_for(request: Request, name: OptimizerName, epochs: int | None = None) -> Settings:
+    """Return the settings of an optimizer at the scale of the request, for fewer epochs if given."""
+    settings = settings_of(EXPERIMENT, name, 0, request, EXPERIMENT.of(name))
+    return settings if epochs is None else replace(settings, epochs=epochs)
+
+
+def job_for(shared: Shared, name: OptimizerName, epochs: int | None = None) -> Job:
+    """Return the job of `settings_for`."""
+    return shared.job(settings_for(shared.request, name, epochs))
+
+
+def names_of(target: str, request: Request) -> list[OptimizerName]:
+    """Return the optimizers that a target measures: for table 1 and the phases, those with a fixed interval."""
+    if target in INVERSES:
+        return ["sgd"]
+    if target == "table1":
+        return [name for name in request.optimizer if hasattr(Settings().of(name), "refresh_every")]
+    if target == "phases":
+        # Those with an interval that grows have both kinds of steps among the first.
+        return [name for name in request.optimizer if name not in ("tengrad_defaults", "tengrad_unscaled")]
+    return list(request.optimizer)
+
+
+def reads_data(target: str, request: Request) -> bool:
+    """Return whether a target reads data: table 1 does not, but --data is checked if it is given."""
+    return target != "table1" or request.data is not None
