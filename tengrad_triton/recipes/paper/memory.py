@@ -44,10 +44,10 @@ def check_memory(what: str, need: int, device: torch.device, advice: str) -> Non
     """Raise `UsageError` with the estimate if something needs more memory than is free."""
     free = free_bytes(device)
     if need > free:
-        raise UsageError(f"{what} needs at least {size(need)}, and {size(free)} are free: {advice}")
+        raise UsageError(f"{what} needs at least {readable(need)}, and {readable(free)} are free: {advice}")
 
 
-def size(count: int) -> str:
+def readable(count: int) -> str:
     """Return a number of bytes in GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 

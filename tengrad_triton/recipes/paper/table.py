@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from tengrad_triton.recipes.paper.memory import size
+from tengrad_triton.recipes.paper.memory import readable
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def table_of(rows: Iterable[Row]) -> Table:
     for row in rows:
         count = str(row.count) if row.optimizer else ""
         each = duration(row.each) if row.optimizer else ""
-        table.add_row(row.what, row.optimizer, count, each, duration(row.seconds), size(row.bytes))
+        table.add_row(row.what, row.optimizer, count, each, duration(row.seconds), readable(row.bytes))
     return table
 
 
