@@ -15,7 +15,7 @@ help:                      ## list what make can do
 
 install: $(READY)          ## make .venv and install the package, its tools and the pinned torch
 
-train: $(READY)            ## train a small 3C1F on digits with TENGraD, SGD and AdamW
+train: $(READY)            ## train a small 3C1F on digits with TENGraD, by its defaults and as in the paper, SGD and AdamW
 	$(VENV)/bin/tengrad-triton train
 
 quick: $(READY)            ## stop at the first failing test of the method, the optimizer or a kernel: under a minute
@@ -49,6 +49,8 @@ clean:                     ## remove .venv, builds, runs and caches
 # One resolver run for everything: torch's pinned build must be chosen before anything that depends on torch.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing tengrad-triton with PyTorch, Triton and its tools into $(VENV): a few minutes, once."
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]'
+	@began=$$(date +%s) && \
+	$(PYTHON) -m venv $(VENV) && \
+	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]' && \
+	echo "Installed into $(VENV) in $$(($$(date +%s) - began)) s." && \
 	touch $@

@@ -28,8 +28,8 @@ the standard library. Its layers are torch's own: LayerNorm, attention with its 
 head that shares the table of the embedding."""
 COVERAGE = """## What the optimizer does with each parameter
 
-This is `summary()` after a refresh: a line for each parameter, with its block. A parameter left to SGD would have a
-dash."""
+This is `summary()` after a refresh, layer by layer; each layer is a block of the Fisher matrix. A parameter left to SGD
+would be called so, with the reason."""
 
 
 def pretrained(seconds: float, seed: int) -> nn.Module:

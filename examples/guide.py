@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from examples.race import Runner, best_of
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.measuring.machine import describe
 from tengrad_triton.recipes.reports.markdown import block, machine_table, table
 from tengrad_triton.recipes.reports.run_figures import MARKERS, STYLES

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.measuring.machine import describe
 
 ROOT = Path(__file__).parent.parent

@@ -50,7 +50,7 @@ def study(
     Parameters
     ----------
     data
-        Folder with fashion_mnist/ and cifar10/, each with train-*.parquet and test-*.parquet.
+        Folder with a folder for each of fashion-mnist and cifar10, which holds train-*.parquet and test-*.parquet.
     out
         Folder of the page defaults.md; the figures go into its folder figures/.
     results

@@ -15,7 +15,7 @@ from studies.optimizers import NAMES
 from studies.problems import PROBLEMS
 from studies.results import Curve, Results
 from studies.runs import SEEDS
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.reports.run_figures import STYLES
 
 COLOR = dict(zip(NAMES, STYLES, strict=False))

@@ -17,9 +17,9 @@ from torch import nn
 from studies import optimizers
 from studies.problems import PROBLEMS
 from studies.problems.base import Problem, Task
+from tengrad_triton.files import replacing
 from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.options import UNSCALED
-from tengrad_triton.recipes.files import replacing
 
 POINTS = 8  # evaluations in a run
 SEEDS = (0, 1, 2)

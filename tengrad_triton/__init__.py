@@ -8,6 +8,7 @@ Each sub-package imports only those before it:
 - `capture`: hooks that record the calls and the output gradients of one forward and backward.
 - `curvature`: from contributions to J, the factored Fisher blocks, and the step along the natural gradient.
 - `tuning`: which representation and kernels are fastest for each weight.
+- `inspection`: the curvature as dense tensors for people to look at, and the check of a rule against autograd.
 - `optim`: `TENGraD`, a `torch.optim.Optimizer`.
 - `compiled`: the whole step as compiled graphs.
 - `baselines`: K-FAC and its relatives on the same capture.
@@ -17,6 +18,7 @@ Each sub-package imports only those before it:
 import logging
 
 from tengrad_triton.compiled.train_step import compile_train_step
+from tengrad_triton.inspection.rules import check_rule
 from tengrad_triton.layers import Call, Canonical, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical
 from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tengrad_triton.optim.damping import LevenbergMarquardt
@@ -44,5 +46,6 @@ __all__ = [
     "TENGraD",
     "autotune",
     "canonical",
+    "check_rule",
     "compile_train_step",
 ]

@@ -172,7 +172,7 @@ def test_the_summary_says_what_was_chosen_and_why():
     _, optimizer = taken(step_share=1.9)
     spending, said = optimizer.summary().spending, str(optimizer.summary())
     assert f"{spending.rows} of 64 rows (step_share=1.9)" in said
-    assert f"a step adds {spending.step:.2f} to SGD's, a refresh {spending.refresh:.2f}" in said
+    assert f"a step adds {spending.step:.2f} of SGD's time, a refresh {spending.refresh:.2f}" in said
     assert spending.step <= 0.95
     assert TENGraD(perceptron()).summary().spending is None
 

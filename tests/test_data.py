@@ -7,12 +7,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from helpers.image_files import data_of, encoded, random_pixels, write_folder, write_parquet
+from helpers.image_files import as_png, data_of, encoded, random_pixels, write_folder, write_parquet
+from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from tengrad_triton.recipes.data.class_names import CIFAR10, CIFAR100, FASHION_MNIST
 from tengrad_triton.recipes.data.images import Normalizer, Split
-from tengrad_triton.recipes.data.registry import DATASETS, DatasetName, load
+from tengrad_triton.recipes.data.registry import DATASETS, DatasetName, data_folder, load
 from tengrad_triton.recipes.errors import UsageError
 
 SPELLINGS = [("fashion-mnist", "image", "label", "L"), ("cifar10", "img", "label", "RGB")]
@@ -54,12 +56,113 @@ def test_parquet_pixels_and_labels_are_exact(tmp_path, name, image, label, mode,
         np.testing.assert_array_equal(split.labels.numpy(), labels[part])
 
 
-def test_images_are_converted_to_the_data_sets_mode(tmp_path):
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_images_are_converted_to_the_data_sets_mode(tmp_path, mode):
+    colours = Image.fromarray(random_pixels(1, "RGB")[0]).convert(mode)
     for part in ("train", "test"):
-        write_parquet(tmp_path / f"{part}-0.parquet", "img", "label", [encoded(random_pixels(1, "L")[0])], [0])
+        write_parquet(tmp_path / f"{part}-0.parquet", "img", "label", [as_png(colours)], [0])
     images = loaded("cifar10", tmp_path).train.images
-    assert images.shape == (1, 3, 6, 5)
-    assert torch.equal(images[:, 0], images[:, 2])
+    np.testing.assert_array_equal(images[0].permute(1, 2, 0), np.array(colours.convert("RGB")))
+
+
+def test_gray_images_may_be_stored_with_three_equal_channels(tmp_path):
+    pixels = random_pixels(1, "L")[0]
+    for part in ("train", "test"):
+        image = as_png(Image.fromarray(pixels).convert("RGB"))
+        write_parquet(tmp_path / f"{part}-0.parquet", "image", "label", [image], [0])
+    np.testing.assert_array_equal(loaded("fashion-mnist", tmp_path).train.images[0, 0], pixels)
+
+
+def with_names(folder, image, label, mode, names):
+    """Write files of a mode whose schema names the classes."""
+    for part in ("train", "test"):
+        images = [encoded(pixels) for pixels in random_pixels(2, mode)]
+        write_parquet(folder / f"{part}-0.parquet", image, label, images, [0, 1], names=names)
+
+
+def many(folder, labels):
+    """Write nameless files of CIFAR's images with so many samples that every class must be among them."""
+    for part in ("train", "test"):
+        write_parquet(
+            folder / f"{part}-0.parquet", "img", "label", [encoded(random_pixels(1, "RGB")[0])] * len(labels), labels
+        )
+
+
+OTHERS = {  # what --dataset asks for, what writes the folder, and the message
+    "Fashion-MNIST as CIFAR-10": (
+        "cifar10",
+        lambda folder: with_names(folder, "image", "label", "L", FASHION_MNIST),
+        "10 classes (T-shirt/top, Trouser, Pullover, Dress, ...): expected 10 classes (airplane, ",
+    ),
+    "CIFAR-10 as Fashion-MNIST": (
+        "fashion-mnist",
+        lambda folder: with_names(folder, "img", "label", "RGB", CIFAR10),
+        "10 classes (airplane, automobile, bird, cat, ...): expected 10 classes (T-shirt/top, ",
+    ),
+    "CIFAR-100 as CIFAR-10": (
+        "cifar10",
+        lambda folder: with_names(folder, "img", "fine_label", "RGB", CIFAR100),
+        "columns img, fine_label: expected one called label; is this another --dataset?",
+    ),
+    "CIFAR-10 as CIFAR-100": (
+        "cifar100",
+        lambda folder: with_names(folder, "img", "label", "RGB", CIFAR10),
+        "10 classes (airplane, automobile, bird, cat, ...): expected 100 classes (apple, ",
+    ),
+    "classes in another order": (
+        "cifar10",
+        lambda folder: with_names(folder, "img", "label", "RGB", CIFAR10[::-1]),
+        "10 classes (truck, ",
+    ),
+    "fewer numbered classes": (
+        "cifar10",
+        lambda folder: with_names(folder, "img", "label", "RGB", tuple("012")),
+        "3 classes (0, 1, 2, ...)",
+    ),
+    "gray images": (
+        "cifar10",
+        lambda folder: write_folder(folder, size=(32, 32)),
+        "gray images (L): expected colour (RGB)",
+    ),
+    "colour images": (
+        "fashion-mnist",
+        lambda folder: write_folder(folder, mode="RGB", size=(28, 28)),
+        "colour images (RGB): expected gray (L)",
+    ),
+    "another size": (
+        "fashion-mnist",
+        lambda folder: write_folder(folder, size=(28, 32)),
+        "sample 0 of column image is an image of 28 x 32 pixels: expected 28 x 28",
+    ),
+    "ten classes of a hundred": ("cifar100", lambda folder: many(folder, [*range(10)] * 500), "10 classes in 5000"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_another_data_set_is_refused(tmp_path, case):
+    name, write, message = OTHERS[case]
+    write(tmp_path)
+    with pytest.raises(UsageError) as error:
+        loaded(name, tmp_path)
+    assert message in str(error.value)
+    assert str(error.value).endswith("is this another --dataset?")
+
+
+@pytest.mark.parametrize("names", [FASHION_MNIST, ("T - shirt / top", *FASHION_MNIST[1:]), tuple("0123456789"), None])
+def test_names_are_compared_by_their_letters_and_may_be_numbers_or_missing(tmp_path, names):
+    with_names(tmp_path, "image", "label", "L", names)
+    assert len(loaded("fashion-mnist", tmp_path).train) == 2
+
+
+@pytest.mark.parametrize("place", [".", "fashion_mnist", "fashion-mnist"])
+def test_a_folder_is_of_one_data_set_or_has_a_folder_for_each(tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    write_folder(tmp_path / place)
+    assert len(loaded("fashion-mnist", tmp_path).test) == 5
+    assert data_folder(tmp_path, "fashion-mnist") == tmp_path / place
+    if place != ".":
+        with pytest.raises(UsageError, match=r"no test-\*.parquet in it, nor in a folder cifar10 of it"):
+            data_folder(tmp_path, "cifar10")
 
 
 def test_local_files_leave_nothing_behind(tmp_path, monkeypatch):
@@ -126,17 +229,17 @@ BROKEN = {
     "not Parquet": (_overwrite(b"label,image\n"), "cannot be read"),
     "damaged inside": (_flip_bytes, "cannot be read"),
     "image column": (_rewrite(image="picture"), "columns picture, label: expected one called image or img"),
-    "label column": (_rewrite(label="class"), "columns image, class: expected one called label or fine_label"),
+    "label column": (_rewrite(label="class"), "columns image, class: expected one called label"),
     "label too large": (_rewrite(labels=[0, 10]), "labels 0 to 10: expected 0 to 9"),
     "label negative": (_rewrite(labels=[-1, 0]), "labels -1 to 0: expected 0 to 9"),
     "label missing": (_rewrite(labels=[0, None]), "or gaps: expected an integer"),
     "label text": (_rewrite(labels=["cat", "dog"]), "expected an integer"),
-    "image missing": (_rewrite(images=[GRAY, None]), "sample 1 of column image holds no image"),
-    "image first missing": (_rewrite(images=[None, GRAY]), "sample 0 of column image holds no image"),
+    "image missing": (_rewrite(images=[GRAY, None]), "sample 1 of column image is no image"),
+    "image first missing": (_rewrite(images=[None, GRAY]), "sample 0 of column image is no image"),
     "not an image": (_rewrite(images=[GRAY, {"bytes": b"x", "path": None}]), "cannot be read"),
     "sizes differ": (
         _rewrite(images=[GRAY, encoded(random_pixels(1, "L", size=(4, 5))[0])]),
-        "sample 1 of column image holds (4, 5): expected an image of (6, 5)",
+        "sample 1 of column image is an image of 4 x 5 pixels: expected 28 x 28",
     ),
     "no samples": (_rewrite(images=[], labels=pa.array([], pa.int64())), "cannot be read"),
 }

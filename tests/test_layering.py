@@ -12,8 +12,8 @@ PACKAGE = ROOT / "tengrad_triton"
 
 # Each imports what stands before it, and itself.
 ORDER = [
-    *("kernels", "likelihoods", "profiling", "layers", "capture", "curvature", "tuning", "optim", "compiled"),
-    *("baselines", "recipes"),
+    *("kernels", "likelihoods", "profiling", "files", "tables", "layers", "capture", "curvature", "tuning"),
+    *("inspection", "optim", "compiled", "baselines", "recipes"),
 ]
 NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
 OF_TENGRAD = {"tengrad", "woodbury", "jacobians", "refresh", "step_access"}  # what no baseline may know
@@ -154,7 +154,7 @@ def test_the_library_needs_no_triton_no_gpu_and_no_package_of_the_command_line()
 
 # Each line of recipes/ imports what stands before it, and itself.
 RECIPES_ORDER = [
-    *("errors", "files", "measuring", "data", "models", "optimizers", "training", "reports"),
+    *("errors", "files", "terminal", "measuring", "data", "models", "optimizers", "training", "reports"),
     *("paper.published", "paper.request", "paper.progress", "paper.runs", "paper.shared", "paper.memory"),
     *("paper.estimates", "paper.table", "paper.report", "paper.measurements", "paper.forecast", "paper.execute", "cli"),
 ]

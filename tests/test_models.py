@@ -1,7 +1,6 @@
 """The recipes' models and optimizers: shapes, the literature's sizes, images that do not fit, settings that arrive."""
 
 import dataclasses
-from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import MODELS, TEXT_MODELS, image_model
 from tengrad_triton.recipes.optimizers.muon_with_adamw import hidden_weights
-from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.training.settings import Settings, installed
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 7, 11), (1, 4, 4)]
@@ -99,8 +98,9 @@ def test_what_does_not_fit_is_refused(name, shape, width, message):
 
 
 def test_every_optimizer_has_settings():
-    assert [type(Settings().of(name)).__name__.lower() for name in get_args(OptimizerName)] == [
-        f"{name}settings".replace("_", "") for name in get_args(OptimizerName)
+    assert [type(Settings().of(name)) for name in OPTIMIZERS] == list(OPTIMIZERS.values())
+    assert [settings.__name__.lower() for settings in OPTIMIZERS.values()] == [
+        f"{name}settings".replace("_", "") for name in OPTIMIZERS
     ]
 
 

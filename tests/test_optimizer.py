@@ -204,7 +204,7 @@ def test_summary_shows_every_parameter():
         "6.weight": "factored, D 4 ⊗ 8",
     }
     assert sum(row.bytes for row in summary.parameters) > 0
-    assert "4.weight" in str(summary)
+    assert "\n4\n  weight" in str(summary)
 
 
 def test_representation_by_hand():

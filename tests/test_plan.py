@@ -1,6 +1,5 @@
 """Choice by measurement: the arithmetic of a plan, its file, and the tuner."""
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -73,52 +72,16 @@ def test_by_hand_is_by_hand_and_the_unknown_gets_the_cost_model():
     assert chosen["other"].representation == "per_sample"
 
 
-def test_the_file_gives_back_the_plan_and_merges(tmp_path):
-    path = tmp_path / "deep" / "plan.json"
-    assert plan_file.load(path, CPU) == Plan({})
-    plan_file.save(PLAN, path, CPU)
-    assert plan_file.load(path, CPU) == PLAN
-    newer = Plan({geometry().key: {"factored": FAST_REFRESH}, "another": {"factored": FAST_REFRESH}})
-    merged = plan_file.save(newer, path, CPU)
-    assert merged == plan_file.load(path, CPU) == newer
-    assert not list(path.parent.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("part", ["schema", "kernels", "torch", "triton", "device", "processors", "arch"])
-def test_a_plan_from_elsewhere_is_not_used_and_says_why(tmp_path, part):
-    path = tmp_path / "plan.json"
-    plan_file.save(PLAN, path, CPU)
-    content = json.loads(path.read_text())
-    content["header"][part] = "other"
-    path.write_text(json.dumps(content))
-    with pytest.warns(UserWarning, match=f"not used: it was measured with {part} 'other'"):
-        assert plan_file.load(path, CPU) == Plan({})
-    assert path.exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"header": {}}', '{"header": {}, "entries": {"k": {"factored": {}}}}'])
-def test_a_damaged_file_is_set_aside(tmp_path, content):
-    path = tmp_path / "plan.json"
-    path.write_text(content)
-    with pytest.warns(UserWarning, match="is ignored, because it is damaged .*; renamed to plan.damaged"):
-        assert plan_file.load(path, CPU) == Plan({})
-    assert (tmp_path / "plan.damaged").read_text() == content
-    plan_file.save(PLAN, path, CPU)
-    assert plan_file.load(path, CPU) == PLAN
-
-
-def test_a_folder_that_cannot_be_written_costs_the_file_only(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="the plan is not saved"):
-        assert plan_file.save(PLAN, tmp_path / "file" / "plan.json", CPU) == PLAN
-
-
 def model():
     torch.manual_seed(0)
     return nn.Sequential(
         *(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True)),
         *(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)),
     )
+
+
+def tuned(tmp_path, seconds=1e-3, **options):
+    return autotune(model(), torch.randn(16, 1, 6, 6), seconds=seconds, path=tmp_path / "plan.json", **options)
 
 
 def test_autotune_measures_each_geometry_once_and_the_optimizer_uses_it(tmp_path):
@@ -204,13 +167,9 @@ def gpu(monkeypatch):
     return Gpu(monkeypatch)
 
 
-def tuned(tmp_path, **options):
-    return autotune(model(), torch.randn(16, 1, 6, 6), seconds=0.1, path=tmp_path / "plan.json", **options)
-
-
 def test_every_configuration_is_tried_and_the_fastest_is_used(tmp_path, gpu):
     gpu.times = {("conv_sample_grads", "narrow"): 1e-3, ("gram_rows", "deep"): 1e-3, ("project_rows", "torch"): 1e-3}
-    plan = tuned(tmp_path, representations=("per_sample",))
+    plan = tuned(tmp_path, 0.1, representations=("per_sample",))
     offered = {spec.name: {"torch", "triton", *spec.config_names} for spec in kernels.SPECS}
     for entry in plan.entries.values():
         assert {name: set(times) for name, times in entry["per_sample"].seconds.items()}.items() <= offered.items()
@@ -250,7 +209,7 @@ def test_a_configuration_that_fails_is_dropped_alone(tmp_path, gpu, monkeypatch)
     monkeypatch.setattr(kernels, "gram_rows", inexact_and_large)
     monkeypatch.setattr(kernels, "project_rows", large)
     with pytest.warns(UserWarning, match=r"dropped") as said:
-        plan = tuned(tmp_path, representations=("per_sample",))
+        plan = tuned(tmp_path, 0.1, representations=("per_sample",))
     assert {str(one.message) for one in said} == {
         "gram_rows (deep) is dropped: out of resource: shared memory",
         "gram_rows (small) is dropped: its error is more than twice PyTorch's",

@@ -1,6 +1,7 @@
 """Bad settings, models, groups and rules: one clear error, and nothing has changed."""
 
 import copy
+from pathlib import Path
 
 import one_step
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from small_conv import batch, flat, small_model, take_steps
 from torch import nn
 
-from tengrad_triton import Categorical, TENGraD
+from tengrad_triton import Categorical, TENGraD, compile_train_step
 
 BAD = {
     "negative lr": ({"lr": -1.0}, ValueError, "lr must be at least 0"),
@@ -30,7 +31,36 @@ BAD = {
     "likelihood object": ({"likelihood": object()}, TypeError, "must have sample"),
     "blocks": ({"blocks": "net"}, ValueError, "blocks must be 'layer', 'network' or lists"),
     "representation": ({"representation": "dense"}, ValueError, "representation must be one of"),
-    "representation of a weight": ({"representation": {"0.weight": "dense"}}, ValueError, "representation must be"),
+    "representation of a weight": ({"representation": {"0.weight": "dense"}}, ValueError, "got 'dense'"),
+    "auto of a weight": (
+        {"representation": {"0.weight": "auto"}},
+        ValueError,
+        "representation of '0.weight' must be one",
+    ),
+    "a misspelt representation": (
+        {"representation": {"0.weight": "factord"}},
+        ValueError,
+        r"got 'factord' \(did you mean 'factored'\?\)",
+    ),
+    "a misspelt weight": (
+        {"representation": {"0.wieght": "factored"}},
+        ValueError,
+        r"has the key '0.wieght', but the model has no such parameter \(did you mean '0.weight' or ",
+    ),
+    "no such plan": (
+        {"plan": Path(__file__).with_name("test_refusal.py")},
+        FileNotFoundError,
+        r"test_refusal.py' does not exist \(did you mean 'test_refusals.py' or .*\): make it by autotune",
+    ),
+    "a plan in no folder": ({"plan": "no-folder/plan.json"}, FileNotFoundError, "plan='no-folder/plan.json' does not"),
+    "maximize": ({"maximize": "no"}, TypeError, "maximize must be True or False, got 'no'"),
+    "decoupled weight decay": (
+        {"decoupled_weight_decay": 1},
+        TypeError,
+        "decoupled_weight_decay must be True or False",
+    ),
+    "nesterov": ({"nesterov": "yes"}, TypeError, "nesterov must be True or False, got 'yes'"),
+    "relative damping": ({"relative_damping": "no"}, TypeError, "relative_damping must be True or False, got 'no'"),
     "unsupported": ({"unsupported": "skip"}, ValueError, "unsupported must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
     "no share": ({"step_share": 0}, ValueError, "step_share must be positive, or None for no bound, got 0"),
@@ -47,6 +77,16 @@ def test_bad_settings(case):
     with pytest.raises(error, match=message):
         TENGraD(model, **arguments)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_group_with_a_text_for_a_boolean_is_refused():
+    model = small_model()
+    with pytest.raises(TypeError, match="maximize must be True or False, got 'no'"):
+        TENGraD(model, [{"params": [*model.parameters()], "maximize": "no"}])
+    optimizer = TENGraD(model, model[6].parameters())
+    with pytest.raises(TypeError, match="nesterov must be True or False, got 'no'"):
+        optimizer.add_param_group({"params": model[4].parameters(), "nesterov": "no"})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_bad_models():
@@ -181,3 +221,39 @@ def test_a_block_needs_one_damping():
     groups = [{"params": model[0].parameters()}, {"params": model[3:].parameters(), "damping": 1.0}]
     with pytest.raises(ValueError, match=r"'network' are solved together and need one damping, got 1.0, 10.0"):
         TENGraD(model, groups, blocks="network")
+
+
+class WithEmpty(nn.Module):
+    """A perceptron beside parameters without entries."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.nothing = nn.Parameter(torch.zeros(0))
+        self.of_nothing = nn.Linear(0, 3)
+
+    def forward(self, x):
+        return self.net(x) + self.nothing.sum() + self.of_nothing(x[:, :0])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("options", [{}, {"fisher": "exact", "blocks": "network"}], ids=str)
+def test_parameters_without_entries_are_left_alone(options, compiled):
+    torch.manual_seed(0)
+    model = WithEmpty()
+    optimizer = TENGraD(model, refresh_every=2, seed=0, **options)
+    step = compile_train_step(model, F.cross_entropy, optimizer, backend="eager") if compiled else None
+    for _ in range(5):
+        x, y = torch.randn(6, 4), torch.arange(6) % 3
+        if step is not None:
+            step(x, y)
+            continue
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    moved = {"net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias", "of_nothing.bias"}
+    assert {entry.parameter for entry in optimizer.summary().parameters} == moved
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert "momentum_buffer" not in optimizer.state[model.nothing]
+    optimizer.load_state_dict(optimizer.state_dict())

@@ -127,7 +127,11 @@ DAMAGES = {
     "settings": ("settings.json", b"{", "settings.json"),
     "other settings": ("settings.json", b'{"widht": 3}', "widht"),
     "no settings": ("settings.json", b"[]", "settings.json"),
-    "other weights": ("settings.json", b'{"optimizer": ["sgd"], "width": 5, "epochs": 2}', "does not fit"),
+    "other weights": (
+        "settings.json",
+        b'{"optimizer": ["sgd"], "model": "3c1f", "dataset": "digits", "epochs": 2, "batch_size": 64, "seed": 0}',
+        "does not fit",
+    ),
 }
 
 

@@ -13,9 +13,9 @@ from helpers.training import IMAGES
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.cli.train import start
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.files import replacing
 from tengrad_triton.recipes.optimizers.first_order import AdamwSettings, SgdSettings
 from tengrad_triton.recipes.reports.run_figures import FIGURES
 from tengrad_triton.recipes.training.metrics import EpochMetrics
@@ -38,8 +38,10 @@ def run(tmp_path_factory):
 def test_a_run_leaves_whole_files_only(run):
     files = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     events = {file for file in files if file.startswith("tensorboard/")}
-    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv", "tengrad-summary.txt"}
+    named = {"settings.json", "machine.json", "metrics.csv", "metrics.json", "steps.csv"}
+    named |= {f"{name}-summary.txt" for name in DEFAULTS if name.startswith("tengrad")}
     checkpoints = {f"checkpoints/{name}.pt" for name in DEFAULTS}
+    named |= {".tengrad-triton-run.lock"}
     assert files - events == named | {f"{name}.png" for name in FIGURES} | checkpoints
     assert {file.split("/")[1] for file in events} == set(DEFAULTS)
 

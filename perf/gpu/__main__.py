@@ -45,7 +45,7 @@ def parsed() -> argparse.Namespace:
         call.add_argument("--commit", help="the commit of this tree, if there is no git")
         call.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU, in two minutes")
     packing = commands.add_parser("data", help="pack the images")
-    packing.add_argument("folder", type=Path, help="folder with train-*.parquet and test-*.parquet")
+    packing.add_argument("folder", type=Path, help="folder of the data set, as tengrad-triton train --data takes it")
     packing.add_argument("path", type=Path, metavar="OUT.npz", help="file to write")
     return parser.parse_args()
 

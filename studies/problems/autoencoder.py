@@ -65,7 +65,7 @@ PROBLEM = Problem(
     "deep autoencoder, 784-256-64-16-64-256-784, Fashion-MNIST",
     "choose",
     build=autoencoder,
-    task=lambda data: Reconstruction(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Reconstruction(load("fashion-mnist", data)),
     steps=1000,
     likelihood="bernoulli",
     quality="error",

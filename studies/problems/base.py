@@ -114,9 +114,9 @@ class Problem:
 
 
 @cache
-def load(name: registry.DatasetName, folder: Path) -> Data:
-    """Return the first images of a data set in a folder of Parquet files."""
-    return registry.load(name, folder, TRAIN_IMAGES, TEST_IMAGES, Console(quiet=True))
+def load(name: registry.DatasetName, data: Path) -> Data:
+    """Return the first images of a data set, given the folder of the data sets."""
+    return registry.load(name, data, TRAIN_IMAGES, TEST_IMAGES, Console(quiet=True))
 
 
 def epochs(size: int, batch: int, seed: int) -> Iterator[Tensor]:

@@ -96,15 +96,15 @@ def _pretrained(task: Classes, width: int) -> dict[str, Tensor]:
 
 
 @cache
-def fine_tuning(folder: Path) -> FineTuning:
-    """Return the task for a folder of CIFAR-10."""
-    return FineTuning(load("cifar10", folder), CLASSES)
+def fine_tuning(data: Path) -> FineTuning:
+    """Return the task, given the folder of the data sets."""
+    return FineTuning(load("cifar10", data), CLASSES)
 
 
 PROBLEM = Problem(
     "fine-tuning a convolutional net with GroupNorm, from five classes of CIFAR-10 to the others",
     "judge",
     build=Convolutional,
-    task=lambda data: fine_tuning(data / "cifar10"),
+    task=fine_tuning,
     steps=96,
 )

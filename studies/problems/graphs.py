@@ -93,6 +93,6 @@ PROBLEM = Problem(
     "graph network over 48 bright pixels, Fashion-MNIST",
     "judge",
     build=GraphNet,
-    task=lambda data: Points(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Points(load("fashion-mnist", data)),
     steps=256,
 )

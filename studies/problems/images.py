@@ -103,27 +103,27 @@ MLP = Problem(
     "MLP, 784-256-256-10, Fashion-MNIST",
     "choose",
     build=lambda: mlp(FASHION, CLASSES, 256),
-    task=lambda data: Images(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Images(load("fashion-mnist", data)),
     steps=600,
 )
 CONV_3C1F = Problem(
     "3C1F of width 8, Fashion-MNIST",
     "choose",
     build=lambda: conv_3c1f(FASHION, CLASSES, 8),
-    task=lambda data: Images(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Images(load("fashion-mnist", data)),
     steps=120,
 )
 RESNET = Problem(
     "ResNet-8 with BatchNorm, CIFAR-10",
     "choose",
     build=lambda: resnet(16),
-    task=lambda data: Images(load("cifar10", data / "cifar10")),
+    task=lambda data: Images(load("cifar10", data)),
     steps=96,
 )
 VIT = Problem(
     "vision transformer, Fashion-MNIST",
     "choose",
     build=lambda: Transformer(32, 2, 4),
-    task=lambda data: Images(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Images(load("fashion-mnist", data)),
     steps=240,
 )

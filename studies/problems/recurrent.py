@@ -30,6 +30,6 @@ PROBLEM = Problem(
     "LSTM over the rows of an image, Fashion-MNIST",
     "judge",
     build=Recurrent,
-    task=lambda data: Images(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Images(load("fashion-mnist", data)),
     steps=400,
 )

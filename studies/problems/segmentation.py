@@ -116,7 +116,7 @@ PROBLEM = Problem(
     "U-Net with GroupNorm, four kinds of garments of Fashion-MNIST on a canvas",
     "judge",
     build=UNet,
-    task=lambda data: Segmentation(load("fashion-mnist", data / "fashion_mnist")),
+    task=lambda data: Segmentation(load("fashion-mnist", data)),
     steps=200,
     likelihood="tokens",
     quality="IoU",

@@ -28,7 +28,7 @@ from tengrad_triton.curvature.contributions import gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.base import CurvatureOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, LevenbergMarquardt, check_dampings
-from tengrad_triton.optim.summary import ParameterSummary, Summary, sgd_entry
+from tengrad_triton.optim.summary import Stored, Summary, entries_of, others_of
 from tengrad_triton.profiling import phase
 from tengrad_triton.tuning.plan import MAX_BYTES
 
@@ -191,19 +191,17 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
     @override
     def summary(self) -> Summary:
         """Return an entry for every parameter: its layer, its state, the state's bytes, and the refresh's routines."""
-        entries = tuple(self._entry(layer, param_name) for layer in self._layers for param_name in layer.parameters)
-        return Summary(entries, 0 if self._curvature is None else int(self._curvature.failures))
+        failures = 0 if self._curvature is None else int(self._curvature.failures)
+        entries = entries_of(self._layers, self._module, self._stored)
+        return Summary(entries, failures, others_of(self._layers, self._module))
 
-    def _entry(self, params: LayerParams, param_name: str) -> ParameterSummary:
-        name, shape = params.full_name_of(param_name), tuple(params.parameters[param_name].shape)
-        if params.why_sgd is not None:
-            return sgd_entry(name, shape, params.why_sgd)
+    def _stored(self, params: LayerParams, param_name: str) -> Stored | str:
+        """Return the state of a parameter's layer, or why there is none."""
         if self._curvature is None:
-            return ParameterSummary(name, shape, params.name or ".", "made at the next refresh", "-", 0)
+            return Stored(params.name or ".", "made at the next refresh")
         for layer, state in self._curvature.layers.items():
             if layer.module == params.name and param_name in layer.param_names:
                 is_weight = param_name == layer.weight
                 form = state.representation if is_weight else f"with {layer.weight}"
-                size = nbytes_of(state) if is_weight else 0
-                return ParameterSummary(name, shape, params.name or ".", form, self.kernels, size)
-        return sgd_entry(name, shape, "no Kronecker factors")
+                return Stored(params.name or ".", form, self.kernels, nbytes_of(state) if is_weight else 0)
+        return "no Kronecker factors"

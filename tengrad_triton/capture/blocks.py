@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tengrad_triton.layers import (
     call_parameters,
@@ -139,6 +140,8 @@ def find_layer_params(
 ) -> list[LayerParams]:
     """Return every layer that owns parameters of ``groups``, and an entry for each group's parameters without a layer.
 
+    A parameter without entries is left out: there is nothing to update.
+
     Args:
         model: the model itself, not compiled.
         groups: the optimizer's parameter groups.
@@ -148,7 +151,7 @@ def find_layer_params(
         ValueError: an option of a module with trainable parameters makes its gradient differ from the derivative of
             the loss.
     """
-    group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
+    group_of = {p: index for index, group in enumerate(groups) for p in group["params"] if is_lazy(p) or p.numel()}
     modules = dict(model.named_modules())
     why_uncovered = {} if rows_without_rule else _uncovered(modules)
     layers = []

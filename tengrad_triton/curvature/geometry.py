@@ -134,7 +134,7 @@ class Spending:
 
     def __str__(self) -> str:
         kept = f"{self.rows} of {self.of} rows{f' ({self.why})' if self.why else ''}"
-        costs = f"by the cost model a step adds {self.step:.2f} to SGD's, a refresh {self.refresh:.2f}"
+        costs = f"by the cost model a step adds {self.step:.2f} of SGD's time, a refresh {self.refresh:.2f}"
         return f"{kept}; {costs}" + (f", to be shared by {self.interval} steps" if self.interval > 1 else "")
 
 

@@ -28,6 +28,7 @@ from tengrad_triton.layers.contribution import (
     flatten_rows,
     matrix_view,
     tensors_in,
+    unflatten_rows,
 )
 from tengrad_triton.layers.traits import (
     call_parameters,
@@ -95,5 +96,6 @@ __all__ = [
     "statistics_scale",
     "summary_note",
     "tensors_in",
+    "unflatten_rows",
     "why_no_rule",
 ]

@@ -261,3 +261,10 @@ def matrix_view(parameter: Tensor) -> Tensor:
 def flatten_rows(j_NK: Tensor) -> Tensor:
     """Return rows [N, *parameter.shape] flattened to [N, K], with the K entries in the order of `matrix_view`."""
     return (j_NK.flatten(3).mT if j_NK.dim() > 3 else j_NK).reshape(len(j_NK), -1)
+
+
+def unflatten_rows(j_NK: Tensor, shape: torch.Size) -> Tensor:
+    """Return rows [N, K], with the entries in the order of `matrix_view`, as [N, *shape]: `flatten_rows` undone."""
+    if len(shape) < 3:
+        return j_NK.reshape(len(j_NK), *shape)
+    return j_NK.reshape(len(j_NK), shape[0], -1, shape[1]).mT.reshape(len(j_NK), *shape)

@@ -8,6 +8,8 @@ Dimensions: N samples, P positions, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ from tengrad_triton.layers.contribution import Call, Canonical, OuterProducts, P
 
 def weight_grads(a: Tensor, g: Tensor) -> OuterProducts:
     """Return the contribution to a weight [O, I] from inputs ``a`` [N, …, I] and output gradients ``g`` [N, …, O]."""
-    return OuterProducts(a.reshape(len(a), 1, -1, a.shape[-1]), g.reshape(len(g), 1, -1, g.shape[-1]))
+    positions = math.prod(g.shape[1:-1])  # said, because a layer without inputs leaves it open
+    return OuterProducts(a.reshape(len(a), 1, positions, a.shape[-1]), g.reshape(len(g), 1, positions, g.shape[-1]))
 
 
 def bias_grads(g: Tensor) -> PerSampleGrads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.optim.validation import check_interval
 
 
@@ -51,4 +52,11 @@ def interval_at(refresh_every: int | Callable[[int], int], step: int) -> int:
         return refresh_every
     every = refresh_every(step)
     check_interval(every)
+    return every
+
+
+def paid_interval(every: int | Callable[[int], int], spending: Spending | None) -> int | Callable[[int], int]:
+    """Return ``refresh_every``; a `Growing` that grows to what the budget asks for (M18)."""
+    if isinstance(every, Growing) and spending is not None and spending.interval > every.most:
+        return Growing(spending.interval)
     return every

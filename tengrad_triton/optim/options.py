@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from tengrad_triton.capture.blocks import BlocksChoice
 from tengrad_triton.capture.outputs import Select
@@ -15,9 +16,10 @@ from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, Representation
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.curvature.moments import Scaling
+from tengrad_triton.inspection.names import did_you_mean
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
 from tengrad_triton.optim.interval import Growing
-from tengrad_triton.optim.validation import check_bound, check_choice, check_count, is_number
+from tengrad_triton.optim.validation import check_bool, check_bound, check_choice, check_count, is_number
 from tengrad_triton.tuning.budget import Budget, Spender
 from tengrad_triton.tuning.plan import Given, Plan
 from tengrad_triton.tuning.plan_file import load
@@ -78,10 +80,10 @@ class Options:
         """What the optimizer may spend."""
         return Budget(self.step_share, self.max_bytes, self.fisher_rows)
 
-    def spender(self, refresh_every: int, samples: int) -> Spender:
-        """Return what answers how many rows a refresh of a batch of ``samples`` keeps."""
+    def spender(self, refresh_every: int, samples: int, foresee: Callable[..., None]) -> Spender:
+        """Return what answers how many rows a refresh of a batch of ``samples`` keeps; ``foresee`` is told of it."""
         draws = self.fisher != "empirical"
-        return Spender(self.budget, self.plan, self.given, refresh_every, samples, self.history, draws)
+        return Spender(self.budget, self.plan, self.given, refresh_every, samples, self.history, draws, foresee)
 
     def choose(self, geometries: Mapping[str, Geometry], refresh_every: int, damping: float) -> dict[str, Choice]:
         """Return every weight's choice: by the user if given, else by the plan, else by the cost model.
@@ -98,19 +100,22 @@ class Options:
         }
 
 
-def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str | None, **options: Any) -> Options:
+def validate(
+    model: nn.Module, device: torch.device, *, likelihood: Any, plan: Plan | Path | str | None, **options: Any
+) -> Options:
     """Return the options, with the likelihood and the plan as objects.
 
     Raises:
         ValueError: a setting is out of range or unknown; the message says which, and what was expected.
         TypeError: a setting has the wrong type.
+        FileNotFoundError: ``plan`` names no file.
     """
     for name, allowed in _ALLOWED.items():
         check_choice(name, options[name], allowed)
     for name in ("fisher_samples", "history", "fisher_rows"):
         check_count(name, options[name], optional=name == "fisher_rows")
     _check_blocks(options["blocks"])
-    _check_representation(options["representation"])
+    _check_representation(options["representation"], model)
     check_bound("step_share", options["step_share"])
     if not is_number(options["max_bytes"]) or not options["max_bytes"] >= 0:  # NaN is not
         raise ValueError(f"max_bytes must be at least 0, got {options['max_bytes']!r}")
@@ -118,12 +123,11 @@ def validate(device: torch.device, *, likelihood: Any, plan: Plan | Path | str |
         raise ValueError(f"tol must be in (0, 1), got {options['tol']!r}")
     for name in ("trust_region", "clip_threshold"):
         check_bound(name, options[name])
-    if not isinstance(options["relative_damping"], bool):
-        raise TypeError(f"relative_damping must be True or False, got {options['relative_damping']!r}")
+    check_bool("relative_damping", options["relative_damping"])
     chosen = likelihood_of(likelihood)
     check_fisher(options["fisher"], chosen, options["fisher_samples"])
     _check_history(options["history"], options["representation"])
-    found = plan if isinstance(plan, Plan) else load(Path(plan), device) if plan is not None else Plan({})
+    found = plan if isinstance(plan, Plan) else Plan({}) if plan is None else load(_existing(Path(plan)), device)
     return Options(likelihood=chosen, plan=found, **options)
 
 
@@ -165,6 +169,26 @@ def _check_blocks(blocks: Any) -> None:
         raise ValueError(f"blocks must be 'layer', 'network' or lists of modules' names, got {blocks!r}")
 
 
-def _check_representation(representation: Any) -> None:
-    for value in representation.values() if isinstance(representation, Mapping) else [representation]:
-        check_choice("representation", value, ("auto", *REPRESENTATIONS))
+def _check_representation(representation: Any, model: nn.Module) -> None:
+    if not isinstance(representation, Mapping):
+        check_choice("representation", representation, ("auto", *REPRESENTATIONS))
+        return
+    names = [name for name, _ in getattr(model, "_orig_mod", model).named_parameters()]
+    for name, value in representation.items():
+        check_choice(f"representation of {name!r}", value, REPRESENTATIONS)
+        if name not in names:
+            raise ValueError(
+                f"representation has the key {name!r}, but the model has no such parameter{did_you_mean(name, names)}: "
+                "use names of model.named_parameters()"
+            )
+
+
+def _existing(plan: Path) -> Path:
+    """Return the path of a plan; raise `FileNotFoundError` unless there is such a file."""
+    if plan.exists():
+        return plan
+    there = [path.name for path in plan.parent.iterdir()] if plan.parent.is_dir() else []
+    raise FileNotFoundError(
+        f"plan={str(plan)!r} does not exist{did_you_mean(plan.name, there)}: make it by autotune(model, x, path=...), "
+        "or leave plan= out for the cost model"
+    )

@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.options import Unsupported
+from tengrad_triton.tuning.budget import Formed, Work
+from tengrad_triton.tuning.forecast import Forecaster
 
 _STEP_DEPTH = 5  # stack frames from a warning here up to the caller of `step`
 
@@ -31,6 +35,7 @@ class Reports:
         self._unsupported = unsupported
         self._said: set[str] = set()
         self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
+        self._foreseen = 0  # the most rows for which a refresh was foreseen
         self.apart: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,6 +99,16 @@ class Reports:
         if why is not None:
             self._once("loss", f"the loss is not that of the likelihood: {why}")
 
+    def foresees(
+        self, ops: Ops, device: torch.device, work: Work, blocks: Sequence[Sequence[str]], formed: Formed, rows: int
+    ) -> None:
+        """Warn once before a refresh with so many rows that it takes seconds; raise if it does not fit into memory."""
+        if rows > self._foreseen:
+            message = Forecaster(work, blocks, formed, ops, device).report(rows)
+            self._foreseen = rows
+            if message is not None:
+                self._once("rows", message, deeper=6)
+
     def spends(self, spending: Spending | None) -> None:
         """Warn once where the memory is too small for all rows."""
         if spending is not None and spending.why.startswith("max_bytes"):
@@ -103,7 +118,8 @@ class Reports:
                 "at each refresh, are used; raise max_bytes, or set fisher_rows= or representation= yourself",
             )
 
-    def _once(self, key: str, message: str) -> None:
+    def _once(self, key: str, message: str, deeper: int = 0) -> None:
+        """Warn if it has not yet; ``deeper`` is how many more stack frames there are up to the caller of `step`."""
         if key not in self._said:
             self._said.add(key)
-            warnings.warn(message, stacklevel=_STEP_DEPTH)
+            warnings.warn(message, stacklevel=_STEP_DEPTH + deeper)

@@ -23,6 +23,7 @@ from tengrad_triton.curvature.refresh import RefreshOptions, refresh
 from tengrad_triton.curvature.step import predicted_change, step_
 from tengrad_triton.curvature.target import Average, Target
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
+from tengrad_triton.inspection.views import CurvatureViews
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
 from tengrad_triton.optim.damping import (
@@ -35,14 +36,14 @@ from tengrad_triton.optim.damping import (
     number_of,
     restored_on_error,
 )
-from tengrad_triton.optim.interval import Growing, interval_at
+from tengrad_triton.optim.interval import Growing, interval_at, paid_interval
 from tengrad_triton.optim.options import PAPER, UNSCALED, RepresentationChoice, Unsupported, validate
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
 
 
-class TENGraD(CurvatureOptimizer[Curvature]):
+class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     """Natural gradient descent with exact Fisher blocks (Soori et al. 2021), at close to the cost of SGD.
 
     Each layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity. The rows of J
@@ -101,8 +102,8 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD step, with scaling
             over the size of their gradient, and one warning; ``"error"`` raises `ValueError`.
         backend: ``"auto"`` (Triton on CUDA tensors, PyTorch elsewhere) or ``"torch"``.
-        plan: the plan that `autotune` returned, or the path of the file that it wrote; for weights that it does not
-            contain, the cost model decides.
+        plan: what `autotune` returned, or the path of the file that it wrote. The cost model decides for weights that
+            it does not contain; for all, with a warning, if it was measured on another device or with other versions.
         step_share: what the optimizer may add to SGD's step in the mean, as a share of its time by the cost model: 0.2
             for 1.2 times SGD's step. It bounds the rows, drawn at random, the matrices in D, and `Growing` from below
             (M18). None for no bound. `summary` says what that comes to.
@@ -117,8 +118,9 @@ class TENGraD(CurvatureOptimizer[Curvature]):
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
 
     Raises:
-        ValueError: a setting is out of range or unknown; the message says which, and what was expected.
+        ValueError: a setting is out of range or unknown, or a file is no plan; the message says what was expected.
         TypeError: a setting has the wrong type.
+        FileNotFoundError: ``plan`` is the path of no file.
 
     Note:
         On a GPU, or with a ``max_bytes`` below the default, a refresh frees captured tensors before it ends. If it
@@ -143,7 +145,7 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
-            device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
+            model, device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, step_share=step_share, max_bytes=max_bytes, tol=tol, trust_region=trust_region,
             relative_damping=relative_damping, output=output, verify=verify, scaling=scaling,
@@ -179,14 +181,16 @@ class TENGraD(CurvatureOptimizer[Curvature]):
     @override
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
         o = self._options
-        covered = [layer.name for layer in layers if layer.why_sgd is None]
-        blocks = fisher_blocks_of(o.blocks, layers, covered)
-        check_dampings(blocks, layers, self.param_groups, self._damping_schedules)
+        check_dampings(self._blocks_of(layers), layers, self.param_groups, self._damping_schedules)
         captured = find_captured_layers(self._module, layers)
         options = CaptureOptions(
             o.fisher, o.likelihood, o.fisher_samples, o.output, o.verify, o.max_bytes, o.unsupported == "explicit"
         )
         return Capture(self.model, captured, options, self._generator, self._before_forward)
+
+    @override
+    def _blocks_of(self, layers: Sequence[LayerParams]) -> FisherBlocks:
+        return fisher_blocks_of(self._options.blocks, layers, [one.name for one in layers if one.why_sgd is None])
 
     @cached_property
     def _ops(self) -> Ops:
@@ -248,8 +252,10 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def _refresh_is_due(self) -> bool:
-        is_released = self._curvature is not None and self._curvature.is_released
-        return is_released or self._curvature_is_outdated(self._paid_interval())
+        held = self._curvature
+        if held is not None and held.is_released:
+            return True
+        return self._curvature_is_outdated(paid_interval(self.refresh_every, None if held is None else held.spending))
 
     def _refreshed(self, grads: Grads) -> Curvature:
         """Return the curvature of the batches since the last step, whose gradients are V."""
@@ -257,8 +263,9 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
         samples = sum(record.samples for record in self._capture.records if not record.is_extra)
         self._follow_schedules()
+        foresee = partial(self._reports.foresees, self._ops, self._generator.device)
         options = RefreshOptions(
-            spend=o.spender(steps, samples), side_share=o.budget.side_share, history=o.history, tol=o.tol,
+            spend=o.spender(steps, samples, foresee), side_share=o.budget.side_share, history=o.history, tol=o.tol,
             relative_damping=o.relative_damping, scaling=o.scaling, release_calls=self._release_calls,
             choose=partial(o.choose, refresh_every=steps, damping=min(g["damping"] for g in self.param_groups)),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
@@ -269,13 +276,6 @@ class TENGraD(CurvatureOptimizer[Curvature]):
         curvature = refresh(self._capture, self._layers, options, self._curvature, grads, row_generator)
         self._reports.spends(curvature.spending)
         return curvature
-
-    def _paid_interval(self) -> int | Callable[[int], int]:
-        """Return ``refresh_every``; a `Growing` that grows to what the budget asks for."""
-        every, spending = self.refresh_every, None if self._curvature is None else self._curvature.spending
-        if isinstance(every, Growing) and spending is not None and spending.interval > every.most:
-            return Growing(spending.interval)
-        return every
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
@@ -297,4 +297,4 @@ class TENGraD(CurvatureOptimizer[Curvature]):
 
     @override
     def summary(self) -> Summary:
-        return summarize(self._layers, self._curvature, self._reports.apart)
+        return summarize(self._layers, self._module, self._curvature, self._reports.apart)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.curvature.target import Trained
+from tengrad_triton.inspection.names import did_you_mean
 from tengrad_triton.layers import require_exact_gradient
 
 INFINITY = float("inf")
@@ -45,10 +46,17 @@ def check_count(name: str, value: Any, optional: bool = False) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise unless a setting is True or False: any text would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise unless a setting is one of the allowed values."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        meant = did_you_mean(value, allowed)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{meant}")
 
 
 def check_model(model: Any) -> torch.device:
@@ -78,6 +86,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"damping must be positive, got {group['damping']}: F + damping I is not invertible otherwise")
     check_range("weight_decay", group["weight_decay"], 0.0)
     check_range("momentum", group["momentum"], 0.0, below=1.0)
+    for name in ("nesterov", "decoupled_weight_decay", "maximize"):
+        check_bool(name, group[name])
     spring = group.get("spring", 0.0)  # a setting of TENGraD only
     check_range("spring", spring, 0.0, below=1.0)
     if group["nesterov"] and (group["momentum"] == 0 or spring):

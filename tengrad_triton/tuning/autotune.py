@@ -29,6 +29,7 @@ from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.refresh import jacobian_of
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.curvature.woodbury import directions
+from tengrad_triton.files import reason
 from tengrad_triton.likelihoods import LIKELIHOODS
 from tengrad_triton.tuning import plan_file
 from tengrad_triton.tuning.measure import kernel_seconds, median_seconds
@@ -65,15 +66,39 @@ def autotune(
         damping: α of the training; the size of a ``"compressed"`` J depends on it.
         seconds: the time, in seconds, for each kernel of each candidate, shared by its implementations. Compiling takes
             additional time.
-        path: the path of the plan file; by default the device's file in the user's cache folder.
+        path: the path of the plan file, which is made or extended; by default the device's file in the user's cache
+            folder. A plan of this kind of device is extended or, if other versions measured it, replaced.
         progress: called with (the number of measured weights, the number of all weights, the next weight's name).
 
     Returns:
-        the whole plan of the plan file, for ``TENGraD(plan=…)``.
+        the whole plan of the plan file, for ``TENGraD(plan=…)``. If the file cannot be written although it could be
+        before the measurements, as on a disk that became full, the new measurements alone, with a warning.
 
     Raises:
-        ValueError: there is no weight to tune.
+        ValueError: there is no weight to tune, or ``path`` cannot be written or holds something else than a plan of
+            this kind of device. This is raised before anything is measured, and what is there stays as it is.
     """
+    device = example_input.device
+    file = Path(path) if path is not None else plan_file.default_path(device)
+    plan_file.check_target(file, device)
+    plan = measured_plan(model, example_input, loss_fn, representations, (tol, damping), seconds, progress)
+    try:
+        return plan_file.save(plan, file, device)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"the plan is not saved in {file}: {reason(error)}", stacklevel=2)
+        return plan
+
+
+def measured_plan(
+    model: nn.Module,
+    example_input: Tensor,
+    loss_fn: Callable[[Any], Tensor] | None,
+    representations: Sequence[Representation],
+    accuracy: tuple[float, float],
+    seconds: float,
+    progress: Progress | None,
+) -> Plan:
+    """Return the measurements of a model without a file; arguments as in `autotune`, ``accuracy`` is (tol, damping)."""
     twin = copy.deepcopy(model)
     contributions = _contributions(twin, example_input, loss_fn or (lambda output: output.square().mean()))
     geometries = {name: g for name, g in contributions.geometries().items() if g.layout != EMBEDDING}
@@ -85,17 +110,15 @@ def autotune(
         for param_name, batches in layer.items()
     }
     weights = {geometry.key: name for name, geometry in geometries.items()}  # equal geometries are measured once
-    device = example_input.device
     entries = {}
     for done, (key, name) in enumerate(weights.items()):
         if progress is not None:
             progress(done, len(weights), name)
         parameter = dict(twin.named_parameters())[name].detach()
-        candidate = partial(_measured, name, by_weight[name], parameter, seconds, (tol, damping))
+        candidate = partial(_measured, name, by_weight[name], parameter, seconds, accuracy)
         measured = {representation: candidate(representation) for representation in representations}
         entries[key] = {representation: times for representation, times in measured.items() if times is not None}
-    plan = Plan({key: entry for key, entry in entries.items() if entry})
-    return plan_file.save(plan, Path(path) if path is not None else plan_file.default_path(device), device)
+    return Plan({key: entry for key, entry in entries.items() if entry})
 
 
 def _contributions(model: nn.Module, x: Tensor, loss_fn: Callable[[Any], Tensor]) -> Contributions:

@@ -7,7 +7,7 @@ Dimensions: N samples of a batch, P positions, R rows of J.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -24,6 +24,8 @@ _SCALE_PASSES = 10  # over a weight: three each for the mean, the look-ahead and
 _EIGENVECTORS = 25  # n³ times this are the flops of the eigenvectors of a matrix of n entries
 Sizes = Mapping[str, Geometry]
 Chosen = Mapping[str, Representation]
+Formed = Callable[[int], tuple[Sizes, Chosen]]
+"""From a number of rows to the sizes and the representations of every parameter."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Budget:
             "max_bytes": lambda r: chooser.stored_bytes(*formed(r)) <= self.max_bytes,
         }
         for name, fits in bounds.items():
-            fitting = _largest(rows, fits)
+            fitting = largest_that(rows, fits)
             if fitting == 0:
                 raise ValueError(self._no_row(name, work, chooser))
             if fitting < rows:
@@ -203,7 +205,7 @@ def _formed(work: Work, chooser: Chooser, rows: int) -> tuple[Sizes, Chosen]:
     return sizes, chooser.representations(sizes)
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
+def largest_that(most: int, fits: Callable[[int], bool]) -> int:
     """Return the largest number up to ``most`` that fits, by bisection; 0 if none does."""
     if fits(most):
         return most
@@ -225,12 +227,16 @@ class Spender:
         samples: N.
         history: the refreshes whose rows are kept.
         draws: whether the rows take backward passes of their own.
+        foresee: is told of the refresh before it is made: what it could use, the full names of the parameters of each
+            Fisher block, what is formed of a number of rows, and how many are kept.
     """
 
     def __init__(
-        self, budget: Budget, plan: Plan, given: Given, refresh_every: int, samples: int, history: int, draws: bool
-    ) -> None:
+        self, budget: Budget, plan: Plan, given: Given, refresh_every: int, samples: int, history: int, draws: bool,
+        foresee: Callable[[Work, Sequence[Sequence[str]], Formed, int], None],
+    ) -> None:  # fmt: skip
         self._budget, self._samples, self._history, self._draws = budget, samples, history, draws
+        self._foresee = foresee
         self._chooser = partial(Chooser, plan, given, refresh_every=refresh_every, max_bytes=budget.max_bytes)
 
     def __call__(
@@ -245,7 +251,7 @@ class Spender:
             before: what the last refresh spent, if there was one.
 
         Raises:
-            ValueError: the budget leaves no row.
+            ValueError: the budget leaves no row, or the refresh does not fit into memory.
         """
         explicit = contributions.explicit()
         weights = {**contributions.geometries(), **explicit}
@@ -257,4 +263,10 @@ class Spender:
         }
         backwards = contributions.rows // max(1, self._samples) if self._draws else 0
         work = Work(weights, self._samples, backwards, self._history, sides, len(blocks))
-        return self._budget.spend(work, self._chooser(explicit=explicit.keys()), before)
+        chooser = self._chooser(explicit=explicit.keys())
+        spending = self._budget.spend(work, chooser, before)
+        names = [
+            [full_name(x, name) for x in layers for name in contributions.by_layer[x]] for layers in blocks.values()
+        ]
+        self._foresee(work, names, partial(_formed, work, chooser), min(spending.rows, work.rows))
+        return spending

@@ -12,7 +12,7 @@ from tengrad_triton.recipes.cli.main import main
 PROCESS = "import sys; from tengrad_triton.recipes.cli.main import main; sys.exit(main())"
 SMALL = ["--device", "cpu", "--threads", "1", "--width", "4", "--train-limit", "150", "--test-limit", "50"]
 # Three steps an epoch, so that no epoch ends at a refresh.
-SMALL += ["--batch-size", "64", "--tengrad.refresh-every", "4"]
+SMALL += ["--batch-size", "64", "--tengrad-paper.refresh-every", "4"]
 
 
 @contextmanager

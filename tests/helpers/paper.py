@@ -17,7 +17,7 @@ def write_data(folder):
     """Write 48 training and 24 test images of every data set."""
     for name, columns in DATASETS.items():
         (folder / name).mkdir()
-        write_folder(folder / name, *columns, count=24, size=(8, 8))
+        write_folder(folder / name, *columns, count=24)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from tengrad_triton.recipes.data.registry import load
-from tengrad_triton.recipes.optimizers.tengrad import TengradSettings
+from tengrad_triton.recipes.optimizers.tengrad import TengradPaperSettings
 from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.loop import fit
 from tengrad_triton.recipes.training.settings import Settings
@@ -15,7 +15,12 @@ IMAGES = 150  # two steps of 64 and one of 22 an epoch
 
 
 def job(train_limit=IMAGES, test_limit=50, **settings):
-    given = {"width": 4, "epochs": 3, "batch_size": 64, "tengrad": TengradSettings(refresh_every=4)} | settings
+    given = {
+        "width": 4,
+        "epochs": 3,
+        "batch_size": 64,
+        "tengrad_paper": TengradPaperSettings(refresh_every=4),
+    } | settings
     data = load("digits", None, train_limit, test_limit, Console(quiet=True))
     return Job(Settings(**given), data, torch.device("cpu"))
 

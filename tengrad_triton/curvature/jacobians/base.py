@@ -88,6 +88,10 @@ class Jacobian(ABC):
         """Return the bytes stored."""
 
     @abstractmethod
+    def explicit_rows(self) -> Tensor:
+        """Return the rows j_NK, in float32 at least, with the K entries in the order of `layers.matrix_view`."""
+
+    @abstractmethod
     def combine(self, directions_RN: Tensor) -> Jacobian:
         """Return R linear combinations of the rows, as explicit rows."""
 

@@ -131,10 +131,13 @@ class EmbeddingJacobian(_SingleJacobian):
         target.parameter.index_add_(0, ids, change.to(target.parameter.dtype) * -share)
 
     @override
+    def explicit_rows(self) -> Tensor:
+        return _explicit_rows(self.embedding, self.linear, 0, self.embedding.num_embeddings, self.ops)
+
+    @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows, as explicit rows."""
-        j_NK = _explicit_rows(self.embedding, self.linear, 0, self.embedding.num_embeddings, self.ops)
-        return PerSample(directions_RN @ j_NK, self.ops, "directions", self.scale)
+        return PerSample(directions_RN @ self.explicit_rows(), self.ops, "directions", self.scale)
 
     @override
     def _times(self, by: Multiplier) -> EmbeddingJacobian:

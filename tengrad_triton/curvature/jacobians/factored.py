@@ -123,6 +123,10 @@ class Factored(Jacobian):
         return None if configs is None else products(*state.arguments(operands, blocks, configs))
 
     @override
+    def explicit_rows(self) -> Tensor:
+        return self.factors.widened().sample_grads(self.ops)
+
+    @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows; explicit rows are formed for some outputs at a time."""
         groups, inputs, count = self.factors.g_NGPO.shape[1], geometry_of(self.factors).inputs, len(directions_RN)

@@ -91,6 +91,10 @@ class PerSample(Jacobian):
         return None if configs is None else rows_products(*state.arguments(operands, blocks, configs))
 
     @override
+    def explicit_rows(self) -> Tensor:
+        return widen(self.j_NK)
+
+    @override
     def combine(self, directions_RN: Tensor) -> PerSample:
         """Return R linear combinations of the rows."""
         return PerSample(directions_RN @ self.j_NK, self.ops, "directions", self.scale)

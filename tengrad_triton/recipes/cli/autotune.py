@@ -11,27 +11,31 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt
 from cyclopts.validators import Number
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from tengrad_triton.curvature.choices import Representation, implementation_names
-from tengrad_triton.recipes.data.registry import DatasetName
+from tengrad_triton.files import reason
+from tengrad_triton.recipes.data.registry import DATASETS, DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring import machine
-from tengrad_triton.recipes.models import ImageShape, image_model
+from tengrad_triton.recipes.models import image_model
+from tengrad_triton.recipes.terminal import FittedTable
 from tengrad_triton.recipes.training.settings import ModelName
+from tengrad_triton.tables import Column
 from tengrad_triton.tuning import plan_file
-from tengrad_triton.tuning.autotune import DAMPING, EXACT, TOL, autotune
+from tengrad_triton.tuning.autotune import DAMPING, EXACT, TOL, measured_plan
 from tengrad_triton.tuning.plan import Measured, Plan
 
-SHAPES: dict[DatasetName, tuple[ImageShape, int]] = {
-    "digits": ((1, 8, 8), 10),
-    "fashion-mnist": ((1, 28, 28), 10),
-    "cifar10": ((3, 32, 32), 10),
-    "cifar100": ((3, 32, 32), 100),
-}
+COLUMNS = (
+    Column("weight", wraps=True),
+    Column("choice"),
+    Column("kernels"),
+    Column("µs", right=True),
+    Column("MiB", right=True),
+    Column("runner-up"),
+    Column("its µs", right=True),
+)
 
 
 @Parameter(name="*")
@@ -64,38 +68,46 @@ class AutotuneSettings:
 
 
 def tune(settings: AutotuneSettings, console: Console) -> None:
-    """Measure a plan, write its file and show it."""
+    """Measure a plan, write its file and show it.
+
+    Raises `UsageError` if there is no place for the file, before anything is measured, or if it cannot be written.
+    """
     device = machine.chosen_device(settings.device)
-    shape, classes = SHAPES[settings.dataset]
+    with _usage_errors("--plan "):
+        path = settings.plan or plan_file.default_path(device)
+        plan_file.check_target(path, device)
+    dataset = DATASETS[settings.dataset]
     torch.manual_seed(0)
-    model = image_model(settings.model).build(shape, classes, settings.width).to(device)
-    path = settings.plan or plan_file.default_path(device)
+    model = image_model(settings.model).build(dataset.shape, dataset.classes, settings.width).to(device)
     rounded: tuple[Representation, ...] = ("per_sample_bf16",) if settings.bf16 else ()
     fewer: tuple[Representation, ...] = () if settings.tol is None else ("compressed",)
     with _warnings_as_lines(console), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=None)
-        measured = autotune(
+        measured = measured_plan(
             model,
-            torch.randn(settings.batch_size, *shape, device=device),
-            representations=(*EXACT, *rounded, *fewer),
-            tol=settings.tol or TOL,
-            damping=settings.damping,
-            seconds=settings.seconds,
-            path=path,
-            progress=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
+            torch.randn(settings.batch_size, *dataset.shape, device=device),
+            None,
+            (*EXACT, *rounded, *fewer),
+            (settings.tol or TOL, settings.damping),
+            settings.seconds,
+            lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
         )
+    try:
+        with _warnings_as_lines(console):
+            measured = plan_file.save(measured, path, device)
+    except (OSError, ValueError) as error:
+        console.print(table_of(measured, settings.refresh_every))
+        raise UsageError(f"--plan {path}: measured, but not kept ({reason(error)}): name another file") from error
     console.print(table_of(measured, settings.refresh_every))
     console.print(f"kept in {path}", soft_wrap=True, highlight=False)
 
 
 def show(path: Path | None, refresh_every: int, console: Console) -> None:
-    """Show a plan file; raises `UsageError` if it does not exist or is not valid on this device."""
+    """Show a plan file, and leave it as it is; raises `UsageError` if it is not a plan that is valid on this device."""
     device = machine.chosen_device("auto")
-    file = path or plan_file.default_path(device)
-    if not file.exists():
-        raise UsageError(f"{file}: no such plan: make one with tengrad-triton autotune")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _usage_errors(""):
         warnings.simplefilter("always")
+        file = path or plan_file.default_path(device)
         plan = plan_file.load(file, device)
     if caught:
         raise UsageError(str(caught[0].message))
@@ -103,28 +115,33 @@ def show(path: Path | None, refresh_every: int, console: Console) -> None:
     console.print(f"from {file}", soft_wrap=True, highlight=False)
 
 
-def table_of(plan: Plan, refresh_every: int) -> Table:
+@contextmanager
+def _usage_errors(flag: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{flag}{error}") from error
+
+
+def table_of(plan: Plan, refresh_every: int) -> FittedTable:
     """Return a line for each geometry: the choice, its kernels other than Triton's defaults, and the second best."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=f"µs a step, a refresh shared by {refresh_every} steps")
-    table.add_column("weight", overflow="fold")
-    for heading in ("choice", "kernels"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("µs", "MiB", "runner-up", "µs"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     for key, entry in plan.entries.items():
         ranked = sorted(entry, key=lambda name, entry=entry: entry[name].per_step(refresh_every))  # type: ignore[misc]
         first, second = entry[ranked[0]], entry[ranked[1]] if len(ranked) > 1 else None
-        table.add_row(
-            key,
-            ranked[0],
-            "\n".join(implementation_names(first.kernel_overrides).values())
-            or ("torch" if _only_torch(first) else "triton"),
-            f"{first.per_step(refresh_every) * 1e6:.0f}",
-            f"{first.bytes / 2**20:.1f}",
-            ranked[1] if second else "-",
-            f"{second.per_step(refresh_every) * 1e6:.0f}" if second else "-",
+        rows.append(
+            (
+                key,
+                ranked[0],
+                "\n".join(implementation_names(first.kernel_overrides).values())
+                or ("torch" if _only_torch(first) else "triton"),
+                f"{first.per_step(refresh_every) * 1e6:.0f}",
+                f"{first.bytes / 2**20:.1f}",
+                ranked[1] if second else "-",
+                f"{second.per_step(refresh_every) * 1e6:.0f}" if second else "-",
+            )
         )
-    return table
+    return FittedTable(COLUMNS, rows, f"µs a step, a refresh shared by {refresh_every} steps")
 
 
 def _only_torch(measured: Measured) -> bool:

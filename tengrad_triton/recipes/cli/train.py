@@ -4,18 +4,19 @@ import shlex
 from datetime import datetime
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from tengrad_triton.recipes.errors import InterruptedRunError
+from tengrad_triton.files import reason
+from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 from tengrad_triton.recipes.reports.comparison import OUTCOME, outcomes
 from tengrad_triton.recipes.reports.run_figures import draw
+from tengrad_triton.recipes.terminal import FittedTable
 from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.metrics import History
 from tengrad_triton.recipes.training.run import WarmUps, job_of, train_all, warm_up_all
 from tengrad_triton.recipes.training.run_folder import RunFolder, check_free
 from tengrad_triton.recipes.training.settings import Settings
+from tengrad_triton.tables import Column
 
 
 def start(settings: Settings, out: Path | None, console: Console) -> None:
@@ -32,6 +33,9 @@ def start(settings: Settings, out: Path | None, console: Console) -> None:
 
 def resume(settings: Settings, run: RunFolder, console: Console) -> None:
     """Resume a run after its last whole epoch; raises as `start` does."""
+    run.check_writable()
+    if (run.path / "outcome.json").exists():
+        raise UsageError(f"{run.path}: a run of tengrad-triton paper, which has ended: read its metrics.json")
     job = job_of(settings, console)
     _train_and_show(job, run, warm_up_all(job), console)
 
@@ -39,23 +43,21 @@ def resume(settings: Settings, run: RunFolder, console: Console) -> None:
 def _train_and_show(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> None:
     title = job.settings.title(len(job.data.train))
     console.print(f"{title}: {run.path}", soft_wrap=True, highlight=False)
+    command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
     try:
         history = train_all(job, run, warm_ups, console)
-    except KeyboardInterrupt as stop:
-        command = f"tengrad-triton train --resume {shlex.quote(str(run.path))}"
+        draw(history, title, run.path, "")
+    except (KeyboardInterrupt, SystemExit) as stop:  # rich exits when a pipe has no reader any more
         raise InterruptedRunError(f"interrupted: go on with `{command}`") from stop
-    draw(history, title, run.path, "")
-    console.print(_outcome_table(history))
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or run.path}: cannot be written ({reason(error)}): make room, and go on with `{command}`"
+        ) from error
+    console.print(outcome_table(history))
 
 
-def _outcome_table(history: History) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        caption="Times are those of training, after a warm-up; that of an epoch is the median.",
-    )
-    for heading in OUTCOME:
-        table.add_column(heading, justify="left" if heading == OUTCOME[0] else "right", no_wrap=True)
-    for cells in outcomes(history):
-        table.add_row(*cells)
-    return table
+def outcome_table(history: History) -> FittedTable:
+    """Return a line for each optimizer: its accuracies, loss and times."""
+    columns = [Column(heading, right=heading != OUTCOME[0]) for heading in OUTCOME]
+    caption = "Times are those of training, after a warm-up; that of an epoch is the median."
+    return FittedTable(columns, outcomes(history), caption)

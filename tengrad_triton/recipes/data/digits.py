@@ -7,7 +7,6 @@ import torch
 from rich.console import Console
 
 from tengrad_triton.recipes.data.images import Part, Split
-from tengrad_triton.recipes.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -19,16 +18,16 @@ class Digits:
     """
 
     classes: int = 10
+    shape: tuple[int, int, int] = (1, 8, 8)
     train_size: int = 1437
 
     def split(self, part: Part, folder: Path | None, limit: int | None, console: Console) -> Split:
-        """Return the first ``limit`` digits of a part; raises `UsageError` if a folder is given."""
-        if folder is not None:
-            raise UsageError(f"digits come with scikit-learn, got --data {folder}: drop it or choose another --dataset")
+        """Return the first ``limit`` digits of a part; there is no folder of them."""
+        assert folder is None
         # Imported here because scikit-learn takes a second to import, and only the digits need it.
         from sklearn.datasets import load_digits  # noqa: PLC0415
 
         pixels, labels = load_digits(return_X_y=True)
         samples = slice(self.train_size) if part == "train" else slice(self.train_size, None)
-        images_NCHW = torch.from_numpy(pixels[samples]).to(torch.uint8).view(-1, 1, 8, 8)
+        images_NCHW = torch.from_numpy(pixels[samples]).to(torch.uint8).view(-1, *self.shape)
         return Split(images_NCHW[:limit], torch.from_numpy(labels[samples])[:limit])

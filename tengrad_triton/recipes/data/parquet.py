@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from tengrad_triton.recipes.data.class_names import plain
 from tengrad_triton.recipes.data.images import Part, Split
 from tengrad_triton.recipes.errors import UsageError
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from datasets import Dataset  # type: ignore[import-untyped]
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "fine_label")
 CHUNK = 500  # images decoded between two updates of the progress bar
+SAMPLES_OF_CLASS = 50  # a file with this many samples for each class has samples of each
+ANOTHER = "is this another --dataset?"
+GRAY = ("1", "L", "LA", "I", "I;16", "F")  # Pillow's modes with one channel of brightness
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,42 @@ class ParquetImages:
     Attributes:
         hub: its name on the Hugging Face hub.
         mode: Pillow's mode that the images are decoded to.
-        classes: how many labels there are.
+        size: the height and the width of every image, in pixels.
+        names: the classes by name, that of label 0 first.
+        labels: the columns that may hold the labels, the usual one first.
     """
 
     hub: str
     mode: Literal["L", "RGB"]
-    classes: int
+    size: tuple[int, int]
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = ("label",)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The channels, height and width of an image."""
+        return (len(self.mode), *self.size)
 
     def split(self, part: Part, folder: Path | None, limit: int | None, console: Console) -> Split:
-        """Return the first ``limit`` images of a part, from the hub if no folder is given; raises `UsageError`."""
+        """Return the first ``limit`` images of a part, from the hub if no folder is given.
+
+        Raises `UsageError` if the files cannot be read, or are those of another data set by their classes, columns,
+        image size or channels.
+        """
         origin = f"{folder or self.hub} ({part})"
         with _open(part, folder, self.hub) as table:
-            image, label = (_column(table, names, origin) for names in (IMAGE_COLUMNS, LABEL_COLUMNS))
+            image, label = (_column(table, names, origin) for names in (IMAGE_COLUMNS, self.labels))
+            if folder is not None:
+                _check_names(table, label, self.names, origin)
             samples = table.select(range(len(table) if limit is None else min(limit, len(table))))
-            labels_N = _labels(samples, label, self.classes, origin)
-            return Split(_decode(samples, image, self.mode, origin, console), labels_N)
+            labels_N = _labels(table, label, self.classes, origin)[: len(samples)]
+            _check_first(samples, image, self.mode, origin)
+            return Split(_decode(samples, image, self.mode, self.size, origin, console), labels_N)
 
 
 @contextmanager
@@ -102,37 +126,67 @@ def _column(table: "Dataset", names: tuple[str, ...], origin: str) -> str:
     for name in names:
         if name in table.column_names:
             return name
-    raise UsageError(f"{origin}: columns {', '.join(table.column_names)}: expected one called {' or '.join(names)}")
+    raise UsageError(
+        f"{origin}: columns {', '.join(table.column_names)}: expected one called {' or '.join(names)}; {ANOTHER}"
+    )
 
 
-def _labels(samples: "Dataset", column: str, classes: int, origin: str) -> Tensor:
-    labels_N = np.asarray(samples.select_columns(column).with_format("numpy")[:][column])
+def _check_names(table: "Dataset", column: str, expected: tuple[str, ...], origin: str) -> None:
+    """Raise `UsageError` if the files name other classes. Names that are mere numbers say only how many there are."""
+    names: list[str] = list(getattr(table.features[column], "names", None) or ())
+    numbered = all(name.isdecimal() for name in names) and len(names) == len(expected)
+    if names and not numbered and list(map(plain, names)) != list(map(plain, expected)):
+        got, known = (f"{len(words)} classes ({', '.join(words[:4])}, ...)" for words in (names, list(expected)))
+        raise UsageError(f"{origin}: {got}: expected {known}; {ANOTHER}")
+
+
+def _labels(table: "Dataset", column: str, classes: int, origin: str) -> Tensor:
+    labels_N = np.asarray(table.select_columns(column).with_format("numpy")[:][column])
     if labels_N.dtype.kind not in "iu":  # missing labels turn integers into floats
         raise UsageError(
             f"{origin}: column {column} holds {labels_N.dtype}, or gaps: expected an integer for every sample"
         )
     low, high = int(labels_N.min()), int(labels_N.max())
     if low < 0 or high >= classes:
-        raise UsageError(f"{origin}: labels {low} to {high}: expected 0 to {classes - 1}; is this another --dataset?")
+        raise UsageError(f"{origin}: labels {low} to {high}: expected 0 to {classes - 1}; {ANOTHER}")
+    seen = len(np.unique(labels_N))
+    if len(labels_N) >= SAMPLES_OF_CLASS * classes and seen < classes:
+        raise UsageError(f"{origin}: {seen} classes in {len(labels_N)} samples: expected {classes}; {ANOTHER}")
     return torch.from_numpy(labels_N.astype(np.int64))
 
 
-def _decode(samples: "Dataset", column: str, mode: str, origin: str, console: Console) -> Tensor:
-    """Return the images [N, C, H, W]; raises `UsageError` if one is missing or has another size than the first."""
+def _check_first(samples: "Dataset", column: str, mode: str, origin: str) -> None:
+    """Raise `UsageError` if the first image is gray and colour is expected, or the reverse.
+
+    Some copies store gray images with three equal channels: those are gray too, where gray is expected.
+    """
+    from datasets import Image  # noqa: PLC0415
+
+    image = samples.select_columns(column).cast_column(column, Image())[0][column]
+    if image is None:
+        return
+    red, *others = np.array(image.convert("RGB")).transpose(2, 0, 1)
+    is_gray = image.mode in GRAY or (mode == "L" and all((red == other).all() for other in others))
+    if is_gray != (mode == "L"):
+        got, expected = ("gray", "colour") if is_gray else ("colour", "gray")
+        raise UsageError(f"{origin}: {got} images ({image.mode}): expected {expected} ({mode}); {ANOTHER}")
+
+
+def _decode(samples: "Dataset", column: str, mode: str, size: tuple[int, int], origin: str, console: Console) -> Tensor:
+    """Return the images [N, C, H, W]; raises `UsageError` if one is missing or has another size."""
     from datasets import Image  # noqa: PLC0415
 
     images = samples.select_columns(column).cast_column(column, Image(mode=mode))
-    shape_HW: tuple[int, ...] | None = None
     decoded: list[Tensor] = []
     starts = range(0, len(images), CHUNK)
     for start in track(starts, f"decoding {origin}", console=console, transient=True, disable=not console.is_terminal):
         for index, image in enumerate(images[start : start + CHUNK][column], start):
             pixels = np.array(image)
-            shape_HW = shape_HW or pixels.shape
-            if image is None or pixels.shape != shape_HW:
-                got = "no image" if image is None else f"{pixels.shape}"
+            if image is None or pixels.shape[:2] != size:
+                got = "no image" if image is None else "an image of {} x {} pixels".format(*pixels.shape[:2])
+                expected = "{} x {}".format(*size)
                 raise UsageError(
-                    f"{origin}: sample {index} of column {column} holds {got}: expected an image of {shape_HW}"
+                    f"{origin}: sample {index} of column {column} is {got}: expected {expected}; {ANOTHER}"
                 )
             decoded.append(torch.from_numpy(pixels))
     images_NHWC = torch.stack(decoded).view(len(decoded), *decoded[0].shape[:2], -1)

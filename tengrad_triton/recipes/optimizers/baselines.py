@@ -11,18 +11,19 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
+from typing_extensions import override
 
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
+from tengrad_triton.recipes.optimizers.settings import LayerSizes, OptimizerSettings
 
 PACKAGE = "tengrad_triton.baselines"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineSettings:
+class BaselineSettings(OptimizerSettings):
     """The settings that all baselines share."""
 
     package: ClassVar[str] = PACKAGE
-    needs_closure: ClassVar[bool] = False
     optimizer: ClassVar[Callable[..., torch.optim.Optimizer]]
     lr: PositiveFloat
     "Learning rate."
@@ -35,9 +36,15 @@ class BaselineSettings:
     weight_decay: NonNegativeFloat
     "Weight decay."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return the optimizer over all parameters."""
         return type(self).optimizer(model, **asdict(self))
+
+    @staticmethod
+    @override
+    def curvature_numbers(layer: LayerSizes, samples: int) -> int:
+        """Count the two Kronecker factors."""
+        return layer.inputs**2 + layer.outputs**2
 
 
 @Parameter(group="K-FAC")
@@ -63,6 +70,12 @@ class EkfacSettings(BaselineSettings):
     "Steps between two rescalings of the eigenvalues."
     weight_decay: NonNegativeFloat = 0.003
 
+    @staticmethod
+    @override
+    def curvature_numbers(layer: LayerSizes, samples: int) -> int:
+        """Count the two Kronecker factors, and an eigenvalue for each parameter."""
+        return BaselineSettings.curvature_numbers(layer, samples) + layer.parameters
+
 
 @Parameter(group="K-BFGS")
 @dataclass(frozen=True, kw_only=True)
@@ -81,4 +94,5 @@ class KbfgsSettings(BaselineSettings):
 class KbfgslSettings(KbfgsSettings):
     """K-BFGS(L): K-BFGS that keeps the last updates of an output factor's inverse instead of the inverse."""
 
+    in_paper: ClassVar[bool] = False
     optimizer = KBFGSL

@@ -1,21 +1,22 @@
 """torch's SGD and AdamW."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat
 from torch import nn
+from typing_extensions import override
+
+from tengrad_triton.recipes.optimizers.settings import OptimizerSettings
 
 
 @Parameter(group="SGD")
 @dataclass(frozen=True, kw_only=True)
-class SgdSettings:
+class SgdSettings(OptimizerSettings):
     """torch's SGD with momentum."""
 
-    package: ClassVar[str] = "torch"
-    needs_closure: ClassVar[bool] = False
     lr: PositiveFloat = 0.05
     "Learning rate."
     momentum: NonNegativeFloat = 0.9
@@ -23,18 +24,16 @@ class SgdSettings:
     weight_decay: NonNegativeFloat = 0.003
     "Weight decay."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return SGD over all parameters."""
         return torch.optim.SGD(model.parameters(), **asdict(self))
 
 
 @Parameter(group="AdamW")
 @dataclass(frozen=True, kw_only=True)
-class AdamwSettings:
+class AdamwSettings(OptimizerSettings):
     """torch's AdamW."""
 
-    package: ClassVar[str] = "torch"
-    needs_closure: ClassVar[bool] = False
     lr: PositiveFloat = 0.01
     "Learning rate."
     betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.9, 0.999)
@@ -42,6 +41,6 @@ class AdamwSettings:
     weight_decay: NonNegativeFloat = 0.1
     "Decoupled weight decay."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return AdamW over all parameters."""
         return torch.optim.AdamW(model.parameters(), **asdict(self))

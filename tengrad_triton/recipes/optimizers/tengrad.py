@@ -1,4 +1,4 @@
-"""TENGraD with the paper's settings, with the library's defaults, and without scaling."""
+"""TENGraD with the library's defaults, with the paper's settings, and without scaling."""
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
@@ -7,19 +7,57 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt, ResolvedExistingFile
 from torch import nn
+from typing_extensions import override
 
 from tengrad_triton.curvature.choices import Representation
 from tengrad_triton.likelihoods import Fisher
 from tengrad_triton.optim.tengrad import TENGraD
+from tengrad_triton.recipes.optimizers.settings import LayerSizes, OptimizerSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactSettings(OptimizerSettings):
+    """What every TENGraD has in common."""
+
+    @staticmethod
+    @override
+    def curvature_numbers(layer: LayerSizes, samples: int) -> int:
+        """Count J in its smaller form, and the factor of the matrix of its inner products."""
+        a_row = min(layer.parameters, layer.positions * (layer.inputs + layer.outputs))
+        return samples * a_row + samples**2
 
 
 @Parameter(group="TENGraD")
 @dataclass(frozen=True, kw_only=True)
-class TengradSettings:
+class TengradSettings(ExactSettings):
+    """TENGraD with the library's defaults: scaled damping, a mean of gradients, refreshes that grow rarer."""
+
+    interval_varies: ClassVar[bool] = True
+    lr: PositiveFloat = 0.01
+    "Learning rate."
+    damping: PositiveFloat = 10.0
+    "Damping: multiples of the scale D, which has the gradient's size in every direction."
+    scaling: Literal["kronecker", "diagonal"] = "kronecker"
+    "Form of the scale D."
+    momentum: NonNegativeFloat = 0.9
+    "Share of the earlier gradients in the mean that a step follows."
+    weight_decay: NonNegativeFloat = 0.0
+    "Weight decay."
+    representation: Literal["auto"] | Representation = "auto"
+    "How a layer's curvature is stored."
+    plan: ResolvedExistingFile | None = None
+    "Plan file of tengrad-triton autotune; the cost model chooses if not given."
+
+    @override
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return TENGraD(model, **asdict(self))
+
+
+@Parameter(group="TENGraD, as in the paper")
+@dataclass(frozen=True, kw_only=True)
+class TengradPaperSettings(ExactSettings):
     """TENGraD with the paper's settings: absolute damping and refreshes at a fixed interval."""
 
-    package: ClassVar[str] = "torch"
-    needs_closure: ClassVar[bool] = False
     lr: PositiveFloat = 0.005
     "Learning rate."
     damping: PositiveFloat = 0.1
@@ -37,41 +75,17 @@ class TengradSettings:
     plan: ResolvedExistingFile | None = None
     "Plan file of tengrad-triton autotune; the cost model chooses if not given."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return TENGraD over all parameters."""
         return TENGraD.paper(model, **asdict(self))
-
-
-@Parameter(group="TENGraD, by its defaults")
-@dataclass(frozen=True, kw_only=True)
-class TengradDefaultsSettings:
-    """TENGraD with the library's defaults: scaled damping, a mean of gradients, refreshes that grow rarer."""
-
-    package: ClassVar[str] = "torch"
-    needs_closure: ClassVar[bool] = False
-    lr: PositiveFloat = 0.01
-    "Learning rate."
-    damping: PositiveFloat = 10.0
-    "Damping: multiples of the scale D, which has the gradient's size in every direction."
-    scaling: Literal["kronecker", "diagonal"] = "kronecker"
-    "Form of the scale D."
-    momentum: NonNegativeFloat = 0.9
-    "Share of the earlier gradients in the mean that a step follows."
-    weight_decay: NonNegativeFloat = 0.0
-    "Weight decay."
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return TENGraD over all parameters."""
-        return TENGraD(model, **asdict(self))
 
 
 @Parameter(group="TENGraD, without scaling")
 @dataclass(frozen=True, kw_only=True)
-class TengradUnscaledSettings:
+class TengradUnscaledSettings(ExactSettings):
     """TENGraD without scaling: relative damping, a trust region, look-ahead, refreshes that grow rarer."""
 
-    package: ClassVar[str] = "torch"
-    needs_closure: ClassVar[bool] = False
+    interval_varies: ClassVar[bool] = True
     lr: PositiveFloat = 0.03
     "Learning rate."
     damping: PositiveFloat = 0.003
@@ -83,6 +97,6 @@ class TengradUnscaledSettings:
     trust_region: PositiveFloat = 3e-4
     "Upper bound of a step's squared Fisher norm."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return TENGraD over all parameters."""
         return TENGraD.unscaled(model, **asdict(self))

@@ -7,17 +7,20 @@ import torch
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
+from typing_extensions import override
+
+from tengrad_triton.recipes.optimizers.settings import OptimizerSettings
 
 PACKAGE = "pytorch_optimizer"
 
 
 @Parameter(group="SOAP")
 @dataclass(frozen=True, kw_only=True)
-class SoapSettings:
+class SoapSettings(OptimizerSettings):
     """SOAP (Vyas et al. 2024)."""
 
     package: ClassVar[str] = PACKAGE
-    needs_closure: ClassVar[bool] = False
+    in_paper: ClassVar[bool] = False
     lr: PositiveFloat = 0.003
     "Learning rate."
     betas: Annotated[tuple[NonNegativeFloat, NonNegativeFloat], Parameter(negative=())] = (0.95, 0.95)
@@ -27,21 +30,21 @@ class SoapSettings:
     weight_decay: NonNegativeFloat = 0.01
     "Decoupled weight decay."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return SOAP over all parameters."""
         return _build("SOAP", model, asdict(self), every="precondition_frequency")
 
 
 @Parameter(group="Shampoo")
 @dataclass(frozen=True, kw_only=True)
-class ShampooSettings:
+class ShampooSettings(OptimizerSettings):
     """Shampoo (Gupta, Koren and Singer 2018): one factor for each axis of a weight.
 
     Unsuitable for layers with many thousands of inputs: the root of their factor takes minutes.
     """
 
     package: ClassVar[str] = PACKAGE
-    needs_closure: ClassVar[bool] = False
+    in_paper: ClassVar[bool] = False
     lr: PositiveFloat = 0.1
     "Learning rate; at a tenth of the default the loss on the digits hardly falls."
     refresh_every: PositiveInt = 1
@@ -51,8 +54,8 @@ class ShampooSettings:
     weight_decay: NonNegativeFloat = 0.01
     "Decoupled weight decay."
 
+    @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Return Shampoo over all parameters."""
         return _build("Shampoo", model, asdict(self), every="preconditioning_compute_steps", weight_decouple=True)
 
 

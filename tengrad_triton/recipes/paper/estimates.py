@@ -98,7 +98,7 @@ def step_times(job: Job, name: OptimizerName) -> StepTimes:
     with refusing(name):
         _, optimizer = job.build(name)
         with closing_hooks(optimizer):
-            every = getattr(optimizer, "refresh_every", getattr(job.settings.of(name), "refresh_every", None))
+            every = getattr(optimizer, "refresh_every", job.settings.of(name).interval)
         first, *_, plain = seconds_of_steps(job, name, 3, one_interval=True)
         if plain < SLOW:
             first, _, *later = seconds_of_steps(job, name, 5, one_interval=True)

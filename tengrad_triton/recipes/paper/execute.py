@@ -1,26 +1,26 @@
 """Carries out `tengrad-triton paper`: estimates, the runs that are left, the measurements, and the report."""
 
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from tengrad_triton.files import reason
 from tengrad_triton.recipes.errors import InterruptedRunError, UsageError
 from tengrad_triton.recipes.measuring import machine
 from tengrad_triton.recipes.paper.forecast import Left, forecast
 from tengrad_triton.recipes.paper.measurements.costs import COSTS
 from tengrad_triton.recipes.paper.measurements.measure import measure, unmeasured
 from tengrad_triton.recipes.paper.memory import check_run
-from tengrad_triton.recipes.paper.report.document import note_command
+from tengrad_triton.recipes.paper.report.document import check_folder, note_command
 from tengrad_triton.recipes.paper.report.write import write
 from tengrad_triton.recipes.paper.request import Request, expand_all
 from tengrad_triton.recipes.paper.runs import PaperRun, runs_of
 from tengrad_triton.recipes.paper.shared import Shared
-from tengrad_triton.recipes.paper.table import sum_of, table_of
+from tengrad_triton.recipes.paper.table import table_of
 from tengrad_triton.recipes.training.metrics_files import epochs_json
 from tengrad_triton.recipes.training.run import check_installed, train_all, warm_up_all
 from tengrad_triton.recipes.training.run_folder import RunFolder
@@ -37,12 +37,13 @@ def execute(targets: tuple[str, ...], request: Request, command: Sequence[str], 
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     shared = Shared(request, console, machine.chosen_device(request.device))
+    if not request.estimate:
+        check_folder(request.out)
     with _advice_on_failure(request):
         left = _left(targets, shared)
         if left:
             rows = forecast(left, shared)
-            console.print(table_of(rows))
-            shared.say(sum_of(rows, datetime.now()))
+            console.print(table_of(rows, datetime.now()))
         if request.estimate:
             return
         request.out.mkdir(parents=True, exist_ok=True)
@@ -80,20 +81,19 @@ def _advice_on_failure(request: Request) -> Iterator[None]:
         raise InterruptedRunError(f"interrupted: {advice}") from stop
     except OSError as error:
         raise UsageError(
-            f"{request.out}: cannot be written ({error.strerror or error}): make room, and {advice}"
+            f"{error.filename or request.out}: cannot be written ({reason(error)}): make room, and {advice}"
         ) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "file write failed" not in str(error):
-            raise
-        raise UsageError(f"{request.out}: a checkpoint cannot be written: make room, and {advice}") from error
 
 
 def train(run: PaperRun, shared: Shared) -> None:
     """Train from the last whole epoch to the end, write outcome.json, and delete the checkpoint, which can be large."""
     path = run.folder(shared.request.out)
+    if run.outcome(shared.request.out) is not None:
+        return  # another process has trained it meanwhile
     folder = RunFolder(path)
     if not (path / "settings.json").exists():
-        shutil.rmtree(path, ignore_errors=True)  # a process may have been killed before it wrote the settings
+        with suppress(OSError):
+            (path / "checkpoints").rmdir()  # a process may have been killed before it wrote the settings
         folder = RunFolder.create(path, run.settings)
     job = shared.job(run.settings)
     check_run(job, run.name)
@@ -106,4 +106,4 @@ def train(run: PaperRun, shared: Shared) -> None:
         "median_step_seconds": steps_S.median().item() if len(steps_S) else None,
     }
     folder.write_json("outcome.json", outcome)
-    shutil.rmtree(path / "checkpoints")
+    folder.delete_checkpoint(run.name)

@@ -11,24 +11,12 @@ from torch import Tensor, nn
 
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring.memory import free_bytes
-from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
+from tengrad_triton.recipes.optimizers.settings import LayerSizes, OptimizerName
+from tengrad_triton.recipes.optimizers.tengrad import ExactSettings
 from tengrad_triton.recipes.training.job import Job
 
 FLOAT = 4  # bytes
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """I, O and P of a layer, and its number of parameters."""
-
-    inputs: int
-    outputs: int
-    positions: int
-    parameters: int
-
-    def rows(self, n: int) -> int:
-        """Return how many numbers ``n`` rows of J have, as they are or as factors: whichever are fewer."""
-        return n * min(self.parameters, self.positions * (self.inputs + self.outputs))
 
 
 @dataclass(frozen=True)
@@ -68,27 +56,20 @@ def bytes_of_step(sizes: Sizes, name: OptimizerName, n: int) -> int:
 
     The curvature counts once what each method must store by the paper's table 1.
     """
-    curvature = sum(_curvature(name, layer, n) for layer in sizes.layers.values())
+    curvature = sum(OPTIMIZERS[name].curvature_numbers(layer, n) for layer in sizes.layers.values())
     return FLOAT * (3 * sizes.parameters + n * sizes.kept + curvature)
 
 
 def bytes_of_all_classes(sizes: Sizes, n: int, classes: int) -> int:
-    """Return the least memory of exact NGD with a row of J for every class of every sample.
+    """Return the least memory of TENGraD with a row of J for every class of every sample.
 
-    Beside a plain step it needs the output gradients of all classes, these rows, and their Gram matrix.
+    Beside what a plain step needs, it stores the output gradients of all classes, and the curvature of so many rows.
     """
     rows = n * classes
     layers = sizes.layers.values()
     grads = rows * sum(layer.positions * layer.outputs for layer in layers)
-    curvature = sum(layer.rows(rows) for layer in layers) + rows**2
+    curvature = sum(ExactSettings.curvature_numbers(layer, rows) for layer in layers)
     return FLOAT * (3 * sizes.parameters + n * sizes.kept + grads + curvature)
-
-
-def _curvature(name: OptimizerName, layer: LayerSizes, n: int) -> int:
-    factors = layer.inputs**2 + layer.outputs**2
-    by_name = {"tengrad": layer.rows(n) + n**2, "ekfac": factors + layer.parameters}
-    by_name |= dict.fromkeys(("kfac", "kbfgs", "kbfgsl"), factors)
-    return by_name.get(name, 0)
 
 
 def sizes_of(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Sizes:

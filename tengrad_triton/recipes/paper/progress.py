@@ -6,6 +6,9 @@ from itertools import count
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
+
+from tengrad_triton.recipes.terminal import can_redraw
 
 Tell = Callable[[str], None]
 
@@ -16,8 +19,9 @@ def telling(console: Console, what: str, total: int) -> Iterator[Tell]:
 
     It shows "what 2 of 5: piece": on a terminal in one line with a running clock, elsewhere in a line for each piece.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    text = TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold"))
+    columns = (SpinnerColumn(), text, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not can_redraw(console)) as bar:
         task, numbers = bar.add_task(what, total=None), count(1)
 
         def tell(piece: str) -> None:

@@ -1,37 +1,32 @@
 """What the paper (Soori et al. 2021) ran, tuned and reported: tables 2 to 5 and the appendix, on one V100."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.optimizers.baselines import EkfacSettings
 from tengrad_triton.recipes.optimizers.first_order import AdamwSettings
-from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
-from tengrad_triton.recipes.training.settings import Settings
 
-Tuned = tuple[float, float, float] | tuple[float, float]  # learning rate, weight decay and, except for SGD, damping
-PAPER: tuple[OptimizerName, ...] = ("sgd", "tengrad", "kfac", "ekfac", "kbfgs")
+Tuned = tuple[float, float, float] | tuple[float, float]  # the values of `TUNED`; SGD has no damping
+PAPER: tuple[OptimizerName, ...] = ("sgd", "tengrad_paper", "kfac", "ekfac", "kbfgs")
 BATCH_SIZE, REFRESH_EVERY, MOMENTUM, SEEDS = 128, 100, 0.9, 5
 RATES = WEIGHT_DECAYS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3)
+TUNED = ("lr", "weight_decay", "damping")
 
 # The powers of the batch m and the width d in the cost of the curvature and of a step (table 1), and the highest of d.
 TABLE1: Mapping[OptimizerName, tuple[str, str]] = {
-    "tengrad": ("m²d + m³", "md² + md + m²"),
+    "tengrad_paper": ("m²d + m³", "md² + md + m²"),
     "kfac": ("md² + d³", "d³"),
     "ekfac": ("md² + d³", "md²"),
     "kbfgs": ("md² + d²", "d³"),
 }
 
-# The paper did not tune these optimizers; they have the defaults of torch.
-BY_DEFAULT: Mapping[OptimizerName, OptimizerSettings] = {
-    "adamw": AdamwSettings(lr=1e-3, weight_decay=0.01),
-    "muon": MuonSettings(),
-    "ekfac": EkfacSettings(rescale_every=20),
-}
+# The paper did not tune AdamW. It has torch's defaults; its own in the command line suit the digits.
+ADAMW = AdamwSettings(lr=1e-3, weight_decay=0.01)
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,8 @@ class Experiment:
         return ", ".join(f"{words.get(key, key)} {value}" for key, value in other.items()) or "the paper's"
 
     def of(self, name: OptimizerName) -> OptimizerSettings:
-        """Return the settings of an optimizer: the paper's, those of K-BFGS for K-BFGS(L), or torch's defaults."""
-        settings = BY_DEFAULT.get(name, Settings().of(name))
+        """Return the settings of an optimizer: the paper's, those of K-BFGS for K-BFGS(L), or its own defaults."""
+        settings = ADAMW if name == "adamw" else OPTIMIZERS[name]()
         known: OptimizerName = "kbfgs" if name == "kbfgsl" else name
         if known not in self.tuned:
             return settings
@@ -78,9 +73,7 @@ class Experiment:
 
 def with_tuned(settings: OptimizerSettings, tuned: Tuned) -> OptimizerSettings:
     """Return an optimizer's settings with other values of those that the paper tunes."""
-    names = ("lr", "weight_decay", "damping")
-    every = {"refresh_every": REFRESH_EVERY} if len(tuned) > 2 else {}
-    return replace(settings, momentum=MOMENTUM, **every, **dict(zip(names, tuned, strict=False)))  # type: ignore[type-var]
+    return settings.changed(momentum=MOMENTUM, refresh_every=REFRESH_EVERY, **dict(zip(TUNED, tuned, strict=False)))
 
 
 def _experiment(
@@ -94,9 +87,12 @@ def _experiment(
 EXPERIMENTS = (
     Experiment(
         "3C1F, Fashion-MNIST", "3c1f", "fashion-mnist", 128, 10,
-        {"sgd": (52, 92.60), "tengrad": (43, 93.15), "kfac": (188, 92.2), "ekfac": (275, 92.01), "kbfgs": (113, 92.12)},
         {
-            "sgd": (0.03, 0.001), "tengrad": (0.003, 0.001, 0.1), "kfac": (0.003, 0.001, 0.1),
+            "sgd": (52, 92.60), "tengrad_paper": (43, 93.15), "kfac": (188, 92.2), "ekfac": (275, 92.01),
+            "kbfgs": (113, 92.12),
+        },
+        {
+            "sgd": (0.03, 0.001), "tengrad_paper": (0.003, 0.001, 0.1), "kfac": (0.003, 0.001, 0.1),
             "ekfac": (0.001, 0.003, 0.03), "kbfgs": (0.03, 0.01, 0.01),
         },
     ),
@@ -131,6 +127,34 @@ EXPERIMENTS = (
         [(0.01, 0.003), (0.01, 0.01, 0.3), (0.01, 0.003, 0.03), (0.01, 0.003, 0.03), (0.03, 0.01, 0.03)],
     ),
 )  # fmt: skip
+
+
+def rates(dataset: DatasetName, model: str) -> dict[OptimizerName, dict[str, float]]:
+    """Return the `TUNED` settings of each optimizer that a run has on a data set, if nobody gives others.
+
+    They are those of the experiment with the data set and the model, or with another member of the model's family, or
+    else of the first experiment with the data set. On the digits, which the paper does not have, there are none.
+    """
+    family = model.partition("-")[0]
+    on_it = [experiment for experiment in EXPERIMENTS if experiment.dataset == dataset]
+    if not on_it:
+        return {}
+    chosen = next((e for e in on_it if e.model.partition("-")[0] == family), on_it[0])
+    own = {name: asdict(chosen.of(name)) for name in OPTIMIZERS}
+    return {name: {key: of[key] for key in TUNED if key in of} for name, of in own.items()}
+
+
+def described_rates() -> list[str]:
+    """Return a line for each data set: the `rates` of its first experiment that differ from an optimizer's defaults."""
+    lines = []
+    for dataset, model in {e.dataset: e.model for e in reversed(EXPERIMENTS)}.items():
+        other = [
+            f"{name} {', '.join(map(str, values.values()))}"
+            for name, values in rates(dataset, model).items()
+            if values.items() - asdict(OPTIMIZERS[name]()).items()
+        ]
+        lines.append(f"{dataset}: {'; '.join(other)}")
+    return lines[::-1]
 
 
 def choose_experiments(words: tuple[str, ...]) -> tuple[Experiment, ...]:

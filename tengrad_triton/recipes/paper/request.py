@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
 
 from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, Choice
 from tengrad_triton.recipes.paper.published import (
     DAMPINGS,
     EXPERIMENTS,
@@ -103,24 +103,16 @@ class Request:
 
     row: Annotated[tuple[str, ...], MANY] = ()
     "Rows of table 2: a title or its beginning, such as 3C1F; all rows of the target if not given."
-    optimizer: Annotated[tuple[OptimizerName, ...], MANY, Parameter(validator=each_once)] = (
-        "tengrad",
-        "sgd",
-        "kfac",
-        "ekfac",
-        "kbfgs",
-        "tengrad_defaults",
-        "tengrad_unscaled",
-        "adamw",
-        "muon",
+    optimizer: Annotated[tuple[Choice, ...], MANY, Parameter(validator=each_once)] = tuple(
+        name for name, settings in OPTIMIZERS.items() if settings.in_paper
     )
-    "Optimizers; kbfgsl can be named too, and soap and shampoo if their package is installed."
+    "Optimizers; the others of train can be named too, if their packages are installed."
     seeds: PositiveInt = SEEDS
     "Number of runs of each optimizer, with seeds from 0."
     scale: Annotated[Scale, Parameter(name="scale", group="Scale")] = field(default_factory=Scale)
     grid: Annotated[Grid, Parameter(name="grid", group="Grid")] = field(default_factory=Grid)
     data: ResolvedExistingDirectory | None = None
-    "Folder with a folder of Parquet files for each of fashion-mnist, cifar10 and cifar100; the hub if not given."
+    "Folder with train-*.parquet and test-*.parquet, or with such a folder for each data set; the hub if not given."
     out: Path = Path("runs/paper")
     "Folder of the runs and the report; finished runs in it are kept, and unfinished ones resumed."
     estimate: Annotated[bool, Parameter(negative=())] = False

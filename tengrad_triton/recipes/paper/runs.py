@@ -7,11 +7,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tengrad_triton.recipes.data.registry import DatasetName
+from tengrad_triton.files import read_bytes, reason
+from tengrad_triton.recipes.data.registry import data_folder
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
 from tengrad_triton.recipes.paper.published import BATCH_SIZE, EXPERIMENTS, PAPER, Experiment, with_tuned
 from tengrad_triton.recipes.paper.request import SENSITIVITY, Request
+from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
 
 
@@ -42,13 +44,12 @@ class PaperRun:
         folder = self.folder(out)
         if not (folder / "settings.json").exists():
             return None
-        stored = self._compared(read_json(folder / "settings.json"))
+        stored = self._compared(RunFolder(folder).settings())
         own = self._compared(self.settings.as_json())
         if stored != own:
             other = ", ".join(sorted(key for key in stored.keys() | own.keys() if stored.get(key) != own.get(key)))
             raise UsageError(f"{folder}: was run with another {other}: name another --out, or ask for the same")
-        finished = folder / "outcome.json"
-        return read_json(finished) if finished.exists() else None
+        return read_outcome(folder) if (folder / "outcome.json").exists() else None
 
     def epochs_left(self, out: Path) -> int:
         """Return the number of epochs that a started run still lacks; all before it has ended its first."""
@@ -64,9 +65,17 @@ class PaperRun:
 def read_json(file: Path) -> Any:
     """Return the content of a JSON file in the folder of a run; raises `UsageError` if it is missing or damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: {error}: delete its folder to run it again") from error
+        return json.loads(read_bytes(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: {reason(error)}: delete its folder to run it again") from error
+
+
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """Return the content of outcome.json; raises `UsageError` if it is missing or damaged."""
+    outcome = read_json(folder / "outcome.json")
+    if not isinstance(outcome, dict) or not outcome.keys() >= {"rows", "diverged", "median_step_seconds"}:
+        raise UsageError(f"{folder / 'outcome.json'}: expected the outcome of a run: delete its folder to run it again")
+    return outcome
 
 
 def settings_of(
@@ -91,7 +100,7 @@ def settings_of(
         seed=seed,
         device=request.device,
         threads=request.threads,
-        **{name: own},  # type: ignore[arg-type]
+        **{name: own},
     )
 
 
@@ -99,16 +108,6 @@ def _model_of(experiment: Experiment, depth: int | None) -> str:
     """Return the name of the experiment's model, with another depth if one is given and the model has one."""
     family, *sizes = experiment.model.split("-")
     return experiment.model if depth is None or len(sizes) != 2 else f"{family}-{depth}-{sizes[1]}"
-
-
-def data_folder(data: Path | None, dataset: DatasetName) -> Path | None:
-    """Return the folder of a data set in --data, or None without --data; raises `UsageError` if it is missing."""
-    if data is None:
-        return None
-    for name in (dataset, dataset.replace("-", "_")):
-        if (data / name).is_dir():
-            return data / name
-    raise UsageError(f"--data {data}: no folder {dataset} in it: expected one for each data set, with Parquet files")
 
 
 def runs_of(request: Request, targets: tuple[str, ...]) -> list[PaperRun]:
@@ -129,8 +128,8 @@ def _searches(request: Request, targets: tuple[str, ...]) -> Iterator[PaperRun]:
     """Yield the runs of figures 9 and 10 (TENGraD on Fashion-MNIST) and of tables 3 to 5 (all optimizers)."""
     seen = set()
     if any(target in SENSITIVITY for target in targets):
-        weight_decay = EXPERIMENTS[0].tuned["tengrad"][1]
-        for run in _grid(EXPERIMENTS[0], "tengrad", request, (weight_decay,)):
+        weight_decay = EXPERIMENTS[0].tuned["tengrad_paper"][1]
+        for run in _grid(EXPERIMENTS[0], "tengrad_paper", request, (weight_decay,)):
             seen.add((run.experiment.key, run.label))
             yield run
     if "tables3-5" in targets:

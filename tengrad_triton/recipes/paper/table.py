@@ -1,13 +1,21 @@
 """The table of estimates, in 80 columns."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from tengrad_triton.recipes.paper.memory import readable
+from tengrad_triton.recipes.terminal import FittedTable
+from tengrad_triton.tables import Column
+
+COLUMNS = (
+    Column("what", wraps=True),
+    Column("optimizer", wraps=True),
+    Column("runs", right=True),
+    Column("each", right=True),
+    Column("all", right=True),
+    Column("memory", right=True),
+)
 
 
 @dataclass(frozen=True)
@@ -30,27 +38,19 @@ class Row:
     seconds: float
     bytes: int
 
-
-def table_of(rows: Iterable[Row]) -> Table:
-    """Return the table. Long names go on in a second line where the terminal is narrow: no cell is cut."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("what", "optimizer"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("runs", "each", "all", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        count = str(row.count) if row.optimizer else ""
-        each = duration(row.each) if row.optimizer else ""
-        table.add_row(row.what, row.optimizer, count, each, duration(row.seconds), readable(row.bytes))
-    return table
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of the table; a target is no series of runs."""
+        of_runs = (str(self.count), duration(self.each)) if self.optimizer else ("", "")
+        return (self.what, self.optimizer, *of_runs, duration(self.seconds), readable(self.bytes))
 
 
-def sum_of(rows: Iterable[Row], now: datetime) -> str:
-    """Return the time of all rows and when it ends, as a sentence."""
+def table_of(rows: Sequence[Row], now: datetime) -> FittedTable:
+    """Return the table, with the sum of the times and when they end, counted from ``now``."""
     seconds = sum(row.seconds for row in rows)
     end = now + timedelta(seconds=seconds)
     day = "" if end.date() == now.date() else f" on {end:%Y-%m-%d}"
-    return f"estimated: {duration(seconds)} in all; begun now, it ends at {end:%H:%M}{day}"
+    caption = f"estimated: {duration(seconds)} in all; begun now, it ends at {end:%H:%M}{day}"
+    return FittedTable(COLUMNS, [row.cells() for row in rows], caption)
 
 
 def duration(seconds: float) -> str:

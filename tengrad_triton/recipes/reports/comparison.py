@@ -1,10 +1,12 @@
 """The optimizers of a run side by side, as lines of tables for the terminal and the page."""
 
+from collections.abc import Mapping
 from statistics import median
 
 import torch
 from torch import Tensor
 
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import History
 
 OUTCOME = ("optimizer", "test acc.", "best (epoch)", "train loss", "time", "an epoch", "× SGD")
@@ -36,18 +38,18 @@ def outcomes(history: History) -> list[tuple[str, ...]]:
     return lines
 
 
-def step_times(history: History, refresh_every: int) -> list[tuple[str, ...]]:
-    """Return a line for each optimizer, and for TENGraD's refreshing and reusing steps.
+def step_times(history: History, intervals: Mapping[OptimizerName, int]) -> list[tuple[str, ...]]:
+    """Return a line for each optimizer, and for the refreshing and the reusing steps of those with a fixed interval.
 
     The times mean something on a CPU only: those of the host do not include the work that a GPU still has to do.
     """
     durations: dict[str, Tensor] = {}
     for name, record in history.items():
         durations[name] = record.steps.durations()
-        if name == "tengrad":
-            refresh_S = (torch.arange(len(record.steps)) % refresh_every) == 0
-            durations["tengrad, refresh"] = durations[name][refresh_S]
-            durations["tengrad, reuse"] = durations[name][~refresh_S]
+        if name in intervals:
+            refresh_S = (torch.arange(len(record.steps)) % intervals[name]) == 0
+            durations[f"{name}, refresh"] = durations[name][refresh_S]
+            durations[f"{name}, reuse"] = durations[name][~refresh_S]
     medians = {label: median(times_S.tolist()) for label, times_S in durations.items() if len(times_S)}
     return [
         (

@@ -4,7 +4,7 @@ Key: S steps.
 """
 
 from collections.abc import Iterator
-from itertools import accumulate, cycle
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -14,14 +14,15 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.reports.styles import style_of
 from tengrad_triton.recipes.training.metrics import History, Record
 
+SOFTWARE = "tengrad-triton"
+MARK = f"Software\0{SOFTWARE}".encode()  # in the first bytes of a figure: what has it may be replaced
 FIGURES = ("loss", "accuracy", "steps")
 QUANTITIES = (("loss", "mean cross-entropy (nats)", 1), ("accuracy", "accuracy (%)", 100))
-# Okabe and Ito's colours can be told apart with any colour vision; the markers help in print.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "x"))
 MARKERS = 12  # on each curve, whatever its number of points
 WINDOW = 25  # steps of a running mean: batches differ more than optimizers
 
@@ -32,7 +33,7 @@ def draw(history: History, title: str, folder: Path, prefix: str) -> None:
     for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
         figure.suptitle(title)
         with replacing(folder / f"{prefix}{name}.png") as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:
@@ -91,8 +92,8 @@ def _by_step(history: History) -> Figure:
 
 
 def _styled(history: History) -> Iterator[tuple[str, str, OptimizerName, Record]]:
-    for (color, marker), (name, record) in zip(cycle(STYLES), history.items(), strict=False):
-        yield color, marker, name, record
+    for name, record in history.items():
+        yield *style_of(name), name, record
 
 
 def _finish(panels: tuple[Axes, Axes], quantity: str) -> None:

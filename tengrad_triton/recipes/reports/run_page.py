@@ -1,11 +1,12 @@
 """The Markdown page of a run: a pure function of the content of its folder."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.reports.comparison import OUTCOME, STEP_TIME, outcomes, step_times
 from tengrad_triton.recipes.reports.markdown import block, bullets, machine_table, table
@@ -35,14 +36,14 @@ class Run:
         local_data: whether the run had --data.
         sessions: the entries of machine.json, one for each start.
         history: the metrics.
-        summary: TENGraD's summary of the parameters, if it took part.
+        summaries: the summary of the parameters of each TENGraD that took part.
     """
 
     settings: Settings
     local_data: bool
     sessions: list[dict[str, Any]]
     history: History
-    summary: str | None
+    summaries: Mapping[OptimizerName, str]
 
     @property
     def title(self) -> str:
@@ -60,8 +61,8 @@ def markdown(run: Run, stem: str) -> str:
         ["## What was run", bullets(_setup(run) | _optimizers(run)), "To run it again:", block(_command(run), "bash")],
         ["## Where", machine_table(run.sessions)],
     ]
-    if run.summary is not None:
-        sections.append(["## What TENGraD does with each parameter", block(run.summary.rstrip(), "text")])
+    for name, summary in run.summaries.items():
+        sections.append([f"## What {name} does with each parameter", block(summary.rstrip(), "text")])
     return "\n\n".join(part for section in sections for part in section) + "\n"
 
 
@@ -79,7 +80,8 @@ def _unfinished(run: Run) -> list[str]:
 def _step_times(run: Run) -> list[str]:
     if any(session["device_type"] != "cpu" for session in run.sessions):
         return [GPU_NOTE]
-    return [table(STEP_TIME, step_times(run.history, run.settings.tengrad.refresh_every)), STEP_NOTE]
+    every = {name: run.settings.of(name).interval for name in run.history}
+    return [table(STEP_TIME, step_times(run.history, {n: steps for n, steps in every.items() if steps})), STEP_NOTE]
 
 
 def _setup(run: Run) -> dict[str, object]:
@@ -107,7 +109,7 @@ def _optimizers(run: Run) -> dict[str, object]:
 def _command(run: Run) -> str:
     """Return the command with every setting of the run, so that later defaults do not matter."""
     flags = run.settings.flags() | ({"--data": "DIR"} if run.local_data else {})
-    of_one = {name: f"--{name.replace('_', '-')}." for name in get_args(OptimizerName)}
+    of_one = {name: f"{flag(name)}." for name in OPTIMIZERS}
     shared = [flag for flag in flags if not flag.startswith(tuple(of_one.values()))]
     lines = [shared, *([flag for flag in flags if flag.startswith(of_one[name])] for name in run.settings.optimizer)]
     given = (" ".join(f"{flag} {_words(flags[flag])}" for flag in line) for line in lines)

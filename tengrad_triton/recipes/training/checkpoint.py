@@ -25,10 +25,15 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, record: Record,
 
 
 def record_of(state: State | None) -> Record:
-    """Return the epochs and steps in a state; none without a state."""
+    """Return the epochs and steps in a state; none without a state. Raises `UsageError` if it holds something else."""
     if state is None:
         return Record()
-    return Record([EpochMetrics(**epoch) for epoch in state["rows"]], Steps(**state["steps"]))
+    try:
+        return Record([EpochMetrics(**epoch) for epoch in state["rows"]], Steps(**state["steps"]))
+    except TypeError as error:
+        raise UsageError(
+            f"a checkpoint holds no epochs of a run ({error}): delete it to train from the start"
+        ) from error
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, device: torch.device) -> Record:
@@ -39,9 +44,9 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, de
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"a checkpoint does not fit the run's settings ({error}): restore settings.json") from error
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
     return record_of(state)

@@ -6,10 +6,11 @@ import json
 import math
 from dataclasses import asdict, astuple, fields
 from itertools import groupby
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import EpochMetrics, History, Steps
 
@@ -52,6 +53,8 @@ def parse_epochs(text: str) -> dict[OptimizerName, list[EpochMetrics]]:
 
 def parse_steps(text: str) -> dict[OptimizerName, Steps]:
     """Return the steps in the text of steps.csv; raises `ValueError` if it is anything else."""
+    if text and not text.endswith("\n"):
+        raise ValueError("its last line is cut off")
     header, *lines = (line.split(",") for line in text.splitlines() or [""])
     if header != (expected := ["optimizer", "step", *(column.name for column in fields(Steps))]):
         raise ValueError(f"got columns {', '.join(header)}, expected {', '.join(expected)}")
@@ -66,10 +69,9 @@ def parse_steps(text: str) -> dict[OptimizerName, Steps]:
 
 
 def _known(name: str) -> OptimizerName:
-    for known in get_args(OptimizerName):
-        if name == known:
-            return known
-    raise ValueError(f"got optimizer {name!r}, expected one of {', '.join(get_args(OptimizerName))}")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"got optimizer {name!r}, expected one of {', '.join(OPTIMIZERS)}")
+    return name
 
 
 def _csv(header: list[str], lines: list[tuple[Any, ...]]) -> str:

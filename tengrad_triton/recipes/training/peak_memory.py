@@ -6,13 +6,13 @@ falls.
 
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tengrad_triton.recipes.data.images import Data, Normalizer, Split
 from tengrad_triton.recipes.measuring.memory import peak_process_bytes
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.settings import Settings
 from tengrad_triton.recipes.training.warm_up import seconds_of_steps, warm_up
@@ -30,9 +30,7 @@ def peak_of_steps(case: dict[str, Any]) -> int:
     images = torch.randint(256, (batch, *case["shape"]), dtype=torch.uint8)
     split = Split(images, torch.randint(case["classes"], (batch,)))
     data = Data(split, split, Normalizer.of(split), case["classes"]).to(device)
-    own = Settings().of(name)
-    if hasattr(own, "refresh_every"):
-        own = replace(own, refresh_every=2)  # type: ignore[type-var]
+    own = OPTIMIZERS[name]().changed(refresh_every=2)
     settings = Settings(
         optimizer=(name,),
         model=case["model"],

@@ -10,6 +10,7 @@ from tengrad_triton.recipes.data.registry import load
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring import machine
 from tengrad_triton.recipes.optimizers import third_party
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.checkpoint import record_of
 from tengrad_triton.recipes.training.job import Job
@@ -54,14 +55,14 @@ def refusing(name: OptimizerName) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UsageError(f"{name}: {error}: see the --{name} flags") from error
+        raise UsageError(f"{name}: {error}: see the {flag(name)} flags") from error
     except torch.OutOfMemoryError as error:
         raise UsageError(f"{name}: {error}: lower --batch-size or --width") from error
 
 
 def check_installed(name: OptimizerName) -> None:
     """Raise `UsageError` if the package of an optimizer is not installed."""
-    package = Settings().of(name).package
+    package = OPTIMIZERS[name].package
     if not is_installed(package):
         advice = "pip install 'tengrad-triton[rivals]'" if package == third_party.PACKAGE else "leave it out"
         raise UsageError(f"{name} needs the package {package}, which is not installed: {advice}")
@@ -70,8 +71,13 @@ def check_installed(name: OptimizerName) -> None:
 def train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
     """Train every optimizer from its last checkpoint to its end; return the metrics of all.
 
-    Raises `UsageError` if a checkpoint does not fit the settings.
+    Raises `UsageError` if a checkpoint does not fit the settings, or if another process trains into the folder.
     """
+    with run.locked():
+        return _train_each(job, run, warm_ups, console)
+
+
+def _train_each(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
     settings = job.settings
     history: History = {name: record_of(run.load_checkpoint(name)) for name in settings.optimizer}
     seconds = {name: warm.seconds for name, warm in warm_ups.items()}
@@ -89,10 +95,10 @@ def train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> 
 
 
 def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, console: Console) -> None:
-    epochs = job.settings.epochs
+    epochs, label = job.settings.epochs, name.ljust(max(map(len, job.settings.optimizer)))
     with (
         closing(run.events(name, history[name])) as events,
-        Progress.of(console, name, epochs, len(job.data.train)) as progress,
+        Progress.of(console, label, epochs, len(job.data.train)) as progress,
     ):
         for state in fit(job, name, run.load_checkpoint(name), progress.step):
             run.save_checkpoint(name, state)
@@ -101,4 +107,5 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
             add_events(events, history[name], since=len(history[name].epochs) - 1)
             progress.epoch(history[name].epochs[-1])
     if history[name].diverged:
-        console.print(f"{name} diverged in epoch {len(history[name].epochs)}: lower --{name}.lr", style="bold red")
+        line = f"{name} diverged in epoch {len(history[name].epochs)}: lower {flag(name)}.lr"
+        console.print(line, style="bold red", soft_wrap=True)

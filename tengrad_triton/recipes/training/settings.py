@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
@@ -13,12 +13,10 @@ from cyclopts.validators import Number
 from tengrad_triton.recipes.data.registry import DatasetName
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.optimizers.baselines import EkfacSettings, KbfgslSettings, KbfgsSettings, KfacSettings
-from tengrad_triton.recipes.optimizers.first_order import AdamwSettings, SgdSettings
-from tengrad_triton.recipes.optimizers.muon import MuonSettings
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, Choice
 from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
-from tengrad_triton.recipes.optimizers.tengrad import TengradDefaultsSettings, TengradSettings, TengradUnscaledSettings
-from tengrad_triton.recipes.optimizers.third_party import ShampooSettings, SoapSettings
+
+T = TypeVar("T")
 
 
 def each_once(_: type, names: tuple[str, ...]) -> None:
@@ -37,15 +35,32 @@ def _known_model(_: type, name: str) -> None:
 ModelName = Annotated[str, Parameter(validator=_known_model)]
 
 
+def _with_optimizers(settings: type[T]) -> type[T]:
+    """Add a field for each optimizer to a class that becomes a dataclass: its own settings, by its name.
+
+    Raises `TypeError` if another setting has that name.
+    """
+    for name, own in OPTIMIZERS.items():
+        if name in settings.__annotations__:
+            raise TypeError(f"optimizer {name!r}: another setting has this name: rename its entry of OPTIMIZERS")
+        settings.__annotations__[name] = own
+        setattr(settings, name, field(default_factory=own))
+    return settings
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
+@_with_optimizers
 class Settings:
-    """Everything that the numbers of a run depend on, except the machine and the versions."""
+    """Everything that the numbers of a run depend on, except the machine and the versions.
+
+    The settings of each optimizer are a field with its name, such as ``sgd``.
+    """
 
     optimizer: Annotated[
-        tuple[OptimizerName, ...],
+        tuple[Choice, ...],
         Parameter(consume_multiple=True, negative=(), validator=each_once, show_default=" ".join),
-    ] = ("tengrad", "sgd", "adamw")
+    ] = ("tengrad", "tengrad_paper", "sgd", "adamw")
     "Optimizers to train with, one after the other. All start from the same weights and see the same batches."
     model: ModelName = "3c1f"
     "3c1f or mlp (of width 32), mobilenetv2, resnet18, resnet50, vit-tiny, wrn-DEPTH-WIDEN, densenet-DEPTH-GROWTH."
@@ -54,7 +69,7 @@ class Settings:
     dataset: DatasetName = "digits"
     "Data set. The digits ship with scikit-learn; the others come from the Hugging Face hub or from --data."
     data: ResolvedExistingDirectory | None = None
-    "Folder with the data set as train-*.parquet and test-*.parquet; the hub if not given."
+    "Folder with train-*.parquet and test-*.parquet, or with such a folder for each data set; the hub if not given."
     train_limit: PositiveInt | None = None
     "Number of training images, from the first; all if not given."
     test_limit: PositiveInt | None = None
@@ -63,7 +78,7 @@ class Settings:
     "Passes over the training set."
     batch_size: PositiveInt = 128
     "Images per step."
-    decay_at: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, negative=())] = ()
+    decay_at: Annotated[tuple[PositiveInt, ...], Parameter(consume_multiple=True, negative=(), show_default=False)] = ()
     "Epochs after which every optimizer's learning rate is multiplied by --decay."
     decay: PositiveFloat = 0.1
     "Factor of the learning rates after the epochs of --decay-at."
@@ -73,18 +88,6 @@ class Settings:
     "Device to train on; auto takes the GPU if there is one."
     threads: PositiveInt | None = None
     "CPU threads; torch's default if not given."
-    tengrad: TengradSettings = field(default_factory=TengradSettings)
-    sgd: SgdSettings = field(default_factory=SgdSettings)
-    adamw: AdamwSettings = field(default_factory=AdamwSettings)
-    tengrad_defaults: TengradDefaultsSettings = field(default_factory=TengradDefaultsSettings)
-    tengrad_unscaled: TengradUnscaledSettings = field(default_factory=TengradUnscaledSettings)
-    kfac: KfacSettings = field(default_factory=KfacSettings)
-    ekfac: EkfacSettings = field(default_factory=EkfacSettings)
-    kbfgs: KbfgsSettings = field(default_factory=KbfgsSettings)
-    kbfgsl: KbfgslSettings = field(default_factory=KbfgslSettings)
-    muon: MuonSettings = field(default_factory=MuonSettings)
-    soap: SoapSettings = field(default_factory=SoapSettings)
-    shampoo: ShampooSettings = field(default_factory=ShampooSettings)
 
     @property
     def channels(self) -> int:
@@ -113,7 +116,7 @@ class Settings:
 
 def installed() -> tuple[OptimizerName, ...]:
     """Return the optimizers whose packages are installed."""
-    return tuple(name for name in get_args(OptimizerName) if is_installed(Settings().of(name).package))
+    return tuple(name for name, settings in OPTIMIZERS.items() if is_installed(settings.package))
 
 
 def is_installed(package: str) -> bool:

@@ -5,7 +5,6 @@ The width is that of all layers, d = d_i = d_o in the paper's terms; the batch i
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -16,8 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from tengrad_triton.recipes.measuring.machine import clock, now
 from tengrad_triton.recipes.measuring.power_law import exponent
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
-from tengrad_triton.recipes.training.settings import Settings
 
 Quantity = Literal["batch", "width", "depth"]
 CLASSES = 10
@@ -118,9 +117,8 @@ def _timer(name: OptimizerName, sizes: Mapping[Quantity, int], device: torch.dev
     torch.manual_seed(0)
     model = perceptron(sizes["width"], sizes["depth"]).to(device)
     x, y = torch.randn(sizes["batch"], sizes["width"]), torch.randint(CLASSES, (sizes["batch"],))
-    own = replace(Settings().of(name), lr=1e-6, refresh_every=2)  # type: ignore[type-var]  # a small rate, so that the weights hardly move
-    if hasattr(own, "rescale_every"):
-        own = replace(own, rescale_every=2)  # type: ignore[type-var]
+    # a small rate, so that the weights hardly move
+    own = OPTIMIZERS[name]().changed(lr=1e-6, refresh_every=2, rescale_every=2)
     return partial(_two_steps, model, own.build(model), x.to(device), y.to(device), own.needs_closure)
 
 

@@ -26,7 +26,8 @@ def _is_missing(target: str, request: Request) -> bool:
     file = request.out / "results" / f"{target}.json"
     if not file.exists():
         return True
-    scale = RunFolder(file.parent).read_json(file.name)["scale"]
+    measured = RunFolder(file.parent).read_json(file.name)
+    scale = measured.get("scale") if isinstance(measured, dict) else None
     if scale != request.scale.description():
         raise UsageError(f"{file}: was measured at another scale ({scale}): name another --out, or ask for the same")
     return False

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,8 +27,7 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
     warm_up(job, name)
     steps = list(_profiled_steps(job, name, EVERY * ROUNDS))
     kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
-    refreshes = hasattr(job.settings.of(name), "refresh_every")
-    return {kind: _medians(of) for kind, of in kinds.items() if refreshes or kind == "reuse"}
+    return {kind: _medians(of) for kind, of in kinds.items() if job.settings.of(name).interval or kind == "reuse"}
 
 
 def seconds_of_phases(job: Job, name: OptimizerName) -> float:
@@ -44,9 +42,7 @@ def seconds_of_phases(job: Job, name: OptimizerName) -> float:
 
 def _profiled_steps(job: Job, name: OptimizerName, count: int) -> Iterator[dict[str, float]]:
     """Yield the seconds of each phase in an optimizer's first steps."""
-    own = job.settings.of(name)
-    if hasattr(own, "refresh_every"):
-        own = replace(own, refresh_every=EVERY)  # type: ignore[type-var]
+    own = job.settings.of(name).changed(refresh_every=EVERY)
     model = job.model().to(job.device)
     optimizer = own.build(model)
     images, labels = next(job.data.batches("train", job.settings.batch_size))

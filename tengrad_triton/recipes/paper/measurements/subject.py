@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
 from tengrad_triton.recipes.paper.request import INVERSES, Request
@@ -11,7 +12,7 @@ from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.settings import Settings
 
 EXPERIMENT = EXPERIMENTS[0]
-DAMPING = EXPERIMENT.tuned["tengrad"][-1]
+DAMPING = EXPERIMENT.tuned["tengrad_paper"][-1]
 
 
 def settings_for(request: Request, name: OptimizerName, epochs: int | None = None) -> Settings:
@@ -30,10 +31,10 @@ def names_of(target: str, request: Request) -> list[OptimizerName]:
     if target in INVERSES:
         return ["sgd"]
     if target == "table1":
-        return [name for name in request.optimizer if hasattr(Settings().of(name), "refresh_every")]
+        return [name for name in request.optimizer if OPTIMIZERS[name]().interval]
     if target == "phases":
-        # Those with an interval that grows have both kinds of steps among the first.
-        return [name for name in request.optimizer if name not in ("tengrad_defaults", "tengrad_unscaled")]
+        # Those with an interval that varies have both kinds of steps among the first.
+        return [name for name in request.optimizer if not OPTIMIZERS[name].interval_varies]
     return list(request.optimizer)
 
 

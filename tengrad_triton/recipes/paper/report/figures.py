@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from tengrad_triton.recipes.files import replacing
-from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished, by_epoch, by_optimizer
+from tengrad_triton.files import replacing
+from tengrad_triton.recipes.paper.report.seeds import Finished, by_epoch, by_optimizer
 from tengrad_triton.recipes.paper.request import Request
-from tengrad_triton.recipes.reports.run_figures import STYLES
+from tengrad_triton.recipes.reports.styles import COLORS, style_of
 
 QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_loss": ("training cross-entropy (nats)", 1.0),
@@ -27,9 +27,6 @@ QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_accuracy": ("train accuracy (%)", 100.0),
     "test_accuracy": ("test accuracy (%)", 100.0),
 }
-MORE = (("#56B4E9", "P"), ("#7F3C8D", "*"), ("#8C564B", "<"), ("#7F7F7F", ">"), ("#004060", "h"), ("#B8860B", "X"))
-COLOURED = ("tengrad", "sgd", "adamw", *(name for name in ORDER if name not in ("tengrad", "sgd", "adamw")))
-STYLE = dict(zip(COLOURED, (*STYLES, *MORE), strict=True))  # the default run's three look as in its own figures
 DPI = 90
 
 
@@ -49,7 +46,7 @@ def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name:
     panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
     for optimizer, group in by_optimizer(runs).items():
         spreads, seconds = by_epoch(group, quantity, scale)
-        color, marker = STYLE[optimizer]
+        color, marker = style_of(optimizer)
         label_of = f"{optimizer} (diverged)" if any(run.diverged for run in group) else optimizer
         for panel, x in zip(panels, (range(1, len(spreads) + 1), seconds), strict=True):
             panel.errorbar(
@@ -117,7 +114,7 @@ def complexity(cases: Sequence[Mapping[str, Any]], base: Mapping[str, int], out:
     for panels, cost in zip(grid, ("curvature", "step"), strict=True):
         for panel, quantity in zip(panels, quantities, strict=True):
             for case in (case for case in cases if case["quantity"] == quantity):
-                color, marker = STYLE[case["optimizer"]]
+                color, marker = style_of(case["optimizer"])
                 seconds = [1e3 * s if s > 0 else math.nan for s in case["seconds"][cost]]
                 panel.plot(case["values"], seconds, color=color, marker=marker, markersize=5, label=case["optimizer"])
             panel.set(xscale="log", yscale="log")
@@ -140,7 +137,7 @@ def phases(seconds: Mapping[str, Mapping[str, Mapping[str, float]]], title: str,
     for panel, kind in zip(panels, ("reuse", "refresh"), strict=True):
         for place, by_kind in enumerate(seconds.values()):
             left = 0.0
-            for (phase, part), (color, _) in zip(by_kind.get(kind, {}).items(), STYLES, strict=False):
+            for (phase, part), color in zip(by_kind.get(kind, {}).items(), COLORS, strict=False):
                 panel.barh(place, 1e3 * part, left=1e3 * left, color=color, label=phase if place == 0 else None)
                 left += part
         panel.set(xlabel="ms", title=f"a step that {'reuses the curvature' if kind == 'reuse' else 'refreshes it'}")

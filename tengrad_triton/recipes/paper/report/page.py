@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tengrad_triton.recipes.optimizers.registry import place
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
 from tengrad_triton.recipes.paper.report import sections
 from tengrad_triton.recipes.paper.report.document import Document, clock_of, experiment_of, finished, scale_of
-from tengrad_triton.recipes.paper.report.seeds import ORDER, Finished
+from tengrad_triton.recipes.paper.report.seeds import Finished
 from tengrad_triton.recipes.paper.request import INVERSES, OF_RUNS
 from tengrad_triton.recipes.reports.markdown import block, cell, table
 
@@ -101,7 +102,7 @@ def figures_of(title: str, quantity: str) -> list[str]:
 def _missing(document: Document) -> list[str]:
     done = finished(document, "runs")
     lines = [
-        (e.title, *(f"{e.reported[name][1]:.2f} % in {e.reported[name][0]} s" for name in ("sgd", "tengrad")))
+        (e.title, *(f"{e.reported[name][1]:.2f} % in {e.reported[name][0]} s" for name in ("sgd", "tengrad_paper")))
         for e in EXPERIMENTS
         if e.title not in done
     ]
@@ -130,7 +131,7 @@ def _what_was_run(document: Document) -> list[str]:
 
 
 def _in_order(document: Document) -> list[Mapping[str, Any]]:
-    return sorted(document["runs"], key=lambda run: ORDER.index(run["optimizer"]))
+    return sorted(document["runs"], key=lambda run: place(run["optimizer"]))
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-ORDER = (
-    *("tengrad", "tengrad_defaults", "tengrad_unscaled", "sgd", "kfac", "ekfac", "kbfgs", "kbfgsl"),
-    *("adamw", "muon", "soap", "shampoo"),
-)
 Epochs = Sequence[Mapping[str, Any]]  # the content of metrics.json: a number that is not finite is None
 LEVELS = (50, 60, 70, 75, 80, 82, 84, 86, 88, 90, 91, 92, 93, 94, 95)  # percent
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tengrad_triton.recipes.files import replacing
+from tengrad_triton.files import replacing
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
 from tengrad_triton.recipes.paper.report import figures
 from tengrad_triton.recipes.paper.report.document import finished, read_document, scale_of
@@ -54,7 +54,7 @@ def draw(document: dict[str, Any], out: Path) -> dict[str, str]:
             title = f"{experiment.title}; scale: {scale_of(document, experiment.title)}"
             files[name] = figures.curves(runs or [], quantity, title, out, name)
     title = EXPERIMENTS[0].title
-    searched = [run for run in finished(document, "grid").get(title, []) if run.optimizer == "tengrad"]
+    searched = [run for run in finished(document, "grid").get(title, []) if run.optimizer == "tengrad_paper"]
     for name, part in (("figure9", "train"), ("figure10", "test")) if searched else ():
         heading = f"{title}: {part} accuracy (%) of TENGraD; scale: {scale_of(document, title, 'grid')}"
         files[name] = figures.sensitivity(mean_accuracies(searched, part), heading, out, name)
@@ -71,7 +71,7 @@ def mean_accuracies(runs: Sequence[Finished], part: str) -> dict[tuple[float, fl
     A pair has None if one of its runs diverged. Only runs with the weight decay that the paper tuned count.
     """
     points: dict[tuple[float, float], list[Finished]] = {}
-    weight_decay = EXPERIMENTS[0].tuned["tengrad"][1]
+    weight_decay = EXPERIMENTS[0].tuned["tengrad_paper"][1]
     for run in runs:
         if run.tuned["weight_decay"] == weight_decay:
             points.setdefault((run.tuned["lr"], run.tuned["damping"]), []).append(run)

@@ -1,0 +1,129 @@
+"""A new optimizer takes what CONTRIBUTING.md says: a dataclass and a line of a table. All commands know it then."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.image_files import write_folder
+from helpers.pages import table_after
+from helpers.paper import SCALE
+
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag, place
+from tengrad_triton.recipes.reports.styles import style_of
+from tengrad_triton.recipes.training.settings import _with_optimizers
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = """
+import json, sys
+from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.paper.request import Request
+assert "nadam" in Request().optimizer
+for arguments in json.load(sys.stdin):
+    print("=== ", *arguments)
+    assert main(arguments) == 0, arguments
+"""
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    """Copy the package, take the steps of CONTRIBUTING.md in the copy, and run the commands there."""
+    folder = tmp_path_factory.mktemp("registered")
+    package = shutil.copytree(
+        ROOT / "tengrad_triton", folder / "tengrad_triton", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (module,) = re.findall(r"   ```python\n(.*?)   ```\n", guide, re.DOTALL)
+    (line,) = re.findall(r'`("\w+": \w+,)`', guide)
+    optimizers = package / "recipes/optimizers"
+    (optimizers / "nadam.py").write_text(re.sub("^   ", "", module, flags=re.MULTILINE))
+    table = (optimizers / "registry.py").read_text()
+    table = table.replace('    "tengrad": ', f'    {line}\n    "tengrad": ').replace(
+        "from tengrad_triton.",
+        "from tengrad_triton.recipes.optimizers.nadam import NadamSettings\nfrom tengrad_triton.",
+        1,
+    )
+    (optimizers / "registry.py").write_text(table)
+    for name in ("digits", "data/fashion_mnist"):
+        (folder / name).mkdir(parents=True)
+    write_folder(folder / "data/fashion_mnist", count=24, size=(8, 8))
+    small = ["--width", "4", "--train-limit", "40", "--test-limit", "20", "--epochs", "1", "--device", "cpu"]
+    paper = [
+        "--row",
+        "3C1F",
+        "--optimizer",
+        "nadam",
+        "sgd",
+        *SCALE,
+        "--scale.epochs",
+        "1",
+        "--data",
+        "data",
+        "--seeds",
+        "1",
+    ]
+    commands = [
+        ["train", *small, "--optimizer", "nadam", "sgd", "--nadam.lr", "0.003", "--out", "run"],
+        ["report", "run", "--to", "page.md"],
+        ["paper", "table2", *paper, "--estimate"],
+        ["paper", "table2", "phases", *paper, "--out", "paper"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        cwd=folder,
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "shown.txt").write_text(done.stdout)
+    return folder
+
+
+def test_it_trains_with_its_own_flags_and_is_on_the_page(registered):
+    settings = json.loads((registered / "run/settings.json").read_text())
+    assert settings["nadam"] == {"lr": 0.003, "weight_decay": 0.0}
+    page = (registered / "page.md").read_text()
+    assert list(table_after("of digits", page)) == ["nadam", "sgd"]
+    assert "--nadam.lr 0.003 --nadam.weight-decay 0.0" in page
+
+
+def test_the_paper_estimates_trains_and_reports_it(registered):
+    shown = (registered / "shown.txt").read_text()
+    assert re.search(r"nadam +1 +[\d.]+ s ", shown[shown.index("--estimate") :])  # one run, and its time
+    page = (registered / "paper/paper.md").read_text()
+    assert list(table_after("## Table 2: 3C1F, Fashion-MNIST", page)) == ["nadam", "sgd"]
+    assert "nadam, reuse" in page or "| nadam |" in page
+    assert (registered / "paper/figures/paper-3c1f-fashion-mnist-test_accuracy.png").exists()
+
+
+def test_every_optimizer_has_its_own_look_however_many_there_are(monkeypatch):
+    for number in range(40):
+        monkeypatch.setitem(OPTIMIZERS, f"new{number}", OPTIMIZERS["sgd"])
+    assert len({style_of(name) for name in OPTIMIZERS}) == len(OPTIMIZERS)
+
+
+def test_a_name_without_an_entry_comes_last():
+    assert [place(name) for name in OPTIMIZERS] == list(range(len(OPTIMIZERS)))
+    assert place("of an older version") == len(OPTIMIZERS)
+    assert len(style_of("of an older version")) == 2
+
+
+def test_an_optimizer_cannot_take_the_name_of_another_setting(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "epochs", OPTIMIZERS["sgd"])
+    with pytest.raises(TypeError, match="'epochs': another setting has this name"):
+        _with_optimizers(type("Own", (), {"__annotations__": {"epochs": int}}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_changed_takes_what_an_optimizer_has(name):
+    own = OPTIMIZERS[name]()
+    changed = own.changed(lr=0.5, refresh_every=7, no_such_setting=1)
+    assert changed.lr == 0.5
+    assert changed.interval == (7 if own.interval else None)
+    assert type(changed) is type(own)
+    assert flag(name).replace("-", "_") == f"__{name}"
