@@ -123,8 +123,8 @@ def test_the_library_needs_no_triton_no_gpu_and_no_package_of_the_command_line()
 # Each line of recipes/ imports what stands before it, and itself.
 RECIPES_ORDER = [
     *("errors", "files", "terminal", "measuring", "data", "models", "optimizers", "training", "reports"),
-    *("paper.published", "paper.request", "paper.runs", "paper.estimates", "paper.report", "paper.measurements"),
-    *("paper.execute", "cli"),
+    *("paper.published", "paper.request", "paper.progress", "paper.runs", "paper.shared", "paper.memory"),
+    *("paper.estimates", "paper.table", "paper.report", "paper.measurements", "paper.forecast", "paper.execute", "cli"),
 ]
 RECIPES = PACKAGE / "recipes"
 

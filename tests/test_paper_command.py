@@ -1,8 +1,7 @@
-"""`tengrad-triton paper` is interrupted, refuses mistakes in one line, and estimates before it runs."""
+"""`tengrad-triton paper` is interrupted, and refuses mistakes in one line."""
 
 import errno
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from helpers.commands import PROCESS, one_line, threads_restored
 from helpers.paper import arguments, figures_not_rendered, outcomes, run, write_data
 
 from tengrad_triton.recipes.cli.main import main
-from tengrad_triton.recipes.paper import estimates
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
 from tengrad_triton.recipes.training import loop
 
@@ -104,21 +102,3 @@ def test_a_mistake_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, c
     assert main(["paper", *arguments]) == 2
     assert message in one_line(capsys)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_estimate_stands_before_the_runs_and_leaves_nothing(data, tmp_path, capsys):
-    words = ["table2", "--row", "3C1F", "--seeds", "3", "--optimizer", "sgd", "tengrad", "--estimate"]
-    assert run(data, tmp_path / "out", *words) == 0
-    shown = capsys.readouterr().out
-    assert "6 runs, 6 of them to do; scale: epochs 2" in shown
-    assert "estimated from first steps" in shown
-    (sgd,) = [line.split() for line in shown.splitlines() if " sgd " in line]
-    assert sgd[3:5] == ["3", "6"]  # runs; two epochs of three steps
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_does_not_fit_the_memory_is_refused_with_the_estimate(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimates, "free_bytes", lambda _: 1000)
-    assert run(data, tmp_path / "out", "table2", "--row", "3C1F", "--optimizer", "tengrad") == 2
-    assert re.search(r"tengrad on 3c1f needs at least \d+\.\d GiB at 16 images a step, and 0\.0 GiB", one_line(capsys))
-    assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from tengrad_triton.recipes.measuring.power_law import exponent
 from tengrad_triton.recipes.models import image_model
-from tengrad_triton.recipes.paper import estimates
+from tengrad_triton.recipes.paper import memory
 from tengrad_triton.recipes.paper.measurements import inverses, phases
 from tengrad_triton.recipes.paper.published import EXPERIMENTS, choose_experiments
 from tengrad_triton.recipes.paper.report.seeds import Finished, by_epoch, levels, times_to
@@ -147,10 +147,6 @@ def test_experiments_have_models_and_every_paper_optimizer_is_tuned():
     assert (EXPERIMENTS[0].of("kbfgsl").lr, EXPERIMENTS[0].of("adamw").lr) == (0.03, 1e-3)
 
 
-def test_an_estimate_is_of_steps_and_evaluations():
-    assert estimates.Estimate(step=0.5, steps=20, evaluations=3.0).seconds == 13.0
-
-
 @pytest.mark.parametrize("name", ["sgd", "tengrad", "kfac", "ekfac"])
 def test_the_least_memory_is_counted_by_hand(name):
     """An mlp of width 5 on 2 x 2 pixels: layers 4 to 5, 5 to 5 and 5 to 3; every layer's output is kept."""
@@ -166,4 +162,4 @@ def test_the_least_memory_is_counted_by_hand(name):
         "kfac": factors,
         "ekfac": factors + sum(i * o for i, o in sizes),
     }[name]
-    assert estimates.needed_bytes(job, name) == 4 * (3 * parameters + 6 * kept + curvature)
+    assert memory.needed_bytes(job, name) == 4 * (3 * parameters + 6 * kept + curvature)

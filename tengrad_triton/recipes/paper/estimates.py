@@ -1,101 +1,118 @@
-"""The time of a run, estimated from its first steps, and the least memory it needs, from its shapes.
-
-Key: N samples; a layer has I inputs and O outputs at each of P positions. The I of a convolution counts its kernel.
-"""
+"""The time of the runs, estimated from an optimizer's first steps."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from tengrad_triton.recipes.errors import UsageError
-from tengrad_triton.recipes.measuring.memory import free_bytes
-from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
-from tengrad_triton.recipes.optimizers.settings import LayerSizes, OptimizerName
-from tengrad_triton.recipes.training.job import Job
+from tengrad_triton.optim.interval import interval_at
+from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.paper.shared import Shared
+from tengrad_triton.recipes.training.job import Job, closing_hooks
 from tengrad_triton.recipes.training.loop import EVAL_BATCH
+from tengrad_triton.recipes.training.run import refusing
 from tengrad_triton.recipes.training.warm_up import seconds_of_steps
 
-FLOAT = 4  # bytes
+Interval = int | Callable[[int], int] | None
+SLOW = 1.0  # seconds of a step beside which what only the first model of a kind takes is small
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """The time of one run.
+class Probe:
+    """A small part of the work, which is measured for an estimate.
 
     Attributes:
-        step: mean seconds of a step, at the refresh interval of the settings.
-        steps: number of steps.
-        evaluations: seconds of all evaluations.
+        key: probes with equal keys are measured once.
+        label: what the user reads while it is measured.
     """
 
-    step: float
-    steps: int
-    evaluations: float
-
-    @property
-    def seconds(self) -> float:
-        """The seconds of the whole run."""
-        return self.step * self.steps + self.evaluations
+    key: Hashable
+    label: str
+    take: Callable[[], Any]
 
 
-def estimate(job: Job, name: OptimizerName) -> Estimate:
-    """Return an estimate from the first steps of an optimizer; an evaluation counts as a third of a plain step.
+Found = Mapping[Hashable, Any]
+"""What the probes have found, by their keys."""
 
-    Raises `UsageError` as `check_memory` does.
+
+def take_all(probes: Iterable[Probe], shared: Shared) -> Found:
+    """Take all probes, and say which."""
+    by_key: dict[Hashable, Probe] = {}
+    for probe in probes:
+        by_key.setdefault(probe.key, probe)
+    with shared.telling("estimating", len(by_key)) as tell:
+        found = {}
+        for key, probe in by_key.items():
+            tell(probe.label)
+            found[key] = probe.take()
+        return found
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """How long an optimizer's steps take.
+
+    Attributes:
+        plain: seconds of a step that reuses the curvature.
+        refresh: seconds that a refresh takes in addition.
+        every: steps between two refreshes; None without curvature.
     """
-    check_memory(job, name)
+
+    plain: float
+    refresh: float
+    every: Interval
+
+    def seconds(self, steps: int) -> float:
+        """Return the seconds of so many steps from the start."""
+        return self.plain * steps + self.refresh * refreshes(self.every, steps)
+
+
+def refreshes(every: Interval, steps: int) -> int:
+    """Return how often the curvature is refreshed in so many steps."""
+    if every is None:
+        return 0
+    last, count = None, 0
+    for step in range(steps):
+        if last is None or step - last >= interval_at(every, step):
+            last, count = step, count + 1
+    return count
+
+
+def probe_of_steps(job: Job, name: OptimizerName) -> Probe:
+    """Return the probe of an optimizer's steps.
+
+    Runs of the same model on images of the same size share it: CIFAR-100 takes the time of CIFAR-10.
+    """
     settings = job.settings
-    first, *later = seconds_of_steps(job, name, steps=4)
-    plain = statistics.median(later)
-    every = getattr(settings.of(name), "refresh_every", 10)  # TENGraD's own interval is not fixed: 10 early on
-    refresh = max(0.0, first - plain) / every
-    steps = settings.epochs * -(-len(job.data.train) // settings.batch_size)
-    images = len(job.data.test) * settings.epochs
-    return Estimate(plain + refresh, steps, images * plain / settings.batch_size / 3 + images / EVAL_BATCH * 1e-3)
+    kind = (settings.model, settings.channels, settings.batch_size, tuple(job.data.train.images.shape[1:]))
+    return Probe(("steps", *kind, name), f"steps of {name} on {settings.model}", partial(step_times, job, name))
 
 
-def check_memory(job: Job, name: OptimizerName) -> None:
-    """Raise `UsageError` with the estimate if a run needs more memory than is free."""
-    need, free = needed_bytes(job, name), free_bytes(job.device)
-    if need > free:
-        raise UsageError(
-            f"{name} on {job.settings.model} needs at least {need / 2**30:.1f} GiB at {job.settings.batch_size} images "
-            f"a step, and {free / 2**30:.1f} GiB are free: lower --scale.batch-size or --scale.width"
-        )
+def step_times(job: Job, name: OptimizerName) -> StepTimes:
+    """Measure an optimizer's first steps; raises `UsageError` if it rejects a setting or runs out of memory.
 
-
-def needed_bytes(job: Job, name: OptimizerName) -> int:
-    """Return the least memory of a step: weights, gradients, momentum, what backward keeps, and the curvature.
-
-    The curvature counts once what each method must store by the paper's table 1.
+    The first steps of all include what is done once, such as compiling kernels. Quick steps are therefore measured
+    again, with a new model.
     """
-    model, sizes, kept = _trace(job)
-    parameters = sum(p.numel() for p in model.parameters())
-    n = job.settings.batch_size
-    curvature = sum(OPTIMIZERS[name].curvature_numbers(size, n) for size in sizes.values())
-    return FLOAT * (3 * parameters + n * kept + curvature)
+    with refusing(name):
+        _, optimizer = job.build(name)
+        with closing_hooks(optimizer):
+            every = getattr(optimizer, "refresh_every", job.settings.of(name).interval)
+        first, *_, plain = seconds_of_steps(job, name, 3, one_interval=True)
+        if plain < SLOW:
+            first, _, *later = seconds_of_steps(job, name, 5, one_interval=True)
+            plain = statistics.median(later)
+    return StepTimes(plain, max(0.0, first - plain), every)
 
 
-def _trace(job: Job) -> tuple[nn.Module, Mapping[str, LayerSizes], int]:
-    """Return a model on the meta device, its layers' sizes, and how many numbers its layers return for a sample."""
-    with torch.device("meta"):
-        model = job.model()
-    sizes: dict[str, LayerSizes] = {}
-    kept = 0
+def seconds_of_run(job: Job, times: StepTimes) -> float:
+    """Return the seconds of a whole run: its warm-up, its steps and its evaluations.
 
-    def note(name: str, layer: nn.Module, output: Tensor) -> None:
-        nonlocal kept
-        kept += output[0].numel()
-        weight = getattr(layer, "weight", None)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and isinstance(weight, Tensor):
-            outputs, inputs = weight.flatten(1).shape
-            sizes[name] = LayerSizes(inputs, outputs, output[0].numel() // outputs, weight.numel())
-
-    for name, layer in model.named_modules():
-        if not list(layer.children()):
-            layer.register_forward_hook(lambda layer, _, output, name=name: note(name, layer, output))
-    model(torch.empty(2, *job.data.train.images.shape[1:], device="meta"))
-    return model, sizes, kept
+    The evaluation of an image counts as a third of its share of a plain step, and each batch as a millisecond more.
+    """
+    settings = job.settings
+    steps = settings.epochs * -(-len(job.data.train) // settings.batch_size)
+    images = settings.epochs * len(job.data.test)
+    evaluations = images * (times.plain / settings.batch_size / 3 + 1e-3 / EVAL_BATCH)
+    return times.seconds(2) + times.seconds(steps) + evaluations

@@ -51,6 +51,11 @@ class PaperRun:
             raise UsageError(f"{folder}: was run with another {other}: name another --out, or ask for the same")
         return read_outcome(folder) if (folder / "outcome.json").exists() else None
 
+    def epochs_left(self, out: Path) -> int:
+        """Return the number of epochs that a started run still lacks; all before it has ended its first."""
+        file = self.folder(out) / "metrics.json"
+        return self.settings.epochs - (len(read_json(file)) if file.exists() else 0)
+
     def _compared(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the settings without the place, the device and those of the other optimizers."""
         others = {key for key, value in settings.items() if isinstance(value, dict) and key != self.name}

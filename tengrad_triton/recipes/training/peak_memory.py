@@ -15,7 +15,7 @@ from tengrad_triton.recipes.measuring.memory import peak_process_bytes
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.settings import Settings
-from tengrad_triton.recipes.training.warm_up import seconds_of_steps
+from tengrad_triton.recipes.training.warm_up import seconds_of_steps, warm_up
 
 STEPS = 3  # refresh, reuse, refresh: the old and the new curvature are in memory together
 
@@ -39,7 +39,9 @@ def peak_of_steps(case: dict[str, Any]) -> int:
         **{name: own},  # type: ignore[arg-type]
     )
     before = peak_process_bytes() if device.type == "cpu" else 0
-    seconds_of_steps(Job(settings, data, device), name, STEPS)
+    job = Job(settings, data, device)
+    warm_up(job, name)
+    seconds_of_steps(job, name, STEPS)
     return peak_process_bytes() - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 

@@ -1,6 +1,7 @@
 """A whole run: its data are loaded, every optimizer warms up, and then each trains into the run's folder."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from rich.console import Console
@@ -43,13 +44,20 @@ def warm_up_all(job: Job) -> WarmUps:
     done: WarmUps = {}
     for name in job.settings.optimizer:
         check_installed(name)
-        try:
+        with refusing(name):
             done[name] = warm_up(job, name)
-        except ValueError as error:
-            raise UsageError(f"{name}: {error}: see the {flag(name)} flags") from error
-        except torch.OutOfMemoryError as error:
-            raise UsageError(f"{name}: {error}: lower --batch-size or --width") from error
     return done
+
+
+@contextmanager
+def refusing(name: OptimizerName) -> Iterator[None]:
+    """Turn a rejected setting of an optimizer, and a lack of memory, into a `UsageError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}: see the {flag(name)} flags") from error
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{name}: {error}: lower --batch-size or --width") from error
 
 
 def check_installed(name: OptimizerName) -> None:

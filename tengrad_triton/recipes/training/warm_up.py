@@ -8,6 +8,8 @@ from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training import loop
 from tengrad_triton.recipes.training.job import Job, closing_hooks
 
+NEVER = 10**9  # an interval that no run reaches
+
 
 @dataclass(frozen=True)
 class WarmUp:
@@ -33,9 +35,11 @@ def warm_up(job: Job, name: OptimizerName) -> WarmUp:
         return WarmUp(seconds, str(optimizer.summary()) if hasattr(optimizer, "summary") else None)
 
 
-def seconds_of_steps(job: Job, name: OptimizerName, steps: int) -> list[float]:
-    """Return the seconds of each of an optimizer's first steps, after a warm-up. The first refreshes the curvature."""
-    warm_up(job, name)
+def seconds_of_steps(job: Job, name: OptimizerName, steps: int, one_interval: bool = False) -> list[float]:
+    """Return the seconds of each of an optimizer's first steps. The first refreshes the curvature.
+
+    With ``one_interval`` all from the third step on reuse the curvature, whatever the optimizer's interval is.
+    """
     model, optimizer = job.build(name)
     batches = cycle(islice(job.data.batches("train", job.settings.batch_size), steps))
     times = [now(job.device)]
@@ -43,4 +47,6 @@ def seconds_of_steps(job: Job, name: OptimizerName, steps: int) -> list[float]:
         for images, labels in islice(batches, steps):
             loop.one_step(model, optimizer, images, labels, job.settings.of(name).needs_closure)
             times.append(now(job.device))
+            if one_interval and hasattr(optimizer, "refresh_every"):
+                optimizer.refresh_every = NEVER  # the second step may be under way to a refresh already
     return [end - start for start, end in pairwise(times)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tengrad_triton.recipes.measuring.machine import clock
+from tengrad_triton.recipes.measuring.machine import clock, now
 from tengrad_triton.recipes.measuring.power_law import exponent
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
@@ -39,17 +39,17 @@ def measure_costs(
     names: Sequence[OptimizerName],
     values: Mapping[Quantity, Sequence[int]],
     device: torch.device,
-    report: Callable[[str], None],
+    tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Return a case for each optimizer and quantity: the seconds at each value, and the fitted exponents.
 
-    ``report`` gets a line before each value.
+    ``tell`` gets the name of each value before it is measured.
     """
     cases = []
     for quantity, sizes in values.items():
         times: dict[OptimizerName, list[Times]] = {name: [] for name in names}
         for size in sizes:
-            report(f"table1: {quantity} {size}")
+            tell(f"table1, {quantity} {size}")
             for name, costs in _interleaved(names, {**BASE, quantity: size}, device).items():
                 times[name].append(costs)
         for name, each in times.items():
@@ -59,6 +59,44 @@ def measure_costs(
                 {"optimizer": name, "quantity": quantity, "values": list(sizes), "seconds": curves, "exponents": fits}
             )
     return cases
+
+
+# The cells of the table that an estimate measures: the others follow from them.
+ANCHORS: Mapping[str, Mapping[Quantity, int]] = {
+    "base": BASE,
+    "width": {**BASE, "width": 512},
+    "batch": {**BASE, "batch": 512},
+}
+
+
+def seconds_of_round(name: OptimizerName, sizes: Mapping[Quantity, int], device: torch.device) -> float:
+    """Return the seconds of an optimizer's two steps, after two that warm up."""
+    timer = _timer(name, sizes, device)
+    timer()
+    start = now(device)
+    timer()
+    return now(device) - start
+
+
+def seconds_of_cell(anchors: Mapping[str, float], sizes: Mapping[Quantity, int]) -> float:
+    """Return the seconds of an optimizer in a cell of the table, from the seconds of its two steps in `ANCHORS`.
+
+    They grow in proportion to the layers, with a straight line in the batch, and with a power of the width. Up to the
+    width of the anchor the power is that between the anchors; beyond, it is the third, which table 1 has for most.
+    """
+    base, wide, batch = (max(anchors[name], 1e-9) for name in ANCHORS)
+    layers = (sizes["depth"] + 1) / (BASE["depth"] + 1)
+    slope = (batch - base) / (ANCHORS["batch"]["batch"] - BASE["batch"])
+    of_batch = max(0.0, 1 + slope * (sizes["batch"] - BASE["batch"]) / base)
+    anchor = ANCHORS["width"]["width"]
+    power = exponent([BASE["width"], anchor], [base, wide])
+    of_width = (min(sizes["width"], anchor) / BASE["width"]) ** power * max(1.0, sizes["width"] / anchor) ** 3
+    return (ROUNDS + 1) * base * layers * of_batch * of_width
+
+
+def cells() -> list[Mapping[Quantity, int]]:
+    """Return the sizes of all cells of the table."""
+    return [{**BASE, quantity: size} for quantity, sizes in VALUES.items() for size in sizes]
 
 
 def _interleaved(

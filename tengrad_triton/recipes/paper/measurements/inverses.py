@@ -6,7 +6,8 @@ a step is a column of the matrix that multiplies gradients.
 Key: O outputs and I inputs of the layer; K entries of its weight that are shown.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from copy import deepcopy
 from typing import Any
 
@@ -16,12 +17,16 @@ from torch.nn.functional import cross_entropy
 
 from tengrad_triton.baselines import KFAC
 from tengrad_triton.optim.tengrad import TENGraD
+from tengrad_triton.recipes.measuring.machine import now
 from tengrad_triton.recipes.training.job import Job, closing_hooks
 from tengrad_triton.recipes.training.loop import fit
+from tengrad_triton.recipes.training.warm_up import NEVER
 
 LAYERS = {"figure6": 2, "figure7": 4, "figure8": 8}  # indices in the Sequential of 3C1F
+Make = Callable[[nn.Module, float], torch.optim.Optimizer]
+Batch = tuple[Tensor, Tensor]
 ENTRIES, OUTPUTS = 576, 24  # at most so many entries of a weight are shown, of so many outputs
-NEVER = 10**9  # all steps use the curvature of the first
+# All steps use the curvature of the first.
 READ: Mapping[str, Any] = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "refresh_every": NEVER, "seed": 0}
 
 
@@ -34,7 +39,7 @@ def _kfac(model: nn.Module, damping: float, **settings: Any) -> torch.optim.Opti
 
 
 # All but the last have a row of J for every class of every sample, so that only the approximation differs.
-METHODS: Mapping[str, Callable[[nn.Module, float], torch.optim.Optimizer]] = {
+METHODS: Mapping[str, Make] = {
     "exact NGD": lambda model, damping: _tengrad(model, damping, blocks="network", fisher="exact"),
     "TENGraD": lambda model, damping: _tengrad(model, damping, fisher="exact"),
     "K-FAC": lambda model, damping: _kfac(model, damping, fisher="exact"),
@@ -60,26 +65,37 @@ def shown_entries(weight: Tensor) -> Tensor:
     return (o_O[:, None] * inputs + i_I).flatten()
 
 
-def inverse_block(
-    make: Callable[[nn.Module, float], torch.optim.Optimizer],
-    model: nn.Module,
-    layer: int,
-    batch: tuple[Tensor, Tensor],
-    damping: float,
-) -> Tensor:
+def inverse_block(make: Make, model: nn.Module, layer: int, batch: Batch, damping: float) -> Tensor:
     """Return α times the block of the inverse for the shown entries of a layer's weight: [K, K].
 
     Without curvature it is the identity.
     """
+    entries_K = shown_entries(model.get_parameter(f"{layer}.weight"))
+    columns = [column[entries_K] for column in _columns(make, model, layer, batch, damping)]
+    return damping * torch.stack(columns, 1)
+
+
+def seconds_of_columns(make: Make, model: nn.Module, batch: Batch, damping: float) -> tuple[float, float]:
+    """Return the seconds of the first column, which needs the curvature, and of the second: later ones take as long."""
+    device = batch[0].device
+    with closing(_columns(make, model, min(LAYERS.values()), batch, damping)) as columns:
+        start = now(device)
+        next(columns)
+        middle = now(device)
+        next(columns)
+        return middle - start, now(device) - middle
+
+
+def _columns(make: Make, model: nn.Module, layer: int, batch: Batch, damping: float) -> Generator[Tensor, None, None]:
+    """Yield the column of the inverse for each shown entry of a layer's weight: flat."""
     copy = deepcopy(model)
     optimizer = make(copy, damping)
     with closing_hooks(optimizer):
         cross_entropy(copy(batch[0]), batch[1]).backward()
         optimizer.step()
         weight = copy.get_parameter(f"{layer}.weight")
-        entries_K = shown_entries(weight)
-        columns = [_step_along(optimizer, copy, weight, int(entry))[entries_K] for entry in entries_K]
-    return damping * torch.stack(columns, 1)
+        for entry in shown_entries(weight):
+            yield _step_along(optimizer, copy, weight, int(entry))
 
 
 def _step_along(optimizer: torch.optim.Optimizer, model: nn.Module, weight: nn.Parameter, entry: int) -> Tensor:

@@ -1,6 +1,8 @@
 """The time of a step by phase: the ranges that the optimizers mark, from torch's profiler."""
 
 import statistics
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -23,21 +25,35 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
     an optimizer that marks no range counts as the update.
     """
     warm_up(job, name)
+    steps = list(_profiled_steps(job, name, EVERY * ROUNDS))
+    refreshes = job.settings.of(name).changed(refresh_every=EVERY).refreshes(len(steps))
+    kinds = {"refresh": [steps[n] for n in refreshes], "reuse": [s for n, s in enumerate(steps) if n not in refreshes]}
+    return {kind: _medians(of) for kind, of in kinds.items() if of}
+
+
+def seconds_of_phases(job: Job, name: OptimizerName) -> float:
+    """Return how long `measure_phases` takes, from its first steps: a warm-up, one refresh and one step without it."""
+    start = now(job.device)
+    warm_up(job, name)
+    times = [now(job.device)]
+    times += [now(job.device) for _ in _profiled_steps(job, name, 2)]
+    refresh, reuse = (end - begun for begun, end in pairwise(times))
+    return times[0] - start + ROUNDS * (refresh + (EVERY - 1) * reuse)
+
+
+def _profiled_steps(job: Job, name: OptimizerName, count: int) -> Iterator[dict[str, float]]:
+    """Yield the seconds of each phase in an optimizer's first steps."""
     own = job.settings.of(name).changed(refresh_every=EVERY)
     model = job.model().to(job.device)
     optimizer = own.build(model)
     images, labels = next(job.data.batches("train", job.settings.batch_size))
-    steps = []
     with closing_hooks(optimizer):
-        for _ in range(EVERY * ROUNDS):
+        for _ in range(count):
             with profile(activities=_activities(job)) as profiler:
                 begun = now(job.device)
                 one_step(model, optimizer, images, labels, own.needs_closure)
                 whole = now(job.device) - begun
-            steps.append(_by_phase(profiler, whole))
-    refreshes = own.refreshes(len(steps))
-    kinds = {"refresh": [steps[n] for n in refreshes], "reuse": [s for n, s in enumerate(steps) if n not in refreshes]}
-    return {kind: _medians(of) for kind, of in kinds.items() if of}
+            yield _by_phase(profiler, whole)
 
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
