@@ -51,7 +51,7 @@ def registered(tmp_path_factory):
     (optimizers / "registry.py").write_text(table)
     for name in ("digits", "data/fashion_mnist"):
         (folder / name).mkdir(parents=True)
-    write_folder(folder / "data/fashion_mnist", count=24, size=(8, 8))
+    write_folder(folder / "data/fashion_mnist", count=24)
     small = ["--width", "4", "--train-limit", "40", "--test-limit", "20", "--epochs", "1", "--device", "cpu"]
     paper = [
         "--row",
