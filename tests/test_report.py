@@ -204,6 +204,8 @@ DAMAGES = {  # a file, what becomes of its text (None: the file is deleted), and
     "a row": ("metrics.json", lambda _: "[3]", "expected one object for each optimizer and epoch"),
     "a column": ("metrics.json", lambda text: text.replace("test_loss", "loss"), "test_loss"),
     "a number": ("metrics.json", lambda text: text.replace('"epoch": 1', '"epoch": "x"'), "'x'"),
+    "an infinite number": ("metrics.json", lambda text: text.replace('"epoch": 1', '"epoch": Infinity'), "infinity"),
+    "steps cut in the last number": ("steps.csv", lambda text: text[:-3], "its last line is cut off"),
     "an optimizer": ("metrics.json", lambda text: text.replace("sgd", "sdg"), "'sdg'"),
     "steps missing": ("steps.csv", None, "steps.csv"),
     "steps empty": ("steps.csv", lambda _: "", "expected optimizer, step"),
