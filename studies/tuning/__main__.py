@@ -10,7 +10,7 @@ from cyclopts.types import ResolvedExistingDirectory
 from rich.console import Console
 
 from studies.tuning import runs
-from studies.tuning.grid import PROBLEMS, SETTINGS
+from studies.tuning.grid import PROBLEMS, SETTINGS, is_tried
 from tengrad_triton.recipes.measuring.machine import describe
 
 ROOT = Path(__file__).parent
@@ -65,7 +65,7 @@ def missing(store: runs.Store) -> list[runs.Case]:
         for seed in seeds
         for setting in SETTINGS
         for problem in PROBLEMS
-        if seed in setting.seeds
+        if seed in setting.seeds and is_tried(setting, problem)
     )
     return [case for case in cases if store.run(case) is None]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the study. All that is not said is as in `BASE`.
+    """A row of the study. What is not said is as in `BASE`.
 
     Attributes:
         section: the part of the page that it belongs to.
@@ -54,7 +54,7 @@ class Setting:
     section: str
     name: str
     method: Method = "tengrad"
-    factor: float = 1.0
+    factor: float = 3.0
     schedule: str = "linear"
     warmup: float = 0.0
     change: Mapping[str, Any] = field(default_factory=dict)
@@ -75,33 +75,23 @@ class Setting:
         return rising * SCHEDULES[self.schedule](step / steps)
 
 
-FACTORS = (0.1, 0.33, 1.0, 3.0, 10.0)
-ADAMW_FACTORS = (1.0, 3.0, 10.0)
+RATE = 3.0
+"""The multiple of TENGraD's learning rate that the changes of other settings are tried with."""
 REGIONS: tuple[float | None, ...] = (3e-4, 3e-3, 3e-2, None)
-MANY = (0, 1, 2)
+WRONG = {"mlp": ("gaussian", "bernoulli"), "3c1f": ("gaussian", "bernoulli"), "pinn": ("categorical", "bernoulli")}
 
 
-def _rates() -> list[Setting]:
-    found = [
-        Setting("rate", f"{schedule} {factor:g}", factor=factor, schedule=schedule, seeds=MANY)
-        for schedule in ("linear", "constant")
-        for factor in FACTORS
-    ]
-    found += [Setting("rate", f"cosine {factor:g}", factor=factor, schedule="cosine") for factor in FACTORS[1:-1]]
-    return [*found, Setting("rate", "cooldown 1", schedule="cooldown")]
-
-
-def _adamw() -> list[Setting]:
+def _rates(method: Method, tried: Mapping[str, Sequence[float]]) -> list[Setting]:
     return [
-        Setting("adamw", f"{schedule} {factor:g}", "adamw", factor, schedule, seeds=MANY)
-        for schedule in ("linear", "constant")
-        for factor in ADAMW_FACTORS
+        Setting(method, f"{schedule} {factor:g}", method, factor, schedule)
+        for schedule, factors in tried.items()
+        for factor in factors
     ]
 
 
 def _unscaled() -> list[Setting]:
     return [
-        Setting("unscaled", f"{schedule} {region}", "unscaled", schedule=schedule, change={"trust_region": region})
+        Setting("unscaled", f"{schedule} {region}", "unscaled", 1.0, schedule, change={"trust_region": region})
         for schedule in ("linear", "constant")
         for region in REGIONS
     ]
@@ -111,31 +101,34 @@ def _changes(section: str, changes: Mapping[str, Mapping[str, Any]]) -> list[Set
     return [Setting(section, name, change=change) for name, change in changes.items()]
 
 
-BASE = Setting("rate", "linear 1", seeds=MANY)
-"""What every other setting is compared with: `TENGraD(model)`, whose learning rate falls to zero on a line."""
+BASE = Setting("tengrad", "linear 3")
+"""What the changes are compared with: `TENGraD(model, lr=0.03)`, whose learning rate falls to zero on a line."""
 SETTINGS: tuple[Setting, ...] = (
-    *_rates(),
-    *_adamw(),
+    *_rates("tengrad", {"linear": (0.1, 0.33, 1.0, 3.0, 10.0), "constant": (0.33, 1.0, 3.0)}),
+    *_rates("adamw", {"linear": (1.0, 3.0, 10.0), "constant": (1.0, 3.0, 10.0)}),
     *_unscaled(),
-    *_changes("damping", {f"{d:g}": {"damping": d} for d in (1.0, 3.0, 30.0, 100.0)}),
+    *_rates("tengrad", {"cosine": (3.0,), "cooldown": (1.0, 3.0)}),
+    *_changes("damping", {f"{d:g}": {"damping": d} for d in (1.0, 3.0, 30.0)}),
     Setting("damping", "adapted", change={"damping": LevenbergMarquardt(start=10.0)}),
-    *_changes("rows", {"16": {"fisher_rows": 16}, "64": {"fisher_rows": 64}, "four draws": {"fisher_samples": 4}}),
+    *_changes("rows", {"16": {"fisher_rows": 16}, "four draws": {"fisher_samples": 4}}),
     *_changes("rows", {"empirical": {"fisher": "empirical"}}),
-    *_changes("interval", {"1": {"refresh_every": 1}, "at most 5": {"refresh_every": Growing(5)}}),
-    *_changes("interval", {"at most 100": {"refresh_every": Growing(100)}, "100": {"refresh_every": 100}}),
-    *_changes("momentum", {f"{m:g}": {"momentum": m} for m in (0.0, 0.5, 0.95)}),
-    *_changes("momentum", {"no look-ahead": {"nesterov": False}}),
-    *_changes("weight decay", {f"{d:g}": {"weight_decay": d} for d in (0.1, 1.0)}),
-    *_changes("clip_threshold", {"0.3": {"clip_threshold": 0.3}, "None": {"clip_threshold": None}}),
-    Setting("warm-up", "linear 1", warmup=0.1),
-    Setting("warm-up", "linear 3", factor=3.0, warmup=0.1),
-    Setting("batch", "quarter", batch=0.25),
-    Setting("batch", "quarter, half the rate", batch=0.25, factor=0.5),
-    Setting("batch", "four times", batch=4.0),
-    Setting("batch", "four times, twice the rate", batch=4.0, factor=2.0),
-    *(Setting("loss", name, likelihood=name) for name in ("categorical", "gaussian", "bernoulli")),
+    *_changes("interval", {"1": {"refresh_every": 1}, "at most 100": {"refresh_every": Growing(100)}}),
+    *_changes("momentum", {"0": {"momentum": 0.0}, "0.95": {"momentum": 0.95}, "no look-ahead": {"nesterov": False}}),
+    *(Setting("loss", name, likelihood=name) for name in ("gaussian", "bernoulli", "categorical")),
     Setting("loss", "sum", sums=True),
     Setting("loss", "gradients clipped", clip_grad=1.0),
-    Setting("paper", "constant", "paper", schedule="constant"),
+    Setting("batch", "quarter", batch=0.25),
+    Setting("batch", "quarter, half the rate", factor=RATE / 2, batch=0.25),
+    Setting("batch", "four times", batch=4.0),
+    Setting("batch", "four times, twice the rate", factor=RATE * 2, batch=4.0),
+    Setting("warm-up", "a tenth", warmup=0.1),
+    *_changes("weight decay", {f"{d:g}": {"weight_decay": d} for d in (0.1, 1.0)}),
+    *_changes("clip_threshold", {"0.3": {"clip_threshold": 0.3}, "None": {"clip_threshold": None}}),
+    Setting("paper", "constant", "paper", 1.0, "constant"),
     Setting("rows", "bfloat16", change={"representation": "per_sample_bf16"}, seeds=(0,)),  # slow on many CPUs
 )
+
+
+def is_tried(setting: Setting, problem: str) -> bool:
+    """Whether a setting is one for a problem: a likelihood is, if it is a wrong one there."""
+    return not setting.likelihood or setting.likelihood in WRONG[problem]
