@@ -9,7 +9,8 @@ from cyclopts import App
 from cyclopts.types import ResolvedExistingDirectory
 from rich.console import Console
 
-from studies.tuning import runs
+from studies import runs as default_runs
+from studies.tuning import figures, page, runs
 from studies.tuning.grid import PROBLEMS, SETTINGS, is_tried
 from tengrad_triton.recipes.measuring.machine import describe
 
@@ -43,6 +44,7 @@ def study(
         if data is None:
             raise ValueError("--data is missing: the folder with fashion_mnist/; or --report-only, which runs nothing")
         measure(store, data)
+    write(store, out)
 
 
 def measure(store: runs.Store, data: Path) -> None:
@@ -55,6 +57,13 @@ def measure(store: runs.Store, data: Path) -> None:
         store.keep(case, run)
         ending = run.failure or f"{run.loss[-1]:.4g}"
         console.print(f"{case.problem}, {run.key}, seed {run.seed}: {ending}", highlight=False)
+
+
+def write(store: runs.Store, out: Path) -> None:
+    """Write the page and the figures from the kept runs."""
+    kept = page.Results(store, default_runs.Store(ROOT.parent / "results"))
+    figures.draw(kept, out / "figures")
+    (out / "tuning.md").write_text(page.markdown(kept, page.TEMPLATE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def missing(store: runs.Store) -> list[runs.Case]:

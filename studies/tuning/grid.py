@@ -12,6 +12,8 @@ from tengrad_triton.optim.interval import Growing
 
 PROBLEMS = ("mlp", "3c1f", "pinn")
 SEEDS = (0, 1)
+MANY = (0, 1, 2)
+"""The seeds of rates and schedules, which the page advises first."""
 Method = Literal["tengrad", "unscaled", "paper", "adamw"]
 
 
@@ -82,7 +84,7 @@ REGIONS: tuple[float | None, ...] = (3e-4, 3e-3, 3e-2, None)
 
 def _rates(method: Method, tried: Mapping[str, Sequence[float]]) -> list[Setting]:
     return [
-        Setting(method, f"{schedule} {factor:g}", method, factor, schedule)
+        Setting(method, f"{schedule} {factor:g}", method, factor, schedule, seeds=MANY)
         for schedule, factors in tried.items()
         for factor in factors
     ]
@@ -100,7 +102,7 @@ def _changes(section: str, changes: Mapping[str, Mapping[str, Any]]) -> list[Set
     return [Setting(section, name, change=change) for name, change in changes.items()]
 
 
-BASE = Setting("tengrad", "linear 3")
+BASE = Setting("tengrad", "linear 3", seeds=MANY)
 """What the changes are compared with: `TENGraD(model, lr=0.03)`, whose learning rate falls to zero on a line."""
 SETTINGS: tuple[Setting, ...] = (
     *_rates("tengrad", {"linear": (3.0, 1.0, 0.33, 10.0), "cosine": (3.0,), "cooldown": (3.0,)}),
@@ -116,7 +118,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("batch", "quarter", batch=0.25),
     Setting("batch", "quarter, half the rate", factor=RATE / 2, batch=0.25),
     Setting("damping", "adapted", change={"damping": LevenbergMarquardt(start=10.0)}),
-    *_changes("momentum", {"0": {"momentum": 0.0}, "no look-ahead": {"nesterov": False}}),
+    *_changes("momentum", {"0": {"momentum": 0.0}, "0.95": {"momentum": 0.95}, "no look-ahead": {"nesterov": False}}),
     Setting("warm-up", "a tenth", warmup=0.1),
     *_changes("weight decay", {"0.1": {"weight_decay": 0.1}}),
     *_changes("bound", {"None": {"clip_threshold": None}}),
