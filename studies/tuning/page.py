@@ -13,7 +13,7 @@ from studies import runs as default_runs
 from studies import stages as default_stages
 from studies.optimizers import RIVALS
 from studies.tuning import losses
-from studies.tuning.grid import BASE, MANY, PROBLEMS, SEEDS, SETTINGS, Setting
+from studies.tuning.grid import BASE, PROBLEMS, SEEDS, SETTINGS, Setting
 from studies.tuning.runs import Case, Run, Store
 from tengrad_triton.recipes.reports.markdown import table
 
@@ -21,7 +21,7 @@ TEMPLATE = Path(__file__).with_name("page.md")
 GENERATED = "<!-- Written by `python -m studies.tuning` from studies/tuning/page.md: changes by hand are lost. -->"
 CONSTANT = "constant: "
 """Begins the name of a run of the study of the defaults, which have a constant rate: `constant: OPTIMIZER FACTOR`."""
-LEVEL = 1.02  # a ratio of losses that is nearer to 1 is called level, whatever the seeds say
+LEVEL = 1.1  # a ratio of losses that is nearer to 1 is called level, if the seeds do not decide
 
 
 class Results:
@@ -48,7 +48,7 @@ class Results:
         name, factor = key.removeprefix(CONSTANT).split()
         rates = {f"{one:.3g}": one for one in default_stages.grid(problem, name, self.defaults.store)}
         tried = self.defaults.tuned(problem)[name] if factor == "tuned" else rates[factor]
-        found = default_runs.of(self.defaults.store, problem, name, tried, MANY)
+        found = default_runs.of(self.defaults.store, problem, name, tried, default_runs.SEEDS)
         return {run.case.seed: run.failure or run.loss[-1] for run in found}
 
     def lowest(self, key: str, problem: str) -> float:
@@ -78,8 +78,10 @@ def markdown(results: Results, template: str) -> str:
         "effect": lambda keys: effect(results, *keys.split(" against ")),
         "region": lambda words: _region(results, *words.split(" on ")),
         "damping": lambda key: _damping(results, key),
+        "clipped": lambda key: _clipped(results, key),
         "losses": lambda _: losses.losses(),
         "rivals": lambda _: rivals(results.defaults),
+        "refresh": lambda _: _refresh(results.defaults),
         "commits": lambda _: ", ".join(results.commits),
         "runs": lambda _: str(sum(len(results.runs(s.key, p)) for s in SETTINGS for p in PROBLEMS)),
     }
@@ -94,7 +96,7 @@ def markdown(results: Results, template: str) -> str:
 def cell(results: Results, key: str, problem: str) -> str:
     """Return the last test losses of a setting's seeds, and how they compare with `BASE`."""
     ends = results.ends(key, problem)
-    values = " / ".join(f"{value:.3g}" if isinstance(value, float) else value for value in dict.fromkeys(ends.values()))
+    values = " / ".join(f"{v:.3g}" if isinstance(v, float) else v.split(":")[0] for v in dict.fromkeys(ends.values()))
     return f"{values} {results.verdict(key, BASE.key, problem)}".strip() or "-"
 
 
@@ -107,10 +109,11 @@ def _ratio(results: Results, key: str, base: str, problem: str) -> str:
     ends = results.ends(key, problem)
     failed = [value for value in ends.values() if isinstance(value, str)]
     if not ends or failed:
-        return failed[0] if failed else "-"
+        return failed[0].split(":")[0] if failed else "-"
     ratio = results.lowest(key, problem) / results.lowest(base, problem)
-    is_level = not results.verdict(key, base, problem) or 1 / LEVEL < ratio < LEVEL
-    return "level" if is_level else f"× {ratio:.2g}"
+    if results.verdict(key, base, problem):
+        return f"× {ratio:.2f}" if 0.1 < ratio < 10 else f"× {ratio:.2g}"
+    return "level" if 1 / LEVEL < ratio < LEVEL else "undecided"
 
 
 def rivals(results: study_of_defaults.Results) -> str:
@@ -129,10 +132,23 @@ def rivals(results: study_of_defaults.Results) -> str:
     return table((*head, "a step of TENGraD that reuses, over the rival's"), lines)
 
 
+def _refresh(results: study_of_defaults.Results) -> str:
+    """Return what a step that refreshes costs on the problems of docs/defaults.md, over one that reuses."""
+    curves = [results.ours(problem) for problem in results.problems]
+    costs = sorted(curve.seconds["refresh"] / curve.seconds["reuse"] for curve in curves if curve)
+    return f"{costs[0]:.1f} to {costs[-1]:.1f}"
+
+
 def _region(results: Results, key: str, problem: str) -> str:
     """Return what the trust region multiplied steps by, in the first and in the last eighth of a run."""
     (run, *_) = results.runs(key, problem)
     return f"{run.region[0]:.2g} at first and {run.region[-1]:.2g} in the last eighth"
+
+
+def _clipped(results: Results, key: str) -> str:
+    """Return the largest share of blocks and steps that were shortened in an eighth of a run after the first one."""
+    shares = {p: [max(run.clipped[1:]) for run in results.runs(key, p) if run.clipped] for p in PROBLEMS}
+    return ", ".join(f"{problem} {max(found):.0%}" for problem, found in shares.items() if found)
 
 
 def _damping(results: Results, key: str) -> str:

@@ -53,7 +53,8 @@ class Case:
     @property
     def fingerprint(self) -> str:
         """A digest of all that the run depends on, except the machine and the versions: a change makes it invalid."""
-        own = {**asdict(self.setting), "seeds": None, "change": {k: repr(v) for k, v in self.setting.change.items()}}
+        own = {**asdict(self.setting), "change": {k: repr(v) for k, v in self.setting.change.items()}}
+        del own["only_first"]  # which seeds there are says nothing of a run
         defaults = {name: repr(p.default) for name, p in inspect.signature(TENGraD).parameters.items()}
         others = {"unscaled": repr(dict(UNSCALED)), "paper": repr(dict(PAPER))}.get(self.setting.method, "")
         used = "" if self.setting.method == "adamw" else repr(sorted(defaults.items()))
