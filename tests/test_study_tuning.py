@@ -146,6 +146,49 @@ def test_nothing_is_missing_and_the_page_is_that_of_the_kept_runs(tmp_path):
         assert (ROOT / "docs" / name).exists()
 
 
+ALL = ("mlp", "3c1f", "pinn")
+# What the page says in words: (setting, compared with, problems, what all seeds say)
+CLAIMS = [
+    ("constant: tengrad 1", None, ("mlp",), "↑"),
+    ("tengrad: linear 1", None, ("pinn",), "↑"),
+    ("tengrad: linear 10", None, ALL, "↑"),
+    ("batch: four times", None, ALL, "↑"),
+    ("batch: four times, twice the rate", "batch: four times", ("pinn",), "↑"),
+    ("batch: quarter, half the rate", "batch: quarter", ALL, "↓"),
+    ("damping: 1", None, ("pinn",), "↑"),
+    ("damping: 3", None, ("pinn",), "↑"),
+    ("damping: 30", None, ALL, ""),
+    ("damping: adapted", None, ("pinn",), "↑"),
+    ("rows: 16", None, ("pinn",), "↑"),
+    ("loss: bernoulli", None, ("pinn",), "↑"),
+    ("loss: sum", None, ("3c1f", "pinn"), "↑"),
+    ("momentum: 0", None, ("pinn",), "↑"),
+    ("momentum: no look-ahead", None, ("pinn",), "↑"),
+    ("gradients: clipped", None, ("pinn",), "↓"),
+    ("interval: 1", None, ("mlp", "pinn"), "↑"),
+    ("warm-up: a tenth", None, ("pinn",), "↑"),
+    ("adamw: linear 3", None, ("mlp",), ""),
+    ("unscaled: linear 0.003", "unscaled: linear 0.0003", ALL, ""),
+    ("unscaled: constant 0.003", "unscaled: constant 0.0003", ("mlp", "3c1f"), "↑"),
+]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return page.Results(runs.Store(ROOT / "studies" / "tuning" / "results"), DEFAULTS)
+
+
+@pytest.mark.parametrize(("key", "base", "problems", "verdict"), CLAIMS)
+def test_what_the_page_says_in_words_is_what_all_seeds_say(kept, key, base, problems, verdict):
+    assert {kept.verdict(key, base or grid.BASE.key, problem) for problem in problems} == {verdict}
+
+
+def test_no_other_rate_or_schedule_ends_lower(kept):
+    others = [s.key for s in grid.SETTINGS if s.section in ("tengrad", "warm-up")]
+    for key in (*others, "constant: tengrad 0.333", "constant: tengrad 1", "constant: tengrad 3"):
+        assert "↓" not in {kept.verdict(key, grid.BASE.key, problem) for problem in ALL}
+
+
 def test_the_code_of_the_page_runs(capsys):
     names = {}
     with torch.random.fork_rng():

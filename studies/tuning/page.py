@@ -68,7 +68,7 @@ class Results:
     def commits(self) -> list[str]:
         """The commits of the code of all runs."""
         kept = (run for s in SETTINGS for problem in PROBLEMS for run in self.runs(s.key, problem))
-        return sorted({run.commit for run in kept})
+        return sorted({run.commit[:12] for run in kept})
 
 
 def markdown(results: Results, template: str) -> str:
@@ -112,7 +112,7 @@ def _ratio(results: Results, key: str, base: str, problem: str) -> str:
         return failed[0].split(":")[0] if failed else "-"
     ratio = results.lowest(key, problem) / results.lowest(base, problem)
     if results.verdict(key, base, problem):
-        return f"× {ratio:.2f}" if 0.1 < ratio < 10 else f"× {ratio:.2g}"
+        return f"× {ratio:.2f}" if 0.1 < ratio < 10 else f"× {float(f'{ratio:.2g}'):g}"
     return "level" if 1 / LEVEL < ratio < LEVEL else "undecided"
 
 
