@@ -121,7 +121,7 @@ SMALLER = {
     "autotune": {"--width": "4", "--seconds": "0.01", "--device": "cpu"},
     "paper": {
         **{"--scale.epochs": "1", "--scale.width": "4", "--scale.depth": "10", "--scale.batch-size": "16"},
-        **{"--scale.train-images": "48", "--optimizer": "tengrad", "--seeds": "1", **ON_A_CPU},
+        **{"--scale.train-images": "48", "--optimizer": "tengrad_paper", "--seeds": "1", **ON_A_CPU},
     },
 }
 

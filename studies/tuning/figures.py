@@ -9,12 +9,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
-from tengrad_triton.recipes.files import replacing
 
 from studies.problems import PROBLEMS as ALL
 from studies.tuning.grid import PROBLEMS, REGIONS, SCHEDULES
 from studies.tuning.page import CONSTANT, Results
 from studies.tuning.runs import LAST, RATES
+from tengrad_triton.files import replacing
 
 Line = tuple[str, tuple[float, ...], str, str]
 RATE_LINES: dict[str, Line] = {

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tengrad_triton.recipes.files import replacing
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -24,6 +23,7 @@ from studies.problems.base import Problem, Task
 from studies.runs import size_of
 from studies.tuning.grid import Setting
 from tengrad_triton import TENGraD
+from tengrad_triton.files import replacing
 from tengrad_triton.likelihoods import Categorical
 from tengrad_triton.optim.options import PAPER, UNSCALED
 
