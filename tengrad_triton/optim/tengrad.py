@@ -57,7 +57,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         damping: ε > 0, a function of the step, or ``"lm"`` (or a `LevenbergMarquardt`), which adapts ε to how well the
             quadratic model predicted each refreshing step. ``"lm"`` needs ``step(closure)``, and evaluates the closure
             once more at each refresh. It also needs ``trust_region=None``, because steps that a trust region has
-            shortened are predicted well at any damping. The damping is read when the curvature is refreshed.
+            shortened are predicted well at any damping. So are the small steps of a falling rate with scaling: take it
+            with ``scaling="none"`` (docs/tuning.md). The damping is read when the curvature is refreshed.
         relative_damping: whether α = ε max(1, trace(F)) with the F of each block; otherwise α = ε. It gives one ε to
             all layers without scaling.
         scaling: D in F + α D (M17): ``"kronecker"`` (matrices on its sides where they are small), ``"diagonal"`` (of
