@@ -206,15 +206,25 @@ def test_only_the_epochs_that_a_run_lacks_count(tmp_path, data):
     assert one.epochs_left(tmp_path) == 3
 
 
-@pytest.mark.parametrize(("slow", "steps"), [(1e9, 8), (0.0, 3)], ids=["quick", "slow"])
-def test_slow_steps_are_measured_once(slow, steps, data, tmp_path, ticks, monkeypatch):
+# Two steps to warm up and three with 2 of the 16 images; then two and five with all, or three with 4.
+@pytest.mark.parametrize(("slow", "images"), [(1e9, 5 * 2 + 7 * 16), (0.0, 5 * 2 + 3 * 4)], ids=["quick", "slow"])
+def test_slow_steps_are_measured_with_fewer_images(slow, images, data, tmp_path, monkeypatch):
+    """A step takes a second for each image, and four more."""
+    passed, seen = [0.0], []
+
+    def one_step(model, optimizer, batch, *_):
+        seen.append(len(batch))
+        passed[0] += len(batch) + 4
+
     monkeypatch.setattr(estimates, "SLOW", slow)
-    request = Request(row=("3C1F",), optimizer=("tengrad",), seeds=1, scale=Scale(width=4), data=data, out=tmp_path)
-    shared = Shared(request, Console(quiet=True), CPU)
+    monkeypatch.setattr(loop, "one_step", one_step)
+    monkeypatch.setattr(warm_up, "now", lambda _: passed[0])
+    scale = Scale(width=4, batch_size=16)
+    request = Request(row=("3C1F",), optimizer=("tengrad",), seeds=1, scale=scale, data=data, out=tmp_path)
     (one,) = runs_of(request, ("table2",))
-    times = estimates.step_times(shared.job(one.settings), "tengrad")
-    assert ticks == [steps]
-    assert (times.plain, times.refresh, times.every) == (1.0, 0.0, Growing(20))
+    times = estimates.step_times(Shared(request, Console(quiet=True), CPU).job(one.settings), "tengrad")
+    assert times == estimates.StepTimes(20.0, 0.0, Growing(20))
+    assert sum(seen) == images
 
 
 INTERVALS = [(None, 10, 0), (100, 1, 1), (100, 100, 1), (100, 101, 2), (Growing(20), 63, 12), (Growing(20), 64, 13)]
