@@ -2,13 +2,14 @@ PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV        ?= .venv
 READY       := $(VENV)/.ready
+DOCS_READY  := $(VENV)/.docs-ready
 RUN         := $(VENV)/bin/python -m
 PYTEST      := $(RUN) pytest
 # Processes that tests run in, as many as there are cores up to four; each takes from another when it has none left.
 WORKERS     ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train quick test tests test-slow bench lint format clean
+.PHONY: help install train quick test tests test-slow bench docs dist smoke lint format clean
 
 help:                      ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +35,21 @@ test-slow: $(READY)        ## run the tests marked slow
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf
 
+docs: $(DOCS_READY)         ## build the website of docs/ into site/; a warning, such as a broken link, is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
+dist: $(READY)             ## build the sdist and the wheel into dist/, and check them and CITATION.cff
+	rm -rf dist
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[release]'
+	$(RUN) build
+	$(RUN) twine check --strict dist/*
+	$(VENV)/bin/cffconvert --validate
+
+# The installation takes up to 7 GB, until it has been used. `make smoke PYTHON=python3.13 TORCH=2.14.1` tests another pair.
+TORCH       ?= 2.13.0
+smoke: dist                ## install the wheel and the sdist into a clean environment, and use them
+	$(RUN) release.smoke dist --python $(PYTHON) --torch $(TORCH)
+
 lint: $(READY)             ## check style (ruff) and types (mypy); change nothing
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
@@ -43,8 +59,8 @@ format: $(READY)           ## fix what ruff can fix, and lay out the code
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
 
-clean:                     ## remove .venv, builds, runs and caches
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:                     ## remove .venv, builds, runs, the website and caches
+	rm -rf $(VENV) runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # One resolver run for everything: torch's pinned build must be chosen before anything that depends on torch.
 $(READY): pyproject.toml $(CONSTRAINTS)
@@ -53,4 +69,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV) && \
 	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]' && \
 	echo "Installed into $(VENV) in $$(($$(date +%s) - began)) s." && \
+	touch $@
+
+$(DOCS_READY): $(READY)
+	@echo "Installing mkdocs into $(VENV): under a minute, once."
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,docs]'
 	touch $@

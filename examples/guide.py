@@ -16,7 +16,8 @@ from examples.race import Runner, best_of
 from tengrad_triton.files import replacing
 from tengrad_triton.recipes.measuring.machine import describe
 from tengrad_triton.recipes.reports.markdown import block, machine_table, table
-from tengrad_triton.recipes.reports.run_figures import MARKERS, STYLES
+from tengrad_triton.recipes.reports.run_figures import MARKERS
+from tengrad_triton.recipes.reports.styles import STYLES
 
 GENERATED = "<!-- Written by `{command}`: changes by hand are lost. -->"
 CLOCK = (

@@ -176,7 +176,8 @@ def settings(seconds: float, seed: int) -> dict[str, object]:
 def page(runners: Sequence[Runner], seconds: float, seed: int) -> list[str]:
     """Return the page's sections."""
     given = "".join(f"    {name}={value!r},\n" for name, value in SETTINGS.items()).replace("'", '"')
-    loop = f"optimizer = TENGraD(\n    model,\n{given})\noptimizer.step(closure)  # which returns mse_loss(model(x), 0)"
+    step = "optimizer.step(closure)  # closure() calls backward and returns mse_loss(model(x), 0)"
+    loop = f"optimizer = TENGraD(\n    model,\n{given})\n{step}"
     return [
         INTRODUCTION, verdict(runners), guide.outcome(runners, "rel. L2 error", "Adam"), guide.clock(),
         "![Relative L2 error by time and by step, of each optimizer's best setting.](poisson.png)",

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from examples import guide
 from tengrad_triton import TENGraD, kernels
 from tengrad_triton.recipes.reports.markdown import bullets, table
-from tengrad_triton.recipes.reports.run_figures import STYLES
+from tengrad_triton.recipes.reports.styles import STYLES
 
 SAMPLES, INPUTS = 8, 32
 SHARES = (0.25, 0.5, 0.95)  # of the largest learning rate that the theorem allows

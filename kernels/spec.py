@@ -259,7 +259,11 @@ class KernelSpec:
         return self.names_for("cuda")
 
     def names_for(self, backend: str) -> tuple[str, ...]:
-        """Return those of `config_names` that one of Triton's backends, ``"cuda"`` or ``"hip"``, can compile."""
+        """Return those of `config_names` that one of Triton's backends can compile.
+
+        Args:
+            backend: ``"cuda"`` or ``"hip"``.
+        """
         names = (config.name for config in self.configs if config.name != "default" and backend in config.backends)
         return tuple(dict.fromkeys(names))
 

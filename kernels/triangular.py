@@ -19,7 +19,14 @@ from .spec import KernelSpec, cdiv, nbytes, normal, single_config, tiling, tl, t
 
 @define_op()
 def cholesky_inverse(c_LNN: Tensor) -> Tensor:
-    """Return w_LNN = C⁻¹ of lower factors c_LNN; with it `cholesky_solve` is two matrix-vector products (M5)."""
+    """Return w_LNN = C⁻¹; with it `cholesky_solve` is two matrix-vector products (M5).
+
+    Args:
+        c_LNN: lower factors, as from `cholesky`; the entries above their diagonals are not used.
+
+    Returns:
+        w_LNN, lower matrices in the dtype of ``c_LNN``.
+    """
     return (_cholesky_inverse if is_small(c_LNN, c_LNN) else cpu.cholesky_inverse)(c_LNN)
 
 
@@ -85,7 +92,14 @@ def _cholesky_inverse(c_LNN: Tensor) -> Tensor:
 
 @define_op()
 def cholesky_solve(w_LNN: Tensor, y_LN: Tensor) -> Tensor:
-    """Return z_LN = (K + shift I)⁻¹ y = Wᵀ (W y), given the inverse factors w_LNN (M5).
+    """Return z_LN = (K + shift I)⁻¹ y = Wᵀ (W y) (M5).
+
+    Args:
+        w_LNN: inverse factors, as from `cholesky_inverse`.
+        y_LN: a right-hand side for each matrix.
+
+    Returns:
+        z_LN, in the dtype of ``w_LNN``.
 
     Raises:
         ValueError: y_LN does not have one vector of N entries for each matrix.

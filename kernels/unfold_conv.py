@@ -47,13 +47,16 @@ from .spec import FLOATING, TRITON_TYPES, KernelSpec, all_configs, cdiv, configs
 
 @define_op(fake=lambda x, kernel_sizes, sizes, taps_first: empty_patches(x, kernel_sizes, sizes))
 def unfold_conv(x: list[Tensor], kernel_sizes: list[int], sizes: list[int], taps_first: list[bool]) -> list[Tensor]:
-    """Return the patches a_NGPI of each convolution's input, in its dtype, but in float32 for half precision.
+    """Return the patches of each convolution's input: what each output position multiplies (M1).
 
     Args:
         x: inputs [N, C, H, W], without their padding.
         kernel_sizes: the height and width of each convolution's kernel, one after the other.
         sizes: the `ConvGeometry.numbers` of all convolutions, one after the other.
         taps_first: whether I runs over (T, C / groups) rather than over (C / groups, T), for each convolution.
+
+    Returns:
+        a_NGPI of each convolution, in the dtype of its input, but in float32 for half precision.
 
     Raises:
         ValueError: the kernel of a convolution is larger than its padded input.

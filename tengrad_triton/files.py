@@ -73,8 +73,9 @@ def begins_with(path: Path, mark: bytes, within: int = 0) -> bool:
 
 def check_regular(path: Path) -> None:
     """Raise `OSError` if there is no regular file at ``path``, nor where a link at ``path`` leads."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise _error(errno.EINVAL, path, "not a regular file")
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise _error(errno.EINVAL, path, _kind(mode))
 
 
 def check_replaceable(path: Path) -> None:
@@ -84,10 +85,11 @@ def check_replaceable(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise _error(errno.EEXIST, path, kind)
-    if not mode & 0o222 or not os.access(path, os.W_OK):
+        raise _error(errno.EEXIST, path, _kind(mode))
+    if not mode & 0o222:
         raise _error(errno.EACCES, path, "read-only file")
+    if not os.access(path, os.W_OK):
+        raise _error(errno.EACCES, path)
 
 
 def check_writable(path: Path) -> None:
@@ -146,6 +148,10 @@ def _lock(folder: Path, name: str) -> Path:
 def reason(error: BaseException) -> str:
     """Return what went wrong, without the error's number and file."""
     return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+
+
+def _kind(mode: int) -> str:
+    return "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "not a regular file"
 
 
 def _error(number: int, path: Path, what: str = "") -> OSError:

@@ -113,7 +113,7 @@ NO_RUNS = {  # what is wrong with a run, for train --resume and for report
         "mine",
         "settings.json: ",
     ),
-    "settings are a folder": (is_folder("run/settings.json"), "run", "not a regular file"),
+    "settings are a folder": (is_folder("run/settings.json"), "run", "settings.json: a folder"),
     "settings are a pipe": (is_pipe("run/settings.json"), "run", "not a regular file"),
     "settings are a device": (is_link("run/settings.json", "/dev/zero"), "run", "not a regular file"),
     "settings are cut off": (changed("run/settings.json", lambda text: text[:-9]), "run", "settings.json: "),

@@ -171,6 +171,53 @@ def _ragged(fisher):
     assert step._prepared.keeps_any
 
 
+def _hooks(register):
+    """Steps with hooks on the gradients of a weight are those of the plain loop, and said to be plain."""
+
+    def run(fisher):
+        ends, counts = [], []
+        for compiles in (False, True):
+            torch.manual_seed(0)
+            model, calls = mlp().double(), []
+            optimizer = TENGraD(model, fisher=fisher, refresh_every=2, seed=0)
+            step = compile_train_step(model, F.cross_entropy, optimizer, backend="eager")
+            handle = None
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                for number, (x, y) in enumerate(DATA[:7]):
+                    if number == 3:  # compiled functions are in use
+                        handle = register(model[0].weight, calls)
+                    if number == 6:
+                        handle.remove()
+                    if compiles:
+                        step(x, y)
+                        assert "hook" in str(step.why_plain) or number not in {3, 4, 5}
+                    else:
+                        train(model, optimizer, [number])
+            if compiles:
+                assert step.why_plain is None  # again, without the hook
+                [one] = [one for one in said if "hook" in str(one.message)]
+                assert str(one.message).startswith("'0.weight' has a hook on its gradient")
+            ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            counts.append(len(calls))
+        assert torch.allclose(*ends, rtol=1e-8, atol=1e-10)
+        assert counts[0] == counts[1] >= 3
+
+    return run
+
+
+def _halve(weight, calls):
+    return weight.register_hook(lambda grad: calls.append(True) or grad / 2)
+
+
+def _halve_after(weight, calls):
+    def halve(parameter):
+        calls.append(True)
+        parameter.grad /= 2
+
+    return weight.register_post_accumulate_grad_hook(halve)
+
+
 COMPILED_STEPS = {
     "batches that are dictionaries": (
         _batches_of(lambda x, scale: {"x": x, "scale": scale}),
@@ -178,5 +225,10 @@ COMPILED_STEPS = {
     ),
     "batches that are tuples": (_batches_of(lambda x, scale: (x, scale)), "steps of the plain loop"),
     "step hooks and learning rate schedulers": (_scheduler, "called once a step; no false warning"),
+    "`register_hook` on a parameter": (_hooks(_halve), "steps of the plain loop, and a warning"),
+    "`register_post_accumulate_grad_hook` on a parameter": (
+        _hooks(_halve_after),
+        "steps of the plain loop, and a warning",
+    ),
     "a smaller first batch": (_ragged, "compiled for the size that comes again"),
 }

@@ -124,6 +124,12 @@ def _hook(model, number):
         model[0].register_forward_hook(lambda module, args, y: y * y)
 
 
+def _mask(model, number):
+    if number == 1:
+        mask = torch.arange(model[0].weight.numel()).view_as(model[0].weight) % 3 > 0
+        model[0].weight.register_hook(lambda grad: grad * mask)
+
+
 def _forward(model, number):
     if number == 2:
         model[0].forward = lambda x: F.linear(x, model[0].weight, model[0].bias).square()
@@ -340,6 +346,7 @@ SITUATIONS: dict[str, list[Situation]] = {
         Situation("a parametrization is put on, and taken off", changing(_put_on)),
         Situation("a layer is pruned, and the pruning made permanent", changing(_prune)),
         Situation("a forward hook that changes the output", changing(_hook)),
+        Situation("a hook masks a weight's gradient, and so its rows", changing(_mask)),
         Situation("a layer gets another forward", changing(_forward)),
         Situation("a layer is frozen and thawed", changing(lambda model, number: model[0].requires_grad_(number != 1))),
         Situation(

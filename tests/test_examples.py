@@ -10,6 +10,7 @@ import dense
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.pages import blocks_of, run_python
 from torch import nn
 from torch.func import functional_call, grad, hessian, vmap
 
@@ -121,19 +122,15 @@ def test_a_narrow_theorem_writes_the_page(tmp_path):
     assert (tmp_path / "theorem1.png").stat().st_size > 10_000
 
 
-def code_blocks(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-
-
 def test_the_layer_of_the_guide_is_exact(capsys):
-    names = {}
-    for text in code_blocks(ROOT / "docs" / "guides" / "your-own-layer.md"):
-        exec(compile(text, "your-own-layer.md", "exec"), names)
-        if "but only the first token" not in text:  # the guide ends with a wrong rule
-            rule = canonical.dispatch(names["FirstTokenLinear"])
+    page = ROOT / "docs" / "guides" / "your-own-layer.md"
+    first, *others = blocks_of(page.read_text())
+    names = run_python(page, [first], {})
+    rule = canonical.dispatch(names["FirstTokenLinear"])
+    run_python(page, others, names)  # which end with a wrong rule
     canonical.register(names["FirstTokenLinear"], rule)
     said = capsys.readouterr().out
-    assert re.search(r"0\.weight +\(8, 4\) +0 ", said)
+    assert re.search(r"^0\n +weight +\(8, 4\) +(factored|per_sample)", said, re.MULTILINE)
     assert "the rule for FirstTokenLinear agrees with autograd for 6 samples; errors: weight" in said
     assert "the rule for FirstTokenLinear is wrong for 'bias': relative error" in said
     torch.manual_seed(0)
@@ -176,7 +173,7 @@ def test_fine_tuning_covers_every_parameter(tiny, tmp_path):
     finetune.main(out=tmp_path, seconds=0.3, threads=torch.get_num_threads())
     text = (tmp_path / "finetune.md").read_text()
     assert f"**{len(rows)} of {len(rows)} parameters have an exact block.**" in text
-    assert "attention.in_proj_weight" in text
+    assert "\nblocks.0.attention\n  in_proj_weight " in text
 
 
 def test_the_texts_are_those_of_python():

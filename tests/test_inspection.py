@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import dense
 import pytest
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from exact_cases import CLASSES, LAYERS, TOLERANCE, Case, batches
 from graph_rows import cotangents_of, rows_of_graph
+from helpers.pages import blocks_of, run_python
 from scaled import dense_d
 from torch import nn
 
-from tengrad_triton import TENGraD
+from tengrad_triton import TENGraD, compile_train_step
 from tengrad_triton.likelihoods import LIKELIHOODS, likelihood_of
 
 PURE = {"momentum": 0.0, "clip_threshold": None, "trust_region": None, "lr": 1.0, "damping": 0.03}
@@ -192,6 +194,26 @@ def test_single_precision_and_failed_factorizations():
     torch.testing.assert_close(optimizer.inverse_block("."), torch.eye(15) / optimizer.block(".").damping)
 
 
+def test_compiled_steps_and_copies_show_the_same():
+    torch.manual_seed(0)
+    model = PERCEPTRON.model().double()
+    optimizer = TENGraD(model, fisher="empirical", refresh_every=2, **PURE)
+    step = compile_train_step(model, F.cross_entropy, optimizer, backend="eager")
+    for number, (x, labels) in enumerate(batches(PERCEPTRON, 4)):
+        if number == 2:  # a compiled refresh, and one step with it
+            rows = dense.sample_gradients(copy.deepcopy(model), x, labels, F.cross_entropy)
+        step(x, labels)
+    assert step.why_plain is None
+    names = list(optimizer.block("0").parameters)
+    j_NK = torch.cat([rows[name].flatten(1) for name in names], 1)
+    fisher = j_NK.mT @ j_NK / len(j_NK)
+    assert error(optimizer.fisher_block("0"), fisher) < TOLERANCE
+    damped = fisher + 0.03 * optimizer.scale_block("0")
+    assert error(optimizer.inverse_block("0"), 0.03 * torch.linalg.inv(damped)) < TOLERANCE
+    _, twin = copy.deepcopy((model, optimizer))
+    assert torch.equal(twin.inverse_block("0"), optimizer.inverse_block("0"))
+
+
 def optimizer_for_refusals():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES), nn.Linear(CLASSES, CLASSES))
@@ -267,3 +289,15 @@ def test_parameters_that_take_the_sgd_step_have_no_block():
     with pytest.raises(ValueError, match=r"the parameters of '0' take the SGD step \(no rule for Own\)"):
         optimizer.rows("0")
     assert list(optimizer.block("1").parameters) == ["1.weight", "1.bias"]
+
+
+def test_the_guide_says_what_is_the_case(capsys):
+    page = Path(__file__).parent.parent / "docs" / "guides" / "inspect.md"
+    blocks = blocks_of(page.read_text())
+    names = run_python(page, blocks, {})
+    assert len(blocks) == 6
+    assert names["fisher"].shape == (56, 56)
+    assert {name: tuple(j.shape) for name, j in names["rows"].items()} == {"0.weight": (96, 8, 6), "0.bias": (96, 8)}
+    said = capsys.readouterr().out
+    assert "FisherBlock(parameters={'0.weight': slice(0, 48, None), '0.bias': slice(48, 56, None)}, rows=96" in said
+    assert "block '0' has 56 parameters and 96 rows: a matrix of all pairs and the rows take 68,096 bytes" in said

@@ -3,50 +3,18 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "tengrad_triton"
+from website.imports import FILES, ORDER, PACKAGE, ROOT, imported, part_of, parts_imported
 
-# Each imports what stands before it, and itself.
-ORDER = [
-    *("kernels", "likelihoods", "profiling", "files", "tables", "layers", "capture", "curvature", "tuning"),
-    *("inspection", "optim", "compiled", "baselines", "recipes"),
-]
 NEVER = {"baselines": {"compiled"}, "profiling": {"kernels", "likelihoods"}, "likelihoods": {"kernels"}}
 OF_TENGRAD = {"tengrad", "woodbury", "jacobians", "refresh", "step_access"}  # what no baseline may know
-# Python's ** enters links or not, by version; kernels is a link.
-FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})
 LAYER_TYPES = {"Linear", "Bilinear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "BatchNorm2d", "LayerNorm", "LSTM"}
 
 
 def name_of(path):
     return str(path.relative_to(PACKAGE).with_suffix(""))
-
-
-def part_of(path):
-    """Return the package of a file, or the file itself where it stands alone."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
-def imported(path):
-    """Yield the dotted names that a file imports, relative ones resolved."""
-    package = ("tengrad_triton", *path.relative_to(PACKAGE).parts[:-1]) if PACKAGE in path.parents else ()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else ()
-            module = [*base, *(node.module or "").split(".")] if node.module else base
-            yield from (".".join((*module, alias.name)) for alias in node.names)
-
-
-def parts_imported(path):
-    names = (name.split(".") for name in imported(path))
-    found = {name[1] for name in names if name[0] == "tengrad_triton" and len(name) > 1}
-    return found - {"__version__"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -85,6 +85,7 @@ MISTAKES = {
     "row of another figure": (["figure12", "--row", "3C1F"], "figure12 shows WideResNet, CIFAR-10"),
     "optimizer": (["table2", "--optimizer", "adam"], '"tengrad", "tengrad_paper", "sgd"'),
     "optimizer twice": (["table2", "--optimizer", "sgd", "sgd"], "once"),
+    "nothing to measure": (["table1", "--optimizer", "tengrad"], "table1 measures optimizers that refresh"),
     "scale": (["table2", "--scale.epochs", "0"], "--scale.epochs"),
     "no data": (
         ["table2", "--data", "."],

@@ -7,10 +7,10 @@ from statistics import mean
 import pytest
 from helpers.commands import one_line, threads_restored
 from helpers.pages import table_after
-from helpers.paper import figures_not_rendered, outcomes, run, write_data
+from helpers.paper import figures_not_rendered, measured_at_a_tiny_scale, outcomes, run, write_data
 from PIL import Image
 
-from tengrad_triton.recipes.paper.measurements import complexity, inverses, phases
+from tengrad_triton.recipes.paper.measurements import inverses
 
 NAMES = ("tengrad_paper", "sgd", "kfac", "adamw")
 BLOCKS = ("figure6", "figure7", "figure8")
@@ -30,11 +30,7 @@ def whole(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("paper") / "out"
     words = ["table2", *BLOCKS, "figure9", "table1", "phases", "--row", "3C1F", "--seeds", "2"]
     grid = ["--grid.lr", "0.003", "1e30", "--grid.damping", "0.1", "0.3"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inverses, "ENTRIES", 24)
-        patch.setattr(phases, "ROUNDS", 1)
-        patch.setattr(complexity, "BASE", {"batch": 16, "width": 16, "depth": 2})
-        patch.setattr(complexity, "VALUES", {"batch": (16, 32), "width": (8, 16), "depth": (1, 2)})
+    with measured_at_a_tiny_scale():
         assert run(data, out, *words, "--optimizer", *NAMES, *grid) == 0
     return out
 

@@ -84,6 +84,7 @@ DAMAGED = {  # what follows the mark
     "no seconds": json.dumps(WHOLE | {"entries": {"k": {"factored": {"bytes": 1}}}}),
     "no kernel": json.dumps(WHOLE | {"entries": {"k": {"factored": MEASURED | {"seconds": {}}}}}),
     "seconds as text": json.dumps(WHOLE | {"entries": {"k": {"factored": MEASURED | {"seconds": {"a": {"b": "c"}}}}}}),
+    "a number that is too large": json.dumps(WHOLE | {"entries": {"k": {"factored": MEASURED | {"bytes": 10**400}}}}),
     "bytes as text": json.dumps(WHOLE | {"entries": {"k": {"factored": MEASURED | {"bytes": "1"}}}}),
 }
 

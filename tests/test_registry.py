@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.image_files import write_folder
 from helpers.pages import table_after
 from helpers.paper import SCALE
+from torch import nn
 
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag, place
 from tengrad_triton.recipes.reports.styles import style_of
-from tengrad_triton.recipes.training.settings import _with_optimizers
+from tengrad_triton.recipes.training.settings import _with_optimizers, installed
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = """
@@ -49,7 +51,7 @@ def registered(tmp_path_factory):
     (optimizers / "registry.py").write_text(table)
     for name in ("digits", "data/fashion_mnist"):
         (folder / name).mkdir(parents=True)
-    write_folder(folder / "data/fashion_mnist", count=24, size=(8, 8))
+    write_folder(folder / "data/fashion_mnist", count=24)
     small = ["--width", "4", "--train-limit", "40", "--test-limit", "20", "--epochs", "1", "--device", "cpu"]
     paper = [
         "--row",
@@ -117,6 +119,42 @@ def test_an_optimizer_cannot_take_the_name_of_another_setting(monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "epochs", OPTIMIZERS["sgd"])
     with pytest.raises(TypeError, match="'epochs': another setting has this name"):
         _with_optimizers(type("Own", (), {"__annotations__": {"epochs": int}}))
+
+
+MARKS = {  # what changes with a refresh; for the others, the step of the last refresh, counted from 1
+    "soap": lambda optimizer: first_state(optimizer)["Q"][0],
+    "shampoo": lambda optimizer: first_state(optimizer)["inv_pre_cond_0"],
+}
+
+
+def first_state(optimizer):
+    return optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+@pytest.mark.parametrize("name", [name for name in installed() if OPTIMIZERS[name]().refreshes(9)])
+def test_steps_that_refresh_are_those_at_which_the_curvature_changes(name):
+    torch.manual_seed(0)
+    marks = MARKS.get(name, lambda optimizer: torch.tensor(optimizer._steps - optimizer._age + 1))
+    own = OPTIMIZERS[name]().changed(refresh_every=3, lr=1e-4)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer, refreshed, before = own.build(model), [], torch.zeros(())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.arange(8) % 3)
+        loss.backward()
+        return loss
+
+    steps = 5 if name == "shampoo" else 12  # its second root of the factors fails on so few numbers
+    for step in range(steps):
+        if not own.needs_closure:
+            closure()
+        optimizer.step(*([closure] if own.needs_closure else []))
+        now = marks(optimizer)
+        if not torch.equal(now, before.expand_as(now)):
+            refreshed.append(step)
+        before = now.clone()
+    assert refreshed == list(own.refreshes(steps))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

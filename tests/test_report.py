@@ -13,6 +13,7 @@ import torch
 from helpers.commands import SMALL, one_line, threads_restored
 from helpers.image_files import write_folder
 from helpers.pages import table_after
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tengrad_triton.recipes.cli import commands
@@ -20,6 +21,7 @@ from tengrad_triton.recipes.cli import report as command
 from tengrad_triton.recipes.cli.main import main
 from tengrad_triton.recipes.reports.run_figures import FIGURES, draw, running_mean
 from tengrad_triton.recipes.reports.run_page import GENERATED, GPU_NOTE
+from tengrad_triton.recipes.reports.styles import log_axis
 from tengrad_triton.recipes.training.metrics import EpochMetrics, Record, Steps
 from tengrad_triton.recipes.training.settings import Settings
 
@@ -89,7 +91,7 @@ def test_the_outcome_is_that_of_the_metrics(trained, page):
 
 
 def test_the_times_of_steps_are_those_of_the_csv(trained, page):
-    """Two of tengrad_paper's six steps refresh: 0 and 4."""
+    """Of six steps tengrad_paper refreshes at two, 0 and 4; tengrad refreshes at all."""
     table = table_after("## Time of a step", page)
     with (trained / "steps.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -202,6 +204,8 @@ DAMAGES = {  # a file, what becomes of its text (None: the file is deleted), and
     "a row": ("metrics.json", lambda _: "[3]", "expected one object for each optimizer and epoch"),
     "a column": ("metrics.json", lambda text: text.replace("test_loss", "loss"), "test_loss"),
     "a number": ("metrics.json", lambda text: text.replace('"epoch": 1', '"epoch": "x"'), "'x'"),
+    "an infinite number": ("metrics.json", lambda text: text.replace('"epoch": 1', '"epoch": Infinity'), "infinity"),
+    "steps cut in the last number": ("steps.csv", lambda text: text[:-3], "its last line is cut off"),
     "an optimizer": ("metrics.json", lambda text: text.replace("sgd", "sdg"), "'sdg'"),
     "steps missing": ("steps.csv", None, "steps.csv"),
     "steps empty": ("steps.csv", lambda _: "", "expected optimizer, step"),
@@ -277,6 +281,28 @@ def test_a_running_mean_is_of_the_last_values(count, window):
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 1e300])
 def test_figures_of_a_diverged_run_are_drawn(tmp_path, loss):
     steps = Steps(torch.arange(1.0, 4), torch.tensor([2.0, loss, loss]), torch.zeros(3))
-    history = {"sgd": Record([EpochMetrics("sgd", 1, loss, 0.1, loss, 0.1, 3.0, 1.0)], steps)}
+    history = {"sgd": Record([EpochMetrics("sgd", epoch, loss, 0.1, loss, 0.1, 3.0, 1.0) for epoch in (1, 2)], steps)}
     draw(history, "diverged", tmp_path, "a-")
     assert {file.name for file in tmp_path.iterdir()} == {f"a-{name}.png" for name in FIGURES}
+
+
+def test_one_epoch_has_no_figure_by_epoch(tmp_path):
+    history = {"sgd": Record([EpochMetrics("sgd", 1, 2.0, 0.1, 2.0, 0.1, 3.0, 1.0)], Steps(*torch.ones(3, 3)))}
+    draw(history, "one epoch", tmp_path, "a-")
+    assert [file.name for file in tmp_path.iterdir()] == ["a-steps.png"]
+
+
+def ticks_of(low, high):
+    panel = Figure().subplots()
+    panel.plot([0, 1], [low, high])
+    log_axis(panel)
+    low, high = panel.get_ylim()
+    labels = zip(panel.get_yticks(), panel.get_yticklabels(), strict=True)
+    return [label.get_text() for value, label in labels if low <= value <= high]
+
+
+@pytest.mark.parametrize("high", [1.3, 2, 5, 12, 60, 1e3, 1e5])
+def test_a_logarithmic_axis_has_enough_plain_numbers(high):
+    labels = ticks_of(1.1, high)
+    assert 3 <= len(labels) <= 10
+    assert all(re.fullmatch(r"\d+(\.\d+)?(e\+\d+)?", label) for label in labels)

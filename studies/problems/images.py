@@ -26,13 +26,14 @@ class Images(Task):
     """Classification of images."""
 
     data: Data
+    batch: int = BATCH
 
     @override
     def batches(self, seed: int) -> Iterator[Batch]:
         """Yield shuffled images, epoch after epoch."""
         epoch = 0
         while True:
-            yield from self.data.batches("train", BATCH, shuffle_seed=1000 * seed + epoch)
+            yield from self.data.batches("train", self.batch, shuffle_seed=1000 * seed + epoch)
             epoch += 1
 
     @override

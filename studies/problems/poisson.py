@@ -59,14 +59,14 @@ def source_term(x_N2: Tensor) -> Tensor:
 class Equation(Regression):
     """The mean square of the residual of Poisson's equation at random points, new ones for every batch."""
 
-    points: int = 256
+    batch: int = 256
 
     @override
     def batches(self, seed: int) -> Iterator[Batch]:
         """Yield points of the square, and f at these points."""
         generator = torch.Generator().manual_seed(seed)
         while True:
-            x_N2 = torch.rand(self.points, 2, dtype=torch.float64, generator=generator)
+            x_N2 = torch.rand(self.batch, 2, dtype=torch.float64, generator=generator)
             yield x_N2, source_term(x_N2)
 
     @override

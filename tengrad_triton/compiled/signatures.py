@@ -98,6 +98,14 @@ class ModelState:
             [group[name] for group in self._access.groups for name in STATIC_SETTINGS if name in group],
         )
 
+    def why_hooked(self) -> str | None:
+        """Return which parameter has a hook that a compiled step would not call; None if none has."""
+        hooked = next((p for p in self._parameters if p._backward_hooks or p._post_accumulate_grad_hooks), None)
+        if hooked is None:
+            return None
+        layer, name = next((one, key) for one in self._layers for key, p in one.parameters.items() if p is hooked)
+        return f"{layer.full_name_of(name)!r} has a hook on its gradient, which compiled code does not call"
+
 
 class Prepared(Generic[C]):
     """The functions made for several signatures, and the rule for which ones they are kept and so compiled.

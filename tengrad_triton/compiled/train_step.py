@@ -45,9 +45,9 @@ def compile_train_step(
     comes again, the functions for it are compiled: one that reuses the curvature, and one, at the next refresh, that
     refreshes it. Kinds of batches differ in structure, shapes, dtypes, and in the values of what is no tensor. Once a
     kind has been compiled for, another one is too if it comes twice in a row, up to four kinds. All other batches, such
-    as a smaller one at the end of each epoch, take the plain step; so does a refresh that cannot be compiled;
-    ``train_step.why_plain`` says why. It is the same where the model changes: its mode, what of it is frozen, the
-    optimizer's groups.
+    as a smaller one at the end of each epoch, take the plain step; so does a refresh that cannot be compiled, and every
+    step while a parameter has a hook on its gradient; ``train_step.why_plain`` says why. It is the same where the model
+    changes: its mode, what of it is frozen, the optimizer's groups.
 
     Model, optimizer and ``state_dict`` stay ordinary: plain and compiled steps can follow each other in any order. The
     optimizer's step hooks run once in each step, as in ``optimizer.step(closure)``: before the forward and after the
@@ -88,16 +88,20 @@ class TrainStep:
         self._buffered: Curvature | None = None  # the curvature whose tensors are in the buffers
         self._model_state, self._prepared = ModelState(access), Prepared[CompiledSteps]()
         self._means = ProjectedMeans(are_static=self._buffers is not None)
-        self._warned = self._loss_is_checked = False
+        self._warned = self._warned_of_hooks = self._loss_is_checked = False
+        self._hooked: str | None = None  # why the last step was plain, if a parameter has a hook
         self._untraceable: str | None = None  # why the refresh could not be traced
 
     def __call__(self, x: Any, y: Any) -> Tensor:
-        """Take one step with a batch; return its loss, a scalar, from before the step.
+        """Take one step with a batch.
 
         Args:
             x: the model's input: a tensor, samples first, or tensors in nested tuples, lists and dictionaries. Other
                 entries (numbers, strings, None) are constants of what is compiled.
             y: the target of ``loss_fn``, nested in the same way.
+
+        Returns:
+            the loss of the batch before the step, a scalar without a graph.
 
         Raises:
             ValueError: ``loss_fn`` returned no scalar, or no mean over the samples.
@@ -108,7 +112,10 @@ class TrainStep:
         steps = self._prepared.find(signature, self._access.layers)
         if steps is None:
             self._warn_of_another(signature)
-        was_traceable = self._untraceable is None
+        was_traceable, self._hooked = self._untraceable is None, self._model_state.why_hooked()
+        if self._hooked is not None and not self._warned_of_hooks:
+            self._warned_of_hooks = True
+            warnings.warn(f"{self._hooked}: steps are plain until it is removed", stacklevel=2)
         loss = self._access.step(lambda: self._take(signature, steps, x, y))
         if self._untraceable is not None and was_traceable:
             first_line = self._untraceable.splitlines()[0]
@@ -119,15 +126,16 @@ class TrainStep:
     def why_plain(self) -> str | None:
         """Return why refreshes take the plain step; None if they are compiled."""
         latest = self._prepared.latest
-        if self._untraceable is not None or latest is None:
-            return self._untraceable or "no step was taken yet"
+        why = self._untraceable or self._hooked
+        if why is not None or latest is None:
+            return why or "no step was taken yet"
         return latest[1].why_plain
 
     def _take(self, signature: Signature, steps: CompiledSteps | None, x: Any, y: Any) -> Tensor:
         """Take the step that fits, within the optimizer's step hooks."""
         due, curvature = self._access.refresh_is_due, self._access.curvature
-        if steps is None:
-            return self._plain(signature, None, x, y)
+        if steps is None or self._hooked is not None:
+            return self._plain(signature, steps, x, y)
         refreshes = due and self._untraceable is None and steps.why_plain is None
         reuses = not due and curvature is not None and self._is_from_batches_of(len(steps.output), curvature)
         if not refreshes and not reuses:

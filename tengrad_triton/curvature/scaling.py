@@ -275,6 +275,11 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return x * y.unsqueeze(1) if y.dim() == 2 else x @ y
 
 
+def clip_scale(square: Tensor, threshold: float) -> Tensor:
+    """Return min(1, threshold / root) of mean squares."""
+    return (threshold * square.clamp(min=torch.finfo(square.dtype).tiny).rsqrt()).clamp(max=1.0)
+
+
 def unit_of(parameter: Tensor) -> float:
     """Return the root of a weight's inputs, taps included, over 8; 1 for vectors.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.products import BlockEntry, ProductPlan
-from tengrad_triton.curvature.scaling import Metric, unit_of
+from tengrad_triton.curvature.scaling import Metric, clip_scale, unit_of
 from tengrad_triton.curvature.target import (
     Average,
     Target,
@@ -25,7 +25,7 @@ from tengrad_triton.curvature.target import (
     remember_,
     scratch_settings,
 )
-from tengrad_triton.curvature.woodbury import Curvature
+from tengrad_triton.curvature.woodbury import Bounds, Curvature
 from tengrad_triton.kernels import update_
 from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.profiling import phase
@@ -40,7 +40,7 @@ def step_(
     averages: Sequence[Average | None],
     clip_threshold: float | None,
     projected: Mapping[int, Tensor] | None = None,
-) -> None:
+) -> Bounds:
     """Update every target along its natural gradient, or along its gradient where its layer has no J.
 
     The natural gradient is (F + α I)⁻¹ V = (V − Jᵀ w) / α with w = (K + N α I)⁻¹ J V (paper, equation 4). With scaled
@@ -56,11 +56,15 @@ def step_(
         averages: how each parameter group averages its gradients first; empty where momentum is part of the update.
         clip_threshold: the bound of M17 on the step of each block with scaled damping; None for no bound.
         projected: J D⁻¹ V of the targets, by index, for which it is known without V (M19).
+
+    Returns:
+        what the two bounds multiplied the steps by: one number for each block, and one for all; None without a bound.
     """
     places = places_of_averages(targets, averages)
     plan, own = _plan_of(curvature, targets), averaged(targets, grads, places)
-    plan.step_(own, ops, trust_region, clip_threshold, projected or {})
+    bounds = plan.step_(own, ops, trust_region, clip_threshold, projected or {})
     remember_(targets, grads, places)
+    return bounds
 
 
 def curvature_along(curvature: Curvature, targets: Sequence[Target], direction: Sequence[Tensor]) -> Tensor:
@@ -142,8 +146,9 @@ class StepPlan:
     def step_(
         self, grads: Sequence[Tensor], ops: Ops, trust_region: float | None, clip_threshold: float | None,
         projected: Mapping[int, Tensor],
-    ) -> None:  # fmt: skip
+    ) -> Bounds:  # fmt: skip
         """Do what the function of this name does."""
+        clip_L = region = None
         if self._entries:
             with phase("solve"):
                 own = [grads[place] for place in self._places]
@@ -155,16 +160,17 @@ class StepPlan:
                 y_LN = products.project()
                 w_LN, divisor_L = self._solve(y_LN, ops), self._divisor_L
                 if scaled is not None and clip_threshold is not None:
-                    divisor_L = divisor_L / self._clip_scale_L(scaled, clip_threshold)
+                    clip_L = self._clip_scale_L(scaled, clip_threshold)
+                    divisor_L = divisor_L / clip_L
                 if trust_region is not None:  # d divides by it, so the scale ν of d divides it
-                    divisor_L = divisor_L / self._trust_region_scale(
-                        _Solved(own, scaled, y_LN, w_LN, divisor_L), trust_region
-                    )
+                    region = self._trust_region_scale(_Solved(own, scaled, y_LN, w_LN, divisor_L), trust_region)
+                    divisor_L = divisor_L / region
             with phase("update"):
                 products.expand_update_(w_LN, divisor_L)
         with phase("update"):
             for place in self._without_j:
                 self._update_without_j_(place, grads[place], clip_threshold)
+        return clip_L, region
 
     def _update_without_j_(self, place: int, grad: Tensor, clip_threshold: float | None) -> None:
         """Step along D⁻¹ V, or V where no refresh has seen the parameter, bounded; SPRING adds μ φ."""
@@ -173,7 +179,7 @@ class StepPlan:
             grad = scale.inverse.of_parameter(grad)
         if self._is_scaled and clip_threshold is not None:
             square = widen(grad).square().mean() * unit_of(target.parameter) ** 2
-            grad = grad * _clip_scale(square, clip_threshold)
+            grad = grad * clip_scale(square, clip_threshold)
         keeps_direction = target.spring or not self._is_scaled  # the mean of gradients stays as it is
         momentum = target.momentum if keeps_direction else torch.zeros_like(grad)
         direction = target.add_spring(grad, 1.0, lambda momentum: momentum)
@@ -219,7 +225,7 @@ class StepPlan:
         if self._clip_weights_LT is None:
             self._clip_weights_LT = self._weights_of_squares(square_T)
         mean_L = self._clip_weights_LT @ square_T
-        return _clip_scale(mean_L, threshold)
+        return clip_scale(mean_L, threshold)
 
     def _weights_of_squares(self, like: Tensor) -> Tensor:
         """Return what makes each block's mean square of the squared norms, written without a copy to the device."""
@@ -284,11 +290,6 @@ def _metric_of(entries: Sequence[BlockEntry]) -> Metric | None:
     """Return D⁻¹ of the entries; None where D is the identity."""
     scales = [one.jacobian.scale for one in entries if one.jacobian.scale is not None]
     return Metric(scales, [one.target.parameter.detach() for one in entries]) if scales else None
-
-
-def _clip_scale(square: Tensor, threshold: float) -> Tensor:
-    """Return min(1, threshold / root) of mean squares."""
-    return (threshold * square.clamp(min=torch.finfo(square.dtype).tiny).rsqrt()).clamp(max=1.0)
 
 
 def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:

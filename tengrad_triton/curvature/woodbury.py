@@ -123,6 +123,10 @@ def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, 
     return found
 
 
+Bounds = tuple[Tensor | None, Tensor | None]
+"""What bounds multiplied a step by: `clip_threshold` that of each block [L], the trust region that of all blocks []."""
+
+
 @dataclass(frozen=True)
 class Curvature:
     """The result of a refresh, for the steps until the next one: every parameter's J and the factored blocks.

@@ -41,6 +41,9 @@ LIKELIHOODS: dict[str, Likelihood] = {"categorical": Categorical(), "gaussian": 
 def likelihood_of(choice: str | Likelihood) -> Likelihood:
     """Return the likelihood with the name ``choice``, or ``choice`` itself.
 
+    Args:
+        choice: a key of `LIKELIHOODS`, or an object with ``sample`` and ``nll``.
+
     Raises:
         ValueError: there is no likelihood of that name.
         TypeError: the object lacks ``sample`` or ``nll``.
@@ -82,5 +85,9 @@ def why_loss_differs(likelihood: Any, output: Any, grad: Any) -> str | None:
 
 
 def holds_a_batch(likelihood: Any) -> bool:
-    """Whether labels or weights of one batch are set, which would become constants of a compiled refresh."""
+    """Return whether labels or weights of one batch are set, which would become constants of a compiled refresh.
+
+    Args:
+        likelihood: one of the likelihoods here, or your own object.
+    """
     return any(getattr(likelihood, name, None) is not None for name in ("target", "sample_weight"))

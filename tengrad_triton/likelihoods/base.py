@@ -11,6 +11,7 @@ from torch import Tensor
 Fisher = Literal["sampled", "empirical", "exact"]
 """Which rows J has: at drawn labels, at the data's labels, or for every output of the model (docs/math.md, M2)."""
 FISHERS: tuple[Fisher, ...] = ("sampled", "empirical", "exact")
+"""All values of `Fisher`."""
 
 
 @runtime_checkable
@@ -69,19 +70,45 @@ class Reparametrized:
     """
 
     def noise(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Return random numbers, shaped like ``output``, whose distribution does not depend on its values."""
+        """Return random numbers whose distribution does not depend on the values of ``output``.
+
+        Args:
+            output: what the model returned, detached [N, …].
+            generator: the random number generator that draws them, on the device of the model's parameters.
+
+        Returns:
+            a tensor of the output's shape.
+        """
         raise NotImplementedError
 
     def from_noise(self, output: Tensor, noise: Tensor) -> Tensor:
-        """Return the target that ``noise`` gives for ``output``."""
+        """Return the targets that random numbers give for an output, in the form that `nll` expects.
+
+        Args:
+            output: what the model returned, detached [N, …].
+            noise: what `noise` returned for an output of this shape.
+        """
         raise NotImplementedError
 
     def nll(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the negative log-likelihood, summed over the samples: see `Likelihood.nll`."""
+        """Return the negative log-likelihood, summed over the samples: see `Likelihood.nll`.
+
+        Args:
+            output: what the model returned, with its graph [N, …].
+            target: what `sample` returned for this output.
+        """
         raise NotImplementedError
 
     def sample(self, output: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw a target for every sample: see `Likelihood.sample`."""
+        """Draw a target for every sample: see `Likelihood.sample`.
+
+        Args:
+            output: what the model returned, detached [N, …].
+            generator: the random number generator that draws the targets.
+
+        Returns:
+            targets in the form that `nll` expects.
+        """
         return self.from_noise(output, self.noise(output, generator))
 
 

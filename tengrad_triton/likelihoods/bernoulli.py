@@ -54,7 +54,15 @@ class Bernoulli(OfTorch):
         return F.binary_cross_entropy_with_logits(output, target, weight=root, reduction="sum") * scale
 
     def hessian_factor(self, output: Tensor) -> Tensor:
-        """Return √(p_d (1 − p_d) / D) e_d for every d: [D, N, …]. See `HasHessianFactor.hessian_factor` and M9."""
+        """Return √(p_d (1 − p_d) / D) e_d for every d: [D, N, …]. See `HasHessianFactor.hessian_factor` and M9.
+
+        Args:
+            output: the logits [N, …].
+
+        Raises:
+            ValueError: the output is a scalar, or `target` or `sample_weight` have a shape that does not fit.
+            TypeError: the output is not a tensor.
+        """
         self._check(output)
         p, weights = output.detach().sigmoid(), self._weights(output)
         variance = p * (1 - p) if weights is None else p * (1 - p) * weights.to(p.dtype)

@@ -77,6 +77,13 @@ class Categorical(OfTorch):
 
         The sum of their outer products over c is ω_t (diag(p_t) − p_t p_tᵀ), with ω_t = N / M for tokens that count and
         0 for the others, or what the weights make of it. See `HasHessianFactor.hessian_factor`.
+
+        Args:
+            output: the logits, with their shape as above.
+
+        Raises:
+            ValueError: the output, `target` or `sample_weight` have a shape that does not fit.
+            TypeError: the output is not a tensor.
         """
         self._check(output)
         p_NCT = output.detach().movedim(self.dim, 1).softmax(1)

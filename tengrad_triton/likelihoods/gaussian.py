@@ -44,7 +44,15 @@ class Gaussian(OfTorch):
         return squares.sum() / outputs_of(output)
 
     def hessian_factor(self, output: Tensor) -> Tensor:
-        """Return √(2 / D) e_d for every output d: [D, N, …]. See `HasHessianFactor.hessian_factor` and M9."""
+        """Return √(2 / D) e_d for every output d: [D, N, …]. See `HasHessianFactor.hessian_factor` and M9.
+
+        Args:
+            output: the model's output [N, …].
+
+        Raises:
+            ValueError: the output is a scalar, or `target` or `sample_weight` have a shape that does not fit.
+            TypeError: the output is not a tensor.
+        """
         self._check(output)
         factor_DN = unit_vectors(output) * (2 / outputs_of(output)) ** 0.5
         weight = self.sample_weight_for(output)

@@ -294,6 +294,6 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):
             self.refresh_every = saved["refresh_every"]
-        self._seed = saved["seed"]
+        self._seed, self._reports.bounds, self._reports.changes = saved["seed"], None, None
         self._generator.set_state(saved["generator"].cpu())
         self._rearm()

@@ -50,7 +50,13 @@ class LevenbergMarquardt:
             raise ValueError(f"expected 0 < decrease <= 1 <= increase, got {self.decrease} and {self.increase}")
 
     def adapted(self, damping: float, actual: float, predicted: float) -> float:
-        """Return the damping after a step that changed the loss by ``actual``, when ``predicted`` was expected."""
+        """Return the next damping.
+
+        Args:
+            damping: the present one.
+            actual: ΔL, by how much the step changed the loss, in its units; below 0 where it fell.
+            predicted: ΔM, by how much the quadratic model expected it to change.
+        """
         ratio = actual / predicted if predicted else math.nan
         if ratio > 0.75 and predicted < 0:
             return max(self.least, self.decrease * damping)
@@ -76,26 +82,47 @@ def schedule_of(damping: Any) -> tuple[DampingSchedule | None, Any]:
     return (schedule, schedule) if callable(schedule) else (None, damping)
 
 
+def adapts(schedules: Sequence[DampingSchedule | None]) -> bool:
+    """Whether some group's damping is adapted by `LevenbergMarquardt`."""
+    return any(isinstance(schedule, LevenbergMarquardt) for schedule in schedules)
+
+
 def adapt_dampings(
-    groups: Sequence[dict[str, Any]], schedules: Sequence[DampingSchedule | None], actual: float, predicted: float
-) -> None:
-    """Adapt the damping of the groups with `LevenbergMarquardt` to a change of the loss and to the predicted one."""
+    groups: Sequence[dict[str, Any]],
+    schedules: Sequence[DampingSchedule | None],
+    predicted: float,
+    loss: Any,
+    closure: Callable[[], Any],
+) -> float:
+    """Adapt the damping of the groups with `LevenbergMarquardt` to a step's change of the loss; return that change.
+
+    ``predicted`` is the predicted change, ``loss`` the loss before the step; the closure evaluates it after the step.
+    """
+    with torch.enable_grad():
+        actual = _number_of(closure()) - _number_of(loss)
     for group, schedule in zip(groups, schedules, strict=True):
         if isinstance(schedule, LevenbergMarquardt):
             sign = -1 if group["maximize"] else 1
             group["damping"] = schedule.adapted(group["damping"], sign * actual, predicted)
+    return actual
 
 
-def dampings_of(
+def damping_of(
     blocks: Mapping[str, Sequence[str]],
     layers: Sequence[LayerParams],
     groups: Sequence[Mapping[str, Any]],
     schedules: Sequence[DampingSchedule | None],
-) -> list[float]:
-    """Return the present damping of each block; the arguments are those of `check_dampings`, which raises first."""
+    device: torch.device,
+) -> Tensor:
+    """Return the present damping of each block; the other arguments are those of `check_dampings`, which raises first.
+
+    Fill kernels write the numbers, in float64: a copy from the host would wait for the device.
+    """
     check_dampings(blocks, layers, groups, schedules)
     group_of = {layer.name: next(iter(layer.groups.values())) for layer in layers}
-    return [groups[group_of[names[0]]]["damping"] for names in blocks.values()]
+    numbers = [groups[group_of[names[0]]]["damping"] for names in blocks.values()]
+    filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
+    return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)
 
 
 def check_dampings(
@@ -135,7 +162,7 @@ def _adaptation(group: Mapping[str, Any], schedule: DampingSchedule | None) -> t
     return (schedule, bool(group["maximize"])) if isinstance(schedule, LevenbergMarquardt) else None
 
 
-def number_of(loss: Any) -> float:
+def _number_of(loss: Any) -> float:
     """Return a closure's loss as a number; a tensor may still have a graph."""
     return float(loss.detach() if isinstance(loss, Tensor) else loss)
 
@@ -153,9 +180,3 @@ def restored_on_error(targets: Sequence[Target]) -> Iterator[None]:
     except Exception:
         torch._foreach_copy_(updated, before)
         raise
-
-
-def fill_on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Return numbers as a float64 tensor, written by fill kernels: a copy from the host would wait for the device."""
-    filled = [torch.full((), number, dtype=torch.float64, device=device) for number in numbers]
-    return torch.stack(filled) if filled else torch.empty(0, dtype=torch.float64, device=device)

@@ -34,11 +34,22 @@ class Growing:
             raise ValueError(f"most must be at least 1 step, got {self.most}")
 
     def __call__(self, step: int) -> int:
-        """Return the interval at ``step``, in steps."""
+        """Return the interval at a step.
+
+        Args:
+            step: the number of steps taken so far.
+
+        Returns:
+            a number of steps, from 1 to ``most``.
+        """
         return max(1, min(self.most, step // 3))
 
     def refreshes(self, steps: int) -> list[int]:
-        """Return the steps before ``steps`` at which the optimizer refreshes."""
+        """Return the steps at which the optimizer refreshes, if nothing else makes it refresh.
+
+        Args:
+            steps: the number of steps of the run; the first one is step 0.
+        """
         refreshed: list[int] = []
         for step in range(steps):
             if not refreshed or step - refreshed[-1] >= self(step):

@@ -1,9 +1,10 @@
-"""The warnings of an optimizer: each is given once."""
+"""What an optimizer reports: warnings, each of them once, and the numbers of its last step."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.target import Target
+from tengrad_triton.curvature.woodbury import Bounds, Curvature
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.tuning.budget import Formed, Work
 from tengrad_triton.tuning.forecast import Forecaster
@@ -21,14 +23,47 @@ from tengrad_triton.tuning.forecast import Forecaster
 _STEP_DEPTH = 5  # stack frames from a warning here up to the caller of `step`
 
 
+@dataclass(frozen=True)
+class Stats:
+    """Numbers of a `TENGraD`'s last step. Blocks have the names that they have in its summary.
+
+    Attributes:
+        steps: the number of steps taken so far.
+        last_refresh: the step, counted from 0, that computed the present curvature; None before the first step.
+        interval: the number of steps from one refresh to the next, at present.
+        rows: the rows of J that steps use; 0 before the first step, and between the forward of a refresh and its step.
+        damping: α of each block, by the block's name; after a factorization that failed, α + trace(K) / N.
+        failures: how many factorizations have failed so far.
+        clip: what `clip_threshold` multiplied the step of each block by, at most 1, by the block's name; empty without
+            this bound, before the first step, and after a compiled step, which does not tell.
+        trust_region: what the trust region multiplied the step of all blocks by, at most 1; None where ``clip`` would
+            be empty.
+        actual_change: the change of the loss at the last refreshing step, where the damping is adapted (M8); else None.
+        predicted_change: what the quadratic model predicted for that step.
+    """
+
+    steps: int
+    last_refresh: int | None
+    interval: int
+    rows: int
+    damping: Mapping[str, float]
+    failures: int
+    clip: Mapping[str, float]
+    trust_region: float | None
+    actual_change: float | None
+    predicted_change: float | None
+
+
 class Reports:
-    """Warns of what the curvature does not cover, and of losses that the rows are not derivatives of.
+    """Warns of what the curvature does not cover, and of losses that the rows are not derivatives of; keeps numbers.
 
     Args:
         unsupported: whether layers without rows are warned of or refused.
 
     Attributes:
         apart: for each parameter whose rows at the last refresh did not follow from calls of its layers, by name, why.
+        bounds: the last step that was not compiled, counted from 0, and what its bounds multiplied it by.
+        changes: the actual and the predicted change of the loss at the last refreshing step with adapted damping.
     """
 
     def __init__(self, unsupported: Unsupported) -> None:
@@ -37,10 +72,31 @@ class Reports:
         self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
         self._foreseen = 0  # the most rows for which a refresh was foreseen
         self.apart: dict[str, str] = {}
+        self.bounds: tuple[int, Bounds] | None = None
+        self.changes: tuple[float, float] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes over: what was said."""
         return {**vars(self), "_checked": (None, None)}
+
+    def stats(self, curvature: Curvature | None, steps: int, age: int, interval: int) -> Stats:
+        """Return the numbers of the last step, after ``steps`` of them, ``age`` of them with this curvature."""
+        blocks = [block or "." for block in curvature.blocks] if curvature is not None else []
+        known = self.bounds is not None and self.bounds[0] == steps - 1
+        clip_L, region = self.bounds[1] if self.bounds is not None and known else (None, None)
+        actual, predicted = self.changes or (None, None)
+        return Stats(
+            steps=steps,
+            last_refresh=None if curvature is None else steps - age,
+            interval=interval,
+            rows=0 if curvature is None else curvature.rows,
+            damping={} if curvature is None else dict(zip(blocks, curvature.damping_L.tolist(), strict=True)),
+            failures=0 if curvature is None else int(curvature.failures_L.sum()),
+            clip={} if clip_L is None else dict(zip(blocks, clip_L.tolist(), strict=True)),
+            trust_region=None if region is None else float(region),
+            actual_change=actual,
+            predicted_change=predicted,
+        )
 
     def uncovered(self, uncovered: Mapping[str, str]) -> None:
         """Warn once about each layer without rows; raise `ValueError` instead with ``unsupported="error"``.

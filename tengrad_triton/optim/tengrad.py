@@ -26,18 +26,10 @@ from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.inspection.views import CurvatureViews
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
-from tengrad_triton.optim.damping import (
-    Damping,
-    LevenbergMarquardt,
-    adapt_dampings,
-    check_dampings,
-    dampings_of,
-    fill_on_device,
-    number_of,
-    restored_on_error,
-)
+from tengrad_triton.optim.damping import Damping, adapt_dampings, adapts, check_dampings, damping_of, restored_on_error
 from tengrad_triton.optim.interval import Growing, interval_at, paid_interval
 from tengrad_triton.optim.options import PAPER, UNSCALED, RepresentationChoice, Unsupported, validate
+from tengrad_triton.optim.reports import Stats
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
@@ -109,7 +101,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             (M18). None for no bound. `summary` says what that comes to.
         max_bytes: the memory, in bytes, for those J whose representation is chosen automatically: first they are stored
             in less memory, then fewer rows are used, with one warning. It also bounds the output gradients of the exact
-            Fisher matrix, and the rows of each parameter without a rule.
+            Fisher matrix, and the rows of each parameter without a rule. 4 GiB by default.
         tol: the largest relative error α ‖Δd‖ / ‖∇L‖ of a ``"compressed"`` J (M7).
         seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
         output: the part of the model's output that the likelihood sees: a function of it, a key or an index. By default
@@ -200,7 +192,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     @property
     def adapts(self) -> bool:
         """Whether some group's damping is adapted by `LevenbergMarquardt`, which needs a closure."""
-        return any(isinstance(schedule, LevenbergMarquardt) for schedule in self._damping_schedules)
+        return adapts(self._damping_schedules)
 
     @override
     def _why_closure(self) -> str | None:
@@ -220,11 +212,11 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         averages = [Average.of_group(group, self._steps) for group in groups]
         bounds = self._options.trust_region, averages, self._options.clip_threshold
         if closure is None or age > 0 or not self.adapts:
-            step_(curvature, targets, grads, self._ops, *bounds)
+            self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
             return curvature, age
         before = [target.parameter.clone() for target in targets]
         with restored_on_error(targets):
-            step_(curvature, targets, grads, self._ops, *bounds)
+            self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
             self._adapt(curvature, targets, grads, before, closure, loss)
         return curvature, age
 
@@ -237,12 +229,11 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         predicted = float(predicted_change(curvature, targets, grads, steps))
         self._capture.disarm()
         try:
-            with torch.enable_grad():
-                actual = number_of(closure()) - number_of(loss)
+            actual = adapt_dampings(self.param_groups, self._damping_schedules, predicted, loss, closure)
         except Exception:
             self._capture.arm()  # the refresh is still due
             raise
-        adapt_dampings(self.param_groups, self._damping_schedules, actual, predicted)
+        self._reports.changes = actual, predicted
 
     @override
     def _release(self) -> None:
@@ -252,10 +243,11 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
 
     @override
     def _refresh_is_due(self) -> bool:
-        held = self._curvature
-        if held is not None and held.is_released:
-            return True
-        return self._curvature_is_outdated(paid_interval(self.refresh_every, None if held is None else held.spending))
+        is_released = self._curvature is not None and self._curvature.is_released
+        return is_released or self._curvature_is_outdated(self._paid_interval())
+
+    def _paid_interval(self) -> int | Callable[[int], int]:
+        return paid_interval(self.refresh_every, None if self._curvature is None else self._curvature.spending)
 
     def _refreshed(self, grads: Grads) -> Curvature:
         """Return the curvature of the batches since the last step, whose gradients are V."""
@@ -280,8 +272,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
-        dampings = dampings_of(blocks, self._layers, self.param_groups, self._damping_schedules)
-        return fill_on_device(dampings, self._generator.device)
+        device = self._generator.device
+        return damping_of(blocks, self._layers, self.param_groups, self._damping_schedules, device)
 
     @override
     def _packed(self, curvature: Curvature) -> dict[str, Any]:
@@ -294,6 +286,12 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     def choices(self) -> dict[str, Choice]:
         """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""
         return choices_of(self._curvature)
+
+    @property
+    def stats(self) -> Stats:
+        """Return numbers of the last step, for a log. Only reading them waits for the device."""
+        interval = interval_at(self._paid_interval(), self._steps)
+        return self._reports.stats(self._curvature, self._steps, self._age, interval)
 
     @override
     def summary(self) -> Summary:

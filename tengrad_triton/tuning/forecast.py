@@ -8,6 +8,7 @@ Dimensions: R rows of J, n rows of one block's K.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ _GIB = 2**30
 _MATRICES = 3  # K, its factor C and C⁻¹ are in memory together
 _WORTH_MEASURING = 5 * 10**9  # flops: fewer take less than a second
 _MOST_SECONDS = 1.0  # that go without saying
-_PROBE_SECONDS, _PROBES = 0.02, (512, 1024, 2048, 4096)
+_PROBE_SECONDS, _PROBES, _REPEATS = 0.02, (1024, 2048, 4096), 5
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,15 @@ class Forecaster:
         return size, seconds
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        """Return the seconds of a second call: the first one may load a library."""
-        for _ in range(2):
+        """Return the median seconds of a call, after one that may load a library."""
+        times = []
+        for _ in range(1 + _REPEATS):
             self._wait()
             start = time.perf_counter()
             call()
             self._wait()
-        return time.perf_counter() - start
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -65,7 +65,11 @@ class Measured:
     bytes: int
 
     def per_step(self, refresh_every: int) -> float:
-        """Return the seconds of a step with the fastest implementations, including the step's share of a refresh."""
+        """Return the seconds of a step with the fastest implementations, including the step's share of a refresh.
+
+        Args:
+            refresh_every: the number of steps that share the time of a refresh.
+        """
         best = {kernel: times[_fastest_implementation(times)] for kernel, times in self.seconds.items()}
         return sum(t if kernel in STEP_KERNELS else t / refresh_every for kernel, t in best.items())
 
@@ -111,6 +115,9 @@ class Plan:
             given: the representations that the user chose.
             refresh_every: the number of steps that share the time of a refresh.
             max_bytes: the memory for J, in bytes.
+
+        Returns:
+            the choice for every weight, by its name.
         """
         best = representations_by_cost(geometries, given, max_bytes, refresh_every)
         known = self._known(geometries)
@@ -127,7 +134,12 @@ class Plan:
         }
 
     def stored_bytes(self, geometries: Mapping[str, Geometry], chosen: Mapping[str, Representation]) -> int:
-        """Return the bytes of all J: as measured, or else as the geometries say."""
+        """Return the bytes of all J: as measured, or else as the geometries say.
+
+        Args:
+            geometries: the sizes of every weight, by the weight's name.
+            chosen: the representation of each of these weights.
+        """
         return _total(geometries, self._known(geometries), chosen)
 
     def _known(self, geometries: Mapping[str, Geometry]) -> dict[str, Measurements]:

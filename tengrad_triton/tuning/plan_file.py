@@ -195,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Plan]:
     try:
         header = dict(content["header"])
         entries = _entries(content["entries"]) if header["schema"] == SCHEMA else {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DamagedError(f"a damaged plan ({type(error).__name__}: {error})") from error
     return header, Plan(entries)
 
@@ -212,7 +212,9 @@ def _entries(stored: Any) -> dict[str, dict[Representation, Measured]]:
 def _measured(stored: dict[str, Any]) -> Measured:
     measured = Measured(**stored)
     times = [time for by_name in measured.seconds.values() for time in by_name.values() or (None,)]
-    if not times or not all(isinstance(number, int | float) for number in (*times, measured.bytes)):
+    if not times or not all(
+        isinstance(number, int | float) and float(number) >= 0 for number in (*times, measured.bytes)
+    ):
         raise ValueError(f"got {stored}, expected bytes, and the seconds of every kernel")
     return measured
 

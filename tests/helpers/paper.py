@@ -7,6 +7,7 @@ import pytest
 
 from helpers.image_files import write_folder
 from tengrad_triton.recipes.cli.main import main
+from tengrad_triton.recipes.paper.measurements import complexity, inverses, phases
 from tengrad_triton.recipes.paper.report import figures
 
 SCALE = ["--scale.width", "4", "--scale.batch-size", "16", "--scale.depth", "10", "--device", "cpu", "--threads", "1"]
@@ -32,6 +33,17 @@ def figures_not_rendered():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", save)
+        yield
+
+
+@contextmanager
+def measured_at_a_tiny_scale():
+    """Measure table 1, the phases and the blocks of the inverse at sizes that the command line does not change."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inverses, "ENTRIES", 24)
+        patch.setattr(phases, "ROUNDS", 1)
+        patch.setattr(complexity, "BASE", {"batch": 16, "width": 16, "depth": 2})
+        patch.setattr(complexity, "VALUES", {"batch": (16, 32), "width": (8, 16), "depth": (1, 2)})
         yield
 
 

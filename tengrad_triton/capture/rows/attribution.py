@@ -97,7 +97,8 @@ class Attribution:
             (name, modes(self.layers[name].layer), *((sizes(call.output_shape), call.samples_second) for call in calls))
             for name, calls in record.calls.items()
         )
-        key = (walk.structure, calls, tuple((sizes(x.shape), x.dtype) for x in results))
+        hooked = tuple(id(p) for p in self._owners() if p._backward_hooks)  # which change gradients, and so rows
+        key = (walk.structure, calls, hooked, tuple((sizes(x.shape), x.dtype) for x in results))
         if key not in self._findings and len(self._findings) == _MOST_STRUCTURES:
             self._findings.pop(next(iter(self._findings)))
         findings = self._findings.setdefault(key, Findings())

@@ -55,7 +55,7 @@ def data_folder(data: Path | None, name: DatasetName) -> Path | None:
         if any(any(folder.glob(f"{part}-*.parquet")) for part in get_args(Part)):
             return folder
     raise UsageError(
-        f"--data {data}: no test-*.parquet in it, nor in a folder {' or '.join(names)} of it: name the folder with "
+        f"{data}: no test-*.parquet in it, nor in a folder {' or '.join(names)} of it: name the folder with "
         "train-*.parquet and test-*.parquet, or one that holds such a folder for each data set"
     )
 

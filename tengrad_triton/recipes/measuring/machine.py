@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from tengrad_triton import __version__
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.tuning.plan_file import processor_name
 
@@ -33,7 +34,7 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "tengrad-triton": _version("tengrad-triton"),
+        "tengrad-triton": __version__,
         "commit": _commit(),
     }
 

@@ -1,6 +1,7 @@
 """What the settings of every optimizer have in common."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -28,13 +29,11 @@ class OptimizerSettings(ABC):
         package: the package that has to be installed.
         needs_closure: whether a step takes a closure, because it evaluates the loss itself.
         in_paper: whether `tengrad-triton paper` trains it if nobody names optimizers.
-        interval_varies: whether steps that refresh the curvature come at an interval that is not fixed.
     """
 
     package: ClassVar[str] = "torch"
     needs_closure: ClassVar[bool] = False
     in_paper: ClassVar[bool] = True
-    interval_varies: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -44,6 +43,10 @@ class OptimizerSettings(ABC):
     def interval(self) -> int | None:
         """The steps between two refreshes of the curvature; None if there are no refreshes or the interval varies."""
         return getattr(self, "refresh_every", None)
+
+    def refreshes(self, steps: int) -> Sequence[int]:
+        """Return which of the first steps, counted from 0, refresh the curvature."""
+        return range(0, steps, self.interval) if self.interval else ()
 
     def changed(self, **values: Any) -> Self:
         """Return the settings with other values for those fields among ``values`` that this optimizer has."""

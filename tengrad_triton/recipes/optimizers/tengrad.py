@@ -1,7 +1,8 @@
 """TENGraD with the library's defaults, with the paper's settings, and without scaling."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from cyclopts import Parameter
@@ -11,6 +12,8 @@ from typing_extensions import override
 
 from tengrad_triton.curvature.choices import Representation
 from tengrad_triton.likelihoods import Fisher
+from tengrad_triton.optim.interval import Growing
+from tengrad_triton.optim.options import UNSCALED
 from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.recipes.optimizers.settings import LayerSizes, OptimizerSettings
 
@@ -32,7 +35,6 @@ class ExactSettings(OptimizerSettings):
 class TengradSettings(ExactSettings):
     """TENGraD with the library's defaults: scaled damping, a mean of gradients, refreshes that grow rarer."""
 
-    interval_varies: ClassVar[bool] = True
     lr: PositiveFloat = 0.01
     "Learning rate."
     damping: PositiveFloat = 10.0
@@ -51,6 +53,10 @@ class TengradSettings(ExactSettings):
     @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return TENGraD(model, **asdict(self))
+
+    @override
+    def refreshes(self, steps: int) -> Sequence[int]:
+        return Growing().refreshes(steps)
 
 
 @Parameter(group="TENGraD, as in the paper")
@@ -85,7 +91,6 @@ class TengradPaperSettings(ExactSettings):
 class TengradUnscaledSettings(ExactSettings):
     """TENGraD without scaling: relative damping, a trust region, look-ahead, refreshes that grow rarer."""
 
-    interval_varies: ClassVar[bool] = True
     lr: PositiveFloat = 0.03
     "Learning rate."
     damping: PositiveFloat = 0.003
@@ -100,3 +105,8 @@ class TengradUnscaledSettings(ExactSettings):
     @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return TENGraD.unscaled(model, **asdict(self))
+
+    @override
+    def refreshes(self, steps: int) -> Sequence[int]:
+        every: Growing = UNSCALED["refresh_every"]
+        return every.refreshes(steps)

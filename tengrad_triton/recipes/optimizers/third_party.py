@@ -1,5 +1,6 @@
 """SOAP and Shampoo from the package pytorch-optimizer."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -57,6 +58,10 @@ class ShampooSettings(OptimizerSettings):
     @override
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return _build("Shampoo", model, asdict(self), every="preconditioning_compute_steps", weight_decouple=True)
+
+    @override
+    def refreshes(self, steps: int) -> Sequence[int]:
+        return range(self.refresh_every - 1, steps, self.refresh_every)
 
 
 def _build(name: str, model: nn.Module, settings: dict[str, Any], every: str, **more: Any) -> torch.optim.Optimizer:

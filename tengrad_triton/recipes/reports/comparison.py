@@ -1,6 +1,6 @@
 """The optimizers of a run side by side, as lines of tables for the terminal and the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import torch
@@ -38,16 +38,17 @@ def outcomes(history: History) -> list[tuple[str, ...]]:
     return lines
 
 
-def step_times(history: History, intervals: Mapping[OptimizerName, int]) -> list[tuple[str, ...]]:
-    """Return a line for each optimizer, and for the refreshing and the reusing steps of those with a fixed interval.
+def step_times(history: History, refreshes: Mapping[OptimizerName, Sequence[int]]) -> list[tuple[str, ...]]:
+    """Return a line for each optimizer, and for its refreshing and its reusing steps if it has both.
 
     The times mean something on a CPU only: those of the host do not include the work that a GPU still has to do.
     """
     durations: dict[str, Tensor] = {}
     for name, record in history.items():
         durations[name] = record.steps.durations()
-        if name in intervals:
-            refresh_S = (torch.arange(len(record.steps)) % intervals[name]) == 0
+        refresh_S = torch.zeros(len(record.steps), dtype=torch.bool)
+        refresh_S[list(refreshes[name])] = True
+        if refresh_S.any() and not refresh_S.all():
             durations[f"{name}, refresh"] = durations[name][refresh_S]
             durations[f"{name}, reuse"] = durations[name][~refresh_S]
     medians = {label: median(times_S.tolist()) for label, times_S in durations.items() if len(times_S)}

@@ -4,6 +4,7 @@ Key: S steps.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 
 from tengrad_triton.files import replacing
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
-from tengrad_triton.recipes.reports.styles import style_of
+from tengrad_triton.recipes.reports.styles import log_axis, style_of
 from tengrad_triton.recipes.training.metrics import History, Record
 
 SOFTWARE = "tengrad-triton"
@@ -28,12 +29,18 @@ WINDOW = 25  # steps of a running mean: batches differ more than optimizers
 
 
 def draw(history: History, title: str, folder: Path, prefix: str) -> None:
-    """Write a PNG file for each of `FIGURES`; its name starts with ``prefix``."""
-    figures = [_by_epoch(history, *quantity) for quantity in QUANTITIES]
-    for name, figure in zip(FIGURES, [*figures, _by_step(history)], strict=True):
+    """Write a PNG file for each of `figures_of` the history; its name starts with ``prefix``."""
+    by_epoch = {quantity[0]: partial(_by_epoch, history, *quantity) for quantity in QUANTITIES}
+    for name in figures_of(history):
+        figure = by_epoch[name]() if name in by_epoch else _by_step(history)
         figure.suptitle(title)
         with replacing(folder / f"{prefix}{name}.png") as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": SOFTWARE})
+
+
+def figures_of(history: History) -> tuple[str, ...]:
+    """Return the names of the figures that show something: one epoch makes no curve by epoch."""
+    return FIGURES if any(len(record.epochs) > 1 for record in history.values()) else FIGURES[-1:]
 
 
 def running_mean(values_S: Tensor, window: int) -> Tensor:
@@ -57,7 +64,7 @@ def _by_epoch(history: History, quantity: str, label: str, scale: int) -> Figure
                     values,
                     line,
                     color=color,
-                    marker=marker if part == "test" or len(epochs) == 1 else None,  # one epoch makes no line
+                    marker=marker if part == "test" or len(epochs) == 1 else None,  # one point makes no line
                     markerfacecolor=None if part == "test" else "none",
                     markevery=max(1, len(values) // MARKERS),
                     markersize=5,
@@ -100,4 +107,4 @@ def _finish(panels: tuple[Axes, Axes], quantity: str) -> None:
     for panel in panels:
         panel.grid(alpha=0.3)
         if quantity == "loss":
-            panel.set_yscale("log")
+            log_axis(panel)

@@ -10,7 +10,7 @@ from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, flag
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.reports.comparison import OUTCOME, STEP_TIME, outcomes, step_times
 from tengrad_triton.recipes.reports.markdown import block, bullets, machine_table, table
-from tengrad_triton.recipes.reports.run_figures import FIGURES, WINDOW
+from tengrad_triton.recipes.reports.run_figures import WINDOW, figures_of
 from tengrad_triton.recipes.training.metrics import History
 from tengrad_triton.recipes.training.settings import Settings
 
@@ -56,7 +56,7 @@ def markdown(run: Run, stem: str) -> str:
     sections: list[Sequence[str]] = [
         [GENERATED, f"# {run.title}", *_unfinished(run)],
         [table(OUTCOME, outcomes(run.history)), OUTCOME_NOTE],
-        [f"![{CAPTIONS[figure]}]({quote(f'{stem}-{figure}.png')})" for figure in FIGURES],
+        [f"![{CAPTIONS[figure]}]({quote(f'{stem}-{figure}.png')})" for figure in figures_of(run.history)],
         ["## Time of a step", *_step_times(run)],
         ["## What was run", bullets(_setup(run) | _optimizers(run)), "To run it again:", block(_command(run), "bash")],
         ["## Where", machine_table(run.sessions)],
@@ -80,8 +80,8 @@ def _unfinished(run: Run) -> list[str]:
 def _step_times(run: Run) -> list[str]:
     if any(session["device_type"] != "cpu" for session in run.sessions):
         return [GPU_NOTE]
-    every = {name: run.settings.of(name).interval for name in run.history}
-    return [table(STEP_TIME, step_times(run.history, {n: steps for n, steps in every.items() if steps})), STEP_NOTE]
+    refreshes = {name: run.settings.of(name).refreshes(len(record.steps)) for name, record in run.history.items()}
+    return [table(STEP_TIME, step_times(run.history, refreshes)), STEP_NOTE]
 
 
 def _setup(run: Run) -> dict[str, object]:

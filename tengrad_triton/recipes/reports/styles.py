@@ -1,4 +1,7 @@
-"""The colour and the marker of each optimizer, the same in every figure."""
+"""What figures have in common: the colour and the marker of each optimizer, and logarithmic axes."""
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from tengrad_triton.recipes.optimizers.registry import place
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
@@ -9,8 +12,23 @@ COLORS = (
     *("#56B4E9", "#7F3C8D", "#004060", "#7F7F7F", "#8C564B", "#B8860B"),
 )
 MARKERS = "os^DvxP*h><Xd"  # one more than colours, so that no two pairs are equal when colours come again
+STYLES = tuple(zip(COLORS, MARKERS, strict=False))
+"""Pairs for what is no optimizer, or several settings of one."""
 
 
 def style_of(name: OptimizerName) -> tuple[str, str]:
     """Return the colour and the marker of an optimizer, by its place among all."""
     return COLORS[place(name) % len(COLORS)], MARKERS[place(name) % len(MARKERS)]
+
+
+def log_axis(panel: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers; with few decades, also numbers between them."""
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    if high < 10 * low:
+        panel.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+        panel.yaxis.set_minor_locator(NullLocator())
+    elif high < 200 * low:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())

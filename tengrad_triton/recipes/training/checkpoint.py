@@ -1,6 +1,6 @@
 """What `torch.save` keeps after each epoch of an optimizer, and how training resumes from it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
@@ -29,11 +29,15 @@ def record_of(state: State | None) -> Record:
     if state is None:
         return Record()
     try:
-        return Record([EpochMetrics(**epoch) for epoch in state["rows"]], Steps(**state["steps"]))
-    except TypeError as error:
-        raise UsageError(
-            f"a checkpoint holds no epochs of a run ({error}): delete it to train from the start"
-        ) from error
+        epochs, steps = [EpochMetrics(**epoch) for epoch in state["rows"]], Steps(**state["steps"])
+        numbers = [number for epoch in epochs for number in astuple(epoch)[1:]]
+        if not all(isinstance(number, int | float) for number in numbers) or not isinstance(epochs[0].epoch, int):
+            raise TypeError(f"got epochs {numbers}")
+        if len({column.shape for column in steps.columns}) != 1:
+            raise TypeError("its columns of steps differ in length")
+    except (TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f"a checkpoint holds no epochs ({error}): delete it to train from the start") from error
+    return Record(epochs, steps)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, device: torch.device) -> Record:

@@ -46,7 +46,7 @@ def parse_epochs(text: str) -> dict[OptimizerName, list[EpochMetrics]]:
             numbers = (math.nan if value is None else float(value) for value in values)
             known = _known(name)
             epochs.setdefault(known, []).append(EpochMetrics(known, int(epoch), *numbers))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"got {error}, expected one object for each optimizer and epoch") from error
     return epochs
 

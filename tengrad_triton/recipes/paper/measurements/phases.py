@@ -26,8 +26,9 @@ def measure_phases(job: Job, name: OptimizerName) -> dict[str, dict[str, float]]
     """
     warm_up(job, name)
     steps = list(_profiled_steps(job, name, EVERY * ROUNDS))
-    kinds = {"refresh": steps[::EVERY], "reuse": [step for n, step in enumerate(steps) if n % EVERY]}
-    return {kind: _medians(of) for kind, of in kinds.items() if job.settings.of(name).interval or kind == "reuse"}
+    refreshes = job.settings.of(name).changed(refresh_every=EVERY).refreshes(len(steps))
+    kinds = {"refresh": [steps[n] for n in refreshes], "reuse": [s for n, s in enumerate(steps) if n not in refreshes]}
+    return {kind: _medians(of) for kind, of in kinds.items() if of}
 
 
 def seconds_of_phases(job: Job, name: OptimizerName) -> float:

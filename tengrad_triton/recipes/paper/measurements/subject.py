@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
@@ -27,15 +28,35 @@ def job_for(shared: Shared, name: OptimizerName, epochs: int | None = None) -> J
 
 
 def names_of(target: str, request: Request) -> list[OptimizerName]:
-    """Return the optimizers that a target measures: for table 1 and the phases, those with a fixed interval."""
+    """Return the optimizers that a target measures: for table 1 and the phases, those with a fixed interval.
+
+    Raises `UsageError` if none of those that are asked for is among them.
+    """
     if target in INVERSES:
         return ["sgd"]
-    if target == "table1":
-        return [name for name in request.optimizer if OPTIMIZERS[name]().interval]
-    if target == "phases":
-        # Those with an interval that varies have both kinds of steps among the first.
-        return [name for name in request.optimizer if not OPTIMIZERS[name].interval_varies]
-    return list(request.optimizer)
+    names = list(filter(_MEASURED.get(target, _any), request.optimizer))
+    if not names:
+        raise UsageError(
+            f"--optimizer {' '.join(request.optimizer)}: {target} measures optimizers that refresh their curvature at "
+            f"a fixed interval, such as tengrad_paper or kfac: add one, or leave out {target}"
+        )
+    return names
+
+
+def _any(_: OptimizerName) -> bool:
+    return True
+
+
+def _has_interval(name: OptimizerName) -> bool:
+    return OPTIMIZERS[name]().interval is not None
+
+
+def _has_no_varying_interval(name: OptimizerName) -> bool:
+    """Return whether the first steps of an optimizer are of all its kinds, in proportion."""
+    return _has_interval(name) or not OPTIMIZERS[name]().refreshes(1)
+
+
+_MEASURED = {"table1": _has_interval, "phases": _has_no_varying_interval}
 
 
 def reads_data(target: str, request: Request) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tengrad_triton.files import replacing
 from tengrad_triton.recipes.paper.report.seeds import Finished, by_epoch, by_optimizer
 from tengrad_triton.recipes.paper.request import Request
-from tengrad_triton.recipes.reports.styles import COLORS, style_of
+from tengrad_triton.recipes.reports.styles import COLORS, log_axis, style_of
 
 QUANTITIES: Mapping[str, tuple[str, float]] = {
     "train_loss": ("training cross-entropy (nats)", 1.0),
@@ -42,7 +42,7 @@ def save(figure: Figure, out: Path, name: str) -> str:
 def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name: str) -> str:
     """Draw a quantity by epoch and by time, with error bars of the standard deviation over the seeds."""
     label, scale = QUANTITIES[quantity]
-    figure = Figure(figsize=(10, 4.2), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(10, 4.6), dpi=DPI, layout="constrained")
     panels: tuple[Axes, Axes] = figure.subplots(1, 2, sharey=True)
     for optimizer, group in by_optimizer(runs).items():
         spreads, seconds = by_epoch(group, quantity, scale)
@@ -60,8 +60,9 @@ def curves(runs: Sequence[Finished], quantity: str, title: str, out: Path, name:
     for panel in panels:
         panel.grid(alpha=0.3)
         if "loss" in quantity:
-            panel.set_yscale("log")
-    panels[1].legend(fontsize="small")
+            log_axis(panel)
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return save(figure, out, name)
 
