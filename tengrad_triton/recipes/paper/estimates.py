@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from tengrad_triton.optim.interval import interval_at
-from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.optimizers.settings import OptimizerName, OptimizerSettings
 from tengrad_triton.recipes.paper.shared import Shared
-from tengrad_triton.recipes.training.job import Job, closing_hooks
+from tengrad_triton.recipes.training.job import Job
 from tengrad_triton.recipes.training.loop import EVAL_BATCH
 from tengrad_triton.recipes.training.run import refusing
 from tengrad_triton.recipes.training.warm_up import seconds_of_steps
 
-Interval = int | Callable[[int], int] | None
 SLOW = 1.0  # seconds of a step; slower ones are not measured as they are
 
 
@@ -56,27 +54,16 @@ class StepTimes:
     Attributes:
         plain: seconds of a step that reuses the curvature.
         refresh: seconds that a refresh takes in addition.
-        every: steps between two refreshes; None without curvature.
+        own: the settings of the optimizer, which know the steps that refresh.
     """
 
     plain: float
     refresh: float
-    every: Interval
+    own: OptimizerSettings
 
     def seconds(self, steps: int) -> float:
         """Return the seconds of so many steps from the start."""
-        return self.plain * steps + self.refresh * refreshes(self.every, steps)
-
-
-def refreshes(every: Interval, steps: int) -> int:
-    """Return how often the curvature is refreshed in so many steps."""
-    if every is None:
-        return 0
-    last, count = None, 0
-    for step in range(steps):
-        if last is None or step - last >= interval_at(every, step):
-            last, count = step, count + 1
-    return count
+        return self.plain * steps + self.refresh * len(self.own.refreshes(steps))
 
 
 def probe_of_steps(job: Job, name: OptimizerName) -> Probe:
@@ -96,11 +83,8 @@ def step_times(job: Job, name: OptimizerName) -> StepTimes:
     forward and backward are in proportion to the images, and what the weights' sizes determine is the same for all.
     """
     with refusing(name):
-        _, optimizer = job.build(name)
-        with closing_hooks(optimizer):
-            every = getattr(optimizer, "refresh_every", job.settings.of(name).interval)
         first, plain = _first_and_plain(job, name)
-    return StepTimes(plain, max(0.0, first - plain), every)
+    return StepTimes(plain, max(0.0, first - plain), job.settings.of(name))
 
 
 def _first_and_plain(job: Job, name: OptimizerName) -> tuple[float, float]:
