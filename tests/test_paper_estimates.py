@@ -13,7 +13,7 @@ from helpers.commands import one_line, threads_restored
 from helpers.paper import figures_not_rendered, run, write_data
 from rich.console import Console
 
-from tengrad_triton.optim.interval import Growing
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.paper import estimates, execute, forecast, memory
 from tengrad_triton.recipes.paper.measurements import complexity, costs, inverses, measure, peaks, phases
 from tengrad_triton.recipes.paper.progress import telling
@@ -91,7 +91,7 @@ def test_every_target_is_estimated_in_80_columns_and_leaves_no_trace(target, dat
         assert line.startswith(what)
         assert re.search(r" [\d.]+ s +\d+ MiB$", line)
         assert runs is None or re.search(rf" (tengrad_paper|sgd) +{runs} ", line)
-    assert re.search(r"estimated: [\d.]+ s in all; begun now, it ends at \d\d:\d\d", lines[-1])
+    assert re.search(r"estimated: [\d.]+ s in all; begun now, it ends at \d\d:\d\d", " ".join(lines[-2:]))
     assert tree(tmp_path) == before
 
 
@@ -186,8 +186,8 @@ def test_what_is_done_is_not_estimated_again(data, tmp_path, capsys):
     before = tree(tmp_path / "out")
     assert run(data, tmp_path / "out", "phases", *words, "adamw", "--estimate") == 0
     shown = capsys.readouterr().out
-    assert "has 1 of the 2 runs and memory already" in " ".join(shown.split())
-    assert "to do: 1 runs, phases; scale: epochs 2" in shown
+    assert "has 1 of 2 runs, memory already" in " ".join(shown.split())
+    assert "to do: 1 of 2 runs, phases; scale: epochs 2" in shown
     assert not re.search(r"^3C1F, Fashion-MNIST +sgd ", shown, re.M)
     assert re.search(r"^3C1F, Fashion-MNIST +adamw +1 ", shown, re.M)
     assert run(data, tmp_path / "out", *words, "--estimate") == 0
@@ -206,24 +206,35 @@ def test_only_the_epochs_that_a_run_lacks_count(tmp_path, data):
     assert one.epochs_left(tmp_path) == 3
 
 
-@pytest.mark.parametrize(("slow", "steps"), [(1e9, 8), (0.0, 3)], ids=["quick", "slow"])
-def test_slow_steps_are_measured_once(slow, steps, data, tmp_path, ticks, monkeypatch):
+# Two steps to warm up and three with 2 of the 16 images; then two and five with all, or three with 4.
+@pytest.mark.parametrize(("slow", "images"), [(1e9, 5 * 2 + 7 * 16), (0.0, 5 * 2 + 3 * 4)], ids=["quick", "slow"])
+def test_slow_steps_are_measured_with_fewer_images(slow, images, data, tmp_path, monkeypatch):
+    """A step takes a second for each image, and four more."""
+    passed, seen = [0.0], []
+
+    def one_step(model, optimizer, batch, *_):
+        seen.append(len(batch))
+        passed[0] += len(batch) + 4
+
     monkeypatch.setattr(estimates, "SLOW", slow)
-    request = Request(row=("3C1F",), optimizer=("tengrad",), seeds=1, scale=Scale(width=4), data=data, out=tmp_path)
-    shared = Shared(request, Console(quiet=True), CPU)
+    monkeypatch.setattr(loop, "one_step", one_step)
+    monkeypatch.setattr(warm_up, "now", lambda _: passed[0])
+    scale = Scale(width=4, batch_size=16)
+    request = Request(row=("3C1F",), optimizer=("tengrad",), seeds=1, scale=scale, data=data, out=tmp_path)
     (one,) = runs_of(request, ("table2",))
-    times = estimates.step_times(shared.job(one.settings), "tengrad")
-    assert ticks == [steps]
-    assert (times.plain, times.refresh, times.every) == (1.0, 0.0, Growing(20))
+    times = estimates.step_times(Shared(request, Console(quiet=True), CPU).job(one.settings), "tengrad")
+    assert (times.plain, times.refresh) == (20.0, 0.0)
+    assert sum(seen) == images
 
 
-INTERVALS = [(None, 10, 0), (100, 1, 1), (100, 100, 1), (100, 101, 2), (Growing(20), 63, 12), (Growing(20), 64, 13)]
+# By optimizer and steps: how many of the steps refresh the curvature.
+REFRESHES = {("sgd", 10): 0, ("tengrad_paper", 100): 1, ("kfac", 101): 2, ("tengrad", 63): 12, ("tengrad", 64): 13}
 
 
-@pytest.mark.parametrize(("every", "steps", "expected"), INTERVALS, ids=str)
-def test_refreshes_are_those_of_the_interval(every, steps, expected):
-    assert estimates.refreshes(every, steps) == expected
-    assert estimates.StepTimes(2.0, 3.0, every).seconds(steps) == 2 * steps + 3 * expected
+@pytest.mark.parametrize(("name", "steps"), REFRESHES, ids=str)
+def test_each_refresh_counts(name, steps):
+    times = estimates.StepTimes(2.0, 3.0, OPTIMIZERS[name]().changed(refresh_every=100))
+    assert times.seconds(steps) == 2 * steps + 3 * REFRESHES[name, steps]
 
 
 # With costs of 1, 4 and 3 s at the base, at twice its width and at twice its batch; six rounds of four layers.

@@ -133,7 +133,7 @@ def test_the_same_command_again_does_nothing_again(whole, data, capsys):
     before = {file: file.stat().st_mtime_ns for file in whole.rglob("outcome.json")}
     with figures_not_rendered():
         assert run(data, whole, "table2", "--row", "3C1F", "--seeds", "2", "--optimizer", *NAMES) == 0
-    assert "8 runs, 0 of them to do" in capsys.readouterr().out
+    assert "to do: nothing" in capsys.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in whole.rglob("outcome.json")}
 
 

@@ -63,10 +63,11 @@ def _left(targets: tuple[str, ...], shared: Shared) -> Left:
     runs = runs_of(request, targets)
     left = Left([run for run in runs if run.outcome(request.out) is None], unmeasured(targets, request))
     measured = [target for target in targets if target in COSTS and target not in left.measurements]
-    has = [f"{len(runs) - len(left.runs)} of the {len(runs)} runs"] if runs else []
-    if len(left.runs) < len(runs) or measured:
-        shared.say(f"{request.out} has {' and '.join([*has, *measured])} already")
-    lacks = [f"{len(left.runs)} runs"] if left.runs else []
+    done = len(runs) - len(left.runs)
+    if done or measured:
+        has = [f"{done} of {len(runs)} runs"] if runs else []
+        shared.say(f"{request.out} has {', '.join([*has, *measured])} already")
+    lacks = [f"{len(left.runs)} of {len(runs)} runs"] if left.runs else []
     shared.say(f"to do: {', '.join([*lacks, *left.measurements]) or 'nothing'}; scale: {request.scale.description()}")
     return left
 

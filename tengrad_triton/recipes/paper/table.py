@@ -49,7 +49,9 @@ def table_of(rows: Sequence[Row], now: datetime) -> FittedTable:
     seconds = sum(row.seconds for row in rows)
     end = now + timedelta(seconds=seconds)
     day = "" if end.date() == now.date() else f" on {end:%Y-%m-%d}"
-    caption = f"estimated: {duration(seconds)} in all; begun now, it ends at {end:%H:%M}{day}"
+    caption = (
+        f"estimated: {duration(seconds)} in all; begun now, it ends at {end:%H:%M}{day}; memory is the least of each"
+    )
     return FittedTable(COLUMNS, [row.cells() for row in rows], caption)
 
 
