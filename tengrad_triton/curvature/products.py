@@ -125,7 +125,7 @@ class Products:
         parts = [
             launch.project(views, self._shape, self._projected)
             for launch, views in self._others
-            if not self._projected.keys() >= set(launch.places)
+            if any(place not in self._projected for place in launch.places)
         ]
         parts += [self._known()] if self._projected else []
         if self._repeated is not None:

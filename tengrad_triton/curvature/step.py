@@ -131,7 +131,7 @@ class StepPlan:
             if jacobian is not None
         ]
         self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
-        self._metric, self._is_scaled = _metric_of(self._entries), bool(curvature.scales)
+        self._metric, self._is_scaled = _metric_of(self._entries), len(curvature.scales) > 0
         self._springs = [index for index, one in enumerate(self._entries) if one.target.spring]
         self._clip_weights_LT: Tensor | None = None
         scales = {place: curvature.scales.get(targets[place].layer, {}) for place in self._without_j}
