@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-from typing import get_args
 
 import pytest
 from helpers.commands import PROCESS, SMALL
@@ -19,7 +18,7 @@ from tengrad_triton.recipes.cli.autotune import table_of
 from tengrad_triton.recipes.cli.commands import COMMANDS
 from tengrad_triton.recipes.cli.main import main
 from tengrad_triton.recipes.cli.train import outcome_table
-from tengrad_triton.recipes.optimizers.settings import OptimizerName
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.reports.comparison import outcomes
 from tengrad_triton.recipes.terminal import UNBOUNDED, can_redraw, new_console
 from tengrad_triton.recipes.training.metrics import EpochMetrics, Record
@@ -27,7 +26,7 @@ from tengrad_triton.recipes.training.progress import Progress
 from tengrad_triton.recipes.training.settings import Settings
 from tengrad_triton.tuning.plan import Measured, Plan
 
-NAMES = get_args(OptimizerName)
+NAMES = tuple(OPTIMIZERS)
 LONGEST = max(NAMES, key=len)
 GEOMETRIES = [
     "N128 G1 P64 I36 O4 conv [3, 3] stride (1, 1) padding (1, 1) dilation (1, 1) of [8, 8] 32-bit",
