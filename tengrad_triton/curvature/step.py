@@ -277,12 +277,12 @@ class StepPlan:
         plan, steps = ProductPlan(entries, list(w_LN.shape)), [one.target.parameter for one in entries]
         own_scaled = scaled and [scaled[index].clone() for index in indices]  # the update would overwrite them
         plan.along([grads[i] for i in indices], own_scaled, once=True).expand_update_(w_LN, divisor_L)
-        times_d = steps
+        times_d = None  # where D is the identity
         if self._metric is not None:
             times_d = [self._times_d(index, x) for x, index in zip(steps, indices, strict=True)]
         square_T = _inner_products(steps, times_d, w_LN.dtype)
         damping_T = torch.stack([self._dampings[one.block] for one in entries])
-        projected_LN = plan.along(times_d, once=True).project()
+        projected_LN = plan.along(steps if times_d is None else times_d, once=True).project()
         return projected_LN.square().sum() / self._curvature_rows + (damping_T * square_T).sum()
 
 
@@ -294,6 +294,6 @@ def _metric_of(entries: Sequence[BlockEntry]) -> Metric | None:
 
 def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:
     """Return ⟨x_t, y_t⟩ of every pair as a tensor; ‖x_t‖² without ``y``."""
-    if y is None or y is x:  # D is the identity
+    if y is None:
         return torch.stack(torch._foreach_norm(x, 2, dtype=dtype)).square()
     return torch.stack([one.sum(dtype=dtype) for one in torch._foreach_mul(x, y)])
