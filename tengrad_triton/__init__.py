@@ -1,4 +1,4 @@
-"""Exact natural-gradient steps for PyTorch at close to the cost of SGD: TENGraD as Triton kernels.
+"""Exact natural-gradient steps for PyTorch, layer by layer: TENGraD as Triton kernels.
 
 Each sub-package imports only those before it:
 

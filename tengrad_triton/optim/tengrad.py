@@ -36,7 +36,7 @@ from tengrad_triton.tuning.plan import MAX_BYTES, Plan
 
 
 class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
-    """Natural gradient descent with exact Fisher blocks (Soori et al. 2021), at close to the cost of SGD.
+    """Natural gradient descent with exact Fisher blocks (Soori et al. 2021).
 
     Each layer's block F = Jᵀ J / N of the Fisher matrix is inverted exactly, by the Woodbury identity. The rows of J
     are the gradients of the N samples of one batch. With V̂ the running mean of ∇L, a step is
