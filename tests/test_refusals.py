@@ -49,10 +49,10 @@ BAD = {
     ),
     "no such plan": (
         {"plan": Path(__file__).with_name("test_refusal.py")},
-        FileNotFoundError,
-        r"test_refusal.py' does not exist \(did you mean 'test_refusals.py' or .*\): make it by autotune",
+        ValueError,
+        r"test_refusal.py: no such plan \(did you mean 'test_refusals.py' or .*\): make one with",
     ),
-    "a plan in no folder": ({"plan": "no-folder/plan.json"}, FileNotFoundError, "plan='no-folder/plan.json' does not"),
+    "a plan in no folder": ({"plan": "no-folder/plan.json"}, ValueError, "no-folder/plan.json: no such plan: make"),
     "maximize": ({"maximize": "no"}, TypeError, "maximize must be True or False, got 'no'"),
     "decoupled weight decay": (
         {"decoupled_weight_decay": 1},

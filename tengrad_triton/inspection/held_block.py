@@ -15,8 +15,8 @@ from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.curvature.jacobians.base import Jacobian
 from tengrad_triton.curvature.scaling import Multiplier
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
-from tengrad_triton.inspection.names import did_you_mean
 from tengrad_triton.layers import flatten_rows, unflatten_rows
+from tengrad_triton.misspellings import did_you_mean
 
 _GIB = 2**30
 

@@ -16,8 +16,8 @@ from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, Representation
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.curvature.moments import Scaling
-from tengrad_triton.inspection.names import did_you_mean
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
+from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.validation import check_bool, check_bound, check_choice, check_count, is_number
 from tengrad_triton.tuning.budget import Budget, Spender
@@ -127,7 +127,7 @@ def validate(
     chosen = likelihood_of(likelihood)
     check_fisher(options["fisher"], chosen, options["fisher_samples"])
     _check_history(options["history"], options["representation"])
-    found = plan if isinstance(plan, Plan) else Plan({}) if plan is None else load(_existing(Path(plan)), device)
+    found = plan if isinstance(plan, Plan) else Plan({}) if plan is None else load(Path(plan), device)
     return Options(likelihood=chosen, plan=found, **options)
 
 
@@ -181,14 +181,3 @@ def _check_representation(representation: Any, model: nn.Module) -> None:
                 f"representation has the key {name!r}, but the model has no such parameter{did_you_mean(name, names)}: "
                 "use names of model.named_parameters()"
             )
-
-
-def _existing(plan: Path) -> Path:
-    """Return the path of a plan; raise `FileNotFoundError` unless there is such a file."""
-    if plan.exists():
-        return plan
-    there = [path.name for path in plan.parent.iterdir()] if plan.parent.is_dir() else []
-    raise FileNotFoundError(
-        f"plan={str(plan)!r} does not exist{did_you_mean(plan.name, there)}: make it by autotune(model, x, path=...), "
-        "or leave plan= out for the cost model"
-    )

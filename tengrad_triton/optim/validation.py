@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.curvature.target import Trained
-from tengrad_triton.inspection.names import did_you_mean
 from tengrad_triton.layers import require_exact_gradient
+from tengrad_triton.misspellings import did_you_mean
 
 INFINITY = float("inf")
 

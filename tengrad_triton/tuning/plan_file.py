@@ -21,6 +21,7 @@ import torch
 
 from tengrad_triton import files, kernels
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Representation
+from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.tuning.plan import Measured, Plan
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,10 @@ def load(path: Path, device: torch.device) -> Plan:
     try:
         header, plan = _read(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such plan: make one with tengrad-triton autotune") from error
+        there = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ValueError(
+            f"{path}: no such plan{did_you_mean(path.name, there)}: make one with tengrad-triton autotune or autotune()"
+        ) from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({files.reason(error)}): expected the file of a plan") from error
     except DamagedError as error:
