@@ -26,8 +26,11 @@ class LevenbergMarquardt:
     predicted. If ΔM < 0 and ρ > 3/4, the setting ``damping`` is multiplied by ``decrease``. If ΔM ≥ 0, ρ < 1/4 or ρ is
     not a number, it is multiplied by ``increase``. The new damping takes effect at the next refresh.
 
+    Use it with ``scaling="none"``, where a larger damping makes steps shorter. With scaled damping a smaller one does:
+    shorter steps are predicted better, so the damping falls further, and training stops.
+
     Args:
-        start: the first damping, positive.
+        start: the first damping, positive; a hundredth of the default of scaled damping.
         decrease: the multiplier after a well predicted step, in (0, 1].
         increase: the multiplier after a badly predicted step, at least 1.
         least: the smallest damping.

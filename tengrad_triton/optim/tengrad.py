@@ -65,7 +65,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             rank one on every weight) or ``"none"``, the identity: then d = (F + α I)⁻¹ ∇L + weight_decay θ,
             m ← momentum m + d and θ ← θ − lr (d + momentum m if nesterov, else m). That needs another learning rate and
             damping, and a trust region: `TENGraD.unscaled` has them.
-        clip_threshold: with scaling, the bound on the root mean square of D⁻¹ m of each block (M17); None for no bound.
+        clip_threshold: with scaling, the bound on the root mean square over each block of D⁻¹ V̂, where V̂ is the
+            averaged gradient and a weight's entries count in units of 8 n^-½ for n inputs (M17); None for no bound.
         momentum: the momentum μ, in [0, 1).
         nesterov: whether to look ahead along the momentum; by default True with momentum and without SPRING.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1), in place of momentum: it keeps the part of
