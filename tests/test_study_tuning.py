@@ -136,6 +136,17 @@ def test_the_advice_for_a_loss_is_silent(loss):
         assert loss.said(loss.settings()) == ""
 
 
+# (the end of the title, what the default does: an output without classes is refused, and others are compared)
+SHAPES = [("logits [N, C, T]", "refuses"), ("[N]", "refuses"), ("[N, 1]", "refuses"), ("[N, C]", "warns")]
+
+
+@pytest.mark.parametrize(("shape", "word"), SHAPES)
+def test_the_default_refuses_an_output_without_classes(shape, word):
+    of_this_shape = [loss for loss in losses.LOSSES if loss.title.endswith(shape)]
+    assert of_this_shape
+    assert {loss.default() for loss in of_this_shape} == {word}
+
+
 def test_nothing_is_missing_and_the_page_is_that_of_the_kept_runs(tmp_path):
     store = runs.Store(ROOT / "studies" / "tuning" / "results")
     assert study.missing(store) == []

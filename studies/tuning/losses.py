@@ -36,6 +36,14 @@ def _with(likelihood: Any, target: Tensor) -> Any:
     return likelihood
 
 
+def _one_output() -> nn.Module:
+    return nn.Linear(C, 1)
+
+
+def _no_dimension() -> nn.Module:
+    return nn.Sequential(nn.Linear(C, 1), nn.Flatten(0))
+
+
 def _focal(logits: Tensor) -> Tensor:
     own = F.cross_entropy(logits, LABELS, reduction="none")
     return ((1 - (-own).exp()) ** 2 * own).mean()
@@ -63,6 +71,10 @@ class Loss:
     loss: Callable[[Tensor], Tensor]
     settings: Callable[[], Mapping[str, Any]] | None
     last: Callable[[], nn.Module] = field(default=nn.Identity)
+
+    def default(self) -> str:
+        """Return in a word what `TENGraD(model)` does with the loss in its first step."""
+        return {"": "fits", "e": "refuses", "t": "warns"}[self.said({})[:1]]
 
     def said(self, settings: Mapping[str, Any]) -> str:
         """Return what `TENGraD` says of the loss in its first step: a warning, an error, or nothing."""
@@ -104,15 +116,24 @@ LOSSES = (
     Loss("focal loss", "`fisher=\"empirical\"`", _focal, lambda: {"fisher": "empirical"}),
     Loss("`binary_cross_entropy_with_logits(logits, y)`", "`likelihood=\"bernoulli\"`",
          lambda o: F.binary_cross_entropy_with_logits(o, BITS), lambda: {"likelihood": "bernoulli"}),
+    Loss("… of one logit, [N, 1]", "`likelihood=\"bernoulli\"`",
+         lambda o: F.binary_cross_entropy_with_logits(o, BITS[:, :1]),
+         lambda: {"likelihood": "bernoulli"}, _one_output),
     Loss("… with `pos_weight=w`", "`likelihood=Bernoulli(pos_weight=w)`; set its `target = y` before each forward",
          lambda o: F.binary_cross_entropy_with_logits(o, BITS, pos_weight=torch.tensor(3.0)),
          lambda: {"likelihood": _with(Bernoulli(pos_weight=3.0), BITS)}),
     Loss("`binary_cross_entropy(probabilities, y)`", "let the model return logits: `binary_cross_entropy_with_logits`",
          lambda o: F.binary_cross_entropy(o, BITS), None, nn.Sigmoid),
-    Loss("`mse_loss(output, y)`", "`likelihood=\"gaussian\"`",
+    Loss("`mse_loss(output, y)`, output [N, C]", "`likelihood=\"gaussian\"`",
          lambda o: F.mse_loss(o, VALUES), lambda: {"likelihood": _with(Gaussian(), VALUES)}),
-    Loss("the residual of a differential equation", RESIDUAL,
-         lambda o: o.square().mean(), lambda: {"likelihood": "gaussian"}),
+    Loss("… output [N, 1]", "`likelihood=\"gaussian\"`", lambda o: F.mse_loss(o, VALUES[:, :1]),
+         lambda: {"likelihood": _with(Gaussian(), VALUES[:, :1])}, _one_output),
+    Loss("… output [N]", "`likelihood=\"gaussian\"`", lambda o: F.mse_loss(o, VALUES[:, 0]),
+         lambda: {"likelihood": _with(Gaussian(), VALUES[:, 0])}, _no_dimension),
+    Loss("the residual of a differential equation, [N, 1]", RESIDUAL,
+         lambda o: o.square().mean(), lambda: {"likelihood": "gaussian"}, _one_output),
+    Loss("… [N]", "the same", lambda o: o.square().mean(), lambda: {"likelihood": "gaussian"}, _no_dimension),
+    Loss("… of C equations, [N, C]", "the same", lambda o: o.square().mean(), lambda: {"likelihood": "gaussian"}),
     Loss("`huber_loss`, `smooth_l1_loss`, `l1_loss`", "`fisher=\"empirical\"`",
          lambda o: F.huber_loss(o, VALUES), lambda: {"fisher": "empirical"}),
     Loss("contrastive (InfoNCE, triplet), of embeddings", "`fisher=\"empirical\"`",
@@ -124,6 +145,5 @@ LOSSES = (
 
 def losses() -> str:
     """Return the table of losses, with what the default likelihood says of each."""
-    words = {"": "fits", "e": "refuses", "t": "warns"}
-    lines = [(one.title, one.advice, words[one.said({})[:1]]) for one in LOSSES]
+    lines = [(one.title, one.advice, one.default()) for one in LOSSES]
     return table(("loss", "pass to `TENGraD`", "what the default does"), lines).replace("---:", "---")
