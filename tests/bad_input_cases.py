@@ -122,6 +122,11 @@ NO_RUNS = {  # what is wrong with a run, for train --resume and for report
         "run",
         "epochs",
     ),
+    "an optimizer that is not registered": (
+        changed("run/settings.json", lambda text: text.replace("{", '{"my_lion": {"lr": 0.1},', 1)),
+        "run",
+        "run/settings.json: has settings of my_lion, which is no optimizer of this installation",
+    ),
     "an unknown setting": (
         changed("run/settings.json", lambda text: text.replace("{", '{"widht": 3,', 1)),
         "run",

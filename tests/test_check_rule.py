@@ -109,6 +109,7 @@ def _(layer: Affine, x, grad_y):
     wrong = {
         "forgets the scale": {"weight": OuterProducts(x[:, None, None], grad_y[:, None, None])},
         "takes the mean": {"scale": PerSampleGrads(scale.j_NK / N)},
+        "is off by a little": {"scale": PerSampleGrads(1.00002 * scale.j_NK)},
         "swaps samples": {"scale": PerSampleGrads(scale.j_NK.flip(0))},
         "takes the sum": {"scale": PerSampleGrads(scale.j_NK.sum(0, keepdim=True))},
         "divides by zero": {"scale": PerSampleGrads(scale.j_NK / 0)},
@@ -125,6 +126,7 @@ WRONG = {
     "forgets the scale": r"wrong for 'weight': relative error [0-9.]+; the worst is sample \d of 4, whose row has norm "
     r"[0-9.]+, but [0-9.]+ by autograd$",
     "takes the mean": r"wrong for 'scale': relative error 0\.75; .*; all rows are 0\.25 times those of autograd$",
+    "is off by a little": r"wrong for 'scale': relative error 2e-05; .* by autograd$",
     "swaps samples": "wrong for 'scale': .*; the sum over the samples is right, so gradients are assigned to the wrong",
     "takes the sum": r"returned 1 rows for 'scale', but the batch has 4 samples",
     "divides by zero": "wrong for 'scale': relative error inf; the worst is sample",

@@ -255,7 +255,7 @@ def test_refusals(case, method):
 def test_refused_rows_say_their_size():
     model, optimizer = optimizer_for_refusals()
     take_step(model, optimizer)
-    with pytest.raises(ValueError, match=r"its rows take 1,200 bytes .* have fewer rows by fisher_rows=, or raise"):
+    with pytest.raises(ValueError, match=r"its rows take 1,200 bytes, .* have fewer rows by fisher_rows=, or raise"):
         optimizer.rows("0", max_bytes=1199)
     assert optimizer.rows("0", max_bytes=1200)["0.weight"].shape == (5, 6, 4)
 

@@ -74,10 +74,28 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(data, tmp_path, monke
     assert len(outcome["rows"]) == 2
 
 
+def test_a_diverged_run_advises_no_flag_of_another_command(data, tmp_path, capsys):
+    words = ["figure9", "--row", "3C1F", "--optimizer", "sgd", "--seeds", "1", "--grid.lr", "1e30"]
+    with figures_not_rendered():
+        assert run(data, tmp_path / "out", *words) == 0
+    shown = capsys.readouterr().out
+    assert "tengrad_paper diverged in epoch 1: the report says so\n" in shown
+    assert "lower --" not in shown
+
+
 MISTAKES = {
-    "target": (["table9"], "'table9' is not known: choose from table2, figure1"),
-    "a drawing": (["figure2"], "figure2 is a drawing of the methods: there is nothing to run"),
-    "no target": ([], "no target: name one or several of table2"),
+    "target": (
+        ["table9"],
+        "tengrad-triton: TARGETS: 'table9' is not known (did you mean 'table2' or 'table1'?): choose from all, ",
+    ),
+    "targets in order": (
+        ["x"],
+        "'x' is not known: choose from all, figure1, figure4, figure5, figure6, figure7, figure8",
+    ),
+    "target within another": (["table3"], "'table3' is not known (did you mean 'tables3-5'?)"),
+    "target in capitals": (["Figure6"], "'Figure6' is not known (did you mean 'figure6'?)"),
+    "a drawing": (["figure2"], "TARGETS: figure2 is a drawing of the methods: there is nothing to run. See tengrad"),
+    "no target": ([], "no target: name one or several of all, figure1"),
     "row": (
         ["table2", "--row", "VGG"],
         "--row VGG: no such row: choose from 3C1F, Fashion-MNIST; WideResNet, CIFAR-10",

@@ -72,7 +72,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("target", ROWS)
-def test_every_target_is_estimated_in_80_columns_and_leaves_no_trace(target, data, tmp_path, monkeypatch, capsys):
+def test_every_target_is_estimated_in_80_columns_and_leaves_no_trace(target, data, tmp_path, monkeypatch, capfd):
     for name in ("here", "temporary"):
         (tmp_path / name).mkdir()
     shutil.copytree(data, tmp_path / "data")
@@ -82,12 +82,15 @@ def test_every_target_is_estimated_in_80_columns_and_leaves_no_trace(target, dat
     before = tree(tmp_path)
     words = [target, "--row", "3C1F", "--seeds", "2", "--optimizer", "tengrad_paper", *GRID, "--estimate"]
     assert run(tmp_path / "data", tmp_path / "out", *words) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capfd.readouterr()
+    assert not shown.err  # of torch's profiler neither
+    assert re.search(r"^pieces to measure: \d+; at the paper's scale on a CPU each can take minutes$", shown.out, re.M)
+    lines = shown.out.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     rule = next(number for number, line in enumerate(lines) if line.startswith("──"))
-    shown = lines[rule + 1 : rule + 1 + len(ROWS[target])]
-    for line, (what, runs) in zip(shown, ROWS[target].items(), strict=True):
+    rows = lines[rule + 1 : rule + 1 + len(ROWS[target])]
+    for line, (what, runs) in zip(rows, ROWS[target].items(), strict=True):
         assert line.startswith(what)
         assert re.search(r" [\d.]+ s +\d+ MiB$", line)
         assert runs is None or re.search(rf" (tengrad_paper|sgd) +{runs} ", line)
@@ -192,6 +195,8 @@ def test_what_is_done_is_not_estimated_again(data, tmp_path, capsys):
     assert re.search(r"^3C1F, Fashion-MNIST +adamw +1 ", shown, re.M)
     assert run(data, tmp_path / "out", *words, "--estimate") == 0
     assert "to do: nothing" in capsys.readouterr().out
+    assert run(data, tmp_path / "new", *words, "--estimate") == 0
+    assert "to do: 1 of 1 run, memory; " in capsys.readouterr().out
     assert run(data, tmp_path / "out", *words, "--estimate", epochs=1) == 2
     assert "name another --out" in one_line(capsys)
     assert tree(tmp_path / "out") == before

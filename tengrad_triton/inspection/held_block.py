@@ -18,8 +18,6 @@ from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.layers import flatten_rows, unflatten_rows
 from tengrad_triton.misspellings import did_you_mean
 
-_GIB = 2**30
-
 
 @dataclass(frozen=True)
 class HeldParameter:
@@ -133,7 +131,7 @@ class HeldBlock:
         if not size <= max_bytes:
             raise ValueError(
                 f"block {self.name!r} has {self.entries:,} parameters and {self.stored_rows:,} rows: {what} take "
-                f"{size:,} bytes ({size / _GIB:.3g} GiB), more than max_bytes={max_bytes:g}: {instead}, or raise "
+                f"{size:,} bytes, more than max_bytes={max_bytes:g}: {instead}, or raise "
                 "max_bytes"
             )
 

@@ -127,10 +127,11 @@ class Forecaster:
         there = memory_of(self._device)
         if (needed := self._bytes(rows)) <= there:
             return
-        fitting = largest_that(rows, lambda r: self._bytes(r) <= there)
+        fitting, count = largest_that(rows, lambda r: self._bytes(r) <= there), len(self._blocks)
+        blocks = f"{count} {'block' if count == 1 else 'blocks'}"
         raise ValueError(
-            f"J would have {rows * self._work.history:,} rows: K of {len(self._blocks)} blocks, its factors and their "
-            f"inverses would take {needed / _GIB:.3g} GiB, but there are {there / _GIB:.3g} GiB; set fisher_rows= to "
+            f"J would have {rows * self._work.history:,} rows: K of {blocks}, its factors and their "
+            f"inverses would take {needed / _GIB:,.1f} GiB, but there are {there / _GIB:,.1f} GiB; set fisher_rows= to "
             f"keep fewer rows (at most {fitting:,} fit)"
         )
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, ValidationError
 from cyclopts.config import Dict
 from cyclopts.types import PositiveInt
 
@@ -18,7 +18,7 @@ from tengrad_triton.recipes.cli.help import WholeFlags, description_of
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.paper.execute import execute
 from tengrad_triton.recipes.paper.published import described_rates, rates
-from tengrad_triton.recipes.paper.request import TARGETS, Request, check_target
+from tengrad_triton.recipes.paper.request import KNOWN, Request, check_target
 from tengrad_triton.recipes.terminal import new_console
 from tengrad_triton.recipes.training.run_folder import RunFolder
 from tengrad_triton.recipes.training.settings import Settings
@@ -136,7 +136,7 @@ def paper(
         One flag for each field.
     """
     if not targets:
-        raise UsageError(f"paper: no target: name one or several of {', '.join(TARGETS)}")
+        raise UsageError(f"paper: no target: name one or several of {KNOWN}")
     return PaperCommand(targets, request)
 
 
@@ -252,5 +252,13 @@ def _parsed(arguments: list[str], config: tuple[Dict, ...]) -> Command | None:
         )
     except CycloptsError as error:
         known = [word for word in arguments[:1] if word in COMMANDS]
-        raise UsageError(f"{error} See {' '.join(['tengrad-triton', *known])} --help.") from error
+        raise UsageError(f"{_sentence(error)} See {' '.join(['tengrad-triton', *known])} --help.") from error
     return parsed
+
+
+def _sentence(error: CycloptsError) -> str:
+    """Return what an error says, with a full stop; without the value of a wrong argument, which our errors name."""
+    text = str(error)
+    if isinstance(error, ValidationError) and error.argument is not None and error.exception_message:
+        text = f"{error.argument.name}: {error.exception_message}"
+    return f"{text.rstrip('.')}."

@@ -39,6 +39,8 @@ def take_all(probes: Iterable[Probe], shared: Shared) -> Found:
     by_key: dict[Hashable, Probe] = {}
     for probe in probes:
         by_key.setdefault(probe.key, probe)
+    if by_key and shared.device.type == "cpu":
+        shared.say(f"pieces to measure: {len(by_key)}; at the paper's scale on a CPU each can take minutes")
     with shared.telling("estimating", len(by_key)) as tell:
         found = {}
         for key, probe in by_key.items():

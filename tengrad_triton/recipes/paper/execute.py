@@ -65,11 +65,15 @@ def _left(targets: tuple[str, ...], shared: Shared) -> Left:
     measured = [target for target in targets if target in COSTS and target not in left.measurements]
     done = len(runs) - len(left.runs)
     if done or measured:
-        has = [f"{done} of {len(runs)} runs"] if runs else []
+        has = [_of_runs(done, len(runs))] if runs else []
         shared.say(f"{request.out} has {', '.join([*has, *measured])} already")
-    lacks = [f"{len(left.runs)} of {len(runs)} runs"] if left.runs else []
+    lacks = [_of_runs(len(left.runs), len(runs))] if left.runs else []
     shared.say(f"to do: {', '.join([*lacks, *left.measurements]) or 'nothing'}; scale: {request.scale.description()}")
     return left
+
+
+def _of_runs(some: int, of: int) -> str:
+    return f"{some} of {of} {'run' if of == 1 else 'runs'}"
 
 
 @contextmanager
@@ -98,7 +102,7 @@ def train(run: PaperRun, shared: Shared) -> None:
         folder = RunFolder.create(path, run.settings)
     job = shared.job(run.settings)
     check_run(job, run.name)
-    history = train_all(job, folder, warm_up_all(job), shared.console)
+    history = train_all(job, folder, warm_up_all(job), shared.console, on_divergence="the report says so")
     record = history[run.name]
     steps_S = record.steps.durations()
     outcome: dict[str, Any] = {

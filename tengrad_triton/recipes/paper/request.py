@@ -1,5 +1,6 @@
 """The arguments of `tengrad-triton paper`: targets, experiments, optimizers, seeds, and the scale."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.types import PositiveFloat, PositiveInt, ResolvedExistingDirectory
 
+from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS, Choice
 from tengrad_triton.recipes.paper.published import (
@@ -51,6 +53,7 @@ MEASURED = {
 }
 DRAWINGS = {"figure2": "a drawing of the methods", "figure3": "a drawing of a convolution as a matrix product"}
 TARGETS = (*OF_RUNS, *SENSITIVITY, *INVERSES, *MEASURED, "tables3-5", "all")
+KNOWN = ", ".join(sorted(TARGETS, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(2), name)))
 
 
 def check_target(_: type, name: str) -> None:
@@ -58,7 +61,10 @@ def check_target(_: type, name: str) -> None:
     if name in DRAWINGS:
         raise ValueError(f"{name} is {DRAWINGS[name]}: there is nothing to run")
     if name not in TARGETS:
-        raise ValueError(f"{name!r} is not known: choose from {', '.join(TARGETS)}")
+        like = ["tables3-5"] if name.lower() in ("table3", "table4", "table5") else []
+        like += [target for target in TARGETS if target == name.lower()]
+        meant = f" (did you mean {like[0]!r}?)" if like else did_you_mean(name, TARGETS)
+        raise ValueError(f"{name!r} is not known{meant}: choose from {KNOWN}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +120,12 @@ class Request:
     data: ResolvedExistingDirectory | None = None
     "Folder with train-*.parquet and test-*.parquet, or with such a folder for each data set; the hub if not given."
     out: Path = Path("runs/paper")
-    "Folder of the runs and the report; finished runs in it are kept, and unfinished ones resumed."
+    (
+        "Folder of the runs and the report; finished runs and measurements in it are kept. An interrupted run resumes; "
+        "an interrupted measurement (table1, figure6 to figure8, phases, memory) starts anew."
+    )
     estimate: Annotated[bool, Parameter(negative=())] = False
-    "Only estimate how long the runs take."
+    "Only estimate how long the work takes, from parts of it; at the paper's scale on a CPU each can take minutes."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Device to train on; auto takes the GPU if there is one."
     threads: PositiveInt | None = None

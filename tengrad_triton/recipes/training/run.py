@@ -68,16 +68,20 @@ def check_installed(name: OptimizerName) -> None:
         raise UsageError(f"{name} needs the package {package}, which is not installed: {advice}")
 
 
-def train_all(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
+def train_all(
+    job: Job, run: RunFolder, warm_ups: WarmUps, console: Console, on_divergence: str | None = None
+) -> History:
     """Train every optimizer from its last checkpoint to its end; return the metrics of all.
+
+    A line says that an optimizer diverged, and ``on_divergence``; the flag of its learning rate if that is None.
 
     Raises `UsageError` if a checkpoint does not fit the settings, or if another process trains into the folder.
     """
     with run.locked():
-        return _train_each(job, run, warm_ups, console)
+        return _train_each(job, run, warm_ups, console, on_divergence)
 
 
-def _train_each(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -> History:
+def _train_each(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console, on_divergence: str | None) -> History:
     settings = job.settings
     history: History = {name: record_of(run.load_checkpoint(name)) for name in settings.optimizer}
     seconds = {name: warm.seconds for name, warm in warm_ups.items()}
@@ -90,6 +94,10 @@ def _train_each(job: Job, run: RunFolder, warm_ups: WarmUps, console: Console) -
             run.write_text(f"{name}-summary.txt", warm.summary)
     for name in settings.optimizer:
         _train_one(job, name, run, history, console)
+        if history[name].diverged:
+            advice = on_divergence or f"lower {flag(name)}.lr"
+            line = f"{name} diverged in epoch {len(history[name].epochs)}: {advice}"
+            console.print(line, style="bold red", soft_wrap=True)
     run.write_metrics(history)
     return history
 
@@ -106,6 +114,3 @@ def _train_one(job: Job, name: OptimizerName, run: RunFolder, history: History, 
             run.write_metrics(history)
             add_events(events, history[name], since=len(history[name].epochs) - 1)
             progress.epoch(history[name].epochs[-1])
-    if history[name].diverged:
-        line = f"{name} diverged in epoch {len(history[name].epochs)}: lower {flag(name)}.lr"
-        console.print(line, style="bold red", soft_wrap=True)

@@ -13,6 +13,7 @@ import torch
 
 from tengrad_triton import files
 from tengrad_triton.recipes.errors import UsageError
+from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
 from tengrad_triton.recipes.optimizers.settings import OptimizerName
 from tengrad_triton.recipes.training.metrics import History, Record
 from tengrad_triton.recipes.training.metrics_files import epochs_csv, epochs_json, parse_epochs, parse_steps, steps_csv
@@ -73,13 +74,21 @@ class RunFolder:
             yield
 
     def settings(self) -> dict[str, Any]:
-        """Return the content of settings.json; raises `UsageError` if it is missing, or not the settings of a run."""
+        """Return the content of settings.json.
+
+        Raises `UsageError` if it is missing or not the settings of a run, or if an optimizer in it is not registered.
+        """
         stored = self.read_json("settings.json")
         if not isinstance(stored, dict) or not stored.keys() >= set(OF_EVERY_RUN):
             got = ", ".join(list(stored)[:6]) if isinstance(stored, dict) else type(stored).__name__
             raise UsageError(
                 f"{self.path / 'settings.json'}: expected the settings of a run ({', '.join(OF_EVERY_RUN)}, ...), got "
                 f"{got or 'nothing'}: name the folder of a run"
+            )
+        if missing := [key for key, value in stored.items() if isinstance(value, dict) and key not in OPTIMIZERS]:
+            raise UsageError(
+                f"{self.path / 'settings.json'}: has settings of {', '.join(missing)}, which is no optimizer of this "
+                "installation: use the installation that began the run, or register the optimizer"
             )
         return stored
 

@@ -6,6 +6,7 @@ a step is a column of the matrix that multiplies gradients.
 Key: O outputs and I inputs of the layer; K entries of its weight that are shown.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from copy import deepcopy
@@ -92,7 +93,9 @@ def _columns(make: Make, model: nn.Module, layer: int, batch: Batch, damping: fl
     optimizer = make(copy, damping)
     with closing_hooks(optimizer):
         cross_entropy(copy(batch[0]), batch[1]).backward()
-        optimizer.step()
+        with warnings.catch_warnings():  # its advice is about settings that the figures fix; an estimate says the time
+            warnings.filterwarnings("ignore", r"J has [\d,]+ rows: each refresh will take")
+            optimizer.step()
         weight = copy.get_parameter(f"{layer}.weight")
         for entry in shown_entries(weight):
             yield _step_along(optimizer, copy, weight, int(entry))

@@ -1,7 +1,9 @@
 """The time of a step by phase: the ranges that the optimizers mark, from torch's profiler."""
 
+import os
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -49,11 +51,36 @@ def _profiled_steps(job: Job, name: OptimizerName, count: int) -> Iterator[dict[
     images, labels = next(job.data.batches("train", job.settings.batch_size))
     with closing_hooks(optimizer):
         for _ in range(count):
-            with profile(activities=_activities(job)) as profiler:
+            with _profiling(job) as profiler:
                 begun = now(job.device)
                 one_step(model, optimizer, images, labels, own.needs_closure)
                 whole = now(job.device) - begun
             yield _by_phase(profiler, whole)
+
+
+@contextmanager
+def _profiling(job: Job) -> Iterator[profile]:
+    profiler = profile(activities=_activities(job))
+    with _stderr_discarded():
+        profiler.start()
+    try:
+        yield profiler
+    finally:
+        with _stderr_discarded():
+            profiler.stop()
+
+
+@contextmanager
+def _stderr_discarded() -> Iterator[None]:
+    """Discard what is written to stderr: the profiler's library writes lines there that no setting stops."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
