@@ -39,6 +39,12 @@ BAD = {
         "use fisher='sampled'",
     ),
     "rescale_every 0": (("ekfac",), {"rescale_every": 0}, ValueError, "rescale_every must be at least 1"),
+    "a fisher matrix": (
+        ("kbfgs", "kbfgsl"),
+        {"fisher": "exact"},
+        TypeError,
+        "KBFGSL? has no argument 'fisher': it takes",
+    ),
     "memory 0": (("kbfgsl",), {"memory": 0}, ValueError, "memory must be at least 1"),
 }
 
@@ -66,6 +72,11 @@ def test_groups_have_their_own_settings(baseline):
     assert changed == {"4.weight", "4.bias", "6.weight", "6.bias"}
     with pytest.raises(ValueError, match="has no spring, which is a setting of TENGraD"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "spring": 0.5})
+    with pytest.raises(ValueError, match=r"no setting 'dampning' \(did you mean 'damping'\?\)"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "dampning": 0.5})
+    with pytest.raises(ValueError, match="'refresh_every' has no effect in a parameter group: pass refresh_every= to"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "refresh_every": 5})
+    assert len(optimizer.param_groups) == 2
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
@@ -100,8 +111,13 @@ def test_every_argument_is_documented_and_no_other(baseline):
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_an_unknown_argument_is_named(baseline):
     make, own = BASELINES[baseline]
-    with pytest.raises(TypeError, match=f"{make.__name__} has no argument 'dampning'; .* damping, momentum"):
+    arguments = inspect.cleandoc(make.__doc__).partition("Args:\n")[2].partition("\nRaises:\n")[0]
+    message = rf"{make.__name__} has no argument 'dampning' \(did you mean 'damping'\?\): it takes lr, "
+    with pytest.raises(TypeError, match=message) as raised:
         make(small_model(), dampning=0.1, **own)
+    listed = set(str(raised.value).partition(": it takes ")[2].split(", "))
+    documented = {line.split(":")[0].strip() for line in arguments.splitlines() if line[4:5].strip()}
+    assert listed == documented - {"model", "params"}
 
 
 def test_types_and_defaults_name_the_same_settings():

@@ -109,8 +109,9 @@ def _(layer: Affine, x, grad_y):
     wrong = {
         "forgets the scale": {"weight": OuterProducts(x[:, None, None], grad_y[:, None, None])},
         "takes the mean": {"scale": PerSampleGrads(scale.j_NK / N)},
-        "is off by a little": {"scale": PerSampleGrads(1.00002 * scale.j_NK)},
         "swaps samples": {"scale": PerSampleGrads(scale.j_NK.flip(0))},
+        "rounds": {"scale": PerSampleGrads(scale.j_NK * (1 + 1e-7))},
+        "returns a tensor": {"scale": scale.j_NK},
         "takes the sum": {"scale": PerSampleGrads(scale.j_NK.sum(0, keepdim=True))},
         "divides by zero": {"scale": PerSampleGrads(scale.j_NK / 0)},
         "has another size": {"scale": PerSampleGrads(grad_y[:, :1])},
@@ -119,14 +120,15 @@ def _(layer: Affine, x, grad_y):
             "weight": OuterProducts(x[:, None, None], grad_y[:, None, None]), "scale": PerSampleGrads(2 * scale.j_NK)
         },
     }  # fmt: skip
-    return {"weight": weight, "scale": scale, **wrong.get(layer.how, {})}
+    found = {"weight": weight, "scale": scale, **wrong.get(layer.how, {})}
+    return {"returns nothing": None, "returns pairs": list(found.items())}.get(layer.how, found)
 
 
 WRONG = {
     "forgets the scale": r"wrong for 'weight': relative error [0-9.]+; the worst is sample \d of 4, whose row has norm "
     r"[0-9.]+, but [0-9.]+ by autograd$",
     "takes the mean": r"wrong for 'scale': relative error 0\.75; .*; all rows are 0\.25 times those of autograd$",
-    "is off by a little": r"wrong for 'scale': relative error 2e-05; .* by autograd$",
+    "rounds": r"wrong for 'scale': relative error 1e-07; the worst is sample .* by autograd$",
     "swaps samples": "wrong for 'scale': .*; the sum over the samples is right, so gradients are assigned to the wrong",
     "takes the sum": r"returned 1 rows for 'scale', but the batch has 4 samples",
     "divides by zero": "wrong for 'scale': relative error inf; the worst is sample",
@@ -139,6 +141,19 @@ WRONG = {
     "sum": r"Affine returned \(\): expected one number of samples, at least 2, in the first dimension",
     "one": r"Affine returned \(1, 2\): expected one number of samples, at least 2",
 }
+
+
+NO_CONTRIBUTIONS = {
+    "returns a tensor": "the rule for Affine returned a Tensor for 'scale': return a contribution, PerSampleGrads",
+    "returns nothing": "the rule for Affine returned a NoneType: return a dictionary from the names of parameters",
+    "returns pairs": "the rule for Affine returned a list: return a dictionary .*rows\\)}$",
+}
+
+
+@pytest.mark.parametrize("how", NO_CONTRIBUTIONS)
+def test_what_is_no_contribution_is_named(how):
+    with pytest.raises(TypeError, match=NO_CONTRIBUTIONS[how]):
+        check_rule(Affine(how), x(3))
 
 
 @pytest.mark.parametrize("how", WRONG)

@@ -235,6 +235,7 @@ REFUSED = {
         0, {}, ValueError, "no Fisher block is named 0 (did you mean '0'?): the blocks are '0', '2', '3'"
     ),
     "frozen": ("3", {}, ValueError, "block '3' had no part in the last refresh"),
+    "no number of bytes": ("0", {"max_bytes": "1"}, TypeError, "max_bytes must be a number of bytes, got '1'"),
     "too large": (
         "0", {"max_bytes": 1000}, ValueError,
         "block '0' has 30 parameters and 5 rows: a matrix of all pairs and the rows take 8,400 bytes",

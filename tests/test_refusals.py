@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from small_conv import batch, flat, small_model, take_steps
 from torch import nn
 
-from tengrad_triton import Categorical, TENGraD, compile_train_step
+from tengrad_triton import Bernoulli, Categorical, LevenbergMarquardt, TENGraD, autotune, compile_train_step
 
 BAD = {
     "negative lr": ({"lr": -1.0}, ValueError, "lr must be at least 0"),
@@ -64,7 +64,14 @@ BAD = {
     "unsupported": ({"unsupported": "skip"}, ValueError, "unsupported must be one of"),
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of"),
     "no share": ({"step_share": 0}, ValueError, "step_share must be positive, or None for no bound, got 0"),
-    "share": ({"step_share": "0.1"}, ValueError, "step_share must be positive, or None for no bound, got '0.1'"),
+    "share": ({"step_share": "0.1"}, TypeError, "step_share must be a number, or None for no bound, got '0.1'"),
+    "clip_threshold": ({"clip_threshold": "1"}, TypeError, "clip_threshold must be a number, or None for no bound"),
+    "max_bytes as a text": ({"max_bytes": "1GB"}, TypeError, "max_bytes must be a number, got '1GB'"),
+    "tol": ({"tol": "a"}, TypeError, "tol must be a number, got 'a'"),
+    "tol of one": ({"tol": 1}, ValueError, r"tol must be in \(0, 1\), got 1"),
+    "seed": ({"seed": "a"}, TypeError, "seed must be a whole number, or None for torch's initial seed, got 'a'"),
+    "a number for a plan": ({"plan": 3}, TypeError, r"plan must be what autotune\(\) returned, .* or None, got 3"),
+    "no blocks": ({"blocks": []}, ValueError, "blocks has no list: use 'layer' for a block of each layer"),
     "max_bytes": ({"max_bytes": -1}, ValueError, "max_bytes must be at least 0"),
     "no max_bytes": ({"max_bytes": float("nan")}, ValueError, "max_bytes must be at least 0, got nan"),
 }
@@ -87,6 +94,67 @@ def test_a_group_with_a_text_for_a_boolean_is_refused():
     with pytest.raises(TypeError, match="nesterov must be True or False, got 'no'"):
         optimizer.add_param_group({"params": model[4].parameters(), "nesterov": "no"})
     assert len(optimizer.param_groups) == 1
+
+
+BAD_KEYS = {
+    "misspelt": ("lrr", r"no setting 'lrr' \(did you mean 'lr'\?\): its settings are lr, damping"),
+    "misspelt damping": ("dampning", r"no setting 'dampning' \(did you mean 'damping'\?\)"),
+    "of all groups": ("fisher", "'fisher' has no effect in a parameter group: pass fisher= to TENGraD"),
+    "of the base class": ("seed", "'seed' has no effect in a parameter group: pass seed= to TENGraD"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+def test_keys_without_effect_in_a_group_are_refused(case):
+    key, message = BAD_KEYS[case]
+    model = small_model()
+    with pytest.raises(ValueError, match=message):
+        TENGraD(model, [{"params": [*model.parameters()], key: 1}])
+    optimizer = TENGraD(model, model[6].parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model[4].parameters(), key: 1})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_keys_of_schedulers_and_of_ones_own_are_taken():
+    model = small_model()
+    keys = {"name": "head", "lr_scale": 0.5, "initial_lr": 0.1, "max_momentum": 0.95, "base_momentum": 0.85}
+    optimizer = TENGraD(model, [{"params": model.named_parameters(), **keys}])
+    assert keys.items() <= optimizer.param_groups[0].items()
+    TENGraD(model, optimizer.param_groups)
+
+
+BAD_OUTPUTS = {
+    "nothing": (lambda output: None, r"gave NoneType without a tensor, from what the model returned \(Tensor\)"),
+    "a number": (lambda output: 3, "gave int without a tensor"),
+    "an empty list": (lambda output: [], "gave a list of 0 without a tensor"),
+}
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("case", BAD_OUTPUTS)
+def test_an_output_without_a_tensor_is_refused(case, fisher):
+    choose, message = BAD_OUTPUTS[case]
+    model = small_model()
+    _optimizer = TENGraD(model, output=choose, fisher=fisher)
+    with pytest.raises(ValueError, match=message):
+        model(batch()[0])
+
+
+BAD_TYPES = {
+    "levenberg-marquardt": (lambda: LevenbergMarquardt("a"), "start must be a number, got 'a'"),
+    "class weights": (lambda: Categorical(weight="a"), "weight must be numbers of at least 0, got 'a'"),
+    "positive weight": (lambda: Bernoulli("a"), "pos_weight must be numbers of at least 0, got 'a'"),
+    "example input": (lambda: autotune(small_model(), 3), "example_input must be a torch Tensor, got int"),
+    "a model to tune": (lambda: autotune(3, torch.ones(1)), "model must be a torch Module, got int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TYPES)
+def test_bad_types(case):
+    make, message = BAD_TYPES[case]
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_bad_models():
@@ -148,13 +216,18 @@ BAD_ROWS = {
     "entries": (lambda rows: rows[:, :5], r"returned rows of 5 entries for '1.weight', which has 36"),
     "samples": (lambda rows: rows[:2], r"returned 2 rows for '1.weight', but the batch has \d+ samples"),
 }
+BAD_RETURNS = {
+    "a tensor": (lambda rows: {"weight": rows}, r"returned a Tensor for '1.weight': return a contribution, PerSample"),
+    "nothing": (lambda rows: None, "returned a NoneType: return a dictionary from the names of parameters to"),
+    "pairs": (lambda rows: [("weight", rows)], "returned a list: return a dictionary"),
+}
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_custom_rule_of_the_wrong_size_is_named(case):
+@pytest.mark.parametrize("case", [*BAD_ROWS, *BAD_RETURNS])
+def test_a_custom_rule_that_returns_something_wrong_is_named(case):
     from tengrad_triton import PerSampleGrads, canonical
 
-    spoil, message = BAD_ROWS[case]
+    spoil, message = {**BAD_ROWS, **BAD_RETURNS}[case]
 
     class Scale(nn.Module):
         def __init__(self):
@@ -166,14 +239,17 @@ def test_a_custom_rule_of_the_wrong_size_is_named(case):
 
     @canonical.register
     def _(layer: Scale, x: torch.Tensor, grad_y: torch.Tensor):
-        return {"weight": PerSampleGrads(spoil(grad_y * x))}
+        rows = grad_y * x
+        return {"weight": PerSampleGrads(spoil(rows))} if case in BAD_ROWS else spoil(rows)
 
     model = nn.Sequential(nn.Flatten(), Scale(), nn.Linear(36, 4))
     optimizer = TENGraD(model)
     x, y = batch()
     F.cross_entropy(model(x), y).backward()
-    with pytest.raises(ValueError, match=f"rule for Scale {message}"):
+    before = flat(model)
+    with pytest.raises(ValueError if case in BAD_ROWS else TypeError, match=f"rule for Scale {message}"):
         optimizer.step()
+    assert torch.equal(flat(model), before)
 
 
 BAD_CONTROLS = {

@@ -143,10 +143,12 @@ def test_a_model_that_cannot_be_one_graph_names_the_plain_loop():
     plain_steps(net, optimizer, data[1:])
 
 
-def test_another_models_optimizer_is_refused():
+def test_another_models_optimizer_and_an_unknown_mode_are_refused():
     net, optimizer = prepared("in-place activations")
     with pytest.raises(ValueError, match="belongs to another model"):
         compile_train_step(copy.deepcopy(net), F.cross_entropy, optimizer)
+    with pytest.raises(ValueError, match=r"mode must be one of 'default', .*'reduce-overhead', .*, got 'fast'"):
+        compile_train_step(net, F.cross_entropy, optimizer, mode="fast")
 
 
 @pytest.mark.parametrize(("model", "options"), ROWS)

@@ -58,12 +58,12 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         model: nn.Module,
         params: Iterable[Any] | None,
         lr: float | Tensor,
-        *,
         refresh_every: int | Callable[[int], int],
         fisher: FisherOptions,
+        /,
         **common: Unpack[Common],
     ) -> None:
-        settings = with_defaults(type(self).__name__, common)
+        settings = with_defaults(type(self), common)
         unsupported, seed = settings.pop("unsupported"), settings.pop("seed")
         self._fisher = fisher
         self._compile_options: dict[str, Any] | None = None
@@ -93,6 +93,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
             raise ValueError(f"damping must be a number or a function of the step for {name}; only TENGraD takes 'lm'")
         if "spring" in group:
             raise ValueError(f"{name} has no spring, which is a setting of TENGraD: use momentum")
+        super()._check_group(group, schedule)
 
     def compile_step(self, *, mode: str | None = None, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the directions and the update, which every step computes, as one graph.

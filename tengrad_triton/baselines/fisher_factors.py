@@ -59,7 +59,7 @@ class FisherFactorOptimizer(KroneckerOptimizer[F]):
         check_running_factors(factors_every, stat_decay, kl_clip)
         options = fisher_options(fisher, likelihood, fisher_samples)
         self._factors_every, self._stat_decay, self._kl_clip = factors_every, stat_decay, kl_clip
-        super().__init__(model, params, lr, refresh_every=refresh_every, fisher=options, **common)
+        super().__init__(model, params, lr, refresh_every, options, **common)
 
     @abstractmethod
     def _refreshed(self) -> tuple[KroneckerCurvature[F], int]:

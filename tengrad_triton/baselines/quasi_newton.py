@@ -99,7 +99,7 @@ class QuasiNewton(KroneckerOptimizer[KbfgsState[H]]):
         gradients = fisher_options(
             "empirical", "categorical", 1
         )  # the derivatives of the loss itself: no label is drawn
-        super().__init__(model, params, lr, refresh_every=refresh_every, fisher=gradients, **common)
+        super().__init__(model, params, lr, refresh_every, gradients, **common)
 
     @override
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:

@@ -9,9 +9,10 @@ from textwrap import indent
 from typing import Any, Final, TypedDict, TypeVar
 
 from tengrad_triton.likelihoods import FISHERS, Fisher, Likelihood, likelihood_of
+from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.optim.damping import Schedule
 from tengrad_triton.optim.options import Unsupported, check_fisher
-from tengrad_triton.optim.validation import check_bound, check_choice, check_count, check_range
+from tengrad_triton.optim.validation import arguments_of, check_bound, check_choice, check_count, check_range
 
 T = TypeVar("T", bound=type)
 
@@ -100,11 +101,11 @@ def document(cls: T) -> T:
     return cls
 
 
-def with_defaults(optimizer: str, common: Common) -> dict[str, Any]:
+def with_defaults(optimizer: type, common: Common) -> dict[str, Any]:
     """Return all common settings of a baseline: the given ones, and defaults for the others.
 
     Args:
-        optimizer: the name of the baseline's class, for the error message.
+        optimizer: the baseline's class, for the error message.
         common: the given settings.
 
     Raises:
@@ -113,10 +114,9 @@ def with_defaults(optimizer: str, common: Common) -> dict[str, Any]:
     """
     unknown = sorted(common.keys() - DEFAULTS.keys())
     if unknown:
-        raise TypeError(
-            f"{optimizer} has no argument {', '.join(map(repr, unknown))}; besides its own it takes "
-            f"{', '.join(DEFAULTS)}"
-        )
+        known = list(dict.fromkeys(["lr", *arguments_of(optimizer), *DEFAULTS]))
+        named = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
+        raise TypeError(f"{optimizer.__name__} has no argument {named}: it takes {', '.join(known)}")
     settings = {**DEFAULTS, **common}
     check_choice("unsupported", settings["unsupported"], ("sgd", "error"))
     return settings

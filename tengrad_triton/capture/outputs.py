@@ -78,9 +78,14 @@ class Seen:
         """Return the part of the model's output.
 
         Raises:
-            ValueError: the output has no such part.
+            ValueError: the output has no such part, or no tensor is in it.
         """
         part = self._part_of(output)
+        if self._choice is not None and not output_tensors(part):
+            raise ValueError(
+                f"output={self._choice!r} gave {_described(part)} without a tensor, from what the model returned "
+                f"({_described(output)}): choose the tensor that the loss takes"
+            )
         self._places = [place for place, x in enumerate(output_tensors(part)) if x.requires_grad]
         return part
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor import list_mode_options
 
 from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
 from tengrad_triton.compiled.graphs import LossFn, StepState
@@ -29,7 +30,7 @@ from tengrad_triton.curvature.woodbury import Curvature
 from tengrad_triton.kernels import without_memory
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.optim.tengrad import TENGraD
-from tengrad_triton.optim.validation import check_loss
+from tengrad_triton.optim.validation import check_choice, check_loss
 
 logger = logging.getLogger(__name__)
 _CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
@@ -64,7 +65,7 @@ def compile_train_step(
         backend: the backend of `torch.compile`.
 
     Raises:
-        ValueError: the optimizer belongs to another model.
+        ValueError: the optimizer belongs to another model, or ``mode`` is unknown to torch's inductor.
         TypeError: the optimizer is not a `TENGraD`.
     """
     if not isinstance(optimizer, TENGraD):
@@ -74,6 +75,8 @@ def compile_train_step(
         )
     if optimizer.model is not model:
         raise ValueError("the optimizer belongs to another model: pass the one that it was made with")
+    if mode is not None and backend == "inductor":
+        check_choice("mode", mode, list(list_mode_options()))
     return TrainStep(loss_fn, StepAccess(optimizer), mode, backend)
 
 

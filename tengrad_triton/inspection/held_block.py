@@ -126,7 +126,9 @@ class HeldBlock:
         return self.stored_rows > 0 and not bool(self.inverse_RR().any())
 
     def check_size(self, numbers: int, what: str, max_bytes: float, instead: str) -> None:
-        """Raise `ValueError` if so many numbers in float64 are more than ``max_bytes``."""
+        """Raise `ValueError` if so many numbers in float64 are more than ``max_bytes``, `TypeError` for no number."""
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, (int, float)):
+            raise TypeError(f"max_bytes must be a number of bytes, got {max_bytes!r}")
         size = 8 * numbers
         if not size <= max_bytes:
             raise ValueError(

@@ -86,7 +86,7 @@ def check_rule(layer: nn.Module, *args: Any, **kwargs: Any) -> RuleReport:
         ValueError: the rule is wrong (the message names the parameter, the worst sample, and both norms), returns
             nothing for a parameter or rows of another size; or the call does not allow a check: fewer than two samples,
             outputs that are no tensors, rows that are all zero.
-        TypeError: the layer has no rule.
+        TypeError: the layer has no rule, or the rule returns something else than contributions by parameter.
     """
     why = why_no_rule(layer)
     if why is not None:
@@ -232,7 +232,8 @@ def _what_is_wrong(layer: str, wrong: Sequence[str], found: Rows, expected: Rows
 def _likely_cause(got: Tensor, wanted: Tensor) -> str:
     """Return what the rows have in common with the right ones, if anything."""
     factor = ((got * wanted).sum() / wanted.square().sum()).item()
-    if (got - factor * wanted).norm() <= TOLERANCE * got.norm() and f"{factor:.4g}" not in ("0", "1"):
+    is_multiple = (got - factor * wanted).norm() <= TOLERANCE * got.norm() and factor != 0
+    if is_multiple and f"{factor:.4g}" != "1":  # otherwise the rows differ by rounding
         return f"; all rows are {factor:.4g} times those of autograd"
     if (got.sum(0) - wanted.sum(0)).norm() <= TOLERANCE * wanted.sum(0).norm():
         return "; the sum over the samples is right, so gradients are assigned to the wrong samples"

@@ -45,6 +45,7 @@ class CurvatureViews:
 
     - `ValueError`: no block has this name, its parameters take the SGD step, or the result is larger than
       ``max_bytes``;
+    - `TypeError`: ``max_bytes`` is no number;
     - `RuntimeError`: no refresh was made yet, or the memory was freed for the one that is due.
 
     Tensors are computed in float64, and returned in float64 for a model in float64, and otherwise in float32. They are

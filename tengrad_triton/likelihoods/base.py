@@ -202,10 +202,14 @@ def weights_of(name: str, values: Any) -> Tensor | None:
 
     Raises:
         ValueError: one is below 0, which makes no curvature.
+        TypeError: they are no numbers.
     """
     if values is None:
         return None
-    weight = torch.as_tensor(values).detach()
+    try:
+        weight = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be numbers of at least 0, got {values!r}") from error
     _check_not_negative(name, weight)
     return weight if weight.is_floating_point() else weight.float()
 

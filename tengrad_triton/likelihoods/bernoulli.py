@@ -28,7 +28,7 @@ class Bernoulli(OfTorch):
         sample_weight: the weights of the samples: see `OfTorch`.
 
     Raises:
-        TypeError: on sampling, if the output is not a tensor.
+        TypeError: ``pos_weight`` holds no numbers; on sampling, if the output is not a tensor.
         ValueError: ``pos_weight`` is below 0. On sampling and for exact rows: the output is a scalar, or `target` or
             `sample_weight` do not fit.
     """

@@ -37,7 +37,7 @@ class Categorical(OfTorch):
         sample_weight: the weights of the samples: see `OfTorch`.
 
     Raises:
-        TypeError: on sampling, if the output is not a tensor.
+        TypeError: ``weight`` holds no numbers; on sampling, if the output is not a tensor.
         ValueError: a weight is below 0, or ``label_smoothing`` is not in [0, 1]. On sampling and for exact rows: the
             output does not have the shape above, it has a single class, or `target` or `sample_weight` do not fit.
     """

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
 from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
+from tengrad_triton.optim import validation
 from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
@@ -23,7 +24,6 @@ from tengrad_triton.optim.loss_scale import unscale_
 from tengrad_triton.optim.options import Unsupported, check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
-from tengrad_triton.optim.validation import check_group, check_interval, check_model, check_momenta, check_parameters
 from tengrad_triton.optim.whole_step import WholeStep
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         unsupported: Unsupported,
         seed: int | None,
     ) -> None:
-        device = check_model(model)
+        device = validation.check_model(model)
         if not callable(refresh_every):
-            check_interval(refresh_every)
+            validation.check_interval(refresh_every)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
         self._unsupported = unsupported
-        self._seed = torch.initial_seed() if seed is None else seed
+        self._seed = validation.seed_of(seed)
         self._steps = 0  # the number of steps taken so far
         self._age = 0  # the number of steps taken with the present curvature
         self._curvature: C | None = None
@@ -82,6 +82,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
 
     def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
         """Raise if this optimizer does not support a group's settings; ``schedule`` is the one of its damping."""
+        validation.check_keys(group, self.defaults, type(self))
 
     @abstractmethod
     def _why_closure(self) -> str | None:
@@ -114,11 +115,11 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         schedule, group["damping"] = schedule_of(group["damping"])
         self._damping_schedules.append(schedule)
         try:
-            check_parameters(self.param_groups)
+            validation.check_parameters(self.param_groups)
             self._check_group(group, schedule)
             if callable(schedule):
                 group["damping"] = schedule(self._steps)
-            check_group(group)
+            validation.check_group(group)
             if self._built:
                 self._rebuild()
         except Exception:
@@ -223,7 +224,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
             if callable(schedule):
                 group["damping"] = schedule(self._steps)
-                check_group(group)
+                validation.check_group(group)
 
     def _targets(self) -> tuple[list[Target], list[Tensor]]:
         """Return a target for each parameter that has a gradient, and the gradients of what is minimized."""
@@ -281,7 +282,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         if self.state_key not in state_dict:
             expected = f"a state_dict of {type(self).__name__}, with the key {self.state_key!r}"
             raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
-        check_momenta(self.param_groups, state_dict)
+        validation.check_momenta(self.param_groups, state_dict)
         saved = state_dict[self.state_key]
         check_scaling(saved.get("scaling", "none"), self._scaling)
         packed = saved["curvature"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.target import Target
+from tengrad_triton.optim.validation import check_number
 
 Schedule = Callable[[int], float]
 """A function from the number of steps taken so far to the damping."""
@@ -38,6 +39,7 @@ class LevenbergMarquardt:
 
     Raises:
         ValueError: a setting is out of range.
+        TypeError: a setting is no number.
     """
 
     start: float = 0.1
@@ -47,6 +49,8 @@ class LevenbergMarquardt:
     most: float = 1e4
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_number(name, value)
         if not 0 < self.least <= self.start <= self.most < math.inf:
             raise ValueError(f"expected 0 < least <= start <= most, got {self.least}, {self.start}, {self.most}")
         if not 0 < self.decrease <= 1 <= self.increase < math.inf:

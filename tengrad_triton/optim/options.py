@@ -19,7 +19,7 @@ from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
 from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.optim.interval import Growing
-from tengrad_triton.optim.validation import check_bool, check_bound, check_choice, check_count, is_number
+from tengrad_triton.optim.validation import check_bool, check_bound, check_choice, check_count, check_number
 from tengrad_triton.tuning.budget import Budget, Spender
 from tengrad_triton.tuning.plan import Given, Plan
 from tengrad_triton.tuning.plan_file import load
@@ -108,7 +108,6 @@ def validate(
     Raises:
         ValueError: a setting is out of range or unknown; the message says which, and what was expected.
         TypeError: a setting has the wrong type.
-        FileNotFoundError: ``plan`` names no file.
     """
     for name, allowed in _ALLOWED.items():
         check_choice(name, options[name], allowed)
@@ -117,9 +116,11 @@ def validate(
     _check_blocks(options["blocks"])
     _check_representation(options["representation"], model)
     check_bound("step_share", options["step_share"])
-    if not is_number(options["max_bytes"]) or not options["max_bytes"] >= 0:  # NaN is not
+    for name in ("max_bytes", "tol"):
+        check_number(name, options[name])
+    if not options["max_bytes"] >= 0:  # NaN is not
         raise ValueError(f"max_bytes must be at least 0, got {options['max_bytes']!r}")
-    if not is_number(options["tol"]) or not 0 < options["tol"] < 1:
+    if not 0 < options["tol"] < 1:
         raise ValueError(f"tol must be in (0, 1), got {options['tol']!r}")
     for name in ("trust_region", "clip_threshold"):
         check_bound(name, options[name])
@@ -127,8 +128,15 @@ def validate(
     chosen = likelihood_of(likelihood)
     check_fisher(options["fisher"], chosen, options["fisher_samples"])
     _check_history(options["history"], options["representation"])
-    found = plan if isinstance(plan, Plan) else Plan({}) if plan is None else load(Path(plan), device)
-    return Options(likelihood=chosen, plan=found, **options)
+    return Options(likelihood=chosen, plan=_plan_of(plan, device), **options)
+
+
+def _plan_of(plan: Any, device: torch.device) -> Plan:
+    if plan is None or isinstance(plan, Plan):
+        return plan or Plan({})
+    if not isinstance(plan, (str, Path)):
+        raise TypeError(f"plan must be what autotune() returned, the path of its file, or None, got {plan!r}")
+    return load(Path(plan), device)
 
 
 def check_fisher(fisher: Fisher, likelihood: Likelihood, fisher_samples: int) -> None:
@@ -162,6 +170,8 @@ def _check_history(history: int, representation: Any) -> None:
 def _check_blocks(blocks: Any) -> None:
     if blocks in ("layer", "network"):
         return
+    if isinstance(blocks, (list, tuple)) and not blocks:
+        raise ValueError("blocks has no list: use 'layer' for a block of each layer, or lists of modules' names")
     lists = isinstance(blocks, (list, tuple)) and all(
         isinstance(group, (list, tuple)) and group and all(isinstance(name, str) for name in group) for group in blocks
     )

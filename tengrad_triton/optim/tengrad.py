@@ -88,10 +88,11 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         fisher_rows: the most rows that a refresh uses, drawn at random: F is unbiased.
         history: the number of refreshes whose rows are kept; F is the mean over all of them.
         blocks: ``"layer"``, a block for the parameters that each module owns directly; ``"network"``, one for all
-            parameters; or lists of modules' names, a block for each list.
+            parameters; or lists of modules' names, a block for each list, and for each layer that none of them names.
         representation: how J is stored: ``"auto"`` (for each weight, by the plan or the cost model), ``"factored"``,
             ``"per_sample"``, ``"per_sample_bf16"``, ``"compressed"``, or a mapping from the names of weights to one of
-            these four.
+            these four. A parameter without factors, such as a bias, has no ``"factored"`` J: it stays ``"per_sample"``.
+            ``"compressed"`` for one weight compresses its whole block.
         unsupported: for parameters without a rule, or used outside of their layers: ``"explicit"`` computes their rows
             by `torch.func` or by one backward pass for each sample; ``"sgd"`` gives them the SGD step, with scaling
             over the size of their gradient, and one warning; ``"error"`` raises `ValueError`.
@@ -114,7 +115,6 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     Raises:
         ValueError: a setting is out of range or unknown, or a file is no plan; the message says what was expected.
         TypeError: a setting has the wrong type.
-        FileNotFoundError: ``plan`` is the path of no file.
 
     Note:
         On a GPU, or with a ``max_bytes`` below the default, a refresh frees captured tensors before it ends. If it

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_range(name: str, value: Any, least: float, below: float = INFINITY) -> None:
-    """Raise unless a setting is a number in [least, below)."""
+def check_number(name: str, value: Any) -> None:
+    """Raise unless a setting is a number."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_range(name: str, value: Any, least: float, below: float = INFINITY) -> None:
+    """Raise unless a setting is a number in [least, below)."""
+    check_number(name, value)
     if not least <= value < below:
         wanted = f"in [{least:g}, {below:g})" if below < INFINITY else f"at least {least:g} and finite"
         raise ValueError(f"{name} must be {wanted}, got {value}")
@@ -32,7 +38,9 @@ def check_range(name: str, value: Any, least: float, below: float = INFINITY) ->
 
 def check_bound(name: str, value: Any) -> None:
     """Raise unless a bound on a step is positive and finite, or None for no bound."""
-    if value is not None and not (is_number(value) and 0 < value < INFINITY):
+    if value is not None and not is_number(value):
+        raise TypeError(f"{name} must be a number, or None for no bound, got {value!r}")
+    if value is not None and not 0 < value < INFINITY:
         raise ValueError(f"{name} must be positive, or None for no bound, got {value!r}")
 
 
@@ -57,6 +65,15 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         meant = did_you_mean(value, allowed)
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{meant}")
+
+
+def seed_of(seed: Any) -> int:
+    """Return the seed, or torch's initial one for None; raise unless it is a whole number."""
+    if seed is None:
+        return torch.initial_seed()
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be a whole number, or None for torch's initial seed, got {seed!r}")
+    return seed
 
 
 def check_model(model: Any) -> torch.device:
@@ -97,6 +114,34 @@ def check_group(group: Mapping[str, Any]) -> None:
             f"spring={spring} keeps the last natural gradient, and weight decay would be mixed into it: "
             "use decoupled_weight_decay=True"
         )
+
+
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "min_momentum", "base_momentum"}
+"""What torch's schedulers write into a parameter group."""
+
+
+def arguments_of(optimizer: type) -> list[str]:
+    """Return the settings that an optimizer's class takes by keyword, those of its base classes included."""
+    own = (inspect.signature(vars(cls)["__init__"]) for cls in optimizer.__mro__ if "__init__" in vars(cls))
+    return list(dict.fromkeys(p.name for s in own for p in s.parameters.values() if p.kind is p.KEYWORD_ONLY))
+
+
+def check_keys(group: Mapping[str, Any], known: Collection[str], optimizer: type) -> None:
+    """Raise ValueError if a key of a parameter group is a misspelt setting, or one that has no effect in a group.
+
+    Other keys are the user's own, which torch's optimizers allow.
+
+    Args:
+        group: the parameter group.
+        known: the settings that a group may have.
+        optimizer: its class; what else its constructor takes holds for all groups.
+    """
+    arguments = arguments_of(optimizer)
+    for key in group.keys() - {"params", *known} - _OF_SCHEDULERS:
+        if key in arguments:
+            raise ValueError(f"{key!r} has no effect in a parameter group: pass {key}= to {optimizer.__name__}")
+        if meant := did_you_mean(key, known):
+            raise ValueError(f"a parameter group has no setting {key!r}{meant}: its settings are {', '.join(known)}")
 
 
 def _check_lr(lr: Any) -> None:

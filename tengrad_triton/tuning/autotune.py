@@ -77,7 +77,9 @@ def autotune(
     Raises:
         ValueError: there is no weight to tune, or ``path`` cannot be written or holds something else than a plan of
             this kind of device. This is raised before anything is measured, and what is there stays as it is.
+        TypeError: ``model`` is no module, or ``example_input`` no tensor.
     """
+    _check_types(model, example_input)
     device = example_input.device
     file = Path(path) if path is not None else plan_file.default_path(device)
     plan_file.check_target(file, device)
@@ -87,6 +89,12 @@ def autotune(
     except (OSError, ValueError) as error:
         warnings.warn(f"the plan is not saved in {file}: {reason(error)}", stacklevel=2)
         return plan
+
+
+def _check_types(model: Any, example_input: Any) -> None:
+    for name, value, wanted in (("model", model, nn.Module), ("example_input", example_input, Tensor)):
+        if not isinstance(value, wanted):
+            raise TypeError(f"{name} must be a torch {wanted.__name__}, got {type(value).__name__}")
 
 
 def measured_plan(

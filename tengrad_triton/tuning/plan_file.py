@@ -195,7 +195,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Plan]:
             raise DamagedError(f"a damaged plan ({error})") from error
         content = None
     if not isinstance(content, dict) or content.get("file") != MARK:
-        raise ValueError(f'{path}: no plan (it has no "file": "{MARK}"), so it stays as it is: name another file')
+        raise ValueError(f'{path}: no plan (it has no "file": "{MARK}"): name another file')
     try:
         header = dict(content["header"])
         entries = _entries(content["entries"]) if header["schema"] == SCHEMA else {}

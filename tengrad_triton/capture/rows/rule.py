@@ -46,12 +46,18 @@ def contributions_of(
 
     Raises:
         ValueError: a rule returned rows of another size than its parameter, or of other samples.
+        TypeError: a rule returned no mapping, or something else than a contribution in it.
     """
     found: ById = {key: [PerSampleGrads(rows)] for key, rows in per_sample_grads.items()}
     for name, layer in layers.items():
         wanted = {id(p) for p in layer.parameters.values() if p.requires_grad} - set(unattributed)
         for x, output_grads in pairs_of(name) if wanted else ():
             rule = canonical(layer.layer, *_wide_enough(x, output_grads, layer.takes_half_precision))
+            if not isinstance(rule, Mapping):
+                raise TypeError(
+                    f"the rule for {type(layer.layer).__name__} returned a {type(rule).__name__}: return a dictionary "
+                    'from the names of parameters to contributions, such as {"weight": PerSampleGrads(rows)}'
+                )
             for param_name, parameter in layer.parameters.items():
                 if param_name in rule:
                     one = _checked(rule[param_name], parameter, samples, layer.layer, full_name(name, param_name))
@@ -63,6 +69,11 @@ def contributions_of(
 def _checked(one: Contribution, parameter: Tensor, samples: int, layer: nn.Module, name: str) -> Contribution:
     """Return a rule's result, explicit rows in the parameter's shape; raise `ValueError` if its sizes are wrong."""
     rule = f"the rule for {type(layer).__name__}"
+    if not isinstance(one, Contribution):
+        raise TypeError(
+            f"{rule} returned a {type(one).__name__} for {name!r}: return a contribution, PerSampleGrads(rows) with a "
+            "row of each sample or OuterProducts(inputs, output gradients)"
+        )
     if isinstance(one, OuterProducts) and isinstance(one.a, Tensor):
         if not 2 <= one.a.dim() <= 4 or not 2 <= one.g_NGPO.dim() <= 4:
             sizes = f"{tuple(one.a.shape)} and {tuple(one.g_NGPO.shape)}"
