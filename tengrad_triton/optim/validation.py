@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,9 +72,9 @@ def seed_of(seed: Any) -> int:
     """Return the seed, or torch's initial one for None; raise unless it is a whole number."""
     if seed is None:
         return torch.initial_seed()
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(f"seed must be a whole number, or None for torch's initial seed, got {seed!r}")
-    return seed
+    return int(seed)
 
 
 def check_model(model: Any) -> torch.device:
