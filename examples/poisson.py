@@ -169,11 +169,14 @@ the last direction to which the present points give no information ([M8 and M13]
 
 OWN = """## Your own equation
 
-Write your equation in the forward, with derivatives by `torch.func`; the layers are those of PyTorch. For −Δu + u³ = 1:"""
-OWN_USE = """One batched pass gives the rows of all points. Three things in a forward would make that one backward pass a
-sample, which is exact but slower, as `summary()` says: derivatives by `autograd.grad`; a batch cut by its values
-(`x[inside]`), where `torch.where` keeps all terms in one batch; and numbers of the whole batch, such as `len(x)`, since
-`torch.func` runs the forward on single points.
+Write your equation in the forward, with derivatives by `torch.func`; the layers are those of PyTorch. This module is
+for −Δu + u³ = 1:"""
+OWN_USE = """One batched pass gives the rows of all points. With each of three things in a forward, the rows take one backward
+pass a sample instead, which is exact but slower; `summary()` says so:
+
+- derivatives by `autograd.grad`: use `torch.func`;
+- a batch cut by its values, such as `u(x[inside])`: `torch.where` keeps all terms in one batch;
+- numbers of the whole batch, such as `len(x)`: `torch.func` runs the forward on single points.
 
 The loss is the mean over all N points. So the factor √(w N / N_b) on the residuals of a term with N_b points gives the
 mean over that term's points the weight w. The settings are those of the problem above:"""

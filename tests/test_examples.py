@@ -92,7 +92,7 @@ def test_a_step_on_your_own_equation_is_gauss_newton():
     j_NK = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     optimizer = TENGraD(model, **{**poisson.SETTINGS, "damping": 1e-2, "lr": 1.0})
     old = torch.cat([p.detach().flatten() for p in params])
-    optimizer.step(poisson.loss_of(model, optimizer, lambda: x_ND.detach()))
+    optimizer.step(poisson.loss_of(model, optimizer, x_ND.detach))
     fisher = 2 * j_NK.mT @ j_NK / 10 + 1e-2 * torch.eye(len(old)).double()
     expected = torch.linalg.solve(fisher, 2 * j_NK.mT @ r_N.detach() / 10)
     taken = old - torch.cat([p.detach().flatten() for p in params])

@@ -242,7 +242,7 @@ class Capture:
         # An in-place operation on a view would change the graph at the recorded edge; on a clone it does not.
         has_views = any(output._is_view() for output in outputs)
         returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
-        call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), self._rng_states.pop(name, None))
+        call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), rng=self._rng_states.pop(name, None))
         record.calls.setdefault(name, []).append(LayerCall.of_forward(call, returned))
         return returned if has_views else None
 
