@@ -1,8 +1,7 @@
 """A network that carries its derivatives and its Laplacian forward, by a layer with a rule of its own.
 
-With `torch.func` for the inner derivatives, no hook would see the calls of the layers. Instead every layer is called
-once, on a stack of D + 2 positions for each point: the value, its D first derivatives and its Laplacian (the forward
-Laplacian of Li et al. 2024).
+Every layer is called once, on a stack of D + 2 positions for each point: the value, its D first derivatives and its
+Laplacian (the forward Laplacian of Li et al. 2024). So its rule gives its rows from that call.
 
 Dimensions: N points, D coordinates, P = D + 2 positions, I inputs and O outputs of a layer.
 """

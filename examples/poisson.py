@@ -58,6 +58,24 @@ class Residual(nn.Module):
         return torch.where(inside, laplacian + source, self.weight * value)[:, None]
 
 
+class OwnResidual(nn.Module):
+    """The residual of −Δu + u³ = f inside of the unit square, and that of u = 0 on its boundary, weighted."""
+
+    def __init__(self, inside: int, boundary: int, weight: float = 10.0) -> None:
+        super().__init__()
+        self.u = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+        total = inside + boundary
+        self.factors = (total / inside) ** 0.5, (weight * total / boundary) ** 0.5  # √(w N / N_b) of each term
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return [N, 1]."""
+        value_N = self.u(x_ND)[:, 0]
+        hessian_NDD = torch.func.vmap(torch.func.hessian(lambda x_D: self.u(x_D)[0]))(x_ND)
+        residual_N = value_N**3 - hessian_NDD.diagonal(dim1=1, dim2=2).sum(1) - 1.0  # f = 1
+        is_inside_N = ((x_ND > 0) & (x_ND < 1)).all(1)
+        return torch.where(is_inside_N, self.factors[0] * residual_N, self.factors[1] * value_N)[:, None]
+
+
 def points(inside: int, boundary: int, generator: torch.Generator) -> Tensor:
     """Return random points of the square, followed by random points of its boundary."""
     x_ND = torch.rand(inside + boundary, 2, generator=generator, dtype=torch.float64)
@@ -144,10 +162,24 @@ parameters ([M9 and M11](../math.md))."""
 MODEL = """## The residual is the model
 
 Every layer is called once for each point, on a stack of positions: the value, its first derivatives and its Laplacian,
-which the chain rule carries forward (`examples/laplacian.py`). With `torch.func` in the forward, no hook would see the
-calls of the layers. The layer is [a layer of your own](your-own-layer.md)."""
+which the chain rule carries forward (`examples/laplacian.py`). The layer is [a layer of your own](your-own-layer.md).
+[Your own equation](#your-own-equation) needs neither: `torch.func` takes its derivatives."""
 USE = """The damping adapts to how well the quadratic model predicts the change of the loss. SPRING keeps the part of
 the last direction to which the present points give no information ([M8 and M13](../math.md)):"""
+
+OWN = """## Your own equation
+
+Write your equation in the forward, with derivatives by `torch.func`; the layers are those of PyTorch. This module is
+for −Δu + u³ = 1:"""
+OWN_USE = """One batched pass gives the rows of all points. With each of three things in a forward, the rows take one backward
+pass a sample instead, which is exact but slower; `summary()` says so:
+
+- derivatives by `autograd.grad`: use `torch.func`;
+- a batch cut by its values, such as `u(x[inside])`: `torch.where` keeps all terms in one batch;
+- numbers of the whole batch, such as `len(x)`: `torch.func` runs the forward on single points.
+
+The loss is the mean over all N points. So the factor √(w N / N_b) on the residuals of a term with N_b points gives the
+mean over that term's points the weight w. The settings are those of the problem above:"""
 
 
 def verdict(runners: Sequence[Runner]) -> str:
@@ -182,7 +214,10 @@ def page(runners: Sequence[Runner], seconds: float, seed: int) -> list[str]:
         INTRODUCTION, verdict(runners), guide.outcome(runners, "rel. L2 error", "Adam"), guide.clock(),
         "![Relative L2 error by time and by step, of each optimizer's best setting.](poisson.png)",
         MODEL, block(inspect.getsource(Residual).rstrip(), "python"),
-        USE, block(loop, "python"), "## What was run", bullets(settings(seconds, seed)),
+        USE, block(loop, "python"),
+        OWN, block(inspect.getsource(OwnResidual).rstrip(), "python"), OWN_USE,
+        block(f"model = OwnResidual(inside={INSIDE}, boundary={BOUNDARY}).double()\n{loop}", "python"),
+        "## What was run", bullets(settings(seconds, seed)),
     ]  # fmt: skip
 
 

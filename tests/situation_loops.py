@@ -13,7 +13,7 @@ from situation_models import Calls, Gate, batches, derivative_of, mlp, two_heads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tengrad_triton import OuterProducts, PerSampleGrads, TENGraD, canonical
+from tengrad_triton import Gaussian, OuterProducts, PerSampleGrads, TENGraD, canonical
 from tengrad_triton.likelihoods import likelihood_of
 
 DATA = batches(16)
@@ -258,7 +258,29 @@ OTHER_LOSSES = {
     "the sum of the means of two forwards": lambda fisher: _steps(
         mlp, lambda model, x, y: F.cross_entropy(model(x), y) + F.cross_entropy(model(x + 1), y), fisher
     ),
+    "a sum of binary cross entropies, `bernoulli`": lambda fisher: _steps(
+        mlp,
+        lambda model, x, y: F.binary_cross_entropy_with_logits(model(x), F.one_hot(y, 3).double(), reduction="sum"),
+        fisher,
+        likelihood="bernoulli",
+    ),
+    "a sum of squares, `Gaussian` with `.target`": lambda fisher: _squares_summed(fisher, has_target=True),
 }
+
+
+def _squares_summed(fisher, has_target):
+    likelihood = Gaussian()
+
+    def loss(model, x, y):
+        target = F.one_hot(y, 3).double()
+        likelihood.target = target if has_target else None
+        return F.mse_loss(model(x), target, reduction="sum")
+
+    _steps(mlp, loss, fisher, likelihood=likelihood)
+
+
+# pytest turns a warning into an error
+NOT_COMPARED = {"a sum of squares, `gaussian` without `.target`": lambda fisher: _squares_summed(fisher, False)}
 
 
 # The user's own code, compiled models, transforms

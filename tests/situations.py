@@ -240,6 +240,10 @@ SITUATIONS: dict[str, list[Situation]] = {
     "The loss and the likelihood": [
         Situation(title, said("the loss is not that of the likelihood", run), "warned of", ("sampled", "exact"))
         for title, run in loops.OTHER_LOSSES.items()
+    ]
+    + [
+        Situation(title, run, "not compared: no warning", ("sampled", "exact"))
+        for title, run in loops.NOT_COMPARED.items()
     ],
     "What the model returns": [
         Situation(
@@ -421,6 +425,9 @@ def page():
         "",
         'Each line is tested (`tests/test_situations.py`). "Exact" means that a step is within 1e-9 of a dense solve',
         "in float64, with a row of J from one backward pass for each sample through autograd's graph.",
+        "The warnings of a loss that is not the likelihood's hold for `categorical`, the default, and `bernoulli`.",
+        "Without targets any derivative is that of some squared error: `Gaussian` sees a sum, a factor or further terms",
+        "only where you set its `.target`.",
     ]
     for kind, rows in SITUATIONS.items():
         lines += ["", f"## {kind}", "", "| situation | what happens | Fisher | since |", "|---|---|---|---|"]

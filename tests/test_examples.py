@@ -75,6 +75,32 @@ def test_rows_are_residual_gradients_and_a_step_is_gauss_newton(pinn):
     assert dense.relative_error(taken, expected) < 1e-9
 
 
+def test_a_step_on_your_own_equation_is_gauss_newton():
+    """The same minimum, with rows by one backward pass a sample through derivatives by `autograd.grad`."""
+    torch.manual_seed(0)
+    model, x_ND = poisson.OwnResidual(6, 4).double(), poisson.points(6, 4, torch.Generator().manual_seed(0))
+    params = list(model.parameters())
+    x_ND.requires_grad_(True)
+    value_N = model.u(x_ND)[:, 0]
+    (slope_ND,) = torch.autograd.grad(value_N.sum(), x_ND, create_graph=True)
+    bends = [torch.autograd.grad(slope_ND[:, d].sum(), x_ND, create_graph=True)[0][:, d] for d in range(2)]
+    inside_N, boundary_N = value_N**3 - sum(bends) - 1, value_N
+    r_N = torch.cat([(10 / 6) ** 0.5 * inside_N[:6], (10 * 10 / 4) ** 0.5 * boundary_N[6:]])  # w = 10 on the boundary
+    mean_of_terms = inside_N[:6].square().mean() + 10 * boundary_N[6:].square().mean()
+    torch.testing.assert_close(r_N.square().mean(), mean_of_terms)
+    rows = (torch.autograd.grad(r, params, retain_graph=True, materialize_grads=True, allow_unused=True) for r in r_N)
+    j_NK = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    optimizer = TENGraD(model, **{**poisson.SETTINGS, "damping": 1e-2, "lr": 1.0})
+    old = torch.cat([p.detach().flatten() for p in params])
+    optimizer.step(poisson.loss_of(model, optimizer, x_ND.detach))
+    fisher = 2 * j_NK.mT @ j_NK / 10 + 1e-2 * torch.eye(len(old)).double()
+    expected = torch.linalg.solve(fisher, 2 * j_NK.mT @ r_N.detach() / 10)
+    taken = old - torch.cat([p.detach().flatten() for p in params])
+    assert (taken - expected).norm() < 1e-9 * expected.norm()
+    ways = [row.representation for row in optimizer.summary().parameters]
+    assert all("by torch.func in a batched pass" in way for way in ways)
+
+
 def test_a_short_race_writes_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(poisson, "WIDTHS", (2, 6, 1))
     monkeypatch.setattr(poisson, "INSIDE", 20)

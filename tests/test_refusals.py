@@ -16,7 +16,7 @@ BAD = {
     "negative lr": ({"lr": -1.0}, ValueError, "lr must be at least 0"),
     "lr not a number": ({"lr": "fast"}, TypeError, "lr must be a number"),
     "lr tensor of two": ({"lr": torch.ones(2)}, ValueError, "one element"),
-    "zero damping": ({"damping": 0.0}, ValueError, "damping must be positive, got 0.0"),
+    "zero damping": ({"damping": 0.0}, ValueError, r"got 0.0: F \+ damping D is not invertible otherwise \(D is"),
     "negative damping": ({"damping": -0.1}, ValueError, "damping must be positive"),
     "nan damping": ({"damping": float("nan")}, ValueError, "damping must be positive"),
     "damping schedule out of range": ({"damping": lambda step: -1.0}, ValueError, "damping must be positive"),
@@ -185,6 +185,20 @@ def test_a_group_that_does_not_fit_the_blocks_leaves_the_optimizer_as_it_was():
     with pytest.raises(ValueError, match="need one damping"):
         optimizer.add_param_group({"params": model[4].parameters(), "damping": 0.5})
     take_steps(model, optimizer, 3, 7)  # its hooks are still there
+
+
+def test_an_empty_batch_is_called_so():
+    model = small_model()
+    optimizer = TENGraD(model, refresh_every=1)
+    x, y = batch()
+    before = flat(model).clone()
+    F.cross_entropy(model(x[:0]), y[:0], reduction="sum").backward()
+    with pytest.raises(RuntimeError, match="the batch has 0 samples: take no step for an empty batch"):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert not torch.equal(flat(model), before)
 
 
 def test_a_group_may_be_empty():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import grad, vmap
 from torch.nn.utils import parametrizations
 
 from tengrad_triton import TENGraD
@@ -235,6 +236,77 @@ def test_the_reason_of_an_sgd_step_is_there():
     summary = optimizer_of(Own(), vectors(), "sgd").summary()
     assert "sgd (no rule for Own)" in str(summary)
     assert "3 parameters: 2 preconditioned, in 1 block, a layer each; 1 taking the SGD step" in str(summary)
+
+
+class Forward(nn.Module):
+    """Two numbers a sample by a function of a network and the batch."""
+
+    def __init__(self, function, *more):
+        super().__init__()
+        self.net, self.function = nn.Sequential(nn.Linear(8, 8), *more, nn.Tanh(), nn.Linear(8, 2)), function
+
+    def forward(self, x):
+        return self.function(self.net, x)
+
+
+def by_autograd(net, x):
+    x = x.detach().requires_grad_(True)
+    return torch.autograd.grad(net(x).square().sum(), x, create_graph=True)[0]
+
+
+def by_func(net, x):
+    return vmap(grad(lambda point: net(point).square().sum()))(x)
+
+
+def cut(net, x):
+    y, chosen = net(x).new_zeros(len(x), 2), x[:, 0] > 0
+    y[chosen] = F.linear(x[chosen], net[0].weight[:2]) + net(x[chosen])
+    return y
+
+
+def of_the_batch(net, x):
+    return F.linear(x, net[0].weight) + net(x).sum(1, keepdim=True) * len(x)
+
+
+def outside(net, x):
+    return F.linear(x, net[0].weight) + net(x).sum(1, keepdim=True)
+
+
+BATCHED = "rows by torch.func in a batched pass: "
+NOT_TRANSFORMED = "rows by one backward pass a sample: torch.func cannot run the model again on single samples"
+# What a forward does, and how the summary says that the rows of its first weight were found.
+WAYS = {
+    "derivatives by torch.func": (lambda: Forward(by_func), BATCHED),
+    "a use outside of the layer": (lambda: Forward(outside), f"{BATCHED}it is used outside of its layer too"),
+    "derivatives by autograd.grad": (lambda: Forward(by_autograd), NOT_TRANSFORMED),
+    "a batch cut by its values": (lambda: Forward(cut), NOT_TRANSFORMED),
+    "random numbers": (
+        lambda: Forward(lambda net, x: outside(net, x) * torch.rand(len(x), 1)),
+        NOT_TRANSFORMED,
+    ),
+    "the size of the batch": (
+        lambda: Forward(of_the_batch),
+        "rows by one backward pass a sample: the model computes something else when it is run again",
+    ),
+    "batch norm": (
+        lambda: Forward(outside, nn.BatchNorm1d(8)),
+        "rows by one backward pass a sample: batch norm mixes samples in training",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WAYS)
+def test_how_rows_without_calls_were_found_is_there(case):
+    torch.manual_seed(0)
+    make, said = WAYS[case]
+    model = make()
+    optimizer = TENGraD(model, refresh_every=1, likelihood="gaussian")
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = model(vectors())
+        (output.square().sum() / 2 / len(output)).backward()
+        optimizer.step()
+        assert said in optimizer.summary().parameters[0].representation
 
 
 def test_another_name_of_a_tied_weight_is_there():

@@ -78,6 +78,7 @@ class Capture:
     Attributes:
         layers: the argument ``layers``.
         through_output: whether the caller's gradient came through the output of the rows only.
+        was_empty: whether the batch of the last recorded forward had no samples.
         loss_scale: the number that a `GradScaler` has multiplied the caller's loss by; None if it is not known.
     """
 
@@ -92,6 +93,7 @@ class Capture:
         self._model, self._module = model, getattr(model, "_orig_mod", model)
         self.layers, self._options = layers, options
         self.loss_scale: float | None = 1.0
+        self.was_empty = False
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags)
@@ -237,12 +239,10 @@ class Capture:
         record, outputs = self._open, tensors_in(y)
         if record is None or not any(output.requires_grad for output in outputs):
             return None
-        # An in-place operation on a view would change the graph at the recorded edge. On a clone, or on an output that
-        # is no view, it does not.
+        # An in-place operation on a view would change the graph at the recorded edge; on a clone it does not.
         has_views = any(output._is_view() for output in outputs)
         returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
-        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        call = Call(args, kwargs, self._rng_states.pop(name, None))
+        call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), rng=self._rng_states.pop(name, None))
         record.calls.setdefault(name, []).append(LayerCall.of_forward(call, returned))
         return returned if has_views else None
 
@@ -254,11 +254,11 @@ class Capture:
         likelihood = None if self._options.fisher == "empirical" else self._options.likelihood
         seen = Seen(self._options.output, likelihood)
         selected, returned = seen.part_of(output), differentiable(output)
-        starts = differentiable(selected)
-        if not starts:
+        if not (starts := differentiable(selected)):
             return None
         record.samples, record.pick = count_samples(starts, (args, kwargs)), seen.tensors_of
-        if not record.samples:
+        self.was_empty = not record.samples
+        if self.was_empty:
             return None
         with self._flags.ours(), phase("capture"):
             if not self._attribution.check(record, starts):

@@ -107,7 +107,7 @@ class Findings:
 
     Attributes:
         refuted: for each parameter whose rows autograd contradicted, by id, the reason.
-        only_by_graph: the ids of parameters whose rows running the model again does not give.
+        only_by_graph: for each parameter whose rows running the model again does not give, by id, the reason.
         refreshes: in how many refreshes there were such forwards.
         last: the number of the last of these refreshes.
         all_through_output: whether the gradient of the caller's loss reached the parameters through the model's output
@@ -115,7 +115,7 @@ class Findings:
     """
 
     refuted: dict[int, str] = field(default_factory=dict)
-    only_by_graph: set[int] = field(default_factory=set)
+    only_by_graph: dict[int, str] = field(default_factory=dict)
     refreshes: int = 0
     last: int = -1
     all_through_output: bool | None = None
@@ -142,7 +142,7 @@ class Record:
         backward_seen: whether a backward pass of the caller's loss has reached the model's output.
         own_pass: whether the rows of the empirical Fisher come from a backward pass of our own.
         cotangents: the derivative of the caller's loss with respect to what ``pick`` returns, where it is needed.
-        used_backward_per_sample: whether some rows needed one backward pass for each sample, which is not compiled.
+        by_backward: for each parameter whose rows took one backward pass a sample, by id, the reason.
         mixes_samples: whether some layer's output for one sample depends on other samples.
         extra_records: further records of the same forward, one for each further row of a sample.
         loss_seen: whether the derivative of the caller's loss with respect to the model's output is known.
@@ -165,7 +165,7 @@ class Record:
     backward_seen: bool = False
     own_pass: bool = False
     cotangents: list[Tensor | None] | None = None
-    used_backward_per_sample: bool = False
+    by_backward: dict[int, str] = field(default_factory=dict)
     mixes_samples: bool = False
     extra_records: list[Record] = field(default_factory=list)
     loss_seen: bool = False
@@ -177,7 +177,7 @@ class Record:
         calls = {name: [call.without_grads() for call in calls] for name, calls in self.calls.items()}
         return replace(
             self, calls=calls, layers_with_grads=set(), per_sample_grads={}, gradient_sums={}, backward_seen=False,
-            used_backward_per_sample=False, extra_records=[], cotangents=None, is_extra=True, seen=None,
+            by_backward={}, extra_records=[], cotangents=None, is_extra=True, seen=None,
         )  # fmt: skip
 
     def add_cotangents(self, cotangents: Sequence[Tensor | None]) -> None:

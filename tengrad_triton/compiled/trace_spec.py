@@ -102,7 +102,7 @@ def _why_not_chosen(choices: Collection[Choice]) -> str | None:
 def trace_spec_of(record: Record, layers: Mapping[str, CapturedLayer], model: nn.Module) -> SpecOrReason:
     """Return the specification of a refresh that captured ``record``, or why it cannot be compiled."""
     modules = list(model.modules())
-    if record.used_backward_per_sample:
+    if record.by_backward:
         return "some rows take one backward pass for each sample, which is not compiled"
     if any(map(mixes_samples, modules)) and any(map(drops_out, modules)):
         return (

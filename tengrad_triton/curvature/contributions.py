@@ -104,13 +104,17 @@ def gather(
             This bounds memory. On a CPU it makes later steps slower, because glibc returns freed memory to the system.
 
     Raises:
-        RuntimeError: nothing was captured.
+        RuntimeError: nothing was captured, or the batch had no samples.
         ValueError: a rule returned rows of another size than its parameter; or the empirical Fisher has no rows,
             because the loss is made of derivatives of the model's output.
     """
     capture.check_counted()
     covered = {layer.name: layer for layer in layers if layer.why_sgd is None and layer.trained()}
     if covered and not capture.records:
+        if capture.was_empty:
+            raise RuntimeError(
+                "the curvature is due for a refresh, but the batch has 0 samples: take no step for an empty batch"
+            )
         raise RuntimeError(
             "the curvature is due for a refresh, but there was no forward and backward of the model since the last "
             "step or zero_grad: call model(inputs) itself, with gradients enabled and samples in the batch, before "

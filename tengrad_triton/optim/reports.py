@@ -12,6 +12,7 @@ from torch import nn
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.record import Record
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.target import Target
@@ -61,7 +62,8 @@ class Reports:
         unsupported: whether layers without rows are warned of or refused.
 
     Attributes:
-        apart: for each parameter whose rows at the last refresh did not follow from calls of its layers, by name, why.
+        apart: for each parameter whose rows at the last refresh did not follow from calls of its layers, by name, how
+            they were found, and why.
         bounds: the last step that was not compiled, counted from 0, and what its bounds multiplied it by.
         changes: the actual and the predicted change of the loss at the last refreshing step with adapted damping.
     """
@@ -140,7 +142,7 @@ class Reports:
 
     def refreshes(self, capture: Capture, model: nn.Module) -> None:
         """Note what is apart, and warn once of each way in which the caller's loss is not the one of the rows."""
-        apart = {key: why for record in capture.records for key, why in record.unattributed.items()}
+        apart = {key: how for record in capture.records for key, how in _ways(record).items()}
         self.apart = {name: apart[id(p)] for name, p in model.named_parameters() if id(p) in apart} if apart else {}
         if beside := capture.through_output.take():
             names = {id(p): name for name, p in model.named_parameters()}
@@ -179,3 +181,9 @@ class Reports:
         if key not in self._said:
             self._said.add(key)
             warnings.warn(message, stacklevel=_STEP_DEPTH + deeper)
+
+
+def _ways(record: Record) -> dict[int, str]:
+    """Return, for each parameter whose rows do not follow from calls of its layers, by id, how they were found."""
+    batched = {key: f"by torch.func in a batched pass: {why}" for key, why in record.unattributed.items()}
+    return batched | {key: f"by one backward pass a sample: {why}" for key, why in record.by_backward.items()}

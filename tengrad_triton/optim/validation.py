@@ -101,7 +101,10 @@ def check_group(group: Mapping[str, Any]) -> None:
     if not is_number(group["damping"]):
         raise TypeError(f"damping must be a number, 'lm' or a function of the step, got {group['damping']!r}")
     if not 0 < group["damping"] < INFINITY:
-        raise ValueError(f"damping must be positive, got {group['damping']}: F + damping I is not invertible otherwise")
+        raise ValueError(
+            f"damping must be positive, got {group['damping']}: F + damping D is not invertible otherwise "
+            "(D is the identity with scaling='none')"
+        )
     check_range("weight_decay", group["weight_decay"], 0.0)
     check_range("momentum", group["momentum"], 0.0, below=1.0)
     for name in ("nesterov", "decoupled_weight_decay", "maximize"):

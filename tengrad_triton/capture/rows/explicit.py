@@ -4,7 +4,8 @@ There are three ways to find them, each slower and more general than the one bef
 
 1. run the layer again for each of its recorded calls (`rerun`);
 2. run the whole model again, for parameters that are used outside of calls of their layers;
-3. take one backward pass for each sample through the graph of the forward, which is exact for any model.
+3. take one backward pass for each sample through the graph of the forward, which is exact for any model. The record
+   keeps why, for the summary.
 
 The first two are exact only if the module computes the same function again and does not mix samples. So the sum of the
 rows, each times a random number, is compared with the gradient that autograd computes. If the two differ, the third
@@ -25,6 +26,16 @@ from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 
 # torch.func raises these for operations that it cannot transform.
 _RERUN_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
+_NOT_TRANSFORMED = (
+    "torch.func cannot run the model again on single samples (as with autograd.grad in the forward, a batch cut by its "
+    "values, or random numbers): write the derivatives with torch.func and choose samples by torch.where; then one "
+    "batched pass gives the rows"
+)
+_OTHER_FUNCTION = (
+    "the model computes something else when it is run again on single samples, because it is random, has a state, or "
+    "mixes samples"
+)
+_BATCH_NORM = "batch norm mixes samples in training"
 
 
 class ExplicitRows:
@@ -88,15 +99,15 @@ class ExplicitRows:
         """
         parameters = [p for p in parameters if id(p) not in record.per_sample_grads]
         known = record.findings.only_by_graph
-        rerun = [] if record.mixes_samples else [p for p in parameters if id(p) not in known]
-        if rerun:
-            record.per_sample_grads |= self._by_model(record, rerun, results, cotangents)
+        rerun, why = [p for p in parameters if id(p) not in known], _BATCH_NORM
+        if rerun and not record.mixes_samples:
+            found, why = self._by_model(record, rerun, results, cotangents)
+            record.per_sample_grads |= found
         rest = [p for p in parameters if id(p) not in record.per_sample_grads]
-        known |= set(map(id, rest))
         if rest:
+            record.by_backward |= {id(p): known.setdefault(id(p), why) for p in rest}
             rows = backward_rows(*_with_cotangent(results, cotangents), rest, record.samples)
             record.per_sample_grads |= {id(p): j for p, j in zip(rest, rows, strict=True)}
-            record.used_backward_per_sample = True
 
     def _by_model(
         self,
@@ -104,8 +115,8 @@ class ExplicitRows:
         parameters: Sequence[Tensor],
         results: Sequence[Tensor],
         cotangents: Sequence[Tensor | None],
-    ) -> dict[int, Tensor]:
-        """Run the model again; return, by the parameter's id, the rows that autograd confirms."""
+    ) -> tuple[dict[int, Tensor], str]:
+        """Run the model again; return, by the parameter's id, the rows that autograd confirms, and why not others."""
         named = {name: p for name, p in self._model.named_parameters() if any(p is other for other in parameters)}
         starts, given = _with_cotangent(results, cotangents)
         weights_N = random_weights(record.samples, given[0])
@@ -117,10 +128,11 @@ class ExplicitRows:
         try:
             rows = rerun_rows(self._model, named, [call], record.samples, 1, record.pick)
         except _RERUN_ERRORS:
-            return {}
+            return {}, _NOT_TRANSFORMED
         weighted = {name: multiply_samples(weights_N, rows_N) for name, rows_N in rows.items()}
         pairs = zip(named.items(), expected, strict=True)
-        return {id(p): rows[name] for (name, p), total in pairs if sums_to(weighted[name], total)}
+        confirmed = {id(p): rows[name] for (name, p), total in pairs if sums_to(weighted[name], total)}
+        return confirmed, _OTHER_FUNCTION
 
 
 def _with_cotangent(

@@ -20,7 +20,7 @@ from tengrad_triton.capture.rows.weights import multiply_samples, precision_of, 
 from tengrad_triton.layers import PerSampleGrads, matrix_view, tensors_in
 
 _OTHER_SAMPLES = "its outputs for one sample reach the losses of other samples"
-_OTHER_ROWS = "its rule and its calls give other rows than autograd"
+_OTHER_ROWS = "the calls of its layer do not give its rows, as with derivatives in the forward, or its rule is wrong"
 Cotangents = Sequence[Tensor | None]
 """For each tensor at which the passes for rows start, the derivative [N, …] of the samples' losses, or None."""
 

@@ -21,7 +21,7 @@ def summarize(
 ) -> Summary:
     """Return the summary of ``layers`` with the present curvature, which is None before the first refresh.
 
-    ``apart`` has, by the parameter's name, why rows do not follow from calls of the parameter's layers.
+    ``apart`` has, by the parameter's name, how rows were found that do not follow from calls of its layers.
     """
     entries = entries_of(layers, model, lambda layer, param_name: _stored(layer, param_name, curvature, apart))
     failures, spending = (0, None) if curvature is None else (int(curvature.failures_L.sum()), curvature.spending)
@@ -47,9 +47,9 @@ def _stored(layer: LayerParams, param_name: str, curvature: Curvature | None, ap
         return "not part of the last refresh"
     block = next(block for block, names in curvature.blocks.items() if layer.name in names)
     reduced = isinstance(jacobian, PerSample) and jacobian.row_kind == "parameters"
-    why = apart.get(layer.full_name_of(param_name))
+    how = apart.get(layer.full_name_of(param_name))
     notes = (
-        f"by the graph ({why})" if why else summary_note(layer.layer),
+        f"rows {how}" if how else summary_note(layer.layer),
         "as many rows as parameters" if reduced else "",
         f"D {jacobian.scale}" if jacobian.scale is not None else "",
     )
