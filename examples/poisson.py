@@ -171,8 +171,8 @@ OWN = """## Your own equation
 
 Write your equation in the forward, with derivatives by `torch.func`; the layers are those of PyTorch. This module is
 for −Δu + u³ = 1:"""
-OWN_USE = """One batched pass gives the rows of all points. With each of three things in a forward, the rows take one backward
-pass a sample instead, which is exact but slower; `summary()` says so:
+OWN_USE = """One batched pass gives the rows of all points. With one of three things in a forward, they take one
+backward pass a sample instead, which is exact but slower; `summary()` says so:
 
 - derivatives by `autograd.grad`: use `torch.func`;
 - a batch cut by its values, such as `u(x[inside])`: `torch.where` keeps all terms in one batch;

@@ -426,7 +426,7 @@ def page():
         'Each line is tested (`tests/test_situations.py`). "Exact" means that a step is within 1e-9 of a dense solve',
         "in float64, with a row of J from one backward pass for each sample through autograd's graph.",
         "The warnings of a loss that is not the likelihood's hold for `categorical`, the default, and `bernoulli`.",
-        "Without targets any derivative is that of some squared error: `Gaussian` sees a sum, a factor or further terms",
+        "Without targets any derivative is that of some squared error: `Gaussian` sees a sum, a factor or another term",
         "only where you set its `.target`.",
     ]
     for kind, rows in SITUATIONS.items():

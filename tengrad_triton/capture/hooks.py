@@ -91,9 +91,8 @@ class Capture:
         on_forward: Callable[[], None] | None = None,
     ) -> None:
         self._model, self._module = model, getattr(model, "_orig_mod", model)
-        self.layers, self._options = layers, options
+        self.layers, self._options, self.was_empty = layers, options, False
         self.loss_scale: float | None = 1.0
-        self.was_empty = False
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags)
@@ -242,7 +241,8 @@ class Capture:
         # An in-place operation on a view would change the graph at the recorded edge; on a clone it does not.
         has_views = any(output._is_view() for output in outputs)
         returned = tree_map_only(Tensor, Tensor.clone, y) if has_views else y
-        call = Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs)), rng=self._rng_states.pop(name, None))
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        call = Call(args, kwargs, self._rng_states.pop(name, None))
         record.calls.setdefault(name, []).append(LayerCall.of_forward(call, returned))
         return returned if has_views else None
 
