@@ -345,13 +345,21 @@ OWN_CODE = {
 }
 
 
-def _compiled(way):
+def _conv_with_norms():
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 2, -1)), nn.Conv2d(1, 4, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU()),
+        *(nn.Conv2d(4, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3)),
+    )
+
+
+def _compiled(way, make=mlp):
     def run(fisher):
         ends = []
         for compiles in (False, True):
             torch._dynamo.reset()
             torch.manual_seed(0)
-            model = mlp().double()
+            model = make().double()
+            model(DATA[0][0])  # sizes lazy layers
             optimizer = TENGraD(model, fisher=fisher, refresh_every=3, seed=0)
             call = way(model) if compiles else model
             for x, y in DATA[:7]:
@@ -364,12 +372,19 @@ def _compiled(way):
     return run
 
 
+def _keeping_buffers(run):
+    return torch._functorch.config.patch(donated_buffer=False)(run)
+
+
 def _compile_layer(model):
     model[0] = torch.compile(model[0], backend="aot_eager")
 
 
 COMPILED = {
     "`torch.compile(model)` after the optimizer was made": _compiled(lambda m: torch.compile(m, backend="aot_eager")),
+    "the same, batch norms between convolutions, `torch._functorch.config.donated_buffer = False`": _keeping_buffers(
+        _compiled(lambda m: torch.compile(m, backend="aot_eager"), _conv_with_norms)
+    ),
     "`model.compile()` after it": _compiled(lambda m: m.compile(backend="aot_eager")),
     "a layer's `compile()`": _compiled(lambda m: m[0].compile(backend="aot_eager")),
     "a layer replaced by a compiled one": _compiled(_compile_layer),

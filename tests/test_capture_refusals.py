@@ -142,3 +142,22 @@ def test_an_output_that_is_no_tensor_names_the_way_out():
     _optimizer = TENGraD(model)
     with pytest.raises(TypeError, match="an object with sample and nll"):
         model(batch()[0])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it
+def test_a_compiled_graph_that_gives_its_buffers_away_is_refused():
+    """What docs/compatibility.md has with the setting: without it a refresh names the setting, and nothing moves."""
+    torch._dynamo.reset()
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten()),
+        nn.Linear(64, 3),
+    )
+    compiled, optimizer = torch.compile(model, backend="aot_eager"), TENGraD(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(
+        RuntimeError, match=r"set torch\._functorch\.config\.donated_buffer = False before the first call"
+    ):
+        F.cross_entropy(compiled(torch.randn(8, 3, 8, 8)), torch.arange(8) % 3).backward()
+    assert all(map(torch.equal, before, model.parameters()))
+    del optimizer
+    torch._dynamo.reset()

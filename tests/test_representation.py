@@ -114,7 +114,7 @@ def dense(j_NK, v_K):
 
 @pytest.mark.parametrize("tol", [0.0, 1.0, -1, "small", float("nan")])
 def test_tol_out_of_range(tol):
-    with pytest.raises(ValueError, match=r"tol must be in \(0, 1\)"):
+    with pytest.raises(TypeError if isinstance(tol, str) else ValueError, match="tol must be"):
         TENGraD(model_and_batch()[0], tol=tol)
 
 

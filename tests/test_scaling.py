@@ -333,16 +333,16 @@ def test_a_state_of_another_scaling_is_refused(saved, own):
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "kind", "error"),
     [
-        ({"scaling": "full"}, "scaling must be one of 'none', 'diagonal', 'kronecker', got 'full'"),
-        ({"scaling": None}, "scaling must be one of"),
-        ({"clip_threshold": 0.0}, "clip_threshold must be positive, or None for no bound, got 0.0"),
-        ({"clip_threshold": True}, "clip_threshold must be positive"),
+        ({"scaling": "full"}, ValueError, "scaling must be one of 'none', 'diagonal', 'kronecker', got 'full'"),
+        ({"scaling": None}, ValueError, "scaling must be one of"),
+        ({"clip_threshold": 0.0}, ValueError, "clip_threshold must be positive, or None for no bound, got 0.0"),
+        ({"clip_threshold": True}, TypeError, "clip_threshold must be"),
     ],
 )
-def test_bad_settings(options, error):
-    with pytest.raises(ValueError, match=error):
+def test_bad_settings(options, kind, error):
+    with pytest.raises(kind, match=error):
         perceptron(**options)
 
 
