@@ -158,6 +158,7 @@ def run(arguments: list[str]) -> None:
     match parse(arguments):
         case ReportCommand(path, to):
             _report(RunFolder(path), to)
+            console.print(f"page: {to}", soft_wrap=True)
         case AutotuneSettings() as settings:
             plans.tune(settings, console)
         case ShowPlanCommand(path, refresh_every):
