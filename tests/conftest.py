@@ -36,3 +36,16 @@ def set_threads():
     """Return what sets the number of torch's threads in one test."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Return a folder with small images of every data set of the paper; torch's threads are restored at the end."""
+    # Imported here because most tests need nothing of the command line.
+    from helpers.commands import threads_restored
+    from helpers.paper import write_data
+
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    with threads_restored():
+        yield folder

@@ -9,20 +9,12 @@ import time
 
 import pytest
 import torch
-from helpers.commands import PROCESS, one_line, threads_restored
-from helpers.paper import arguments, figures_not_rendered, outcomes, run, write_data
+from helpers.commands import PROCESS, one_line
+from helpers.paper import arguments, figures_not_rendered, outcomes, run
 
 from tengrad_triton.recipes.cli.main import main
 from tengrad_triton.recipes.paper.published import EXPERIMENTS
 from tengrad_triton.recipes.training import loop
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    with threads_restored():
-        yield folder
 
 
 def test_a_kill_loses_no_finished_run_and_at_most_the_current_epoch(data, tmp_path):

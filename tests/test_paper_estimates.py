@@ -9,8 +9,8 @@ from io import StringIO
 
 import pytest
 import torch
-from helpers.commands import one_line, threads_restored
-from helpers.paper import figures_not_rendered, run, write_data
+from helpers.commands import one_line
+from helpers.paper import figures_not_rendered, run
 from rich.console import Console
 
 from tengrad_triton.recipes.optimizers.registry import OPTIMIZERS
@@ -29,14 +29,6 @@ NAMES = ("sgd", "tengrad_paper", "tengrad", "kfac")
 GRID = ["--grid.lr", "0.01", "--grid.damping", "0.1", "--grid.weight-decay", "0.001"]
 SMALL = {"batch": 8, "width": 6, "depth": 2}
 START = 7.0  # seconds in which a process starts
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    with threads_restored():
-        yield folder
 
 
 @pytest.fixture(autouse=True)

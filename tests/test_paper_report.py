@@ -5,23 +5,15 @@ import re
 from statistics import mean
 
 import pytest
-from helpers.commands import one_line, threads_restored
+from helpers.commands import one_line
 from helpers.pages import table_after
-from helpers.paper import figures_not_rendered, measured_at_a_tiny_scale, outcomes, run, write_data
+from helpers.paper import figures_not_rendered, measured_at_a_tiny_scale, outcomes, run
 from PIL import Image
 
 from tengrad_triton.recipes.paper.measurements import inverses
 
 NAMES = ("tengrad_paper", "sgd", "kfac", "adamw")
 BLOCKS = ("figure6", "figure7", "figure8")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    with threads_restored():
-        yield folder
 
 
 @pytest.fixture(scope="module")

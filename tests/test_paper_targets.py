@@ -3,21 +3,12 @@
 import json
 
 import pytest
-from helpers.commands import threads_restored
 from helpers.pages import table_after
-from helpers.paper import figures_not_rendered, outcomes, run, write_data
+from helpers.paper import figures_not_rendered, outcomes, run
 
 from tengrad_triton.recipes.paper.report import page
 from tengrad_triton.recipes.paper.request import OF_RUNS, Request
 from tengrad_triton.recipes.paper.runs import runs_of
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    with threads_restored():
-        yield folder
 
 
 @pytest.fixture(scope="module")
