@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, weight_norm
 
 from tengrad_triton import derivatives, laplacian
@@ -61,6 +62,20 @@ class Radius(nn.Module):
         return torch.cat([x[:, : WIDTH - 3], *radii], 1)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return x + self.inner(x, x, x)[0] + self.inner(x, x, x, need_weights=False)[0]
+
+
+class PlainRadius(nn.Module):
+    def forward(self, x):
+        return torch.cat([x[:, : WIDTH - 3], *[x.square().sum(1, keepdim=True).sqrt()] * 3], 1)
+
+
 class Mine(nn.Module):
     """A forward of its own, with a boundary condition built in."""
 
@@ -76,6 +91,10 @@ def mlp(*between):
     return nn.Sequential(
         nn.Linear(D, WIDTH), *between, nn.Sequential(nn.Linear(WIDTH, WIDTH), *between), nn.Linear(WIDTH, O)
     )
+
+
+def transformer():
+    return nn.TransformerEncoderLayer(4, 2, 8, activation="gelu", batch_first=True)
 
 
 def hooked():
@@ -110,6 +129,8 @@ NETWORKS = {
     "strange": lambda: mlp(nn.Tanh(), Strange()),
     "strange first": lambda: nn.Sequential(Strange(), nn.Linear(D, WIDTH), nn.Tanh(), nn.Linear(WIDTH, O)),
     "residual": lambda: mlp(Residual(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))),
+    "attention": lambda: mlp(nn.Unflatten(1, (2, 4)), Attention(), nn.Flatten()),
+    "transformer": lambda: mlp(nn.Unflatten(1, (2, 4)), transformer(), nn.Flatten()).eval(),
     "radius": lambda: mlp(Radius(), nn.Tanh()),
     "flatten": lambda: mlp(nn.Unflatten(1, (2, 4)), nn.Tanh(), nn.Flatten()),
     "flatten, from the end": lambda: mlp(nn.Unflatten(-1, (2, 4)), nn.Tanh(), nn.Flatten(-2)),
@@ -142,7 +163,8 @@ def reference(u, x):
     def at(x_D):
         return u(x_D[None])[0]
 
-    return u(x), vmap(jacrev(at))(x).mT, vmap(hessian(at))(x).diagonal(dim1=2, dim2=3).mT
+    with sdpa_kernel(SDPBackend.MATH):  # torch's other kernels of attention have no second derivatives
+        return u(x), vmap(jacrev(at))(x).mT, vmap(hessian(at))(x).diagonal(dim1=2, dim2=3).mT
 
 
 def assert_same(results, expected):
@@ -166,9 +188,7 @@ def test_derivatives_are_those_of_torch_func(name, as_function):
         assert_same([laplacian(called, x)], [second.sum(1)])
 
 
-@pytest.mark.parametrize(
-    "name", ["tanh", "gelu by tanh", "elu", "strange", "residual", "radius", "own forward", "parametrized"]
-)
+@pytest.mark.parametrize("name", ["tanh", "gelu by tanh", "elu", "strange", "residual", "own forward", "parametrized"])
 def test_they_can_be_differentiated_further(name):
     u, x = network(name), points().requires_grad_()
     places = [x, *u.parameters()]
@@ -246,20 +266,36 @@ def test_they_are_compiled_as_one_graph(name, backend):
     assert_same(*results)
 
 
-def test_normalizations_whose_rules_in_torch_are_wrong_are_exact():
-    x = points()
-    for layer, plain in [(nn.LayerNorm(WIDTH), PlainNorm()), (nn.BatchNorm1d(WIDTH, track_running_stats=False), None)]:
-        u = mlp(layer, nn.Tanh()).double()
-        if plain is None:  # points move together: x + ε e_d for all points at once
-            shifts = torch.zeros(D, dtype=x.dtype)
-            second = hessian(lambda s, u=u: u(x + s))(shifts).diagonal(dim1=2, dim2=3).mT
-            assert_same([derivatives(u, x).second], [second])
-            continue
-        wanted = nn.Sequential(u[0], plain, u[2], nn.Sequential(u[3][0], plain, u[3][2]), u[4])
-        places = list(u[0].parameters())
-        results = [torch.autograd.grad(f(v, x).square().sum(), places) for f, v in [
-            (laplacian, u), (lambda v, x: reference(v, x)[2].sum(1), wanted)]]  # fmt: skip
-        assert_same(*results)
+PLAIN = {
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), PlainNorm),
+    "radius": (Radius, PlainRadius),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_gradients_through_what_torch_gets_wrong(name):
+    torch.manual_seed(0)
+    layer, plain = (make() for make in PLAIN[name])
+    u, x = mlp(layer, nn.Tanh()).double(), points()
+    wanted = mlp(plain, nn.Tanh()).double()
+    wanted.load_state_dict(u.state_dict(), strict=False)
+    places = [list(network[0].parameters()) for network in (u, wanted)]
+    result = torch.autograd.grad(laplacian(u, x).square().sum(), places[0])
+    assert_same(result, torch.autograd.grad(reference(wanted, x)[2].sum(1).square().sum(), places[1]))
+
+
+def test_points_that_are_mixed_move_together():
+    torch.manual_seed(0)
+    u, x = mlp(nn.BatchNorm1d(WIDTH, track_running_stats=False), nn.Tanh()).double(), points()
+    second = hessian(lambda shift_D: u(x + shift_D))(torch.zeros(D, dtype=x.dtype)).diagonal(dim1=2, dim2=3).mT
+    assert_same([derivatives(u, x).second, laplacian(u, x)], [second, second.sum(1)])
+
+
+@pytest.mark.parametrize("u", [mlp(nn.Tanh()), Mine()], ids=["module", "own forward"])
+def test_no_point_and_one_point(u):
+    u.double()
+    assert laplacian(u, points()[:0]).shape == (0, O)
+    assert_same(derivatives(u, points()[:1]), [part[:1] for part in derivatives(u, points())])
 
 
 def test_all_directions_see_the_same_dropout():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -86,6 +87,18 @@ def glu(v: Tensor, dim: int = -1) -> Tensor:
     return value * gate.sigmoid()
 
 
+def attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Call `torch.nn.functional.scaled_dot_product_attention` where its kernel is made of functions that have rules."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+def attention_layer(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Call `torch.nn.functional.multi_head_attention_forward` in the same way."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.multi_head_attention_forward(*args, **kwargs)
+
+
 def norm(v: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
     """Return what `torch.linalg.vector_norm` does, whose rules stand in the way of a backward."""
     if p not in (None, 2, "fro") or any(option is not None for option in options.values()):
@@ -99,8 +112,10 @@ def vector_norm(v: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False,
 
 
 INSTEAD: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.layer_norm: layer_norm, torch.layer_norm: layer_norm, F.batch_norm: batch_norm, F.silu: silu, F.mish: mish,
-    F.glu: glu, torch.norm: norm, torch.Tensor.norm: norm, torch.linalg.vector_norm: vector_norm,
+    F.layer_norm: layer_norm, torch.layer_norm: layer_norm, F.batch_norm: batch_norm,
+    F.scaled_dot_product_attention: attention, F.multi_head_attention_forward: attention_layer,
+    F.silu: silu, F.mish: mish, F.glu: glu,
+    torch.norm: norm, torch.Tensor.norm: norm, torch.linalg.vector_norm: vector_norm,
 }  # fmt: skip
 """What is called in place of a function."""
 

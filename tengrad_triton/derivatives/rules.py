@@ -61,7 +61,7 @@ def linear(layer: nn.Linear, jet: Jet) -> Jet:
     weight is then one product too, not a sum of matrices at each point. At many points the copy that joins them costs
     more than it saves.
     """
-    if jet.value.shape[1] > 1:
+    if jet.value.shape[1] != 1:
         return Jet(F.linear(jet.value, layer.weight, layer.bias), *(F.linear(part, layer.weight) for part in jet[1:]))
     value, first, second = F.linear(torch.cat(jet), layer.weight).split([len(part) for part in jet])
     return Jet(value if layer.bias is None else value + layer.bias, first, second)
