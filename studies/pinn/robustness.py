@@ -123,7 +123,9 @@ def _cell(store: Store, problem: str, name: str, damping: float) -> str:
         return "-"
     runs = list(kept["runs"].values())
     ends = [math.inf if has_diverged(one) else one["end"] for one in runs]
-    return f"{sum(map(has_diverged, runs))} of {len(runs)} ({statistics.median(ends):.1e}, {kept['steps']} steps)"
+    median = statistics.median(ends)
+    shown = f"{median:.1e}" if math.isfinite(median) else "failed"
+    return f"{sum(map(has_diverged, runs))} of {len(runs)} ({shown}, {kept['steps']} steps)"
 
 
 if __name__ == "__main__":

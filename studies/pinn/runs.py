@@ -110,11 +110,14 @@ class Run:
 
     @property
     def end(self) -> float:
-        """The last error; infinite if the run failed, for a setting that fails is never the best."""
-        return math.inf if self.failure else self.points[-1].error
+        """The error at the end; infinite if the run failed, for a setting that fails is never the best."""
+        return math.inf if self.failure else self.error_at(self.case.seconds)
 
     def error_at(self, seconds: float) -> float:
-        """Return the last error that was measured by then, give or take a tenth; infinite after a failure."""
+        """Return the last error that was measured by then, give or take a tenth; infinite after a failure.
+
+        So a step that lasts much longer than the time that is left counts for nothing.
+        """
         is_over = bool(self.failure) and self.points[-1].seconds < min(seconds, self.case.seconds)
         return math.inf if is_over else [point.error for point in self.points if point.seconds <= 1.1 * seconds][-1]
 

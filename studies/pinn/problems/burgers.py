@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from studies.pinn.problems import sampling
 from studies.pinn.problems.base import Points, Problem, Residual, mlp
-from studies.pinn.problems.calculus import derivatives
+from tengrad_triton import derivatives
 
 VISCOSITY = 0.01 / math.pi
 REACH, NODES = 14.0, 1401  # z from −REACH to REACH, 0.02 apart

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from studies.pinn.problems import sampling
 from studies.pinn.problems.base import Points, Problem, Residual, mlp
-from studies.pinn.problems.calculus import derivatives
+from tengrad_triton import derivatives
 
 DIFFUSIVITY, GUESS = 0.1, 1.0
 INSIDE, MEASURED, NOISE = 1000, 200, 0.01
