@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from studies.pinn.entrants import Entrant, TimeIsUp  # noqa: E402
 from studies.pinn.problems import PROBLEMS, sampling  # noqa: E402
 from studies.pinn.problems.base import mlp  # noqa: E402
 
+PAGE = ROOT / "docs" / "pinn.md"
 MACHINE = {"device": "some processor", "python": "3", "torch": "2", "commit": "0" * 40}
 
 
@@ -150,6 +152,7 @@ def test_the_study_runs_resumes_and_writes_its_page(tiny, tmp_path, monkeypatch)
     files = {file: file.read_text() for file in (tmp_path / "results").glob("*.json")}
     assert len(files) == 2 + 1 + 2 + 1 + 1 + 1
     text = (tmp_path / "docs" / "pinn.md").read_text(encoding="utf-8")
+    assert re.search(r"CPU seconds to the error that Adam ends with.*\| L-BFGS \| 0\.[0-9]+ \|", text, re.DOTALL)
     assert all(word in text for word in ("| Adam |", "| L-BFGS |", "| scipy's least_squares |", "0 of 2", "## Where"))
     assert (tmp_path / "docs" / "figures" / "pinn-poisson2d.png").stat().st_size > 10_000
     monkeypatch.setattr(runs, "train", None)  # a second run would call it
@@ -157,6 +160,14 @@ def test_the_study_runs_resumes_and_writes_its_page(tiny, tmp_path, monkeypatch)
     assert {file: file.read_text() for file in files} == files
     assert run_study(tmp_path, "--report-only") == 0
     assert (tmp_path / "docs" / "pinn.md").read_text(encoding="utf-8") == text
+
+
+def test_the_page_is_that_of_the_kept_runs(tmp_path):
+    kept = ROOT / "studies" / "pinn" / "results"
+    assert PAGE.exists() == kept.exists()
+    assert command.main(study.app, ["--report-only", "--results", str(kept), "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "pinn.md").read_text(encoding="utf-8")
+    assert written == PAGE.read_text(encoding="utf-8") if kept.exists() else "Nothing was run yet." in written
 
 
 def test_another_problem_or_setting_makes_a_run_invalid(tiny, tmp_path, monkeypatch):
@@ -183,8 +194,11 @@ def test_steps_are_timed_in_turn(tiny, tmp_path, monkeypatch):
 def test_robustness_counts_what_diverges(tiny, tmp_path, monkeypatch, capsys):
     assert command.main(robustness.app, ["--entrant", "none-such"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(robustness, "DAMPED", {})
+    assert command.main(robustness.app, []) == 2
+    assert "nothing to run" in capsys.readouterr().err
     by_damping = {1e-4: failing("not at all"), 1e-5: failing("nan"), 1e-6: failing("rises"), 1e-7: failing("raises")}
-    monkeypatch.setitem(registry.DAMPED, "ours", by_damping.__getitem__)
+    monkeypatch.setattr(robustness, "DAMPED", {"ours": by_damping.__getitem__})
     monkeypatch.setattr(robustness, "DAMPINGS", tuple(by_damping))
     arguments = ["--problem", "poisson2d", "--steps", "2", "--seeds", "2", "--results", str(tmp_path)]
     assert command.main(robustness.app, arguments) == 0

@@ -156,3 +156,14 @@ def test_rows_of_scipy_are_the_loss_and_its_gradient():
     np.testing.assert_allclose(r_N @ r_N, value.item(), rtol=1e-12)
     expected_P = torch.cat([gradient.flatten() for gradient in gradients]).numpy()
     np.testing.assert_allclose(2 * J_NP.T @ r_N, expected_P, rtol=1e-9, atol=1e-9)
+
+
+def test_the_noise_alone_bounds_the_diffusivity():
+    """The standard deviation of κ, found by least squares with all else known, over many draws of the noise."""
+    x_N2 = inverse.points(sampling.generator(0))["measured"][0]
+    step = 1e-5
+    up, down = (inverse.waves(x_N2, torch.tensor(inverse.DIFFUSIVITY + sign * step).double()) for sign in (1, -1))
+    slope_N1 = (up - down) / (2 * step)
+    noise_NS = inverse.NOISE * torch.randn(len(x_N2), 2000, dtype=torch.float64, generator=sampling.generator(1))
+    found_S = torch.linalg.lstsq(slope_N1, noise_NS).solution[0] / inverse.DIFFUSIVITY
+    assert inverse.noise_alone() == pytest.approx(found_S.std().item(), rel=0.08)  # five standard deviations of it

@@ -58,6 +58,8 @@ def measure(
         Folder of the results.
     """
     problems, names = known(problem, PROBLEMS, "problem"), known(entrant, DAMPED, "entrant")
+    if not names:
+        raise UsageError("no optimizer of the study starts with a damping: there is nothing to run")
     if steps < 1 or seeds < 1:
         raise UsageError("--steps and --seeds must be at least 1")
     torch.set_num_threads(1)

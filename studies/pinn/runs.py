@@ -121,6 +121,10 @@ class Run:
         is_over = bool(self.failure) and self.points[-1].seconds < min(seconds, self.case.seconds)
         return math.inf if is_over else [point.error for point in self.points if point.seconds <= 1.1 * seconds][-1]
 
+    def seconds_to(self, error: float) -> float:
+        """Return the CPU seconds at the first measured error that is as low; infinite if there is none."""
+        return next((point.seconds for point in self.points if point.error <= error), math.inf)
+
 
 class Store:
     """A folder with a file for each run."""
