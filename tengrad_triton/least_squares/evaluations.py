@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tengrad_triton.residuals.surroundings import Surroundings
 from tengrad_triton.residuals.terms import Points, Terms
 
 
@@ -28,26 +28,6 @@ def write_(tensors: Sequence[Tensor], flat_K: Tensor) -> None:
     )
 
 
-@dataclass
-class Randomness:
-    """The states of the random number generators that a residual function may use."""
-
-    states: dict[torch.device, Tensor]
-
-    @classmethod
-    def now(cls, device: torch.device) -> Randomness:
-        """Return the present states, of the CPU and of a GPU in use."""
-        states = {torch.device("cpu"): torch.get_rng_state()}
-        if device.type == "cuda":
-            states[device] = torch.cuda.get_rng_state(device)
-        return cls(states)
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        for device, state in self.states.items():
-            torch.set_rng_state(state) if device.type == "cpu" else torch.cuda.set_rng_state(state, device)
-
-
 class Evaluations:
     """The residuals as a function of the parameters, for one step.
 
@@ -59,21 +39,13 @@ class Evaluations:
     """
 
     def __init__(self, terms: Terms, model: nn.Module, parameters: Sequence[Tensor], points: Points) -> None:
-        self._terms, self._parameters, self._points = terms, parameters, points
-        self._buffers = list(model.buffers())
+        self._terms, self._model, self._parameters, self._points = terms, model, parameters, points
         self.start_K = flatten(parameters)
-        self._random = Randomness.now(parameters[0].device)
-        self._buffers_before = [b.clone() for b in self._buffers]
-
-    def rewind(self) -> None:
-        """Set random numbers and buffers back to where the step began."""
-        self._random.restore()
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._buffers_before)
+        self._before = Surroundings.now(model)
 
     def at(self, theta_K: Tensor) -> Tensor:
         """Return r̃ [R] at other parameters, which stay in the model."""
-        self.rewind()
+        self._before.restore()
         write_(self._parameters, theta_K)
         return self._terms.values(self._points)
 
@@ -88,19 +60,17 @@ class Evaluations:
 
         Random numbers and buffers then go on from where the first evaluation, which the caller has made, left them.
         """
-        random, buffers = Randomness.now(self._parameters[0].device), [b.clone() for b in self._buffers]
+        after = Surroundings.now(self._model)
         taken: list[bool] = []
         try:
             yield taken
         finally:
             if taken:
-                random.restore()
-                if buffers:
-                    torch._foreach_copy_(self._buffers, buffers)
+                after.restore()
             else:
                 self.undo()
 
     def undo(self) -> None:
         """Set parameters, random numbers and buffers back to where the step began."""
-        self.rewind()
+        self._before.restore()
         write_(self._parameters, self.start_K)

@@ -20,13 +20,22 @@ from tengrad_triton.least_squares.evaluations import Evaluations, flatten, write
 from tengrad_triton.least_squares.jacobian import JacobianFinder
 from tengrad_triton.least_squares.report import StepStats
 from tengrad_triton.least_squares.search import LineSearch
-from tengrad_triton.least_squares.settings import Settings, check_steps, checked_parameters, columns_of, least_damping
-from tengrad_triton.optim.validation import check_model, seed_of
+from tengrad_triton.least_squares.settings import (
+    Settings,
+    check_saved,
+    check_steps,
+    checked_parameters,
+    columns_of,
+    least_damping,
+)
+from tengrad_triton.optim.validation import seed_of
 from tengrad_triton.profiling import phase
 from tengrad_triton.residuals.rows import RowFinder
 from tengrad_triton.residuals.terms import Points, Residual, Terms
 
 MAX_BYTES = 4 * 2**30
+STATE_KEY = "gauss_newton"
+"""The key of what `GaussNewton.state_dict` has beside torch's entries."""
 
 
 class GaussNewton(torch.optim.Optimizer):
@@ -77,20 +86,39 @@ class GaussNewton(torch.optim.Optimizer):
         blocks: BlocksChoice = "network", max_rows: int | None = None, sketch: int | None = None,
         compile_rows: bool = False, max_bytes: int = MAX_BYTES, seed: int | None = None,
     ) -> None:  # fmt: skip
-        device = check_model(model)
+        parameters = checked_parameters(model)
         self._settings = Settings(acceleration, line_search, blocks, max_rows, sketch, compile_rows, max_bytes)
         self._settings.check()
         check_steps(lr, spring, self._settings)
         self._rule, start = damping_rule(damping)
         self.model, self._terms = model, Terms(model, residuals, weights)
-        super().__init__(checked_parameters(model), {"lr": lr, "damping": start, "spring": spring})
-        self._generator = torch.Generator(device)
-        self._generator.manual_seed(seed_of(seed))
-        self._rows = RowFinder(self._terms, compile_rows)
-        ops = ops_for("torch" if device.type == "cpu" else "auto")
-        self._jacobian = JacobianFinder(self._terms, self._rows, self._settings, ops, self._generator)
+        columns_of(model, blocks, parameters)  # raises for unknown modules
         self._steps = 0
         self.stats: StepStats | None = None
+        self._generator = torch.Generator(parameters[0].device)
+        self._generator.manual_seed(seed_of(seed))
+        super().__init__(parameters, {"lr": lr, "damping": start, "spring": spring})
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what finds the rows of J̃."""
+        self._rows = RowFinder(self._terms, self._settings.compile_rows)
+        ops = ops_for("torch" if self._generator.device.type == "cpu" else "auto")
+        self._jacobian = JacobianFinder(self._terms, self._rows, self._settings, ops, self._generator)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the group of all trained parameters, the only one.
+
+        Raises:
+            ValueError: there is one already.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "GaussNewton has one parameter group, of all parameters that the model trains: make a new GaussNewton "
+                "of a model that contains the others"
+            )
+        super().add_param_group(param_group)
 
     @property
     def _parameters(self) -> list[Tensor]:
@@ -107,10 +135,11 @@ class GaussNewton(torch.optim.Optimizer):
 
     @torch.no_grad()
     @override
-    def step(self, **points: Any) -> Tensor:  # type: ignore[override]
+    def step(self, *positional: Any, **points: Any) -> Tensor:  # type: ignore[override]
         """Take one step; return the loss before it, a 0-dim tensor without a graph.
 
         Args:
+            positional: none: points have names.
             points: for each term, by its name, the points [N, …] at which its residual function is called, or a tuple
                 of tensors, its arguments. They may be others at every step.
 
@@ -120,18 +149,73 @@ class GaussNewton(torch.optim.Optimizer):
                 does not depend on the parameters; or J̃ does not fit into ``max_bytes``. After any error, parameters,
                 state, buffers and random numbers have the values that they had before.
         """
+        if positional:
+            example = ", ".join(f"{term.name}=points" for term in self._terms.terms)
+            raise TypeError(
+                f"step takes the points of each residual by its name, step({example}), got "
+                f"{', '.join(type(x).__name__ for x in positional)} without one"
+            )
         group, named = self.param_groups[0], self._terms.points_of(points)
         check_steps(group["lr"], group["spring"], self._settings)
         parameters = self._parameters
+        if not parameters:
+            raise ValueError("every parameter of the optimizer is frozen now: nothing to train")
         evaluations = Evaluations(self._terms, self.model, parameters, named)
         before, drawn = dict(group), self._generator.get_state()
         try:
             return self._taken(evaluations, named, parameters)
         except BaseException:
             evaluations.undo()
+            group.clear()
             group.update(before)
             self._generator.set_state(drawn)
             raise
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's entries, and under ``"gauss_newton"`` the number of steps, the generator and the ways of rows."""
+        own = {"steps": self._steps, "generator": self._generator.get_state(), "ways": dict(self._rows.ways)}
+        return {**super().state_dict(), STATE_KEY: own}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the step at which `state_dict` was called. Settings that are no group's stay this optimizer's.
+
+        Raises:
+            ValueError: the state belongs to another model or another optimizer; nothing has changed then.
+        """
+        if STATE_KEY not in state_dict:
+            raise ValueError(
+                f"expected a state_dict of GaussNewton, with the key {STATE_KEY!r}; got {sorted(state_dict)}"
+            )
+        check_saved(state_dict, self.param_groups[0]["params"])
+        own = state_dict[STATE_KEY]
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        self._generator.set_state(own["generator"].cpu())
+        self._rows.resume(own["ways"])
+        self._steps, self.stats = own["steps"], None
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over, its model and residual functions included."""
+        made_anew = {"_rows", "_jacobian", "_generator", "step"}  # schedulers put a `step` on the object
+        kept = {
+            name: x for name, x in vars(self).items() if name not in made_anew and not name.startswith("_optimizer_")
+        }
+        generator = str(self._generator.device), self._generator.get_state()
+        return {**kept, "_copied": (generator, dict(self._rows.ways))}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become the copy that `__getstate__` described; torch's `load_state_dict` gives only groups and momenta."""
+        super().__setstate__(state)
+        if "_copied" not in state:
+            return
+        (device, generator), ways = vars(self).pop("_copied")
+        self._generator = torch.Generator(device)
+        self._generator.set_state(generator.cpu())
+        self._prepare()
+        self._rows.resume(ways)
 
     def _taken(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
         group, columns = self.param_groups[0], columns_of(self.model, self._settings.blocks, self._parameters)
@@ -150,7 +234,7 @@ class GaussNewton(torch.optim.Optimizer):
             if outcome.proposal is not None:
                 taken.append(True)
                 write_(parameters, outcome.proposal.at(evaluations.start_K, outcome.length))
-        self._remember(outcome, parameters, loss, len(r_R))
+        self._remember(outcome, parameters, loss, system.rows)
         return loss
 
     def _momentum(self, parameters: list[Tensor], mu: float) -> Momentum:

@@ -5,6 +5,7 @@ Dimensions: N points of a term, M residuals at each, R residuals of all terms, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -15,9 +16,13 @@ from tengrad_triton.least_squares.evaluations import flatten, write_
 from tengrad_triton.least_squares.settings import Settings
 from tengrad_triton.least_squares.systems import Block, Blocks, Sketched, Streamed, Subset, System
 from tengrad_triton.residuals.rows import RowFinder
+from tengrad_triton.residuals.surroundings import Surroundings
 from tengrad_triton.residuals.terms import Points, Term, Terms
 
 _CHUNKS = 8  # a chunk takes at most this part of max_bytes
+
+Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""Computes r̃ and J̃ of one chunk of points after the other."""
 
 
 class JacobianFinder:
@@ -53,10 +58,11 @@ class JacobianFinder:
         entry, k, r = parameters[0].element_size(), sum(p.numel() for p in parameters), sum(counts.values())
         if self._is_streamed(entry, r, k):
             size = max(1, self._settings.max_bytes // _CHUNKS // (entry * k))
-            streamed = Streamed(self._chunks(parameters, points, counts, size), k, self._ops)
-            return streamed.r_R, streamed
+            return self._streamed(parameters, points, self._chunks(parameters, points, counts, size), k)
+        before = Surroundings.now(self._terms.model)
         r_R, j_RK = self._stored(parameters, chosen, counts)
         if self._settings.max_rows is not None:
+            before.restore()
             whole_R, gradient_K = self._gradient(parameters, points)
             return whole_R, Subset(j_RK, gradient_K, self._ops)
         if self._settings.sketch is not None:
@@ -84,6 +90,25 @@ class JacobianFinder:
             f"{' (sketch= makes the matrix smaller, not the rows)' if entry * r * k < most else ''}"
         )
 
+    def _streamed(self, parameters: Sequence[Tensor], points: Points, chunks: Chunks, k: int) -> tuple[Tensor, System]:
+        """Return r̃ and the system of rows that are computed in chunks.
+
+        Raises:
+            ValueError: the residuals of chunks are not those of all points together.
+        """
+        before = Surroundings.now(self._terms.model)
+        streamed = Streamed(chunks, k, self._ops)
+        before.restore()
+        whole_R = self._terms.values(points)
+        self._terms.check_finite(whole_R, points)
+        # ‖J̃‖ ‖θ‖ is the size of what residuals near zero are the difference of.
+        least = streamed.norm() * flatten(parameters).norm()
+        parts = (self._terms.split(x, points) for x in (streamed.r_R, whole_R))
+        for term, part, whole in zip(self._terms.terms, *parts, strict=True):
+            if not bool((part - whole).norm() <= torch.finfo(whole.dtype).eps ** 0.5 * (whole.norm() + least)):
+                raise self._not_chunked(term)
+        return whole_R, streamed
+
     def _drawn(self, points: Points) -> Points:
         """Return points with at most ``max_rows`` residuals, of each term its share, drawn at random."""
         most = self._settings.max_rows
@@ -108,20 +133,34 @@ class JacobianFinder:
             scale = term.scale_of(counts[term.name])
             rs.append(self._fill(term, parameters, points[term.name], scale, j_RK[start:end]))
             start = end
-        return torch.cat(rs), j_RK
+        r_R = torch.cat(rs)
+        self._terms.check_finite(r_R, points)
+        return r_R, j_RK
 
     def _fill(
         self, term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ...], scale: float, j_RK: Tensor
     ) -> Tensor:
-        """Write a term's rows, times its scale, into ``j_RK``; return its residuals, times its scale."""
+        """Write a term's rows, times its scale, into ``j_RK``; return its residuals, times its scale.
+
+        Raises:
+            ValueError: there are more or fewer residuals than before, or rows are not finite where the residuals are.
+        """
         r, rows = self._rows.of_term(term, parameters, points)
+        if len(r) != len(j_RK):
+            raise ValueError(
+                f"the residual {term.name!r} returned {len(r)} residuals for {len(points[0])} points, but "
+                f"{len(j_RK)} were expected from the points before: return the same number for each point"
+            )
         for part, target in zip(rows, j_RK.split([p.numel() for p in parameters], 1), strict=True):
             torch.mul(part, scale, out=target)
+        if not math.isfinite(torch.linalg.vector_norm(j_RK, torch.inf)) and bool(r.isfinite().all()):
+            raise ValueError(
+                f"the residual {term.name!r} is finite, but its derivatives by the parameters are not: look for a root "
+                "or a norm at zero, or for torch.where around a branch that is not finite"
+            )
         return scale * r
 
-    def _chunks(
-        self, parameters: Sequence[Tensor], points: Points, counts: Mapping[str, int], size: int
-    ) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    def _chunks(self, parameters: Sequence[Tensor], points: Points, counts: Mapping[str, int], size: int) -> Chunks:
         """Return a function that computes r̃ and J̃ of one chunk of points after the other, at the present parameters."""
         start_K = flatten(parameters)
 
@@ -140,10 +179,14 @@ class JacobianFinder:
 
     def _check_is_chunked(self, term: Term) -> None:
         if self._rows.ways[term.name] == "backward":
-            raise ValueError(
-                f"the rows of all points exceed max_bytes, and {term.name!r} cannot be computed in chunks, because its "
-                "residuals depend on other points, or change the model: give fewer points, or a larger max_bytes"
-            )
+            raise self._not_chunked(term)
+
+    def _not_chunked(self, term: Term) -> ValueError:
+        return ValueError(
+            f"the rows of all points exceed max_bytes, and {term.name!r} cannot be computed in chunks, because its "
+            "residuals depend on other points or random numbers, or change the model: give fewer points, or a larger "
+            "max_bytes"
+        )
 
     def _gradient(self, parameters: Sequence[Tensor], points: Points) -> tuple[Tensor, Tensor]:
         """Return r̃ [R] of all points, and J̃ᵀ r̃ [K] by one backward pass."""

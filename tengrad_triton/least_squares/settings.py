@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tengrad_triton.capture.blocks import BlocksChoice, find_layer_params, fisher_blocks_of
 from tengrad_triton.least_squares.search import LINE_SEARCHES, LineSearch
@@ -31,13 +33,16 @@ class Settings:
         check_bool("compile_rows", self.compile_rows)
         if self.line_search is not None:
             check_choice("line_search", self.line_search, LINE_SEARCHES)
+        if isinstance(self.blocks, str):
+            check_choice("blocks", self.blocks, ("network", "layer"))
         for name in ("max_rows", "sketch"):
             check_count(name, getattr(self, name), optional=True)
         check_count("max_bytes", self.max_bytes)
         if self.max_rows is not None and self.sketch is not None:
             raise ValueError("max_rows and sketch are two ways to do with fewer rows: give one of them")
-        if self.sketch is not None and self.blocks != "network":
-            raise ValueError("sketch approximates J̃ J̃ᵀ of the whole network: it needs blocks='network'")
+        for name in ("max_rows", "sketch"):
+            if getattr(self, name) is not None and self.blocks != "network":
+                raise ValueError(f"{name} is for one system of the whole network: take it with blocks='network'")
 
     @property
     def accelerates(self) -> bool:
@@ -62,16 +67,45 @@ def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require a gradient.
 
     Raises:
-        ValueError: they have several types or devices.
+        TypeError: the model is no module.
+        ValueError: none requires a gradient, they have several types or devices, or they have no entries yet.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: give the module itself, not its parameters, "
+            "and freeze by requires_grad_(False) what is not to be trained"
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train")
+    if any(is_lazy(p) for p in model.parameters()):
+        raise ValueError("the model has lazy parameters, which have no shape yet: call it once on a batch of points")
     kinds = {(p.dtype, p.device) for p in trained}
     if len(kinds) > 1:
         listed = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise ValueError(f"all trained parameters must have one type and device, got {listed}: use model.double(), say")
     if trained[0].dtype not in (torch.float32, torch.float64):
         raise ValueError(f"GaussNewton needs float64 or float32 parameters, got {trained[0].dtype}: use model.double()")
+    if trained[0].is_meta:
+        raise ValueError("the parameters are on the device meta, which holds no numbers: use model.to_empty(device=…)")
     return trained
+
+
+def check_saved(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError unless a saved state has one group, of as many parameters, with directions of their shapes."""
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    if len(state_dict["param_groups"]) != 1 or len(saved) != len(parameters):
+        raise ValueError(
+            f"the state is of {len(saved)} trained parameters, but the model has {len(parameters)}: it was saved for "
+            "another model"
+        )
+    for index, parameter in zip(saved, parameters, strict=True):
+        direction = state_dict["state"].get(index, {}).get("direction")
+        if direction is not None and direction.shape != parameter.shape:
+            raise ValueError(
+                f"the state holds a direction of shape {tuple(direction.shape)} for a parameter of shape "
+                f"{tuple(parameter.shape)}: it was saved for another model"
+            )
 
 
 def columns_of(model: nn.Module, choice: BlocksChoice, parameters: Sequence[Tensor]) -> list[Tensor] | None:

@@ -46,6 +46,11 @@ class System(ABC):
     def spectrum(self) -> Tensor:
         """Return the eigenvalues of J̃ᵀ J̃ that need not be zero, min(R, K) of them."""
 
+    @property
+    def rows(self) -> int:
+        """How many rows J̃ has."""
+        return len(self._j_RK)
+
     def image(self, delta_K: Tensor) -> Tensor:
         """Return J̃ δ [R]."""
         return self._j_RK @ delta_K
@@ -138,7 +143,8 @@ class Sketched(System):
         (K̂ + α I)⁻¹ v = (v − B (Bᵀ B + α I)⁻¹ Bᵀ v) / α
 
     K̂ is at most J̃ J̃ᵀ, so that steps are no shorter than exact ones. See Guzmán-Cordero et al. 2025, section 3.3, and
-    Tropp et al. 2017, algorithm 3, for the shift that makes the factorization of Ωᵀ Y stable.
+    Tropp et al. 2017, algorithm 3. Here the inverse root of Ωᵀ Y is taken of its eigenvalues above rounding only, so
+    that a J̃ J̃ᵀ of a rank below S, or of zeros, has one too.
 
     Args:
         j_RK: J̃ of all parameters.
@@ -152,13 +158,12 @@ class Sketched(System):
         omega_RS = torch.randn(len(j_RK), rank, generator=generator, dtype=j_RK.dtype, device=j_RK.device)
         omega_RS = torch.linalg.qr(omega_RS).Q
         y_RS = j_RK @ (j_RK.mT @ omega_RS)
-        nu = torch.finfo(j_RK.dtype).eps * y_RS.norm()
-        y_RS = y_RS + nu * omega_RS
         core_SS = omega_RS.mT @ y_RS
-        factor_SS = torch.linalg.cholesky((core_SS + core_SS.mT) / 2)
-        b_RS = torch.linalg.solve_triangular(factor_SS.mT, y_RS, upper=True, left=False)
+        values_S, vectors_SS = torch.linalg.eigh((core_SS + core_SS.mT) / 2)
+        above_S = values_S > rank * torch.finfo(j_RK.dtype).eps * y_RS.norm()
+        b_RS = y_RS @ (vectors_SS * torch.where(above_S, values_S, torch.inf).rsqrt())
         u_RS, root_S, _ = torch.linalg.svd(b_RS, full_matrices=False)
-        self._u_RS, self._values_S = u_RS, (root_S.square() - nu).clamp_(min=0)
+        self._u_RS, self._values_S = u_RS, root_S.square()
 
     @override
     def factor(self, alpha: float) -> bool:
@@ -236,3 +241,12 @@ class Streamed(Block):
     @override
     def image(self, delta_K: Tensor) -> Tensor:
         return torch.cat([j_RK @ delta_K for _, j_RK in self._chunks()])
+
+    @property
+    @override
+    def rows(self) -> int:
+        return len(self.r_R)
+
+    def norm(self) -> Tensor:
+        """Return ‖J̃‖, the root of the sum of its squares."""
+        return self._matrix.trace().sqrt()

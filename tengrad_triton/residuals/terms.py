@@ -17,6 +17,8 @@ from typing_extensions import override
 
 from tengrad_triton.layers.stateless import call_with, places_of
 from tengrad_triton.misspellings import did_you_mean
+from tengrad_triton.residuals.checks import check_residuals, check_weights, checked_points, why_it_failed
+from tengrad_triton.residuals.surroundings import Surroundings
 
 Residual = Callable[..., Tensor]
 """A function of a batch of points that returns their residuals [N] or [N, …]; a closure over the model."""
@@ -47,7 +49,7 @@ class Term:
 
         Raises:
             TypeError: it is no tensor of floating-point numbers.
-            ValueError: its first dimension is not that of the points.
+            ValueError: its first dimension is not that of the points, or it has no entries.
         """
         if not isinstance(r, Tensor) or not r.is_floating_point():
             got = f"{r.dtype} tensor" if isinstance(r, Tensor) else type(r).__name__
@@ -60,11 +62,17 @@ class Term:
                 f"the residual {self.name!r} must return one residual, or one row of residuals, for each of its "
                 f"{len(points[0])} points, got shape {tuple(r.shape)}: return r itself, not its mean or its square"
             )
+        if r.numel() == 0:
+            raise ValueError(
+                f"the residual {self.name!r} must return at least one residual for each point, got shape "
+                f"{tuple(r.shape)}"
+            )
         return r
 
 
 # torch.func raises these for operations that it cannot transform.
 NOT_BATCHED = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+_WITHOUT_GRAPH = "does not require grad"  # what torch.autograd.grad says under no_grad
 
 
 class Bound(nn.Module):
@@ -102,15 +110,13 @@ class Terms:
     def __init__(
         self, model: nn.Module, residuals: Mapping[str, Residual], weights: Mapping[str, float] | None
     ) -> None:
-        _check_residuals(residuals)
-        _check_weights(weights or {}, residuals)
+        check_residuals(residuals)
+        check_weights({} if weights is None else weights, list(residuals))
         self.model = model
         weight_of = dict.fromkeys(residuals, 1.0) | dict(weights or {})
         self.terms = [Term(name, residual, weight_of[name]) for name, residual in residuals.items()]
         self._per_point: dict[str, int] = {}  # M of each term, once it was evaluated
-        self.needs_graph: set[str] = (
-            set()
-        )  # terms whose residual function calls autograd.grad, so that it needs a graph
+        self.needs_graph: set[str] = set()  # terms whose residual function calls autograd.grad
 
     def points_of(self, given: Mapping[str, Any]) -> Points:
         """Return the points of each term.
@@ -128,13 +134,33 @@ class Terms:
             raise TypeError(
                 f"a step needs the points of every residual, {', '.join(missing)} had none: step({example})"
             )
-        return {name: _checked_points(name, given[name]) for name in names}
+        device = next(self.model.parameters()).device
+        return {name: checked_points(name, given[name], device) for name in names}
 
     def counts(self, points: Points) -> dict[str, int]:
         """Return N M of each term: how many residuals it has at its points."""
         if not self._per_point:
+            before = Surroundings.now(self.model)
             self.values(points)
+            before.restore()
         return {name: len(tensors[0]) * self._per_point[name] for name, tensors in points.items()}
+
+    def call(self, term: Term, points: tuple[Tensor, ...]) -> Tensor:
+        """Return what a term's residual function returns, checked.
+
+        Raises:
+            TypeError: it returns no real numbers, or fails at points of another type than the model's.
+            ValueError: it returns no batch, or fails at points on another device than the model.
+        """
+        try:
+            r = term.residual(*points)
+        except RuntimeError as error:
+            needs_graph = not torch.is_grad_enabled() and _WITHOUT_GRAPH in str(error)
+            why = None if needs_graph else why_it_failed(error, term.name, points, self.model)
+            if why is None:
+                raise
+            raise why from error
+        return term.checked(r, points)
 
     def values(self, points: Points, with_graph: bool = False) -> Tensor:
         """Return all residuals r̃ [R] at the model's present parameters; the loss is ‖r̃‖²."""
@@ -144,13 +170,12 @@ class Terms:
         """Return one term's residuals times their scale, [N M]."""
         with torch.set_grad_enabled(with_graph or term.name in self.needs_graph):
             try:
-                r = term.residual(*points)
+                r = self.call(term, points)
             except RuntimeError as error:
-                if torch.is_grad_enabled() or "does not require grad" not in str(error):
-                    raise _explained(error, term, points, self.model) from error
+                if torch.is_grad_enabled() or _WITHOUT_GRAPH not in str(error):
+                    raise
                 self.needs_graph.add(term.name)
                 return self.value(term, points)
-        r = term.checked(r, points)
         self._per_point[term.name] = r.numel() // len(r)
         flat = r.flatten() if with_graph else r.detach().flatten()
         return term.scale_of(len(flat)) * flat
@@ -176,68 +201,18 @@ class Terms:
             found.append(term.scale_of(r_TR.shape[1]) * r_TR)
         return torch.cat(found, 1)
 
+    def split(self, r_R: Tensor, points: Points) -> tuple[Tensor, ...]:
+        """Return the part of r̃ at the points that each term has."""
+        return r_R.split(list(self.counts(points).values()))
+
     def check_finite(self, r_R: Tensor, points: Points) -> None:
         """Raise ValueError, which names the terms, unless all residuals r̃ at the points are finite."""
         if bool(r_R.isfinite().all()):
             return
-        counts = self.counts(points)
-        parts = dict(zip(counts, r_R.split(list(counts.values())), strict=True))
+        parts = dict(zip(points, self.split(r_R, points), strict=True))
         bad_of = {name: int((~part.isfinite()).sum()) for name, part in parts.items()}
         bad = [f"{name!r}: {bad} of {len(parts[name])}" for name, bad in bad_of.items() if bad]
         raise ValueError(
             f"residuals are NaN or infinite ({', '.join(bad)}): look for a division by zero or a root of a negative "
             "number in them, or for parameters that are not finite"
         )
-
-
-def _explained(error: RuntimeError, term: Term, points: tuple[Tensor, ...], model: nn.Module) -> Exception:
-    """Return a TypeError that names the types where points and parameters have different ones, or the error itself."""
-    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    others = {x.dtype for x in points if x.is_floating_point()} - own
-    if not others:
-        return error
-    return TypeError(
-        f"the residual {term.name!r} failed at points of {' and '.join(map(str, others))} with a model of "
-        f"{' and '.join(map(str, own))}: give both one type, such as model.double() and points.double() ({error})"
-    )
-
-
-def _check_residuals(residuals: Any) -> None:
-    if not isinstance(residuals, Mapping) or not residuals:
-        raise TypeError(
-            "residuals must be a dictionary from the names of terms to functions of their points, such as "
-            f'{{"interior": equation, "boundary": model}}, got {type(residuals).__name__ if residuals else residuals!r}'
-        )
-    for name, residual in residuals.items():
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"the name of a residual must be usable as a keyword of step, got {name!r}")
-        if not callable(residual):
-            raise TypeError(f"the residual {name!r} must be a function of its points, got {type(residual).__name__}")
-
-
-def _check_weights(weights: Mapping[str, Any], residuals: Mapping[str, Residual]) -> None:
-    for name, weight in weights.items():
-        if name not in residuals:
-            raise ValueError(f"weights has {name!r}, which is no residual{did_you_mean(name, residuals)}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"the weight of {name!r} must be a number, got {weight!r}")
-        if not 0 < weight < math.inf:
-            raise ValueError(f"the weight of {name!r} must be positive and finite, got {weight}")
-
-
-def _checked_points(name: str, points: Any) -> tuple[Tensor, ...]:
-    tensors = (points,) if isinstance(points, Tensor) else tuple(points) if isinstance(points, (tuple, list)) else ()
-    if not tensors or not all(isinstance(x, Tensor) and x.dim() > 0 for x in tensors):
-        raise TypeError(f"the points of {name!r} must be a tensor [N, …] or a tuple of them, got {_named(points)}")
-    if any(len(x) != len(tensors[0]) for x in tensors):
-        lengths = ", ".join(str(len(x)) for x in tensors)
-        raise ValueError(f"the tensors of {name!r} must have one first dimension, the number of points, got {lengths}")
-    if len(tensors[0]) == 0:
-        raise ValueError(f"the residual {name!r} has 0 points: give it at least one, or leave the residual out")
-    if not all(bool(x.isfinite().all()) for x in tensors):
-        raise ValueError(f"the points of {name!r} must be finite, but some are NaN or infinite")
-    return tensors
-
-
-def _named(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(type(value).__name__)
