@@ -173,7 +173,7 @@ class GaussNewton(torch.optim.Optimizer):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's entries, and under ``"gauss_newton"`` the number of steps, the generator and the ways of rows."""
+        """Return torch's entries, and under ``"gauss_newton"`` steps, the generator's state and the ways of rows."""
         own = {"steps": self._steps, "generator": self._generator.get_state(), "ways": dict(self._rows.ways)}
         return {**super().state_dict(), STATE_KEY: own}
 

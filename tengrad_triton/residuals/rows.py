@@ -1,14 +1,16 @@
 """The rows of J̃: the gradient of every residual of every term, by the cheapest way that autograd confirms.
 
-There are three ways, each slower and more general than the one before:
+There are four ways, each slower or more general than the one before:
 
 1. ``batched``: `torch.func` computes the residual of single points, all points in one pass. That holds for residuals
    whose derivatives are `tengrad_triton.jets` or `torch.func`, and for those without any;
-2. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
+2. ``captured``: the same, where the residual function holds parameters itself, such as the unknown coefficient of an
+   equation, which replacing those of the model's modules does not reach;
+3. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
    calls `torch.autograd.grad`;
-3. ``backward``: one backward pass for each residual, which is exact for any function.
+4. ``backward``: one backward pass for each residual, which is exact for any function.
 
-The first two are exact only if no residual depends on other points. So their residuals and the sum of their rows, each
+The first three are exact only if no residual depends on other points. So their residuals and the sum of their rows, each
 times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
 number is a power of two. If they differ, the next way is taken.
 
@@ -18,12 +20,16 @@ Dimensions: N points of a term, M residuals at each point, K entries of all trai
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from typing_extensions import override
 
 from tengrad_triton.capture.rows.rerun import batched_grads, ignore_vmap_warning
 from tengrad_triton.capture.rows.weights import random_weights
@@ -39,7 +45,33 @@ Way = Callable[[Sequence[Tensor], tuple[Tensor, ...]], tuple[Tensor, list[Tensor
 """From the trained parameters and a term's points to its residuals [N, …] and the rows [N, …, *parameter.shape]."""
 
 
-def batched(model: nn.Module, residual: Residual) -> Way:
+class _Captured(TorchFunctionMode):
+    """Gives operations other tensors in the place of parameters, by the parameters' ids."""
+
+    def __init__(self, tensor_of: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._tensor_of = tensor_of
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map(lambda x: self._tensor_of.get(id(x), x), (tuple(args), dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+
+def captured(model: nn.Module, residual: Residual) -> Way:
+    """Return the way of `batched` that reaches the parameters that the residual function holds itself."""
+    return batched(
+        model, residual, lambda parameters, tensors: _Captured(dict(zip(map(id, parameters), tensors, strict=True)))
+    )
+
+
+def batched(
+    model: nn.Module,
+    residual: Residual,
+    context: Callable[[Sequence[Tensor], Iterable[Tensor]], AbstractContextManager[Any]] = lambda *_: nullcontext(),
+) -> Way:
     """Return the way that transforms the residual function of single points by `torch.func`."""
     bound = Bound(model, residual)
 
@@ -50,7 +82,8 @@ def batched(model: nn.Module, residual: Residual) -> Way:
 
         def of_point(*point: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             def forward(replaced: dict[str, Tensor]) -> Tensor:
-                return call_with(bound, places, replaced, tuple(x[None] for x in point))[0]
+                with context(parameters, replaced.values()):
+                    return call_with(bound, places, replaced, tuple(x[None] for x in point))[0]
 
             transformed: Any = vjp(forward, dict(zip(names, (p.detach() for p in parameters), strict=True)))
             r, pull = transformed
@@ -97,7 +130,12 @@ def backward(model: nn.Module, residual: Residual) -> Way:
     return rows
 
 
-WAYS: dict[str, Callable[[nn.Module, Residual], Way]] = {"batched": batched, "expanded": expanded, "backward": backward}
+WAYS: dict[str, Callable[[nn.Module, Residual], Way]] = {
+    "batched": batched,
+    "captured": captured,
+    "expanded": expanded,
+    "backward": backward,
+}
 
 
 class RowFinder:
