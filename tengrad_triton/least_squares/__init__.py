@@ -1,0 +1,1 @@
+"""Gauss-Newton steps on residuals."""

@@ -1,0 +1,223 @@
+"""Rows of residuals from one backward pass, also where the residual calls `torch.autograd.grad` itself.
+
+Each sample n gets its own copy θ_n of the weights θ. Then the gradient of Σ_n r_n with respect to the copies is every
+row at once: the derivative with respect to θ_n is ∂r_n/∂θ, because no other residual uses copy n.
+
+The residual runs as it is, with its own parameters. A `TorchFunctionMode` sees every operation that is given a
+parameter, or a tensor that was computed from parameters alone, and runs it under `torch.func.vmap`: on a batch of one
+sample, with that sample's copy. What comes out is an ordinary tensor of the batch, so that
+`torch.autograd.grad(…, create_graph=True)` works on it, to any order. Operations without parameters run unchanged.
+
+A residual that mixes samples, or that hands parameters to code that no mode sees (`torch.autograd.Function`, a
+scripted module), has other rows than these. So their sum with random weights is compared with the gradient of the
+residual as the caller wrote it.
+
+Dimensions: N samples, M residuals for each; "rows_NM…" is [N, M, *parameter.shape].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from typing_extensions import override
+
+from tengrad_triton.capture.rows.rerun import ignore_vmap_warning, sums_to
+from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
+
+Points = Tensor | Sequence[Tensor]
+"""The inputs [N, …] of a residual function; a sequence is several arguments."""
+
+# torch raises these for operations that it cannot run on single samples.
+_CANNOT_RUN = (RuntimeError, ValueError, TypeError, IndexError)
+
+
+class NotExpandableError(RuntimeError):
+    """A copy of the weights for each sample does not give the rows of this residual; another way has to be taken."""
+
+
+def expanded_rows(
+    model: nn.Module, residual: Callable[..., Tensor], points: Points, *, check: bool = True
+) -> list[Tensor]:
+    """Return the rows ∂r_n/∂θ of every trained parameter by one backward pass for each of the M residuals of a sample.
+
+    Args:
+        model: the module whose parameters are trained.
+        residual: a function of the points that returns [N] or [N, …]; a closure over ``model``.
+        points: its arguments, tensors whose first dimension is N.
+        check: whether to compare the rows with the gradient of the residual as it is, which costs one more forward and
+            backward. Once is enough for a residual function that does the same operations at every call.
+
+    Returns:
+        A tensor [N, …, *parameter.shape] for each parameter of ``model`` that requires a gradient, in the order of
+        ``model.parameters()``, where [N, …] is the shape of the residuals. A parameter that no residual uses has zeros.
+
+    Raises:
+        NotExpandableError: an operation cannot be run on one sample, or the rows are not those of the residual.
+    """
+    return residuals_and_rows(model, residual, points, check=check)[1]
+
+
+def residuals_and_rows(
+    model: nn.Module, residual: Callable[..., Tensor], points: Points, *, check: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the residuals [N, …], without a graph, and what `expanded_rows` returns; arguments and errors as there."""
+    args = (points,) if isinstance(points, Tensor) else tuple(points)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    constants = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    mode = _Expansion(parameters, constants, len(args[0]))
+    devices = [args[0].device] if args[0].is_cuda else []
+    with torch.random.fork_rng(devices, enabled=check), torch.enable_grad(), mode:
+        try:
+            r = residual(*args)
+        except NotExpandableError:
+            raise
+        except _CANNOT_RUN as error:  # or an error of the caller's, which the fallback shows
+            raise NotExpandableError(f"the residual does not run on single samples: {error}") from error
+    r = mode.batched_result(r)
+    rows = _rows(r, mode.copies)
+    if check:
+        with torch.enable_grad():
+            _compare(residual(*args), r.detach(), rows, parameters)
+    return r.detach(), rows
+
+
+def _rows(r: Tensor, copies: Sequence[Tensor]) -> list[Tensor]:
+    """Return rows_NM… of the copies [N, …] of each parameter."""
+    sums_M = r.reshape(len(r), -1).sum(0)
+    options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    columns = [torch.autograd.grad(total, copies, **options) for total in sums_M]
+    rows = columns[0] if len(columns) == 1 else [torch.stack(parts, 1) for parts in zip(*columns, strict=True)]
+    return [rows_NM.view(*r.shape, *copy.shape[1:]) for rows_NM, copy in zip(rows, copies, strict=True)]
+
+
+def _compare(expected: Tensor, r: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Raise NotExpandableError unless Σ c r has the same gradient both ways, for random numbers c [N, …]."""
+    if expected.shape != r.shape or not torch.allclose(expected, r, rtol=torch.finfo(r.dtype).eps ** 0.5):
+        raise NotExpandableError("the residual has other values with a copy of the weights for each sample")
+    c = random_weights(r.numel(), r).view_as(r)
+    grads = torch.autograd.grad((c * expected).sum(), parameters, allow_unused=True, materialize_grads=True)
+    for rows_NM, grad in zip(rows, grads, strict=True):
+        weighted = multiply_samples(c.flatten(), rows_NM.flatten(0, r.dim() - 1))
+        if not sums_to(weighted, grad):
+            raise NotExpandableError("the residual mixes samples, or hands parameters to code that no mode sees")
+
+
+@dataclass
+class _Call:
+    """A call of an operation that is given parameters, or tensors that were computed from these alone.
+
+    Args:
+        func: the operation.
+        leaves: its arguments.
+        spec: how `tree_unflatten` makes positional arguments and keywords of them.
+        has_twin: which leaves were computed from parameters alone.
+        is_batched: which leaves are [N, …].
+    """
+
+    func: Callable[..., Any]
+    leaves: Sequence[Any]
+    spec: TreeSpec
+    has_twin: Sequence[bool]
+    is_batched: Sequence[bool]
+
+    def on_samples(self, copies: Sequence[Tensor]) -> Any:
+        """Return what the operation returns for the batch, each sample with its own copy of the parameters."""
+        batched = [leaf.as_subclass(Tensor)[:, None] for leaf, b in zip(self.leaves, self.is_batched, strict=True) if b]
+        outputs = self._mapped([*batched, *copies])
+        if any(not isinstance(y, Tensor) or y.dim() < 2 or y.shape[1] != 1 for y in tree_leaves(outputs)):
+            raise NotExpandableError(f"{self._name} returns something else than a batch for a batch of one sample")
+        return tree_map(lambda y: y.flatten(0, 1), outputs)
+
+    def on_copies(self, copies: Sequence[Tensor]) -> list[Tensor]:
+        """Return, for each tensor that the operation returns, its value [N, …] for the copies of each sample."""
+        return [leaf for leaf in tree_leaves(self._mapped(copies)) if isinstance(leaf, Tensor)]
+
+    def _mapped(self, tensors: Sequence[Tensor]) -> Any:
+        """Run the operation once for each sample, on the leaves that are batched and then on those with twins."""
+        places = [index for index, b in enumerate(self.is_batched) if b]
+        places += [index for index, twin in enumerate(self.has_twin) if twin]
+
+        def one_sample(*given: Tensor) -> Any:
+            leaves = list(self.leaves)
+            for place, tensor in zip(places, given, strict=True):
+                leaves[place] = tensor
+            args, kwargs = tree_unflatten(leaves, self.spec)
+            return self.func(*args, **kwargs)
+
+        try:
+            with ignore_vmap_warning():
+                return vmap(one_sample, randomness="error")(*tensors)
+        except _CANNOT_RUN as error:
+            raise NotExpandableError(f"{self._name} does not run on single samples: {error}") from error
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.func, "__name__", repr(self.func))
+
+
+class _Expansion(TorchFunctionMode):
+    """Runs every operation on parameters with a copy of them for each sample.
+
+    A tensor that was computed from parameters alone has a twin [N, *shape]: its value for the copy of each sample.
+
+    Args:
+        parameters: have twins from the start, `copies`.
+        constants: tensors that belong to no sample, whatever their shape.
+        samples: N. Every other tensor whose first dimension is N belongs to the samples.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], constants: Sequence[Tensor], samples: int) -> None:
+        super().__init__()
+        self.copies = [p.detach().expand(samples, *p.shape).requires_grad_() for p in parameters]
+        # Both are kept: an id belongs to another tensor once its own is gone.
+        self._twins = {id(p): (p, copy) for p, copy in zip(parameters, self.copies, strict=True)}
+        self._constants = {id(tensor): tensor for tensor in constants}
+        self._samples = samples
+
+    def batched_result(self, r: Any) -> Tensor:
+        """Return what a residual function returned; raise NotExpandableError unless it is [N, …]."""
+        if not isinstance(r, Tensor) or id(r) in self._twins or not self._belongs_to_samples(r):
+            raise NotExpandableError(f"the residuals of {self._samples} points are [N, …], one or more a point")
+        if not r.requires_grad:
+            raise NotExpandableError("the residuals do not depend on trained parameters")
+        return r.as_subclass(Tensor)
+
+    def _belongs_to_samples(self, x: Tensor) -> bool:
+        return x.dim() > 0 and len(x) == self._samples and id(x) not in self._constants
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        leaves, spec = tree_flatten((tuple(args), dict(kwargs or {})))
+        has_twin = [id(leaf) in self._twins for leaf in leaves]
+        if not any(has_twin):
+            return func(*args, **(kwargs or {}))
+        if func is torch.autograd.grad:
+            raise NotExpandableError("the residual differentiates with respect to parameters")
+        is_batched = [
+            isinstance(leaf, Tensor) and not twin and self._belongs_to_samples(leaf)
+            for leaf, twin in zip(leaves, has_twin, strict=True)
+        ]
+        call = _Call(func, leaves, spec, has_twin, is_batched)
+        twins = [self._twins[id(leaf)][1] for leaf, twin in zip(leaves, has_twin, strict=True) if twin]
+        if any(is_batched):
+            return call.on_samples(twins)
+        return self._on_parameters(call, twins)
+
+    def _on_parameters(self, call: _Call, twins: Sequence[Tensor]) -> Any:
+        """Return what the operation returns, with twins for the tensors among it."""
+        args, kwargs = tree_unflatten(call.leaves, call.spec)
+        result = call.func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if tensors:
+            for tensor, twin in zip(tensors, call.on_copies(twins), strict=True):
+                self._twins[id(tensor)] = (tensor, twin)
+        return result
