@@ -143,6 +143,10 @@ def without_parameters(u, x_ND):
     return x_ND.square()
 
 
+def complex_numbers(u, x_ND):
+    return torch.complex(u(x_ND), x_ND)
+
+
 def one_number(u, x_ND):
     return u(x_ND).sum()
 
@@ -164,6 +168,7 @@ def on_single_points(u, x_ND):
         (weights_as_unknowns, "differentiates with respect to parameters"),
         (without_samples, "residuals of 4 points are"),
         (without_parameters, "do not depend on trained parameters"),
+        (complex_numbers, "the residuals are complex"),
         (one_number, "residuals of 4 points are"),
         (two_batches_at_once, "."),
         (on_single_points, "."),

@@ -185,6 +185,8 @@ class _Expansion(TorchFunctionMode):
         """Return what a residual function returned; raise NotExpandableError unless it is [N, …]."""
         if not isinstance(r, Tensor) or id(r) in self._twins or not self._belongs_to_samples(r):
             raise NotExpandableError(f"the residuals of {self._samples} points are [N, …], one or more a point")
+        if r.is_complex():
+            raise NotExpandableError("the residuals are complex; return their real and imaginary parts side by side")
         if not r.requires_grad:
             raise NotExpandableError("the residuals do not depend on trained parameters")
         return r.as_subclass(Tensor)
