@@ -154,7 +154,7 @@ LOSS = """## The loss
 
 Each term t has its weight w_t, 1 unless `weights` says otherwise. The mean is over all entries of what its
 function returns. So the number of points of a term does not change how much it counts; its weight does."""
-UNITS = """`step` returns the loss before the step, at the points of this step. The step solves (JᵀJ + α I) δ = Jᵀ r with
+UNITS = """`step` returns the loss before the step, at its points. It solves (JᵀJ + α I) δ = Jᵀ r with
 all residuals stacked, each times √(w_t / entries of the term): L = ‖r‖². There is no factor ½ and no factor 2: the
 gradient of L is 2 Jᵀ r. The damping α has the unit of L over that of a parameter squared. So if you multiply every
 weight by 100, you have to multiply a fixed `damping` by 100 as well to take the same step.

@@ -63,7 +63,16 @@ def slope_by_jvp(u, x_ND):
     return jvp(u, (x_ND,), (torch.ones_like(x_ND),))[1]
 
 
-RESIDUALS = [values, laplacian_by_autograd, system_by_autograd, slope_by_jvp]
+def two_ends(u, x_ND):
+    """A periodic condition: the network runs once, on both ends."""
+    both = torch.cat([x_ND, -x_ND]).requires_grad_()
+    y_N = u(both)[:, 0]
+    slope_N = torch.autograd.grad(y_N.sum(), both, create_graph=True)[0][:, 1]
+    n = len(x_ND)
+    return torch.stack([y_N[:n] - y_N[n:], slope_N[:n] - slope_N[n:]], 1)
+
+
+RESIDUALS = [values, laplacian_by_autograd, system_by_autograd, slope_by_jvp, two_ends]
 
 
 def one_backward_a_residual(model, residual, *points):
@@ -151,8 +160,8 @@ def one_number(u, x_ND):
     return u(x_ND).sum()
 
 
-def two_batches_at_once(u, x_ND):
-    return u(torch.cat([x_ND, -x_ND])).unflatten(0, (2, -1)).sum(0)
+def pairs_in_another_order(u, x_ND):
+    return u(x_ND.repeat_interleave(2, 0) * torch.arange(2 * len(x_ND))[:, None]).unflatten(0, (-1, 2)).sum(1)
 
 
 def on_single_points(u, x_ND):
@@ -170,7 +179,7 @@ def on_single_points(u, x_ND):
         (without_parameters, "do not depend on trained parameters"),
         (complex_numbers, "the residuals are complex"),
         (one_number, "residuals of 4 points are"),
-        (two_batches_at_once, "."),
+        (pairs_in_another_order, "."),
         (on_single_points, "."),
     ],
 )

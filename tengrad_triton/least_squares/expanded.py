@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from typing_extensions import override
 
-from tengrad_triton.capture.rows.rerun import ignore_vmap_warning, sums_to
+from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
 from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 
 Points = Tensor | Sequence[Tensor]
@@ -71,7 +71,7 @@ def residuals_and_rows(
     args = (points,) if isinstance(points, Tensor) else tuple(points)
     parameters = [p for p in model.parameters() if p.requires_grad]
     constants = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-    mode = _Expansion(parameters, constants, len(args[0]))
+    mode = _Expansion(parameters, constants, args)
     devices = [args[0].device] if args[0].is_cuda else []
     with torch.random.fork_rng(devices, enabled=check), torch.enable_grad(), mode:
         try:
@@ -103,10 +103,13 @@ def _compare(expected: Tensor, r: Tensor, rows: Sequence[Tensor], parameters: Se
         raise NotExpandableError("the residual has other values with a copy of the weights for each sample")
     c = random_weights(r.numel(), r).view_as(r)
     grads = torch.autograd.grad((c * expected).sum(), parameters, allow_unused=True, materialize_grads=True)
-    for rows_NM, grad in zip(rows, grads, strict=True):
-        weighted = multiply_samples(c.flatten(), rows_NM.flatten(0, r.dim() - 1))
-        if not sums_to(weighted, grad):
-            raise NotExpandableError("the residual mixes samples, or hands parameters to code that no mode sees")
+    weighted = [multiply_samples(c.flatten(), rows_NM.reshape(c.numel(), -1)) for rows_NM in rows]
+    sizes = torch.stack([rows_RK.norm(dim=1).sum() for rows_RK in weighted])
+    offs = torch.stack([(j.sum(0) - g.flatten()).norm() for j, g in zip(weighted, grads, strict=True)])
+    eps = torch.finfo(r.dtype).eps
+    # Rows that are zero because their parts cancel differ by rounding errors of these parts, which are like other rows.
+    if bool((offs > eps**0.5 * sizes + eps**0.75 * sizes.sum()).any()):
+        raise NotExpandableError("the residual mixes samples, or hands parameters to code that no mode sees")
 
 
 @dataclass
@@ -118,7 +121,7 @@ class _Call:
         leaves: its arguments.
         spec: how `tree_unflatten` makes positional arguments and keywords of them.
         has_twin: which leaves were computed from parameters alone.
-        is_batched: which leaves are [N, …].
+        is_batched: which leaves are [k N, …]: k entries for each sample.
     """
 
     func: Callable[..., Any]
@@ -127,13 +130,15 @@ class _Call:
     has_twin: Sequence[bool]
     is_batched: Sequence[bool]
 
-    def on_samples(self, copies: Sequence[Tensor]) -> Any:
+    def on_samples(self, samples: int, copies: Sequence[Tensor]) -> Any:
         """Return what the operation returns for the batch, each sample with its own copy of the parameters."""
-        batched = [leaf.as_subclass(Tensor)[:, None] for leaf, b in zip(self.leaves, self.is_batched, strict=True) if b]
-        outputs = self._mapped([*batched, *copies])
-        if any(not isinstance(y, Tensor) or y.dim() < 2 or y.shape[1] != 1 for y in tree_leaves(outputs)):
-            raise NotExpandableError(f"{self._name} returns something else than a batch for a batch of one sample")
-        return tree_map(lambda y: y.flatten(0, 1), outputs)
+        batched = [leaf.as_subclass(Tensor) for leaf, b in zip(self.leaves, self.is_batched, strict=True) if b]
+        by_sample = [x.unflatten(0, (-1, samples)).transpose(0, 1) for x in batched]
+        entries = {x.shape[1] for x in by_sample}
+        outputs = self._mapped([*by_sample, *copies])
+        if any(not isinstance(y, Tensor) or y.dim() < 2 or y.shape[1] not in entries for y in tree_leaves(outputs)):
+            raise NotExpandableError(f"{self._name} returns something else than a batch for the entries of one sample")
+        return tree_map(lambda y: y.transpose(0, 1).flatten(0, 1), outputs)
 
     def on_copies(self, copies: Sequence[Tensor]) -> list[Tensor]:
         """Return, for each tensor that the operation returns, its value [N, …] for the copies of each sample."""
@@ -170,20 +175,24 @@ class _Expansion(TorchFunctionMode):
     Args:
         parameters: have twins from the start, `copies`.
         constants: tensors that belong to no sample, whatever their shape.
-        samples: N. Every other tensor whose first dimension is N belongs to the samples.
+        points: the arguments [N, …] of the residual. Every other tensor whose first dimension is N belongs to the
+            samples as well, and so does one of k N entries that was computed from the points, as by `torch.cat` of
+            k batches: entry n + N j belongs to sample n.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], constants: Sequence[Tensor], samples: int) -> None:
+    def __init__(self, parameters: Sequence[Tensor], constants: Sequence[Tensor], points: Sequence[Tensor]) -> None:
         super().__init__()
-        self.copies = [p.detach().expand(samples, *p.shape).requires_grad_() for p in parameters]
+        self.copies = [p.detach().expand(len(points[0]), *p.shape).requires_grad_() for p in parameters]
         # Both are kept: an id belongs to another tensor once its own is gone.
         self._twins = {id(p): (p, copy) for p, copy in zip(parameters, self.copies, strict=True)}
         self._constants = {id(tensor): tensor for tensor in constants}
-        self._samples = samples
+        self._computed = {id(tensor): tensor for tensor in points}
+        self._samples = len(points[0])
 
     def batched_result(self, r: Any) -> Tensor:
         """Return what a residual function returned; raise NotExpandableError unless it is [N, …]."""
-        if not isinstance(r, Tensor) or id(r) in self._twins or not self._belongs_to_samples(r):
+        known = isinstance(r, Tensor) and r.dim() > 0 and len(r) == self._samples
+        if not known or id(r) in self._twins or id(r) in self._constants:
             raise NotExpandableError(f"the residuals of {self._samples} points are [N, …], one or more a point")
         if r.is_complex():
             raise NotExpandableError("the residuals are complex; return their real and imaginary parts side by side")
@@ -191,8 +200,16 @@ class _Expansion(TorchFunctionMode):
             raise NotExpandableError("the residuals do not depend on trained parameters")
         return r.as_subclass(Tensor)
 
+    def _of_samples(self, result: Any) -> Any:
+        """Note that these tensors were computed from the points."""
+        self._computed |= {id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        return result
+
     def _belongs_to_samples(self, x: Tensor) -> bool:
-        return x.dim() > 0 and len(x) == self._samples and id(x) not in self._constants
+        """Whether the entries of ``x`` are those of the samples, once or, from the points, several times in turn."""
+        if x.dim() == 0 or id(x) in self._constants:
+            return False
+        return len(x) == self._samples or (id(x) in self._computed and len(x) > 0 and len(x) % self._samples == 0)
 
     @override
     def __torch_function__(
@@ -201,7 +218,8 @@ class _Expansion(TorchFunctionMode):
         leaves, spec = tree_flatten((tuple(args), dict(kwargs or {})))
         has_twin = [id(leaf) in self._twins for leaf in leaves]
         if not any(has_twin):
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            return self._of_samples(result) if any(id(leaf) in self._computed for leaf in leaves) else result
         if func is torch.autograd.grad:
             raise NotExpandableError("the residual differentiates with respect to parameters")
         is_batched = [
@@ -211,7 +229,7 @@ class _Expansion(TorchFunctionMode):
         call = _Call(func, leaves, spec, has_twin, is_batched)
         twins = [self._twins[id(leaf)][1] for leaf, twin in zip(leaves, has_twin, strict=True) if twin]
         if any(is_batched):
-            return call.on_samples(twins)
+            return self._of_samples(call.on_samples(self._samples, twins))
         return self._on_parameters(call, twins)
 
     def _on_parameters(self, call: _Call, twins: Sequence[Tensor]) -> Any:
