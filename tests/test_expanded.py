@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
+from tengrad_triton import derivatives, laplacian
 from tengrad_triton.least_squares.expanded import NotExpandableError, expanded_rows, residuals_and_rows
 
 WIDTH = 5
@@ -72,7 +73,12 @@ def two_ends(u, x_ND):
     return torch.stack([y_N[:n] - y_N[n:], slope_N[:n] - slope_N[n:]], 1)
 
 
-RESIDUALS = [values, laplacian_by_autograd, system_by_autograd, slope_by_jvp, two_ends]
+def system_by_jets(u, x_ND):
+    d = derivatives(u, x_ND)
+    return d.value[:, :1] * d.first[:, 0] - d.second[:, 1] + laplacian(u, x_ND)
+
+
+RESIDUALS = [values, laplacian_by_autograd, system_by_autograd, slope_by_jvp, two_ends, system_by_jets]
 
 
 def one_backward_a_residual(model, residual, *points):
@@ -86,8 +92,10 @@ def one_backward_a_residual(model, residual, *points):
 
 
 # As many samples as some of the tensors without samples have entries, too.
-@pytest.mark.parametrize("samples", [1, 2, 4, WIDTH])
-@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize(
+    ("residual", "samples"),
+    [(residual, n) for residual in RESIDUALS for n in (1, 2, 4, WIDTH) if (residual, n) != (system_by_jets, 2)],
+)
 @pytest.mark.parametrize("make", [mlp, mixed])
 def test_rows_are_those_of_one_backward_a_residual(make, residual, samples):
     torch.manual_seed(0)
@@ -167,6 +175,13 @@ def pairs_in_another_order(u, x_ND):
 def on_single_points(u, x_ND):
     weights = dict(u.named_parameters())
     return vmap(grad(lambda z_D: functional_call(u, weights, (z_D,)).sum()))(x_ND)
+
+
+def test_jets_at_as_many_points_as_coordinates_are_refused():
+    """Their first two dimensions, coordinates and points, cannot be told apart."""
+    u = mlp().double()
+    with pytest.raises(NotExpandableError):
+        expanded_rows(u, lambda x: system_by_jets(u, x), torch.randn(2, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
