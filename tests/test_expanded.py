@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from tengrad_triton import derivatives, laplacian
-from tengrad_triton.least_squares.expanded import NotExpandableError, expanded_rows, residuals_and_rows
+from tengrad_triton.residuals.expanded import NotExpandableError, expanded_rows, residuals_and_rows
 
 WIDTH = 5
 TOLERANCE = 1e-12  # a few hundred roundings of float64

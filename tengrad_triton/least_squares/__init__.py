@@ -1,1 +1,0 @@
-"""Gauss-Newton steps on residuals."""

@@ -1,0 +1,1 @@
+"""Residuals of least-squares problems, and the rows of their Jacobian."""
