@@ -26,8 +26,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from examples import guide
 from tengrad_triton import GaussNewton
-from tengrad_triton.residuals.expanded import expanded_rows
 from tengrad_triton.recipes.reports.markdown import block, bullets, table
+from tengrad_triton.residuals.expanded import expanded_rows
 
 TRUE = {"height": 2.0, "decay": 0.5, "frequency": 6.0, "phase": 0.3, "offset": 0.7}
 GUESS = {"height": 1.0, "decay": 0.2, "frequency": 5.5, "phase": 0.0, "offset": 0.0}

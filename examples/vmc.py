@@ -16,8 +16,8 @@ That is the Gauss-Newton step of the residuals
 
 where the last three are those of the samples, before the step: the network is to become ψ after one short step of
 imaginary time, exp(−(H − E)) ψ to first order. The norm of ψ is free. So a number c is trained beside the network,
-whose rows are all s. A step that chooses c best leaves of every row its deviation from the mean, O − Ō, up to a share
-α / s² of Ō.
+whose rows are all s. A step that chooses c best leaves of every row its deviation from the mean, O − Ō: S keeps a
+share α / (s² + α) of Ō Ōᵀ, which is small beside α I if ‖Ō‖ is beside s.
 
 Dimensions: N samples, D coordinates, K parameters.
 """
@@ -77,7 +77,7 @@ def local_energy(log_psi: nn.Module, x_ND: Tensor, c_DD: Tensor) -> Tensor:
     return (kinetic_N1 + 0.5 * ((x_ND @ c_DD) * x_ND).sum(1, keepdim=True)).detach()
 
 
-def reconfiguration(log_psi: LogPsi, scale: float = 100.0, **settings: float) -> GaussNewton:
+def reconfiguration(log_psi: LogPsi, scale: float = 1e3, **settings: float) -> GaussNewton:
     """Return an optimizer whose step on (samples, log ψ before the step, e − E) is stochastic reconfiguration."""
 
     def residual(x_ND: Tensor, before_N1: Tensor, excess_N1: Tensor) -> Tensor:
@@ -156,8 +156,8 @@ O(x) = ∂ log ψ(x)/∂θ, a step of stochastic reconfiguration is −η δ wit
 `GaussNewton` takes it on the residuals r(x) = log ψ_θ(x) + s c − log ψ(x) + e(x) − E, in which all but θ and c are
 those of the samples before the step. So the samples carry them, as further inputs of the residual. Least squares
 then bring ψ to where one step of imaginary time, exp(−(H − E)), would bring it. The number c stands for the norm of
-ψ, which is free; fitting it is what takes the mean off the rows O. It does so up to a share α / s² of the mean: 10⁻⁷
-with s = 100 and α = 10⁻³."""
+ψ, which is free; fitting it is what takes the mean off the rows O. Of Ō Ōᵀ, S keeps a share α / (s² + α), which is
+small beside α I if ‖Ō‖ is beside s = 1000."""
 RESULT = """The energy is the mean of the last {tail} steps; the standard error takes the samples of these for
 independent. Adam has as many samples and moves, and the same gradient; its learning rate is that of the lowest energy
 among {rates}."""
