@@ -157,7 +157,8 @@ function returns. So the number of points of a term does not change how much it 
 UNITS = """`step` returns the loss before the step, at its points. It solves (JᵀJ + α I) δ = Jᵀ r with
 all residuals stacked, each times √(w_t / entries of the term): L = ‖r‖². There is no factor ½ and no factor 2: the
 gradient of L is 2 Jᵀ r. The damping α has the unit of L over that of a parameter squared. So if you multiply every
-weight by 100, you have to multiply a fixed `damping` by 100 as well to take the same step.
+weight by 100, you have to multiply a fixed `damping` by 100 as well to take the same step. By default
+(`acceleration=True`) a second solve with the same matrix corrects δ for the curvature of r.
 
 If you come from a loss with sums in place of means, multiply a weight by the number of entries; if from
 `torch.nn.MSELoss`, the weight stays. PINA's and DeepXDE's losses are Σ w mean(r²), too, and the adapters keep their

@@ -12,6 +12,7 @@ from torch import nn
 os.environ.setdefault("DDE_BACKEND", "pytorch")  # read when deepxde is imported
 
 DAMPING = 1e-3
+PLAIN = {"damping": DAMPING, "acceleration": False}
 TOLERANCE = 1e-9
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is theirs
 
@@ -116,7 +117,7 @@ def test_an_epoch_of_pina_is_the_step_by_hand_on_pinas_loss(pina, weights):
         "data": lambda x, y: u(x) - y,
     }
     loss, step = by_hand(u, terms, weights, points)
-    solver = GaussNewtonPINN(problem, u, weighting=pina.weighting.ScalarWeighting(weights), damping=DAMPING)
+    solver = GaussNewtonPINN(problem, u, weighting=pina.weighting.ScalarWeighting(weights), **PLAIN)
     trainer = trainer_of(pina, solver)
     trainer.train()
     assert solver.trainer.logged_metrics["train_loss"].item() == pytest.approx(loss.item(), rel=1e-6)  # kept in float32
@@ -140,6 +141,20 @@ def test_the_unknowns_of_pinas_inverse_problem_are_trained_within_their_domain(p
     for name, p in problem.unknown_parameters.items():
         assert p.item() != before[name]
         assert low_high[name][0] <= p.item() <= low_high[name][1]
+
+
+def test_a_checkpoint_of_pina_goes_on_as_one_run(pina, tmp_path):
+    from tengrad_triton.adapters.pina import GaussNewtonPINN
+
+    problem, _ = poisson_with_data(pina)
+    u = mlp()
+    twin, again = copy.deepcopy(u), copy.deepcopy(u)
+    trainer_of(pina, GaussNewtonPINN(problem, u), epochs=4).train()
+    first = trainer_of(pina, GaussNewtonPINN(problem, twin), epochs=2)
+    first.train()
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    trainer_of(pina, GaussNewtonPINN(problem, again), epochs=4).train(ckpt_path=tmp_path / "half.ckpt")
+    assert agree(flat(again.parameters()), flat(u.parameters()))
 
 
 def test_weights_that_follow_the_losses_are_refused(pina):
@@ -223,11 +238,34 @@ def test_an_iteration_of_deepxde_is_the_step_by_hand_on_deepxdes_loss(dde, loss_
     model.compile("sgd", lr=0.0, loss_weights=loss_weights, verbose=0)
     model.train(iterations=1, verbose=0)
     first = flat(u.parameters())
-    optimizer = compile_least_squares(model, loss_weights=loss_weights, damping=DAMPING)
+    optimizer = compile_least_squares(model, loss_weights=loss_weights, **PLAIN)
     model.train(iterations=1, verbose=0)
     assert model.losshistory.loss_train[0].sum() == pytest.approx(loss.item(), rel=1e-12)
     assert optimizer.stats.loss == pytest.approx(loss.item(), rel=1e-12)
     assert agree(first - flat(u.parameters()), step)
+
+
+def test_the_loss_of_an_evolution_in_deepxde(dde):
+    """An initial condition, a Robin condition and an operator, as DeepXDE itself sums them."""
+    from tengrad_triton.adapters.deepxde import compile_least_squares
+
+    def heat(x, y):
+        return dde.grad.jacobian(y, x, i=0, j=1) - dde.grad.hessian(y, x, i=0, j=0)
+
+    line = dde.geometry.GeometryXTime(dde.geometry.Interval(0, 1), dde.geometry.TimeDomain(0, 1))
+    conditions = [
+        dde.icbc.IC(line, lambda x: x[:, :1], lambda _, at_start: at_start),
+        dde.icbc.RobinBC(line, lambda x, y: y - 1, lambda x, on: on and x[0] > 0.5),
+        dde.icbc.OperatorBC(line, lambda x, y, _: y + x[:, :1] * y, lambda x, on: on and x[0] < 0.5),
+    ]
+    data = dde.data.TimePDE(line, heat, conditions, num_domain=6, num_boundary=8, num_initial=4)
+    model = dde.Model(data, dde.nn.FNN([2, 6, 1], "tanh", "Glorot normal"))
+    loss_weights = [1.0, 2.0, 3.0, 4.0]
+    model.compile("sgd", lr=0.0, loss_weights=loss_weights, verbose=0)
+    model.train(iterations=1, verbose=0)
+    optimizer = compile_least_squares(model, loss_weights=loss_weights, **PLAIN)
+    model.train(iterations=1, verbose=0)
+    assert optimizer.stats.loss == pytest.approx(model.losshistory.loss_train[0].sum(), rel=1e-12)
 
 
 def test_an_unknown_of_deepxdes_equation_is_trained(dde):
@@ -240,7 +278,7 @@ def test_an_unknown_of_deepxdes_equation_is_trained(dde):
     terms, points = terms_by_hand(u, points_of(data), values, unknown)
     both = nn.Module()
     both.u = u
-    optimizer_of = compile_least_squares(model, external_trainable_variables=[unknown], damping=DAMPING)
+    optimizer_of = compile_least_squares(model, external_trainable_variables=[unknown], **PLAIN)
     trained = [*u.parameters(), unknown]
     first = flat(trained)
     both.parameters = lambda: iter(trained)
@@ -263,7 +301,7 @@ def test_new_points_of_deepxde_take_part_with_their_own_values(dde):
     )
     u = dde.nn.FNN([2, 6, 1], "tanh", "Glorot normal")
     model = dde.Model(data, u)
-    optimizer = compile_least_squares(model, damping=DAMPING)
+    optimizer = compile_least_squares(model, **PLAIN)
     for _ in range(8):
         data.resample_train_points()
         edge, inside = points_of(data)

@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tengrad_triton.adapters.trained import Trained
-from tengrad_triton.least_squares import GaussNewton
+from tengrad_triton.least_squares.gauss_newton import GaussNewton
 
 _PAIRED = (dde.icbc.PeriodicBC, dde.icbc.Interface2DBC)  # the first half of their points belongs to the second
 

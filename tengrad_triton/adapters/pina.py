@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tengrad_triton.adapters.trained import Trained
-from tengrad_triton.least_squares import GaussNewton
+from tengrad_triton.least_squares.gauss_newton import GaussNewton
 
 _STATE = "gauss_newton"
 
@@ -50,6 +50,7 @@ class GaussNewtonPINN(PhysicsInformedSingleModelSolver):  # type: ignore[misc]
         self.automatic_optimization = False
         self._settings = settings
         self._labels: dict[str, Sequence[str]] = {}
+        self._loaded: dict[str, Any] | None = None
         self.gauss_newton: GaussNewton | None = None
 
     @override
@@ -61,6 +62,8 @@ class GaussNewtonPINN(PhysicsInformedSingleModelSolver):  # type: ignore[misc]
         residuals = {name: self._residual(name) for name in names}
         module = Trained(self.model, unknowns)
         self.gauss_newton = GaussNewton(module, residuals, weights=weights, **self._settings)
+        if self._loaded is not None:
+            self.gauss_newton.load_state_dict(self._loaded)
 
     @override
     def training_step(self, batch: Sequence[tuple[str, Mapping[str, Any]]], batch_idx: int) -> Tensor:
@@ -87,7 +90,7 @@ class GaussNewtonPINN(PhysicsInformedSingleModelSolver):  # type: ignore[misc]
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the optimizer's state until there is an optimizer."""
+        """Keep the optimizer's state: Lightning builds the optimizer later."""
         self._loaded = checkpoint.get(_STATE)
 
     def _points(self, name: str, data: Mapping[str, Any]) -> tuple[Tensor, ...]:
