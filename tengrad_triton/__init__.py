@@ -19,9 +19,11 @@ Each sub-package imports only those before it:
 import logging
 
 from tengrad_triton.compiled.train_step import compile_train_step
-from tengrad_triton.derivatives import Derivatives, derivatives, laplacian
 from tengrad_triton.inspection.rules import check_rule
+from tengrad_triton.jets import Derivatives, derivatives, laplacian
 from tengrad_triton.layers import Call, Canonical, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical
+from tengrad_triton.least_squares.damping import EffectiveDimension, Exponential, GainRatio
+from tengrad_triton.least_squares.gauss_newton import GaussNewton
 from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from tengrad_triton.optim.damping import LevenbergMarquardt
 from tengrad_triton.optim.interval import Growing
@@ -38,7 +40,11 @@ __all__ = [
     "Canonical",
     "Categorical",
     "Derivatives",
+    "EffectiveDimension",
     "EmbeddingGrads",
+    "Exponential",
+    "GainRatio",
+    "GaussNewton",
     "Gaussian",
     "Growing",
     "LevenbergMarquardt",

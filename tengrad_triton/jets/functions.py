@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from tengrad_triton.derivatives.jet import Jet, jet_of
-from tengrad_triton.derivatives.rules import through
+from tengrad_triton.jets.jet import Jet, jet_of
+from tengrad_triton.jets.rules import through
 
 
 class FirstDerivatives(NamedTuple):

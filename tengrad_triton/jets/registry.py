@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from tengrad_triton.derivatives.activations import ACTIVATIONS, ActivationRule
-from tengrad_triton.derivatives.rules import RULES, Rule
+from tengrad_triton.jets.activations import ACTIVATIONS, ActivationRule
+from tengrad_triton.jets.rules import RULES, Rule
 
 A = TypeVar("A", bound=ActivationRule)
 R = TypeVar("R", bound=Rule)

@@ -4,10 +4,10 @@
 `torch.func`, and `registry` takes rules of a user's own modules.
 """
 
-from tengrad_triton.derivatives.functions import Derivatives, FirstDerivatives, derivatives, laplacian
-from tengrad_triton.derivatives.jet import Jet
-from tengrad_triton.derivatives.registry import register, register_activation
-from tengrad_triton.derivatives.rules import through
+from tengrad_triton.jets.functions import Derivatives, FirstDerivatives, derivatives, laplacian
+from tengrad_triton.jets.jet import Jet
+from tengrad_triton.jets.registry import register, register_activation
+from tengrad_triton.jets.rules import through
 
 __all__ = [
     "Derivatives",

@@ -11,8 +11,8 @@ from typing import cast
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from tengrad_triton.derivatives.exact import ExactDerivatives
-from tengrad_triton.derivatives.jet import Jet
+from tengrad_triton.jets.exact import ExactDerivatives
+from tengrad_triton.jets.jet import Jet
 
 Pair = tuple[Tensor, Tensor]
 

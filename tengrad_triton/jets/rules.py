@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tengrad_triton.derivatives.activations import ACTIVATIONS, Slopes
-from tengrad_triton.derivatives.general import general
-from tengrad_triton.derivatives.jet import Jet
+from tengrad_triton.jets.activations import ACTIVATIONS, Slopes
+from tengrad_triton.jets.general import general
+from tengrad_triton.jets.jet import Jet
 
 Rule = Callable[[Any, Jet], Jet]
 """From a module and the jet of its input to the jet of its output."""

@@ -8,9 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, weight_norm
 
 from tengrad_triton import derivatives, laplacian
-from tengrad_triton.derivatives import Jet, register, register_activation, through
-from tengrad_triton.derivatives.activations import ACTIVATIONS
-from tengrad_triton.derivatives.rules import RULES
+from tengrad_triton.jets import Jet, register, register_activation, through
+from tengrad_triton.jets.activations import ACTIVATIONS
+from tengrad_triton.jets.rules import RULES
 
 N, D, WIDTH, O = 5, 3, 8, 2  # noqa: E741
 

@@ -1,0 +1,170 @@
+"""The attempts of one step: directions with more and more damping, until one lowers the loss.
+
+Dimensions: R residuals of all terms, K entries of the trained parameters, T trials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.least_squares import search
+from tengrad_triton.least_squares.damping import MOST, AdaptiveDamping
+from tengrad_triton.least_squares.evaluations import Evaluations
+from tengrad_triton.least_squares.search import LineSearch
+from tengrad_triton.least_squares.systems import System
+
+_PROBE = 0.1  # how far along δ the second derivative is taken (Transtrum and Sethna 2012, section 3)
+_LONGEST = 0.75  # of 2 ‖q‖ / ‖δ‖: beyond it the expansion of which q is a term does not converge (there, section 2)
+_MOST_ATTEMPTS = 40
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step θ − η δ − η² q.
+
+    Attributes:
+        delta_K: δ.
+        curve_K: q; None without acceleration.
+        own_K: the part of δ that SPRING remembers, δ before its bias correction.
+        linear: 2 ⟨r̃, J̃ δ⟩, the slope of the loss along −δ.
+        quadratic: ‖J̃ δ‖².
+    """
+
+    delta_K: Tensor
+    curve_K: Tensor | None
+    own_K: Tensor
+    linear: float
+    quadratic: float
+
+    def at(self, start_K: Tensor, length: float) -> Tensor:
+        """Return θ − η δ − η² q."""
+        theta_K = start_K - length * self.delta_K
+        return theta_K if self.curve_K is None else theta_K - length**2 * self.curve_K
+
+    def predicted(self, length: float) -> float:
+        """Return by how much the linear model of r̃ expects the loss to fall."""
+        return length * self.linear - length**2 * self.quadratic
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the attempts ended.
+
+    Attributes:
+        proposal: the step that was taken; None if none was.
+        length: its η.
+        loss: after it; before it if none was taken.
+        ratio: the decrease of the loss over the predicted one.
+        attempts: how many there were.
+    """
+
+    proposal: Proposal | None
+    length: float
+    loss: float
+    ratio: float
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Momentum:
+    """SPRING's last direction φ [K], None at first, its μ, and the number of directions so far."""
+
+    last_K: Tensor | None
+    mu: float
+    count: int
+
+
+class Attempts:
+    """Looks for a step that lowers the loss.
+
+    Args:
+        evaluations: of the residuals at the step's points.
+        system: the normal equations at the step's beginning.
+        r_R: r̃ there.
+        momentum: of SPRING.
+        acceleration: whether to add q.
+        line_search: along each direction.
+    """
+
+    def __init__(
+        self, evaluations: Evaluations, system: System, r_R: Tensor, momentum: Momentum, acceleration: bool,
+        line_search: LineSearch | None,
+    ) -> None:  # fmt: skip
+        self._evaluations, self._system, self._r_R = evaluations, system, r_R
+        self._momentum, self._acceleration, self._line_search = momentum, acceleration, line_search
+        self._loss = float(r_R.square().sum())
+        self._precision = float(torch.finfo(r_R.dtype).eps)
+
+    def run(self, rule: AdaptiveDamping, state: dict[str, Any], lr: float) -> Outcome:
+        """Return the first step that lowers the loss; after each that does not ``rule`` raises ``state["damping"]``.
+
+        There is none if even the linear model expects no decrease beyond rounding.
+        """
+        for attempt in range(1, _MOST_ATTEMPTS + 1):
+            proposal = self._proposal(state["damping"])
+            if proposal is not None and proposal.predicted(min(lr, 1.0)) <= self._precision * self._loss:
+                break
+            if proposal is not None and self._is_short(proposal):
+                length, loss = self._searched(proposal, lr)
+                if loss < self._loss:
+                    ratio = (self._loss - loss) / proposal.predicted(length)
+                    rule.accept(state, ratio)
+                    return Outcome(proposal, length, loss, ratio, attempt)
+            if state["damping"] >= MOST:
+                break
+            rule.reject(state)
+        return Outcome(None, 0.0, self._loss, 0.0, attempt)
+
+    def _proposal(self, alpha: float) -> Proposal | None:
+        """Return the step with a damping; None where its matrix cannot be factored."""
+        if not self._system.factor(alpha):
+            return None
+        m, r_R = self._momentum, self._r_R
+        if m.mu and m.last_K is not None:
+            kept_K = m.mu * m.last_K
+            own_K = kept_K + self._system.direction(r_R - self._system.image(kept_K))
+        else:
+            own_K = self._system.direction(r_R)
+        delta_K = own_K / math.sqrt(1 - m.mu ** (2 * (m.count + 1))) if m.mu else own_K
+        if not bool(delta_K.isfinite().all()):
+            return None
+        linear, quadratic = self._system.decrease(r_R, delta_K)
+        curve_K = self._curve(delta_K) if self._acceleration else None
+        return Proposal(delta_K, curve_K, own_K, linear, quadratic)
+
+    def _curve(self, delta_K: Tensor) -> Tensor:
+        """Return q = ½ (J̃ᵀ J̃ + α I)⁻¹ J̃ᵀ r̃'', where r̃'' is the second derivative along δ, by a difference."""
+        image_R = self._system.image(delta_K)
+        ahead_R = self._evaluations.at(self._evaluations.start_K - _PROBE * delta_K)
+        second_R = (2 / _PROBE) * ((ahead_R - self._r_R) / _PROBE + image_R)
+        return 0.5 * self._system.direction(second_R)
+
+    def _is_short(self, proposal: Proposal) -> bool:
+        """Whether q is short enough beside δ; false where it is not finite."""
+        if proposal.curve_K is None:
+            return True
+        return 2 * float(proposal.curve_K.norm()) <= _LONGEST * float(proposal.delta_K.norm())
+
+    def _searched(self, proposal: Proposal, lr: float) -> search.Trial:
+        """Return the step length that the line search takes, and the loss there."""
+        start_K = self._evaluations.start_K
+
+        def loss_at(length: float) -> float:
+            loss = float(self._evaluations.at(proposal.at(start_K, length)).square().sum())
+            return loss if math.isfinite(loss) else math.inf
+
+        def losses_at(lengths: Sequence[float]) -> Tensor:
+            thetas_TK = torch.stack([proposal.at(start_K, length) for length in lengths])
+            return self._evaluations.at_many(thetas_TK).square().sum(1)
+
+        if self._line_search == "grid":
+            return search.grid(lr, losses_at)
+        if self._line_search == "armijo":
+            return search.armijo(lr, self._loss, proposal.linear, loss_at)
+        return search.full_step(lr, loss_at)

@@ -1,0 +1,176 @@
+"""The optimizer `GaussNewton`: damped Gauss-Newton steps on named residuals.
+
+Dimensions: R residuals of all terms, K entries of the trained parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tengrad_triton.capture.blocks import BlocksChoice
+from tengrad_triton.curvature.choices import ops_for
+from tengrad_triton.least_squares.attempts import Attempts, Momentum, Outcome
+from tengrad_triton.least_squares.damping import AdaptiveDamping, GainRatio, damping_rule
+from tengrad_triton.least_squares.evaluations import Evaluations, flatten, write_
+from tengrad_triton.least_squares.jacobian import JacobianFinder
+from tengrad_triton.least_squares.report import StepStats
+from tengrad_triton.least_squares.search import LineSearch
+from tengrad_triton.least_squares.settings import Settings, check_steps, checked_parameters, columns_of, least_damping
+from tengrad_triton.optim.validation import check_model, seed_of
+from tengrad_triton.profiling import phase
+from tengrad_triton.residuals.rows import RowFinder
+from tengrad_triton.residuals.terms import Points, Residual, Terms
+
+MAX_BYTES = 4 * 2**30
+
+
+class GaussNewton(torch.optim.Optimizer):
+    """Damped Gauss-Newton steps on a sum of mean squares of residuals, as for a physics-informed network.
+
+    With residuals r_t(θ) of term t at N_t points, M_t at each, the loss is L = Σ_t w_t mean(r_t²) = ‖r̃‖², where r̃ has
+    all √(w_t / (N_t M_t)) r_t. J̃ is the Jacobian of r̃ with respect to the trained parameters. A step is
+
+        (J̃ᵀ J̃ + α I) δ = J̃ᵀ r̃;    (J̃ᵀ J̃ + α I) q = ½ J̃ᵀ r̃''(δ, δ);    θ ← θ − η δ − η² q
+
+    q is the geodesic acceleration of Transtrum and Sethna (2012): it follows the curved valleys of such losses, where
+    steps along δ alone have to be short. The rows of J̃ are exact, however the residual functions take their derivatives
+    (docs/math.md, M20). A step that does not lower the loss at its own points is taken back and repeated with more
+    damping.
+
+    Args:
+        model: the module whose parameters are trained: all that require a gradient.
+        residuals: for each term, by a name of yours, a function of a batch of points that returns their residuals [N]
+            or [N, …]: a closure over the model, or a module.
+        weights: w_t of the terms whose weight is not 1.
+        lr: η, the length of a step; 1 is the Gauss-Newton step.
+        damping: α > 0 in the units of J̃ᵀ J̃ = ½ of the loss's Gauss-Newton matrix: a number, a function of the step
+            (such as `Exponential`), or a rule that adapts it: `GainRatio` (the default), `EffectiveDimension`.
+        acceleration: whether to add q. It costs one evaluation of the residuals, and a second solve.
+        spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1): keeps μ times the part of the last direction
+            that is orthogonal to the present rows, with the bias correction of Guzmán-Cordero et al. (2025).
+        line_search: None; ``"grid"``, the best of 12 step lengths, evaluated in one batch; or ``"armijo"``, the first
+            of η, η / 2, … that lowers the loss enough.
+        blocks: ``"network"``, one system for all parameters, or ``"layer"``, or lists of modules' names: each block is
+            solved alone, as in `TENGraD`.
+        max_rows: the most residuals whose rows make J̃ᵀ J̃, drawn at random at every step; the gradient has all.
+        sketch: the rank of a randomized Nyström approximation of J̃ J̃ᵀ, for more residuals than a factorization of
+            J̃ J̃ᵀ pays for.
+        compile_rows: whether `torch.compile` compiles the computation of rows.
+        max_bytes: the most memory that J̃ and the matrix may take. Rows are computed in chunks where J̃ would exceed it
+            and the matrix of parameters does not; otherwise a step raises before it has computed any.
+        seed: of the generator that draws rows and sketches; torch's initial seed by default.
+
+    Raises:
+        ValueError: a setting is out of range or unknown.
+        TypeError: a setting has the wrong type.
+    """
+
+    def __init__(
+        self, model: nn.Module, residuals: Mapping[str, Residual], *, weights: Mapping[str, float] | None = None,
+        lr: float = 1.0, damping: float | Callable[[int], float] | AdaptiveDamping = GainRatio(),  # noqa: B008
+        acceleration: bool = True, spring: float = 0.0, line_search: LineSearch | None = None,
+        blocks: BlocksChoice = "network", max_rows: int | None = None, sketch: int | None = None,
+        compile_rows: bool = False, max_bytes: int = MAX_BYTES, seed: int | None = None,
+    ) -> None:  # fmt: skip
+        device = check_model(model)
+        self._settings = Settings(acceleration, line_search, blocks, max_rows, sketch, compile_rows, max_bytes)
+        self._settings.check()
+        check_steps(lr, spring, self._settings)
+        self._rule, start = damping_rule(damping)
+        self.model, self._terms = model, Terms(model, residuals, weights)
+        super().__init__(checked_parameters(model), {"lr": lr, "damping": start, "spring": spring})
+        self._generator = torch.Generator(device)
+        self._generator.manual_seed(seed_of(seed))
+        self._rows = RowFinder(self._terms, compile_rows)
+        ops = ops_for("torch" if device.type == "cpu" else "auto")
+        self._jacobian = JacobianFinder(self._terms, self._rows, self._settings, ops, self._generator)
+        self._steps = 0
+        self.stats: StepStats | None = None
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self.param_groups[0]["params"] if p.requires_grad]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the last step found no damping at which the loss of its points falls."""
+        return self.stats is not None and not self.stats.accepted
+
+    def loss(self, **points: Any) -> Tensor:
+        """Return the loss at points, without a step and without a graph; arguments and errors as for `step`."""
+        return self._terms.values(self._terms.points_of(points)).square().sum()
+
+    @torch.no_grad()
+    @override
+    def step(self, **points: Any) -> Tensor:  # type: ignore[override]
+        """Take one step; return the loss before it, a 0-dim tensor without a graph.
+
+        Args:
+            points: for each term, by its name, the points [N, …] at which its residual function is called, or a tuple
+                of tensors, its arguments. They may be others at every step.
+
+        Raises:
+            TypeError: a term is missing or unknown, or a residual function returned no tensor of real numbers.
+            ValueError: points or residuals are not finite, or there are none; a residual function returned no batch, or
+                does not depend on the parameters; or J̃ does not fit into ``max_bytes``. After any error, parameters,
+                state, buffers and random numbers have the values that they had before.
+        """
+        group, named = self.param_groups[0], self._terms.points_of(points)
+        check_steps(group["lr"], group["spring"], self._settings)
+        parameters = self._parameters
+        evaluations = Evaluations(self._terms, self.model, parameters, named)
+        before, drawn = dict(group), self._generator.get_state()
+        try:
+            return self._taken(evaluations, named, parameters)
+        except BaseException:
+            evaluations.undo()
+            group.update(before)
+            self._generator.set_state(drawn)
+            raise
+
+    def _taken(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
+        group, columns = self.param_groups[0], columns_of(self.model, self._settings.blocks, self._parameters)
+        with phase("capture"):
+            r_R, system = self._jacobian.system(parameters, points, columns)
+        loss = r_R.square().sum()
+        self._terms.check_finite(r_R, points)
+        with phase("curvature"):
+            self._rule.begin(group, self._steps, system.spectrum, least_damping(r_R.dtype))
+        momentum = self._momentum(parameters, group["spring"])
+        attempts = Attempts(
+            evaluations, system, r_R, momentum, self._settings.accelerates, self._settings.line_search
+        )  # fmt: skip
+        with phase("solve"), evaluations.kept_if_taken() as taken:
+            outcome = attempts.run(self._rule, group, group["lr"])
+            if outcome.proposal is not None:
+                taken.append(True)
+                write_(parameters, outcome.proposal.at(evaluations.start_K, outcome.length))
+        self._remember(outcome, parameters, loss, len(r_R))
+        return loss
+
+    def _momentum(self, parameters: list[Tensor], mu: float) -> Momentum:
+        """Return SPRING's memory."""
+        known = all("direction" in self.state[p] for p in parameters)
+        last_K = flatten([self.state[p]["direction"] for p in parameters]) if known and mu else None
+        count = max((self.state[p].get("directions", 0) for p in parameters), default=0)
+        return Momentum(last_K, mu, count if last_K is not None else 0)
+
+    def _remember(self, outcome: Outcome, parameters: list[Tensor], loss: Tensor, rows: int) -> None:
+        """Keep the numbers of a step, and its direction for SPRING."""
+        group, taken = self.param_groups[0], outcome.proposal
+        self.stats = StepStats(
+            self._steps, float(loss), outcome.loss, taken is not None, outcome.attempts, group["damping"],
+            outcome.length, outcome.ratio, rows,
+        )  # fmt: skip
+        self._steps += 1
+        if taken is None or not group["spring"]:
+            return
+        for p in parameters:
+            self.state[p].setdefault("direction", torch.zeros_like(p))
+            self.state[p]["directions"] = self.state[p].get("directions", 0) + 1
+        write_([self.state[p]["direction"] for p in parameters], taken.own_K)

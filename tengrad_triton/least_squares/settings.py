@@ -1,0 +1,92 @@
+"""The settings of `GaussNewton` that do not change from step to step, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton.capture.blocks import BlocksChoice, find_layer_params, fisher_blocks_of
+from tengrad_triton.least_squares.search import LINE_SEARCHES, LineSearch
+from tengrad_triton.optim.validation import check_bool, check_choice, check_count, check_range
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See `GaussNewton`."""
+
+    acceleration: bool
+    line_search: LineSearch | None
+    blocks: BlocksChoice
+    max_rows: int | None
+    sketch: int | None
+    compile_rows: bool
+    max_bytes: int
+
+    def check(self) -> None:
+        """Raise unless the settings are valid, one by one and together."""
+        check_bool("acceleration", self.acceleration)
+        check_bool("compile_rows", self.compile_rows)
+        if self.line_search is not None:
+            check_choice("line_search", self.line_search, LINE_SEARCHES)
+        for name in ("max_rows", "sketch"):
+            check_count(name, getattr(self, name), optional=True)
+        check_count("max_bytes", self.max_bytes)
+        if self.max_rows is not None and self.sketch is not None:
+            raise ValueError("max_rows and sketch are two ways to do with fewer rows: give one of them")
+        if self.sketch is not None and self.blocks != "network":
+            raise ValueError("sketch approximates J̃ J̃ᵀ of the whole network: it needs blocks='network'")
+
+    @property
+    def accelerates(self) -> bool:
+        """Whether steps have the geodesic acceleration, which needs J̃ᵀ times any residuals."""
+        return self.acceleration and self.max_rows is None
+
+
+def check_steps(lr: object, spring: float, settings: Settings) -> None:
+    """Raise unless the settings that a schedule may change are valid."""
+    check_range("lr", lr, 0.0)
+    check_range("spring", spring, 0.0, below=1.0)
+    if spring and settings.max_rows is not None:
+        raise ValueError("spring needs the rows of all residuals: take it without max_rows")
+
+
+def least_damping(dtype: torch.dtype) -> float:
+    """Return the smallest α that a type resolves beside a J̃ᵀ J̃ of entries around 1; 0 in float64."""
+    return torch.finfo(dtype).eps / 10 if dtype == torch.float32 else 0.0
+
+
+def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient.
+
+    Raises:
+        ValueError: they have several types or devices.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kinds = {(p.dtype, p.device) for p in trained}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"all trained parameters must have one type and device, got {listed}: use model.double(), say")
+    if trained[0].dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"GaussNewton needs float64 or float32 parameters, got {trained[0].dtype}: use model.double()")
+    return trained
+
+
+def columns_of(model: nn.Module, choice: BlocksChoice, parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the columns of J̃ of each block of parameters; None for one block of all.
+
+    Raises:
+        ValueError: a list of blocks names a module without parameters, or one twice.
+    """
+    if choice == "network":
+        return None
+    layers = find_layer_params(model, [{"params": list(parameters)}], rows_without_rule=True)
+    blocks = fisher_blocks_of(choice, layers, [layer.name for layer in layers])
+    ends = torch.tensor([p.numel() for p in parameters]).cumsum(0).tolist()
+    columns = {id(p): torch.arange(end - p.numel(), end) for p, end in zip(parameters, ends, strict=True)}
+    owned = {layer.name: [id(layer.parameters[name]) for name in layer.trained()] for layer in layers}
+    device = parameters[0].device
+    by_block = [[columns[key] for name in names for key in owned[name]] for names in blocks.values()]
+    return [torch.cat(parts).to(device) for parts in by_block if parts]

@@ -1,0 +1,189 @@
+"""The rows of J̃: the gradient of every residual of every term, by the cheapest way that autograd confirms.
+
+There are three ways, each slower and more general than the one before:
+
+1. ``batched``: `torch.func` computes the residual of single points, all points in one pass. That holds for residuals
+   whose derivatives are `tengrad_triton.jets` or `torch.func`, and for those without any;
+2. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
+   calls `torch.autograd.grad`;
+3. ``backward``: one backward pass for each residual, which is exact for any function.
+
+The first two are exact only if no residual depends on other points. So their residuals and the sum of their rows, each
+times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
+number is a power of two. If they differ, the next way is taken.
+
+Dimensions: N points of a term, M residuals at each point, K entries of all trained parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+
+from tengrad_triton.capture.rows.rerun import batched_grads, ignore_vmap_warning, sums_to
+from tengrad_triton.capture.rows.weights import random_weights
+from tengrad_triton.layers.stateless import call_with, places_of
+from tengrad_triton.residuals.expanded import NotExpandableError, residuals_and_rows
+from tengrad_triton.residuals.terms import NOT_BATCHED, Bound, Residual, Term, Terms
+
+_CHUNK_BYTES = 256 * 2**20  # one pass computes rows of at most this size
+_RESIDUALS_PER_PASS = 16  # backward passes of this many residuals are batched into one
+
+Way = Callable[[Sequence[Tensor], tuple[Tensor, ...]], tuple[Tensor, list[Tensor]]]
+"""From the trained parameters and a term's points to its residuals [N, …] and the rows [N, …, *parameter.shape]."""
+
+
+def batched(model: nn.Module, residual: Residual) -> Way:
+    """Return the way that transforms the residual function of single points by `torch.func`."""
+    bound = Bound(model, residual)
+
+    def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        places = places_of(bound)
+        names = bound.names_of(parameters)
+        row_bytes = sum(p.numel() * p.element_size() for p in parameters)
+
+        def of_point(*point: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def forward(replaced: dict[str, Tensor]) -> Tensor:
+                return call_with(bound, places, replaced, tuple(x[None] for x in point))[0]
+
+            transformed: Any = vjp(forward, dict(zip(names, (p.detach() for p in parameters), strict=True)))
+            r, pull = transformed
+            if r.numel() == 1:
+                return r, pull(torch.ones_like(r))[0]
+            eye = torch.eye(r.numel(), dtype=r.dtype, device=r.device).view(-1, *r.shape)
+            return r, {name: g.view(*r.shape, *g.shape[1:]) for name, g in vmap(pull)(eye)[0].items()}
+
+        chunk = max(1, _CHUNK_BYTES // row_bytes)
+        with ignore_vmap_warning(), torch.no_grad():
+            found = vmap(of_point, chunk_size=chunk if len(points[0]) > chunk else None)(*(x.detach() for x in points))
+        return found[0], [found[1][name] for name in names]
+
+    return rows
+
+
+def expanded(model: nn.Module, residual: Residual) -> Way:
+    """Return the way of one backward pass with a copy of the weights for each point."""
+
+    def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        return residuals_and_rows(model, residual, points, check=False)
+
+    return rows
+
+
+def backward(model: nn.Module, residual: Residual) -> Way:
+    """Return the way of one backward pass for each residual, which is exact for any function."""
+
+    def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            r = residual(*points)
+        flat = r.reshape(-1)
+        parts: list[list[Tensor]] = [[] for _ in parameters]
+        for first in range(0, len(flat), _RESIDUALS_PER_PASS):
+            last = min(len(flat), first + _RESIDUALS_PER_PASS)
+            cotangents = torch.zeros(last - first, len(flat), dtype=r.dtype, device=r.device)
+            cotangents[torch.arange(last - first), torch.arange(first, last)] = 1
+            for grads in batched_grads([flat], list(parameters), [cotangents]):
+                for part, p, grad in zip(parts, parameters, grads, strict=True):
+                    part.append(torch.zeros_like(p) if grad is None else grad)
+        return r.detach(), [torch.stack(part).view(*r.shape, *part[0].shape) for part in parts]
+
+    return rows
+
+
+WAYS: dict[str, Callable[[nn.Module, Residual], Way]] = {"batched": batched, "expanded": expanded, "backward": backward}
+
+
+class RowFinder:
+    """Finds the rows of all terms; remembers which way serves each.
+
+    Args:
+        terms: of the loss.
+        compiles: whether `torch.compile` compiles the batched way.
+    """
+
+    def __init__(self, terms: Terms, compiles: bool = False) -> None:
+        self._terms, self._compiles = terms, compiles
+        self._untried = {term.name: iter(WAYS) for term in terms.terms}
+        self._calls = dict.fromkeys(self._untried, 0)
+        self._rows: dict[str, Way] = {}
+        self.ways: dict[str, str] = {}
+
+    def of_term(
+        self, term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return a term's residuals r [N M] and their rows [N M, k] of each parameter of k entries.
+
+        Raises:
+            ValueError: the residual does not depend on the parameters, or returned no batch.
+        """
+        self._calls[term.name] += 1
+        calls = self._calls[term.name]
+        prove = calls & (calls - 1) == 0  # 1, 2, 4, 8, …
+        expected = _expected(term, parameters, points) if prove or term.name not in self._rows else None
+        while True:
+            if term.name not in self._rows:
+                self._take_next_way(term)
+            try:
+                r, rows = self._rows[term.name](parameters, points)
+            except (*NOT_BATCHED, NotExpandableError):
+                if self.ways[term.name] == "backward":
+                    raise
+                expected = expected or _expected(term, parameters, points)
+                self._rows.pop(term.name)
+                continue
+            if self.ways[term.name] == "backward" or expected is None or _agree(r, rows, expected):
+                flat = r.flatten()
+                return flat, [j.reshape(len(flat), -1) for j in rows]
+            self._rows.pop(term.name)
+
+    def _take_next_way(self, term: Term) -> None:
+        way = next(self._untried[term.name])
+        self.ways[term.name] = way
+        rows = WAYS[way](self._terms.model, term.residual)
+        self._rows[term.name] = torch.compile(rows) if self._compiles and way == "batched" else rows
+        if way != "batched":
+            self._terms.needs_graph.add(term.name)
+        if way == "backward":
+            warnings.warn(
+                f"the residual {term.name!r} takes one backward pass for each point, which is exact but slow: write it "
+                "with tengrad_triton.jets or torch.func, without random numbers, in-place changes of the model, "
+                "or values of other points",
+                stacklevel=6,
+            )
+
+
+def _expected(term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    """Return the residuals of the whole batch, and the gradient of their sum with random weights.
+
+    Raises:
+        ValueError: no residual depends on a parameter.
+    """
+    with torch.enable_grad():
+        r = term.checked(term.residual(*points), points)
+    grads: Sequence[Any] = [None]
+    if r.requires_grad:
+        weights = random_weights(r.numel(), r).view_as(r)
+        grads = torch.autograd.grad(r, list(parameters), weights, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"the residual {term.name!r} does not depend on the trained parameters of the model: compute it from the "
+            "model that was given to the optimizer, without detach() or torch.no_grad()"
+        )
+    return r.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+
+
+def _agree(r: Tensor, rows: Sequence[Tensor], expected: tuple[Tensor, list[Tensor]]) -> bool:
+    """Whether residuals and rows are those of the whole batch, within sqrt(eps)."""
+    whole, grads = expected
+    if whole.shape != r.shape:
+        return False
+    if not bool((r - whole).norm() <= torch.finfo(r.dtype).eps ** 0.5 * whole.norm()):
+        return not bool(whole.isfinite().all())  # what is not finite is refused later
+    weights = random_weights(r.numel(), r)
+    weighted = (j.reshape(len(weights), -1) * weights[:, None] for j in rows)
+    return all(sums_to(j, grad.flatten()) for j, grad in zip(weighted, grads, strict=True))
