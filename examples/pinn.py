@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import cyclopts
@@ -103,22 +103,23 @@ def error_of_oscillation(qp: nn.Module) -> float:
 def contract() -> list[tuple[str, str, str]]:
     """Return what the loss is said to be, the loss, and the same number by hand, for terms of several shapes."""
     u, x_ND = network(2, 2), inside(40)
-    terms: Mapping[str, Callable[[Tensor], Tensor]] = {"one": lambda x: u(x)[:, 0], "two": u}
-    optimizer = GaussNewton(u, terms, weights={"two": 10.0})
+    terms: dict[str, Callable[[Tensor], Tensor]] = {"one": lambda x: u(x)[:, 0], "two": u}
+    points, weights = {"one": x_ND, "two": x_ND[:10]}, {"one": 1.0, "two": 10.0}
     with torch.no_grad():
-        one, two = u(x_ND)[:, 0].square(), u(x_ND[:10]).square()
-    sums = {
-        "[N]: mean over N points": ({"one": x_ND}, one.mean()),
-        "[N, M]: mean over all N M entries": ({"two": x_ND[:10]}, 10.0 * two.mean()),
-        "two terms: Σ w mean, each over its own points": (
-            {"one": x_ND, "two": x_ND[:10]},
-            one.mean() + 10 * two.mean(),
-        ),
+        means = {"one": u(x_ND)[:, 0].square().mean(), "two": u(x_ND[:10]).square().mean()}
+    cases = {
+        "[N]: mean over N points": ["one"],
+        "[N, M]: mean over all N M entries": ["two"],
+        "two terms: Σ w mean, each over its own points": ["one", "two"],
     }
-    return [
-        (what, f"{float(optimizer.loss(**points)):.12f}", f"{float(by_hand):.12f}")
-        for what, (points, by_hand) in sums.items()
-    ]
+    lines = []
+    for what, names in cases.items():
+        chosen = {name: weights[name] for name in names}
+        optimizer = GaussNewton(u, {name: terms[name] for name in names}, weights=chosen)
+        loss = optimizer.loss(**{name: points[name] for name in names})
+        by_hand = torch.stack([weights[name] * means[name] for name in names]).sum()
+        lines.append((what, f"{float(loss):.12f}", f"{float(by_hand):.12f}"))
+    return lines
 
 
 def bad_residuals(u: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:

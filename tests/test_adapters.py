@@ -11,7 +11,7 @@ from torch import nn
 
 os.environ.setdefault("DDE_BACKEND", "pytorch")  # read when deepxde is imported
 
-DAMPING = 1e-3
+DAMPING = 30.0  # so much that the first attempt lowers the loss
 PLAIN = {"damping": DAMPING, "acceleration": False}
 TOLERANCE = 1e-9
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is theirs
@@ -124,6 +124,7 @@ def test_an_epoch_of_pina_is_the_step_by_hand_on_pinas_loss(pina, weights):
     assert still.trainer.logged_metrics["train_loss"].item() == pytest.approx(loss.item(), rel=1e-6)
     assert solver.gauss_newton.stats.loss == pytest.approx(loss.item(), rel=1e-12)
     assert trainer.global_step == 1
+    assert solver.gauss_newton.stats.attempts == 1
     assert agree(first - flat(u.parameters()), step)
 
 
@@ -242,6 +243,7 @@ def test_an_iteration_of_deepxde_is_the_step_by_hand_on_deepxdes_loss(dde, loss_
     model.train(iterations=1, verbose=0)
     assert model.losshistory.loss_train[0].sum() == pytest.approx(loss.item(), rel=1e-12)
     assert optimizer.stats.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert optimizer.stats.attempts == 1
     assert agree(first - flat(u.parameters()), step)
 
 

@@ -80,10 +80,10 @@ def residuals_and_rows(
             raise
         except _CANNOT_RUN as error:  # or an error of the caller's, which the fallback shows
             raise NotExpandableError(f"the residual does not run on single samples: {error}") from error
-    r = mode.batched_result(r)
-    rows = _rows(r, mode.copies)
-    if check:
-        with torch.enable_grad():
+    with torch.enable_grad():
+        r = mode.batched_result(r)
+        rows = _rows(r, mode.copies)
+        if check:
             _compare(residual(*args), r.detach(), rows, parameters)
     return r.detach(), rows
 
