@@ -162,8 +162,29 @@ weight by 100, you have to multiply a fixed `damping` by 100 as well to take the
 (`acceleration=True`) a second solve with the same matrix corrects δ for the curvature of r.
 
 If you come from a loss with sums in place of means, multiply a weight by the number of entries; if from
-`torch.nn.MSELoss`, the weight stays. PINA's and DeepXDE's losses are Σ w mean(r²), too, and the adapters keep their
-weights."""
+`torch.nn.MSELoss`, the weight stays."""
+ADAPTERS = """## From PINA or DeepXDE
+
+Their losses are Σ_t w_t mean(r_t²), too. So equations that are written for them stay as they are, and so do the weights
+(`pip install tengrad-triton[pinn]`). In PINA a solver takes the place of `PINN`:
+
+    from tengrad_triton.adapters.pina import GaussNewtonPINN
+
+    solver = GaussNewtonPINN(problem, model, weighting=ScalarWeighting({"boundary": 10.0}))
+    Trainer(solver, max_epochs=200, accelerator="cpu").train()
+
+In DeepXDE, with its backend PyTorch, a function takes the place of `model.compile`:
+
+    from tengrad_triton.adapters.deepxde import compile_least_squares
+
+    optimizer = compile_least_squares(model, loss_weights=[1, 10])
+    model.train(iterations=200)
+
+Call `dde.config.set_default_float("float64")` and `torch.set_default_dtype(torch.float64)` first: float32, the default of
+both, ends a descent early. Both libraries take derivatives by `torch.autograd.grad`; the rows are exact all the same,
+from one backward pass. Unknowns of an inverse problem are trained too: PINA's by themselves, DeepXDE's as
+`external_trainable_variables`. Weights that follow the losses (PINA), regularizers, and losses other than the mean
+square are refused."""
 REFUSALS = """## What is refused
 
 A residual is real, finite, and differentiable, and there is one for each point or M for each point. Square nothing:
@@ -198,6 +219,7 @@ def page(lines: list[tuple[str, ...]], points: int, seed: int) -> list[str]:
         "networks": "two hidden layers of 24, tanh, float64",
         "points": f"{points} new ones at every step, and {points // 4} on the edge",
         "settings": "the defaults",
+        "weights": "10 on the edge, 1 otherwise",
         "seed": seed,
     }
     return [
@@ -205,7 +227,7 @@ def page(lines: list[tuple[str, ...]], points: int, seed: int) -> list[str]:
         block("v = network(2, 1)\nburgers(v, steps=5, points=60)", "python"), SOLVED,
         table(HEADING, lines[:1]), SYSTEM, block(inspect.getsource(oscillation).rstrip(), "python"),
         block("qp = network(1, 2)\noscillation(qp, steps=5, points=20)", "python"), table(HEADING, lines[1:]),
-        LOSS, table(("residual", "`optimizer.loss`", "by hand"), contract()), UNITS,
+        LOSS, table(("residual", "`optimizer.loss`", "by hand"), contract()), UNITS, ADAPTERS,
         REFUSALS, table(("what came", "what `step` says"), refused), "## What was run", bullets(what),
     ]  # fmt: skip
 

@@ -168,7 +168,7 @@ from torch import Tensor, nn
 from tengrad_triton import GaussNewton, derivatives
 
 MOVES = {moves}"""
-ADAM_LR = (3e-3, 1e-2, 3e-2)
+ADAM_LR = (1e-2, 3e-2, 1e-1)
 
 
 def draw(path: Path, runs: Sequence[Run], exact: float) -> None:
