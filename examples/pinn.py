@@ -180,11 +180,11 @@ In DeepXDE, with its backend PyTorch, a function takes the place of `model.compi
     optimizer = compile_least_squares(model, loss_weights=[1, 10])
     model.train(iterations=200)
 
-Call `dde.config.set_default_float("float64")` and `torch.set_default_dtype(torch.float64)` first: float32, the default of
-both, ends a descent early. Both libraries take derivatives by `torch.autograd.grad`; the rows are exact all the same,
-from one backward pass. Unknowns of an inverse problem are trained too: PINA's by themselves, DeepXDE's as
-`external_trainable_variables`. Weights that follow the losses (PINA), regularizers, and losses other than the mean
-square are refused."""
+Both compute in float32 unless told otherwise: by `torch.set_default_dtype(torch.float64)` before PINA's problem is
+made, by `dde.config.set_default_float("float64")` before DeepXDE's. Both take derivatives by `torch.autograd.grad`; the
+rows are exact all the same, from one backward pass. Unknowns of an inverse problem are trained too: PINA's by themselves,
+DeepXDE's as `external_trainable_variables`. Weights that follow the losses (PINA), regularizers and auxiliary variables
+(DeepXDE) are refused."""
 REFUSALS = """## What is refused
 
 A residual is real, finite, and differentiable, and there is one for each point or M for each point. Square nothing:
