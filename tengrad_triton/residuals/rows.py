@@ -70,7 +70,8 @@ def expanded(model: nn.Module, residual: Residual) -> Way:
     """Return the way of one backward pass with a copy of the weights for each point."""
 
     def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        return residuals_and_rows(model, residual, points, check=False)
+        with torch.enable_grad():
+            return residuals_and_rows(model, residual, points, check=False)
 
     return rows
 
@@ -81,7 +82,7 @@ def backward(model: nn.Module, residual: Residual) -> Way:
     def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
             r = residual(*points)
-        flat = r.reshape(-1)
+            flat = r.reshape(-1)
         parts: list[list[Tensor]] = [[] for _ in parameters]
         for first in range(0, len(flat), _RESIDUALS_PER_PASS):
             last = min(len(flat), first + _RESIDUALS_PER_PASS)
@@ -136,7 +137,7 @@ class RowFinder:
                 expected = expected or _expected(term, parameters, points)
                 self._rows.pop(term.name)
                 continue
-            if self.ways[term.name] == "backward" or expected is None or _agree(r, rows, expected):
+            if self.ways[term.name] == "backward" or expected is None or _agree(r, rows, expected, parameters):
                 flat = r.flatten()
                 return flat, [j.reshape(len(flat), -1) for j in rows]
             self._rows.pop(term.name)
@@ -177,12 +178,19 @@ def _expected(term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ..
     return r.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
 
-def _agree(r: Tensor, rows: Sequence[Tensor], expected: tuple[Tensor, list[Tensor]]) -> bool:
-    """Whether residuals and rows are those of the whole batch, within sqrt(eps)."""
+def _agree(
+    r: Tensor, rows: Sequence[Tensor], expected: tuple[Tensor, list[Tensor]], parameters: Sequence[Tensor]
+) -> bool:
+    """Whether residuals and rows are those of the whole batch, within sqrt(eps).
+
+    A residual that is nearly zero is the difference of large numbers, whose rounding errors are not small beside it.
+    ‖J‖ ‖θ‖ has the size of those numbers.
+    """
     whole, grads = expected
     if whole.shape != r.shape:
         return False
-    if not bool((r - whole).norm() <= torch.finfo(r.dtype).eps ** 0.5 * whole.norm()):
+    size = whole.norm() + sum(j.norm() * p.norm() for j, p in zip(rows, parameters, strict=True))
+    if not bool((r - whole).norm() <= torch.finfo(r.dtype).eps ** 0.5 * size):
         return not bool(whole.isfinite().all())  # what is not finite is refused later
     weights = random_weights(r.numel(), r)
     weighted = (j.reshape(len(weights), -1) * weights[:, None] for j in rows)
