@@ -182,7 +182,7 @@ In DeepXDE, with its backend PyTorch, a function takes the place of `model.compi
 
 Both compute in float32 unless told otherwise: by `torch.set_default_dtype(torch.float64)` before PINA's problem is
 made, by `dde.config.set_default_float("float64")` before DeepXDE's. Both take derivatives by `torch.autograd.grad`; the
-rows are exact all the same, from one backward pass. Unknowns of an inverse problem are trained too: PINA's by themselves,
+rows are exact all the same, from one backward pass. Unknowns of an inverse problem are trained: PINA's as they are,
 DeepXDE's as `external_trainable_variables`. Weights that follow the losses (PINA), regularizers and auxiliary variables
 (DeepXDE) are refused."""
 REFUSALS = """## What is refused
