@@ -80,9 +80,9 @@ class Fit:
 
 
 def small_network(seed: int) -> nn.Module:
-    """Return a network 1 – 12 – 12 – 1 with tanh."""
+    """Return a network 1 – 8 – 8 – 1 with tanh."""
     torch.manual_seed(seed)
-    layers = (nn.Linear(1, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+    layers = (nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     return nn.Sequential(*layers).double()
 
 
@@ -205,7 +205,7 @@ print(dict(model.named_parameters()))"""
     what: dict[str, object] = {
         "data": f"{count} times in [0, 4], normal noise of {NOISE}",
         "first parameters of the formula": ", ".join(f"{name} {value:g}" for name, value in GUESS.items()),
-        "network": f"1 – 12 – 12 – 1, tanh, {size} parameters",
+        "network": f"1 – 8 – 8 – 1, tanh, {size} parameters",
         "stop": f"a step lowers the sum of squares by less than {TOLERANCE:g} of it, or {MOST_STEPS} steps "
         f"(SciPy: `max_nfev={MOST_EVALUATIONS}`)",
         "SciPy": 'method "trf", its default; a step is a Jacobian',
@@ -220,7 +220,7 @@ print(dict(model.named_parameters()))"""
     ]  # fmt: skip
 
 
-def main(*, out: Path = Path("docs/guides"), count: int = 300, seed: int = 0, threads: int = 1) -> None:
+def main(*, out: Path = Path("docs/guides"), count: int = 1000, seed: int = 0, threads: int = 1) -> None:
     """Fit both models in all ways, and write curve-fitting.md and its figure into the folder `out`.
 
     Parameters
