@@ -64,8 +64,8 @@ class GainRatio:
         TypeError: a setting is no number.
     """
 
-    start: float = 1e-2
-    decrease: float = 0.2
+    start: float = 1.0
+    decrease: float = 1 / 3
     least: float = 1e-15
     most: float = MOST
 

@@ -80,10 +80,10 @@ def residuals_and_rows(
             raise
         except _CANNOT_RUN as error:  # or an error of the caller's, which the fallback shows
             raise NotExpandableError(f"the residual does not run on single samples: {error}") from error
-    r = mode.batched_result(r)
-    rows = _rows(r, mode.copies)
-    if check:
-        with torch.enable_grad():
+    with torch.enable_grad():
+        r = mode.batched_result(r)
+        rows = _rows(r, mode.copies)
+        if check:
             _compare(residual(*args), r.detach(), rows, parameters)
     return r.detach(), rows
 
@@ -121,24 +121,30 @@ class _Call:
         leaves: its arguments.
         spec: how `tree_unflatten` makes positional arguments and keywords of them.
         has_twin: which leaves were computed from parameters alone.
-        is_batched: which leaves are [k N, …]: k entries for each sample.
+        batch_dims: for each leaf, the dimension of size k N that has k entries for each sample; None where none has.
     """
 
     func: Callable[..., Any]
     leaves: Sequence[Any]
     spec: TreeSpec
     has_twin: Sequence[bool]
-    is_batched: Sequence[bool]
+    batch_dims: Sequence[int | None]
 
     def on_samples(self, samples: int, copies: Sequence[Tensor]) -> Any:
         """Return what the operation returns for the batch, each sample with its own copy of the parameters."""
-        batched = [leaf.as_subclass(Tensor) for leaf, b in zip(self.leaves, self.is_batched, strict=True) if b]
-        by_sample = [x.unflatten(0, (-1, samples)).transpose(0, 1) for x in batched]
-        entries = {x.shape[1] for x in by_sample}
+        pairs = [
+            (leaf.as_subclass(Tensor), d) for leaf, d in zip(self.leaves, self.batch_dims, strict=True) if d is not None
+        ]
+        dim = pairs[0][1]
+        if any(d != dim for _, d in pairs):
+            raise NotExpandableError(f"{self._name} finds the samples in different dimensions of its arguments")
+        by_sample = [x.unflatten(dim, (-1, samples)).movedim(dim + 1, 0) for x, _ in pairs]
+        entries = {x.shape[dim + 1] for x in by_sample}
         outputs = self._mapped([*by_sample, *copies])
-        if any(not isinstance(y, Tensor) or y.dim() < 2 or y.shape[1] not in entries for y in tree_leaves(outputs)):
-            raise NotExpandableError(f"{self._name} returns something else than a batch for the entries of one sample")
-        return tree_map(lambda y: y.transpose(0, 1).flatten(0, 1), outputs)
+        for y in tree_leaves(outputs):
+            if not isinstance(y, Tensor) or y.dim() < dim + 2 or y.shape[dim + 1] not in entries:
+                raise NotExpandableError(f"{self._name} returns no batch for the entries of one sample")
+        return tree_map(lambda y: y.movedim(0, dim + 1).flatten(dim, dim + 1), outputs)
 
     def on_copies(self, copies: Sequence[Tensor]) -> list[Tensor]:
         """Return, for each tensor that the operation returns, its value [N, …] for the copies of each sample."""
@@ -146,7 +152,7 @@ class _Call:
 
     def _mapped(self, tensors: Sequence[Tensor]) -> Any:
         """Run the operation once for each sample, on the leaves that are batched and then on those with twins."""
-        places = [index for index, b in enumerate(self.is_batched) if b]
+        places = [index for index, dim in enumerate(self.batch_dims) if dim is not None]
         places += [index for index, twin in enumerate(self.has_twin) if twin]
 
         def one_sample(*given: Tensor) -> Any:
@@ -176,8 +182,9 @@ class _Expansion(TorchFunctionMode):
         parameters: have twins from the start, `copies`.
         constants: tensors that belong to no sample, whatever their shape.
         points: the arguments [N, …] of the residual. Every other tensor whose first dimension is N belongs to the
-            samples as well, and so does one of k N entries that was computed from the points, as by `torch.cat` of
-            k batches: entry n + N j belongs to sample n.
+            samples as well. One that was computed from the points may have the samples in its second dimension, as
+            the jets of `tengrad_triton.derivatives` do, or have k N entries, as `torch.cat` of k batches does: entry
+            n + N j belongs to sample n.
     """
 
     def __init__(self, parameters: Sequence[Tensor], constants: Sequence[Tensor], points: Sequence[Tensor]) -> None:
@@ -186,13 +193,12 @@ class _Expansion(TorchFunctionMode):
         # Both are kept: an id belongs to another tensor once its own is gone.
         self._twins = {id(p): (p, copy) for p, copy in zip(parameters, self.copies, strict=True)}
         self._constants = {id(tensor): tensor for tensor in constants}
-        self._computed = {id(tensor): tensor for tensor in points}
+        self._computed = {id(tensor): (tensor, 0) for tensor in points}
         self._samples = len(points[0])
 
     def batched_result(self, r: Any) -> Tensor:
         """Return what a residual function returned; raise NotExpandableError unless it is [N, …]."""
-        known = isinstance(r, Tensor) and r.dim() > 0 and len(r) == self._samples
-        if not known or id(r) in self._twins or id(r) in self._constants:
+        if self._batch_dim(r) != 0 or len(r) != self._samples:
             raise NotExpandableError(f"the residuals of {self._samples} points are [N, …], one or more a point")
         if r.is_complex():
             raise NotExpandableError("the residuals are complex; return their real and imaginary parts side by side")
@@ -200,16 +206,25 @@ class _Expansion(TorchFunctionMode):
             raise NotExpandableError("the residuals do not depend on trained parameters")
         return r.as_subclass(Tensor)
 
-    def _of_samples(self, result: Any) -> Any:
-        """Note that these tensors were computed from the points."""
-        self._computed |= {id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-        return result
+    def _batch_dim(self, x: Any) -> int | None:
+        """Return the dimension of a tensor that has the entries of the samples; None where none has."""
+        if not isinstance(x, Tensor) or x.dim() == 0 or id(x) in self._constants or id(x) in self._twins:
+            return None
+        if id(x) in self._computed:
+            return self._computed[id(x)][1]
+        return 0 if len(x) == self._samples else None
 
-    def _belongs_to_samples(self, x: Tensor) -> bool:
-        """Whether the entries of ``x`` are those of the samples, once or, from the points, several times in turn."""
-        if x.dim() == 0 or id(x) in self._constants:
-            return False
-        return len(x) == self._samples or (id(x) in self._computed and len(x) > 0 and len(x) % self._samples == 0)
+    def _note(self, result: Any, before: Sequence[int]) -> Any:
+        """Note of tensors that were computed from the points where the samples are: as ``before``, if that can be."""
+        for x in tree_leaves(result):
+            if not isinstance(x, Tensor) or x.dim() == 0 or x.numel() == 0:
+                continue
+            sizes = dict(enumerate(x.shape[:2]))
+            same = [dim for dim in before if dim in sizes and sizes[dim] % self._samples == 0]
+            found = same or [dim for dim, size in sizes.items() if size == self._samples]
+            if found:
+                self._computed[id(x)] = (x, found[0])
+        return result
 
     @override
     def __torch_function__(
@@ -219,17 +234,14 @@ class _Expansion(TorchFunctionMode):
         has_twin = [id(leaf) in self._twins for leaf in leaves]
         if not any(has_twin):
             result = func(*args, **(kwargs or {}))
-            return self._of_samples(result) if any(id(leaf) in self._computed for leaf in leaves) else result
+            before = [self._computed[id(leaf)][1] for leaf in leaves if id(leaf) in self._computed]
+            return self._note(result, before) if before else result
         if func is torch.autograd.grad:
             raise NotExpandableError("the residual differentiates with respect to parameters")
-        is_batched = [
-            isinstance(leaf, Tensor) and not twin and self._belongs_to_samples(leaf)
-            for leaf, twin in zip(leaves, has_twin, strict=True)
-        ]
-        call = _Call(func, leaves, spec, has_twin, is_batched)
+        call = _Call(func, leaves, spec, has_twin, [self._batch_dim(leaf) for leaf in leaves])
         twins = [self._twins[id(leaf)][1] for leaf, twin in zip(leaves, has_twin, strict=True) if twin]
-        if any(is_batched):
-            return self._of_samples(call.on_samples(self._samples, twins))
+        if before := [dim for dim in call.batch_dims if dim is not None]:
+            return self._note(call.on_samples(self._samples, twins), before)
         return self._on_parameters(call, twins)
 
     def _on_parameters(self, call: _Call, twins: Sequence[Tensor]) -> Any:
