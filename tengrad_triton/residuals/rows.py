@@ -10,8 +10,8 @@ There are four ways, each slower or more general than the one before:
    calls `torch.autograd.grad`;
 4. ``backward``: one backward pass for each residual, which is exact for any function.
 
-The first three are exact only if no residual depends on other points. So their residuals and the sum of their rows, each
-times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
+The first three are exact only if no residual depends on other points. So their residuals and the sum of their rows,
+each times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
 number is a power of two. If they differ, the next way is taken.
 
 Dimensions: N points of a term, M residuals at each point, K entries of all trained parameters.
@@ -62,9 +62,11 @@ class _Captured(TorchFunctionMode):
 
 def captured(model: nn.Module, residual: Residual) -> Way:
     """Return the way of `batched` that reaches the parameters that the residual function holds itself."""
-    return batched(
-        model, residual, lambda parameters, tensors: _Captured(dict(zip(map(id, parameters), tensors, strict=True)))
-    )
+
+    def context(parameters: Sequence[Tensor], tensors: Iterable[Tensor]) -> _Captured:
+        return _Captured(dict(zip(map(id, parameters), tensors, strict=True)))
+
+    return batched(model, residual, context)
 
 
 def batched(
