@@ -168,7 +168,7 @@ def test_a_sketch_is_the_nystroem_approximation(space, sketch):
     y_RS = gram_RR @ omega_RS
     approximation_RR = y_RS @ torch.linalg.pinv(omega_RS.mT @ y_RS, rtol=1e-12, hermitian=True) @ y_RS.mT
     direction = lambda v_R: j_RK.mT @ torch.linalg.solve(approximation_RR + ALPHA * torch.eye(len(v_R)).double(), v_R)  # noqa: E731
-    taken, optimizer = step_of(problem, sketch=sketch, seed=5, acceleration=False, lr=0.1)
+    taken, _ = step_of(problem, sketch=sketch, seed=5, acceleration=False, lr=0.1)
     assert_near(taken, 0.1 * direction(r_R), 1e-6)
     if sketch >= min(len(r_R), 17):
         assert_near(taken, 0.1 * solved(j_RK, r_R, ALPHA), 1e-6)
@@ -190,7 +190,7 @@ def test_rows_in_chunks_make_the_same_steps(max_bytes, equation):
 def test_too_many_bytes_are_refused_before_anything_is_computed():
     problem = poisson()
     optimizer, before = problem.optimizer(max_bytes=4000), problem.theta
-    with pytest.raises(ValueError, match="60 residuals and 17 parameters take .* give fewer points"):
+    with pytest.raises(ValueError, match=r"60 residuals and 17 parameters take .* give fewer points"):
         optimizer.step(**problem.points)
     assert torch.equal(problem.theta, before)
 

@@ -239,9 +239,10 @@ class GaussNewton(torch.optim.Optimizer):
 
     def _momentum(self, parameters: list[Tensor], mu: float) -> Momentum:
         """Return SPRING's memory."""
-        known = all("direction" in self.state[p] for p in parameters)
-        last_K = flatten([self.state[p]["direction"] for p in parameters]) if known and mu else None
-        count = max((self.state[p].get("directions", 0) for p in parameters), default=0)
+        states = [self.state.get(p, {}) for p in parameters]
+        known = all("direction" in state for state in states)
+        last_K = flatten([state["direction"] for state in states]) if known and mu else None
+        count = max(state.get("directions", 0) for state in states)
         return Momentum(last_K, mu, count if last_K is not None else 0)
 
     def _remember(self, outcome: Outcome, parameters: list[Tensor], loss: Tensor, rows: int) -> None:
