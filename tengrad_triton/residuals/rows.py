@@ -192,7 +192,7 @@ class RowFinder:
                 continue
             if self.ways[term.name] == "backward" or expected is None or _agree(r, rows, expected, parameters):
                 if expected is not None and not _is_finite(*expected):
-                    self._calls[term.name] = 0  # nothing was proven
+                    self._calls[term.name], r = 0, expected[0]  # nothing was proven
                 flat = r.flatten()
                 return flat, [j.reshape(len(flat), -1) for j in rows]
             self._rows.pop(term.name)
