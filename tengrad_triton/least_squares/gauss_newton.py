@@ -126,14 +126,22 @@ class GaussNewton(torch.optim.Optimizer):
         evaluations = Evaluations(self._terms, self.model, parameters, named)
         before, drawn = dict(group), self._generator.get_state()
         try:
-            return self._taken(evaluations, named, parameters)
+            loss = self._attempted(evaluations, named, parameters)
         except BaseException:
             evaluations.undo()
-            group.update(before)
-            self._generator.set_state(drawn)
+            self._restore(before, drawn)
             raise
+        if self.stopped:
+            self._restore(before, drawn)
+        return loss
 
-    def _taken(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
+    def _restore(self, settings: dict[str, Any], drawn: Tensor) -> None:
+        """Give the damping and the generator the values that they had before a step that was not taken."""
+        self.param_groups[0].clear()
+        self.param_groups[0].update(settings)
+        self._generator.set_state(drawn)
+
+    def _attempted(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
         group, columns = self.param_groups[0], columns_of(self.model, self._settings.blocks, self._parameters)
         with phase("capture"):
             r_R, system = self._jacobian.system(parameters, points, columns)
@@ -172,5 +180,5 @@ class GaussNewton(torch.optim.Optimizer):
             return
         for p in parameters:
             self.state[p].setdefault("direction", torch.zeros_like(p))
-            self.state[p]["directions"] = self.state[p].get("directions", 0) + 1
+            self.state[p]["directions"] = taken.count
         write_([self.state[p]["direction"] for p in parameters], taken.own_K)
