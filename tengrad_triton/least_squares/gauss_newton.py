@@ -52,7 +52,8 @@ class GaussNewton(torch.optim.Optimizer):
             (such as `Exponential`), or a rule that adapts it: `GainRatio` (the default), `EffectiveDimension`.
         acceleration: whether to add q. It costs one evaluation of the residuals, and a second solve.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1): keeps μ times the part of the last direction
-            that is orthogonal to the present rows, with the bias correction of Guzmán-Cordero et al. (2025).
+            that is orthogonal to the present rows, with the bias correction of Guzmán-Cordero et al. (2025). By default
+            0.7, and 0 with ``max_rows``.
         line_search: None; ``"grid"``, the best of 12 step lengths, evaluated in one batch; or ``"armijo"``, the first
             of η, η / 2, … that lowers the loss enough.
         blocks: ``"network"``, one system for all parameters, or ``"layer"``, or lists of modules' names: each block is
@@ -73,13 +74,14 @@ class GaussNewton(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, residuals: Mapping[str, Residual], *, weights: Mapping[str, float] | None = None,
         lr: float = 1.0, damping: float | Callable[[int], float] | AdaptiveDamping = GainRatio(),  # noqa: B008
-        acceleration: bool = True, spring: float = 0.0, line_search: LineSearch | None = None,
+        acceleration: bool = True, spring: float | None = None, line_search: LineSearch | None = None,
         blocks: BlocksChoice = "network", max_rows: int | None = None, sketch: int | None = None,
         compile_rows: bool = False, max_bytes: int = MAX_BYTES, seed: int | None = None,
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._settings = Settings(acceleration, line_search, blocks, max_rows, sketch, compile_rows, max_bytes)
         self._settings.check()
+        spring = (0.0 if max_rows else 0.7) if spring is None else spring
         check_steps(lr, spring, self._settings)
         self._rule, start = damping_rule(damping)
         self.model, self._terms = model, Terms(model, residuals, weights)
