@@ -167,5 +167,5 @@ def _pointwise_rows(module: _Term, points: tuple[Tensor, ...]) -> tuple[Tensor, 
 
     jacobian = vmap(jacrev(at, has_aux=True), in_dims=(None, *(0 for _ in points)))
     by_name, residual_NM = jacobian(trained, *points)
-    blocks = [by_name[name].flatten(2).flatten(0, 1) for name in trained]
+    blocks = [by_name[name].reshape(residual_NM.numel(), -1) for name in trained]
     return residual_NM.detach().flatten(), torch.cat(blocks, 1).detach()
