@@ -4,6 +4,7 @@ Each sub-package imports only those before it:
 
 - `kernels`: the tensor operations, as Triton kernels and in PyTorch.
 - `likelihoods`, `profiling`: which rows J has; names for the phases of a step.
+- `derivatives`: derivatives of a network with respect to its inputs, carried forward through its layers.
 - `layers`: layer types and their rules, which say what a call contributes to the rows of J.
 - `capture`: hooks that record the calls and the output gradients of one forward and backward.
 - `curvature`: from contributions to J, the factored Fisher blocks, and the step along the natural gradient.
@@ -18,6 +19,7 @@ Each sub-package imports only those before it:
 import logging
 
 from tengrad_triton.compiled.train_step import compile_train_step
+from tengrad_triton.derivatives import Derivatives, derivatives, laplacian
 from tengrad_triton.inspection.rules import check_rule
 from tengrad_triton.layers import Call, Canonical, EmbeddingGrads, OuterProducts, PerSampleGrads, canonical
 from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
@@ -35,6 +37,7 @@ __all__ = [
     "Call",
     "Canonical",
     "Categorical",
+    "Derivatives",
     "EmbeddingGrads",
     "Gaussian",
     "Growing",
@@ -48,4 +51,6 @@ __all__ = [
     "canonical",
     "check_rule",
     "compile_train_step",
+    "derivatives",
+    "laplacian",
 ]

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "tengrad_triton"
 
 # Each imports what stands before it, and itself.
 ORDER = [
-    *("kernels", "likelihoods", "profiling", "files", "tables", "misspellings", "layers", "capture", "curvature"),
-    *("tuning", "inspection", "optim", "compiled", "baselines", "recipes"),
+    *("kernels", "likelihoods", "profiling", "files", "tables", "misspellings", "derivatives", "layers", "capture"),
+    *("curvature", "tuning", "inspection", "optim", "compiled", "baselines", "recipes"),
 ]
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})

@@ -29,8 +29,9 @@ class Entrant:
         step: takes one step, given the points of each term; the clock counts this alone.
         fixed_points: whether it needs the same points at every step, also where the problem draws new ones.
         schedule: is called before each step with the share of the time that is used up, from 0 to 1.
-        pause: set by the clock. A solver that has a loop of its own, and so only one long step, calls it when the model
-            has new weights: there the error may be measured, and the clock raises `TimeIsUp` through the solver.
+        loops: whether the optimizer has a loop of its own, so that a step is a whole run.
+        pause: set by the clock. An optimizer that loops calls it whenever the model has new weights: there the error
+            may be measured, and the clock raises `TimeIsUp` through the optimizer.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Entrant:
     step: Callable[[Mapping[str, Any]], object]
     fixed_points: bool = False
     schedule: Callable[[float], object] = _ignore
+    loops: bool = False
     pause: Callable[[], None] = _nothing
 
 

@@ -43,6 +43,7 @@ class Problem:
         weights: the weights of terms where they are not 1.
         measured: what `error` returns, in words.
         measure: returns it, given the problem and a model.
+        note: returns a sentence for the page, or nothing.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Problem:
     weights: Mapping[str, float] = field(default_factory=dict)
     measured: str = "relative L2 error of u"
     measure: Callable[[Problem, nn.Module], float] = relative_l2
+    note: Callable[[], str] = str
 
     @torch.no_grad()
     def error(self, model: nn.Module) -> float:

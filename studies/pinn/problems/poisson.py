@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from studies.pinn.problems import sampling
 from studies.pinn.problems.base import Field, Points, Problem, Residual, mlp
-from studies.pinn.problems.calculus import laplacian
+from tengrad_triton import laplacian
 
 SOURCE = "Dangel, Müller and Zeinhofer (2024)"
 NORM = 1.34  # their normalization of the polynomial in ten dimensions

@@ -1,0 +1,34 @@
+"""What the commands of the study share: names that must be known, and one line for every mistake."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from cyclopts import App, CycloptsError, Parameter
+
+from tengrad_triton.recipes.errors import UsageError
+
+
+def new_app(name: str, text: str | None) -> App:
+    """Return a command whose arguments of several values take them one after another."""
+    return App(name=name, help=text, help_format="plaintext", default_parameter=Parameter(consume_multiple=True))
+
+
+def known(given: Sequence[str], names: Iterable[str], what: str) -> list[str]:
+    """Return the names that were given, or all if none was; raises `UsageError` for one that is not known."""
+    all_names = list(names)
+    for name in given:
+        if name not in all_names:
+            raise UsageError(f"--{what} {name}: there is none of this name; there are {', '.join(all_names)}")
+    return list(dict.fromkeys(given)) or all_names
+
+
+def main(app: App, argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 with one line on stderr if it cannot be carried out."""
+    try:
+        app(argv, exit_on_error=False, print_error=False, result_action="return_value")
+    except (UsageError, CycloptsError, OSError) as error:
+        sys.stderr.write(f"{app.name[0]}: {' '.join(str(error).split())}\n")
+        return 2
+    return 0

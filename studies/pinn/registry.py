@@ -1,0 +1,15 @@
+"""The entrants of the study: families of settings, by the name on the command line.
+
+The settings of a family are tried with the first seed, and the best one runs with all; a family of one is not tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from studies.pinn import first_order, least_squares
+from studies.pinn.entrants import Build, Family
+
+FAMILIES: dict[str, Family] = {**first_order.FAMILIES, **least_squares.FAMILIES}
+DAMPED: dict[str, Callable[[float], Build]] = {}
+"""Entrants by their starting damping, for `studies.pinn.robustness`."""
