@@ -68,6 +68,12 @@ def test_engd(name, identity, per_layer):
         close(direction_of(rival, points), expected)
 
 
+def test_engd_refuses_a_gramian_that_no_memory_holds():
+    problem = PROBLEMS["poisson10d"]
+    with pytest.raises(ValueError, match="118145 parameters"):
+        build("engd", problem, problem.build())
+
+
 def test_engd_without_damping_is_the_solution_of_lapack():
     generator = torch.Generator().manual_seed(0)
     root, right = (torch.randn(12, n, dtype=torch.float64, generator=generator) for n in (5, 1))

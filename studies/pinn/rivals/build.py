@@ -45,7 +45,7 @@ def build(name: str, problem: Problem, model: nn.Module, **changed: Any) -> Entr
         changed: settings to take instead of published ones.
 
     Raises:
-        ValueError: if a KFAC cannot take the problem.
+        ValueError: if the rival cannot take the problem.
     """
     kind, table = RIVALS[name]
     found = settings_of(table, problem.name)
@@ -61,11 +61,17 @@ def family(name: str) -> Family:
     """Return a rival with its published settings, and, of ENGD-W and SPRING, with dampings for all other problems."""
     tried: dict[str, Build] = {"published": partial(build, name)}
     if RIVALS[name][0] is Woodbury:
-        tried |= {f"{damping:g}": partial(build, name, damping=damping) for damping in DAMPINGS}
+        tried |= {f"{damping:g}": damped(name, damping) for damping in DAMPINGS}
     return tried
 
 
+def damped(name: str, damping: float) -> Build:
+    """Return what builds a rival with another damping."""
+    return partial(build, name, damping=damping)
+
+
 FAMILIES: dict[str, Family] = {name: family(name) for name in RIVALS}
+DAMPED: dict[str, Callable[[float], Build]] = {name: partial(damped, name) for name in RIVALS}
 
 
 def _word(value: Any) -> str:

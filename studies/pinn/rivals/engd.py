@@ -19,6 +19,9 @@ from typing_extensions import override
 from studies.pinn.rivals.descent import Rival
 from studies.pinn.rivals.squares import LeastSquares
 
+LARGEST = 20_000
+"The most parameters of one Gramian: its eigenvectors take another 3.2 GB."
+
 
 class Engd(Rival):
     """ENGD.
@@ -30,6 +33,9 @@ class Engd(Rival):
         identity: whether G starts as the identity instead of zero.
         per_layer: whether G is block-diagonal, a block for each layer.
         lr: a fixed step size, or None for the grid search.
+
+    Raises:
+        ValueError: if a Gramian has more than ``LARGEST`` parameters.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class Engd(Rival):
         if per_layer:
             sizes = [weight + bias for weight, bias in zip(sizes[0::2], sizes[1::2], strict=True)]
         self.blocks = sizes if per_layer else [sum(sizes)]
+        if max(self.blocks) > LARGEST:
+            raise ValueError(f"ENGD: a Gramian of {max(self.blocks)} parameters is too large, of more than {LARGEST}")
         like = squares.parameters[0]
         self.gramians = [like.new_zeros(size, size).detach() for size in self.blocks]
         if identity:
