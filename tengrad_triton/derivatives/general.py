@@ -11,6 +11,7 @@ from typing import cast
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from tengrad_triton.derivatives.exact import ExactDerivatives
 from tengrad_triton.derivatives.jet import Jet
 
 Pair = tuple[Tensor, Tensor]
@@ -22,7 +23,8 @@ def tensor_of(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
     Raises:
         TypeError: it is something else.
     """
-    result = function(v)
+    with ExactDerivatives():
+        result = function(v)
     if not isinstance(result, Tensor):
         raise TypeError(
             f"{type(function).__name__} returned {type(result).__name__}, but derivatives are carried through "
@@ -44,11 +46,10 @@ def general(function: Callable[[Tensor], Tensor], jet: Jet) -> Jet:
     value = value[0]
 
     def slope(v: Tensor, t: Tensor) -> Pair:
-        y, first = jvp(lambda v: tensor_of(function, v), (v,), (t,))
-        return y, first
+        return cast("Pair", jvp(lambda v: tensor_of(function, v), (v,), (t,)))
 
     def bend(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (y, first), (_, second) = cast(tuple[Pair, Pair], jvp(slope, (value, t), (t, s)))
+        (y, first), (_, second) = cast("tuple[Pair, Pair]", jvp(slope, (value, t), (t, s)))
         return y, first, second
 
     if not len(second):

@@ -55,12 +55,15 @@ def through_activation(slopes: Slopes, jet: Jet) -> Jet:
 
 
 def linear(layer: nn.Linear, jet: Jet) -> Jet:
-    """The weight acts on every position, the bias on the value only."""
-    sizes = [len(part) for part in jet]
-    if jet.first.shape[1] != jet.value.shape[1]:  # the same at all points, as at a first layer
-        derivatives = F.linear(torch.cat(jet[1:]), layer.weight)
-        return Jet(F.linear(jet.value, layer.weight, layer.bias), *derivatives.split(sizes[1:]))
-    value, first, second = F.linear(torch.cat(jet), layer.weight).split(sizes)
+    """The weight acts on every position, the bias on the value only.
+
+    At one point, as under `torch.func.vmap` over the points, one product takes all positions: the gradient of the
+    weight is then one product too, not a sum of matrices at each point. At many points the copy that joins them costs
+    more than it saves.
+    """
+    if jet.value.shape[1] != 1:
+        return Jet(F.linear(jet.value, layer.weight, layer.bias), *(F.linear(part, layer.weight) for part in jet[1:]))
+    value, first, second = F.linear(torch.cat(jet), layer.weight).split([len(part) for part in jet])
     return Jet(value if layer.bias is None else value + layer.bias, first, second)
 
 
