@@ -74,7 +74,7 @@ def close(actual, expected, rtol=1e-9):
 
 
 def direction_of(rival, points):
-    """Return the direction of a step, and move the parameters by a hundredth of it, so that the next step is elsewhere."""
+    """Return the direction of a step, and move the parameters by a hundredth of it: the next step is elsewhere."""
     direction, _ = rival.direction(points)
     direction = direction.clone()
     descent.move(rival.squares, direction, 0.01)
