@@ -19,8 +19,9 @@ from torch import Tensor
 from .dispatch import widen, zeros
 
 _PAIRS_AT_ONCE = 1 << 26  # `gram` keeps products for at most this many pairs of positions at a time
-_SLABS = 4  # X Xᵀ is computed in at most this many slabs of samples
-_LEAST_SLAB, _LEAST_COLUMNS = 64, 4096  # with fewer samples in a slab, or fewer columns, one product is faster
+_SLABS = 8  # X Xᵀ is computed in at most this many slabs of samples
+_MANY_SAMPLES = 256  # from here on, slabs of few columns are faster than one product too
+_LEAST_SLAB, _LEAST_COLUMNS = 32, 4096  # with fewer samples in a slab, or few samples and columns, one product is faster
 _RANGES = (16, 8, 4, 2)  # a large J is divided into one of these numbers of equal ranges
 _LARGE = 1 << 18  # with fewer entries of J, one product is faster than ranges
 _LEAST_BATCH = 8  # with fewer matrices, one call for each is faster than a batched product
@@ -69,7 +70,8 @@ def _gram_of_rows(x_NK: Tensor) -> Tensor:
 def _slabs_of(x_NK: Tensor) -> int:
     """Return the number of slabs in which X Xᵀ is computed."""
     n, k = x_NK.shape
-    is_one = k < _LEAST_COLUMNS or not x_NK.is_cpu or torch.compiler.is_compiling()
+    is_small = n < _MANY_SAMPLES and k < _LEAST_COLUMNS
+    is_one = is_small or not x_NK.is_cpu or torch.compiler.is_compiling()
     return 1 if is_one else min(_SLABS, n // _LEAST_SLAB)
 
 

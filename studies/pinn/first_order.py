@@ -18,9 +18,9 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "exponential": lambda share: 1e-3**share,
 }
 """The factor of the learning rate, by the share of the time that is used up."""
-RATES = {"cosine": (3e-4, 1e-3, 3e-3, 1e-2), "exponential": (1e-3, 3e-3, 1e-2)}
+RATES = {"cosine": (1e-3, 3e-3, 1e-2)}
 ITERATIONS = 10  # of L-BFGS in a step, which evaluates the loss once more than they need
-HISTORIES = (50, 150)
+HISTORIES = (150,)
 
 
 def adam(lr: float, decay: str, problem: Problem, model: nn.Module) -> Entrant:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from studies.pinn import first_order, least_squares
+from studies.pinn import first_order, gauss_newton, least_squares
 from studies.pinn.entrants import Build, Family
+from studies.pinn.rivals import build as rivals
 
-FAMILIES: dict[str, Family] = {**first_order.FAMILIES, **least_squares.FAMILIES}
-DAMPED: dict[str, Callable[[float], Build]] = {}
+FAMILIES: dict[str, Family] = {
+    **gauss_newton.FAMILIES,
+    **first_order.FAMILIES,
+    **least_squares.FAMILIES,
+    **rivals.FAMILIES,
+}
+DAMPED: dict[str, Callable[[float], Build]] = {**gauss_newton.DAMPED, **rivals.DAMPED}
 """Entrants by their starting damping, for `studies.pinn.robustness`."""

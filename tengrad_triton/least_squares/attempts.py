@@ -22,6 +22,7 @@ from tengrad_triton.least_squares.systems import System
 _PROBE = 0.1  # how far along δ the second derivative is taken (Transtrum and Sethna 2012, section 3)
 _LONGEST = 0.75  # of 2 ‖q‖ / ‖δ‖: beyond it the expansion of which q is a term does not converge (there, section 2)
 _MOST_ATTEMPTS = 40
+_WITH_MOMENTUM = 3  # attempts that keep the last direction, which more damping does not shorten
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Proposal:
     Attributes:
         delta_K: δ.
         curve_K: q; None without acceleration.
-        own_K: the part of δ that SPRING remembers, δ before its bias correction.
+        own_K: what SPRING remembers, δ before its bias correction.
+        count: how many directions it is made of.
         linear: 2 ⟨r̃, J̃ δ⟩, the slope of the loss along −δ.
         quadratic: ‖J̃ δ‖².
     """
@@ -39,6 +41,7 @@ class Proposal:
     delta_K: Tensor
     curve_K: Tensor | None
     own_K: Tensor
+    count: int
     linear: float
     quadratic: float
 
@@ -46,6 +49,11 @@ class Proposal:
         """Return θ − η δ − η² q."""
         theta_K = start_K - length * self.delta_K
         return theta_K if self.curve_K is None else theta_K - length**2 * self.curve_K
+
+    @property
+    def longest(self) -> float:
+        """Return the η at which the linear model's loss is least: at least 1 without SPRING, whose steps may overshoot."""
+        return self.linear / (2 * self.quadratic) if self.quadratic > 0 else math.inf
 
     def predicted(self, length: float) -> float:
         """Return by how much the linear model of r̃ expects the loss to fall."""
@@ -80,6 +88,9 @@ class Momentum:
     count: int
 
 
+_AT_REST = Momentum(None, 0.0, 0)
+
+
 class Attempts:
     """Looks for a step that lowers the loss.
 
@@ -107,11 +118,12 @@ class Attempts:
         There is none if even the linear model expects no decrease beyond rounding.
         """
         for attempt in range(1, _MOST_ATTEMPTS + 1):
-            proposal = self._proposal(state["damping"])
-            if proposal is not None and proposal.predicted(min(lr, 1.0)) <= self._precision * self._loss:
+            proposal = self._proposal(state["damping"], self._momentum if attempt <= _WITH_MOMENTUM else _AT_REST)
+            lr_now = lr if proposal is None else min(lr, proposal.longest)
+            if proposal is not None and proposal.predicted(min(lr_now, 1.0)) <= self._precision * self._loss:
                 break
             if proposal is not None and self._is_short(proposal):
-                length, loss = self._searched(proposal, lr)
+                length, loss = self._searched(proposal, lr_now)
                 if loss < self._loss:
                     ratio = (self._loss - loss) / proposal.predicted(length)
                     rule.accept(state, ratio)
@@ -121,22 +133,23 @@ class Attempts:
             rule.reject(state)
         return Outcome(None, 0.0, self._loss, 0.0, attempt)
 
-    def _proposal(self, alpha: float) -> Proposal | None:
+    def _proposal(self, alpha: float, momentum: Momentum) -> Proposal | None:
         """Return the step with a damping; None where its matrix cannot be factored."""
         if not self._system.factor(alpha):
             return None
-        m, r_R = self._momentum, self._r_R
-        if m.mu and m.last_K is not None:
-            kept_K = m.mu * m.last_K
+        r_R, mu = self._r_R, momentum.mu
+        if momentum.last_K is not None:
+            kept_K = mu * momentum.last_K
             own_K = kept_K + self._system.direction(r_R - self._system.image(kept_K))
         else:
             own_K = self._system.direction(r_R)
-        delta_K = own_K / math.sqrt(1 - m.mu ** (2 * (m.count + 1))) if m.mu else own_K
+        count = momentum.count + 1
+        delta_K = own_K / math.sqrt(1 - mu ** (2 * count)) if mu else own_K
         if not bool(delta_K.isfinite().all()):
             return None
         linear, quadratic = self._system.decrease(r_R, delta_K)
         curve_K = self._curve(delta_K) if self._acceleration else None
-        return Proposal(delta_K, curve_K, own_K, linear, quadratic)
+        return Proposal(delta_K, curve_K, own_K, count, linear, quadratic)
 
     def _curve(self, delta_K: Tensor) -> Tensor:
         """Return q = ½ (J̃ᵀ J̃ + α I)⁻¹ J̃ᵀ r̃'', where r̃'' is the second derivative along δ, by a difference."""

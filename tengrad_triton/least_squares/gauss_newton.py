@@ -61,7 +61,8 @@ class GaussNewton(torch.optim.Optimizer):
             (such as `Exponential`), or a rule that adapts it: `GainRatio` (the default), `EffectiveDimension`.
         acceleration: whether to add q. It costs one evaluation of the residuals, and a second solve.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1): keeps μ times the part of the last direction
-            that is orthogonal to the present rows, with the bias correction of Guzmán-Cordero et al. (2025).
+            that is orthogonal to the present rows, with the bias correction of Guzmán-Cordero et al. (2025). By default
+            0.7, and 0 with ``max_rows``.
         line_search: None; ``"grid"``, the best of 12 step lengths, evaluated in one batch; or ``"armijo"``, the first
             of η, η / 2, … that lowers the loss enough.
         blocks: ``"network"``, one system for all parameters, or ``"layer"``, or lists of modules' names: each block is
@@ -82,13 +83,14 @@ class GaussNewton(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, residuals: Mapping[str, Residual], *, weights: Mapping[str, float] | None = None,
         lr: float = 1.0, damping: float | Callable[[int], float] | AdaptiveDamping = GainRatio(),  # noqa: B008
-        acceleration: bool = True, spring: float = 0.0, line_search: LineSearch | None = None,
+        acceleration: bool = True, spring: float | None = None, line_search: LineSearch | None = None,
         blocks: BlocksChoice = "network", max_rows: int | None = None, sketch: int | None = None,
         compile_rows: bool = False, max_bytes: int = MAX_BYTES, seed: int | None = None,
     ) -> None:  # fmt: skip
         parameters = checked_parameters(model)
         self._settings = Settings(acceleration, line_search, blocks, max_rows, sketch, compile_rows, max_bytes)
         self._settings.check()
+        spring = (0.0 if max_rows else 0.7) if spring is None else spring
         check_steps(lr, spring, self._settings)
         self._rule, start = damping_rule(damping)
         self.model, self._terms = model, Terms(model, residuals, weights)
@@ -163,13 +165,14 @@ class GaussNewton(torch.optim.Optimizer):
         evaluations = Evaluations(self._terms, self.model, parameters, named)
         before, drawn = dict(group), self._generator.get_state()
         try:
-            return self._taken(evaluations, named, parameters)
+            loss = self._attempted(evaluations, named, parameters)
         except BaseException:
             evaluations.undo()
-            group.clear()
-            group.update(before)
-            self._generator.set_state(drawn)
+            self._restore(before, drawn)
             raise
+        if self.stopped:
+            self._restore(before, drawn)
+        return loss
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -217,7 +220,13 @@ class GaussNewton(torch.optim.Optimizer):
         self._prepare()
         self._rows.resume(ways)
 
-    def _taken(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
+    def _restore(self, settings: dict[str, Any], drawn: Tensor) -> None:
+        """Give the damping and the generator the values that they had before a step that was not taken."""
+        self.param_groups[0].clear()
+        self.param_groups[0].update(settings)
+        self._generator.set_state(drawn)
+
+    def _attempted(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
         group, columns = self.param_groups[0], columns_of(self.model, self._settings.blocks, self._parameters)
         with phase("capture"):
             r_R, system = self._jacobian.system(parameters, points, columns)
@@ -257,5 +266,5 @@ class GaussNewton(torch.optim.Optimizer):
             return
         for p in parameters:
             self.state[p].setdefault("direction", torch.zeros_like(p))
-            self.state[p]["directions"] = self.state[p].get("directions", 0) + 1
+            self.state[p]["directions"] = taken.count
         write_([self.state[p]["direction"] for p in parameters], taken.own_K)

@@ -1,0 +1,1 @@
+"""The published least-squares optimizers for physics-informed networks, to compare with."""
