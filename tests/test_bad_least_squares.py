@@ -63,6 +63,18 @@ def test_points_without_a_name_are_refused():
             optimizer.step(*positional)
 
 
+def test_inference_mode_is_refused_and_what_it_made_is_taken():
+    problem, _, points = STEPS["too few bytes"][0]()
+    optimizer = problem.optimizer()
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError, match="inference mode prevents: call it outside"):
+            optimizer.step(**points)
+        points = {name: x.clone() for name, x in points.items()}
+        optimizer.loss(**points)
+    optimizer.step(**points)
+    assert optimizer.stats.accepted
+
+
 def test_parameters_that_are_all_frozen_later_are_refused():
     problem, _, points = STEPS["too few bytes"][0]()
     optimizer = problem.optimizer()

@@ -19,12 +19,18 @@ def assert_near(found, expected, tolerance=TOLERANCE):
 
 def step_of(problem, **settings):
     """Take a step that is not repeated; return θ before it minus θ after it, and the optimizer."""
-    optimizer, before = problem.optimizer(**{"damping": ALPHA, **settings}), problem.theta
+    optimizer, before = problem.optimizer(**{"damping": ALPHA, "spring": 0.0, **settings}), problem.theta
     loss = optimizer.step(**problem.points)
     assert optimizer.stats.accepted
     assert optimizer.stats.attempts == 1
     assert float(loss) == optimizer.stats.loss
     return before - problem.theta, optimizer
+
+
+def longest_of(lr, r_R, j_RK, delta_K):
+    """Return lr, or the length at which the linear model's loss is least."""
+    image_R = j_RK @ delta_K
+    return min(lr, float(r_R @ image_R) / float(image_R.square().sum()))
 
 
 def columns_of(problem, blocks):
@@ -97,9 +103,10 @@ def test_spring_keeps_a_part_of_the_last_direction(space, acceleration):
         r_R, j_RK = problem.jacobian()
         own_K = mu * kept_K + solved(j_RK, r_R - j_RK @ (mu * kept_K), ALPHA)
         delta_K = own_K / (1 - mu ** (2 * k)) ** 0.5
-        expected = lr * delta_K
+        length = longest_of(lr, r_R, j_RK, delta_K)
+        expected = length * delta_K
         if acceleration:
-            expected = expected + lr**2 * curve(problem, delta_K, r_R, j_RK, ALPHA)
+            expected = expected + length**2 * curve(problem, delta_K, r_R, j_RK, ALPHA)
         before = problem.theta
         optimizer.step(**problem.points)
         assert optimizer.stats.attempts == 1
@@ -114,11 +121,11 @@ def test_the_grid_takes_the_lowest_loss(lr, equation):
     r_R, j_RK = problem.jacobian()
     start_K, delta_K = problem.theta, solved(j_RK, r_R, ALPHA)
     q_K = curve(problem, delta_K, r_R, j_RK, ALPHA)
-    lengths = [2 * lr / 2**k for k in range(12)]
+    lengths = [2 * longest_of(lr, r_R, j_RK, delta_K) / 2**k for k in range(12)]
     losses = [problem.loss_at(start_K - length * delta_K - length**2 * q_K) for length in lengths]
     taken, optimizer = step_of(problem, lr=lr, line_search="grid")
     best = lengths[losses.index(min(losses))]
-    assert optimizer.stats.length == best
+    assert optimizer.stats.length == pytest.approx(best, rel=1e-12)
     assert optimizer.stats.loss_after == pytest.approx(min(losses), rel=1e-12)
     assert_near(taken, best * delta_K + best**2 * q_K)
 
@@ -130,9 +137,10 @@ def test_armijo_takes_the_first_length_that_lowers_the_loss_enough(lr):
     start_K, delta_K = problem.theta, solved(j_RK, r_R, ALPHA)
     loss, slope = problem.loss_at(start_K), 2 * float(r_R @ (j_RK @ delta_K))
     suffices = lambda length: problem.loss_at(start_K - length * delta_K) <= loss - 1e-4 * length * slope  # noqa: E731
-    expected = next(lr / 2**k for k in range(11) if suffices(lr / 2**k))
+    longest = longest_of(lr, r_R, j_RK, delta_K)
+    expected = next(longest / 2**k for k in range(11) if suffices(longest / 2**k))
     taken, optimizer = step_of(problem, lr=lr, line_search="armijo", acceleration=False)
-    assert optimizer.stats.length == expected
+    assert optimizer.stats.length == pytest.approx(expected, rel=1e-12)
     assert_near(taken, expected * delta_K)
 
 
@@ -240,7 +248,7 @@ DAMPINGS = {
 def test_given_dampings_are_those_of_the_steps(name):
     damping, expected = DAMPINGS[name]
     problem = poisson()
-    optimizer = problem.optimizer(damping=damping, acceleration=False)
+    optimizer = problem.optimizer(damping=damping, acceleration=False, spring=0.0)
     for k in range(4):
         r_R, j_RK = problem.jacobian()
         before = problem.theta
@@ -252,7 +260,7 @@ def test_given_dampings_are_those_of_the_steps(name):
 
 def test_the_gain_ratio_changes_the_damping():
     problem = poisson()
-    optimizer = problem.optimizer(damping=GainRatio(start=4.0, decrease=0.25), acceleration=False)
+    optimizer = problem.optimizer(damping=GainRatio(start=4.0, decrease=0.25), acceleration=False, spring=0.0)
     alpha = 4.0
     for _ in range(5):
         r_R, j_RK = problem.jacobian()
@@ -266,7 +274,7 @@ def test_the_gain_ratio_changes_the_damping():
 
 def test_points_and_their_number_may_differ_at_every_step():
     problem = poisson()
-    optimizer = problem.optimizer(damping=ALPHA, acceleration=False)
+    optimizer = problem.optimizer(damping=ALPHA, acceleration=False, spring=0.0)
     for count in (5, 30, 1, 12):
         problem.points = {name: torch.rand(count, 2).double() for name in problem.points}
         (r_R, j_RK), before = problem.jacobian(), problem.theta

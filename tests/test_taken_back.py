@@ -9,7 +9,7 @@ from torch import nn
 
 from tengrad_triton.least_squares.attempts import Attempts
 from tengrad_triton.least_squares.evaluations import Evaluations
-from tengrad_triton.least_squares.systems import Block
+from tengrad_triton.least_squares.systems import Block, Blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:the residual .* takes one backward pass")
 
@@ -95,13 +95,14 @@ def raise_losses(monkeypatch):
     monkeypatch.setattr(Evaluations, "at_many", lambda self, thetas: torch.stack([self.at(theta) for theta in thetas]))
 
 
-def negate(monkeypatch):
-    """Have every direction lead up."""
-    direction = Block.direction
-    monkeypatch.setattr(Block, "direction", lambda self, v: -direction(self, v))
+def predict_nothing(monkeypatch):
+    """Have the linear model expect that the loss does not fall."""
+    monkeypatch.setattr(Block, "decrease", lambda *_: (0.0, 1.0))
+    monkeypatch.setattr(Blocks, "decrease", lambda *_: (0.0, 1.0))
 
 
 def never_factor(monkeypatch):
+    """Have rounding prevent every factorization."""
     monkeypatch.setattr(Block, "factor", lambda self, alpha: False)
 
 
@@ -110,7 +111,12 @@ def overflow(monkeypatch):
     monkeypatch.setattr(Evaluations, "at", lambda self, theta: at(self, theta) * float("nan"))
 
 
-FAILURES = {"losses rise": raise_losses, "directions lead up": negate, "no factor": never_factor, "NaN": overflow}
+FAILURES = {
+    "losses rise": raise_losses,
+    "nothing is expected": predict_nothing,
+    "no factor": never_factor,
+    "NaN": overflow,
+}
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -150,7 +150,10 @@ class GaussNewton(torch.optim.Optimizer):
             ValueError: points or residuals are not finite, or there are none; a residual function returned no batch, or
                 does not depend on the parameters; or J̃ does not fit into ``max_bytes``. After any error, parameters,
                 state, buffers and random numbers have the values that they had before.
+            RuntimeError: it is called in inference mode.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("a step differentiates, which inference mode prevents: call it outside of it")
         if positional:
             example = ", ".join(f"{term.name}=points" for term in self._terms.terms)
             raise TypeError(

@@ -93,7 +93,10 @@ def checked_points(name: str, points: Any, device: torch.device) -> tuple[Tensor
         raise ValueError(f"the residual {name!r} has 0 points: give it at least one, or leave the residual out")
     if not all(bool(x.isfinite().all()) for x in tensors):
         raise ValueError(f"the points of {name!r} must be finite, but some are NaN or infinite")
-    return tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors)
+    own = [
+        x.clone() if x.is_inference() else x.detach() for x in tensors
+    ]  # what inference mode made has no derivatives
+    return tuple(x.requires_grad_(given.requires_grad) for x, given in zip(own, tensors, strict=True))
 
 
 def why_it_failed(error: Exception, name: str, points: tuple[Tensor, ...], model: nn.Module) -> Exception | None:
