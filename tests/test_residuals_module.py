@@ -1,4 +1,4 @@
-"""`Residuals` as the model of `TENGraD`: its step is the dense Gauss-Newton step of all terms, however they differentiate."""
+"""`Residuals` as the model of `TENGraD`: its step is the dense Gauss-Newton step of all terms."""
 
 import pytest
 import torch
