@@ -28,6 +28,7 @@ from tengrad_triton.likelihoods import Bernoulli, Categorical, Gaussian, Likelih
 from tengrad_triton.optim.damping import LevenbergMarquardt
 from tengrad_triton.optim.interval import Growing
 from tengrad_triton.optim.tengrad import TENGraD
+from tengrad_triton.residuals.module import Residuals
 from tengrad_triton.tuning.autotune import autotune
 from tengrad_triton.tuning.plan import Plan
 
@@ -52,6 +53,7 @@ __all__ = [
     "OuterProducts",
     "PerSampleGrads",
     "Plan",
+    "Residuals",
     "TENGraD",
     "autotune",
     "canonical",

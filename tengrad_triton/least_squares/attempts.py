@@ -52,7 +52,7 @@ class Proposal:
 
     @property
     def longest(self) -> float:
-        """Return the η at which the linear model's loss is least: at least 1 without SPRING, whose steps may overshoot."""
+        """Return the η at which the linear model's loss is least; steps of SPRING may overshoot it."""
         return self.linear / (2 * self.quadratic) if self.quadratic > 0 else math.inf
 
     def predicted(self, length: float) -> float:

@@ -14,7 +14,8 @@ way is taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rows.attribution import Attribution
 from tengrad_triton.capture.rows.rerun import backward_rows, rerun_rows, sums_to
+from tengrad_triton.capture.rows.unobserved import unobserved
 from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
 
 # torch.func raises these for operations that it cannot transform.
@@ -36,6 +38,14 @@ _OTHER_FUNCTION = (
     "mixes samples"
 )
 _BATCH_NORM = "batch norm mixes samples in training"
+
+
+@runtime_checkable
+class KnowsRows(Protocol):
+    """A model with one output [N] a sample, that finds the rows of its outputs better than by single samples."""
+
+    def rows_of_outputs(self, parameters: Mapping[str, Tensor], points: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the derivatives j_N… of every output with respect to parameters, at the arguments of a forward."""
 
 
 class ExplicitRows:
@@ -126,7 +136,12 @@ class ExplicitRows:
         )  # fmt: skip
         call = LayerCall.with_grads(record.call, list(cotangents), returns_tensor=False, samples_second=False)
         try:
-            rows = rerun_rows(self._model, named, [call], record.samples, 1, record.pick)
+            if isinstance(self._model, KnowsRows):
+                with unobserved(self._model):
+                    rows = self._model.rows_of_outputs(named, record.call.kwargs)
+                rows = {name: multiply_samples(given[0], j) for name, j in rows.items()}
+            else:
+                rows = rerun_rows(self._model, named, [call], record.samples, 1, record.pick)
         except _RERUN_ERRORS:
             return {}, _NOT_TRANSFORMED
         weighted = {name: multiply_samples(weights_N, rows_N) for name, rows_N in rows.items()}
