@@ -1,15 +1,17 @@
 """The rows of J̃: the gradient of every residual of every term, by the cheapest way that autograd confirms.
 
-There are three ways, each slower and more general than the one before:
+There are four ways, each slower and more general than the one before:
 
-1. ``batched``: `torch.func` computes the residual of single points, all points in one pass. That holds for residuals
+1. ``by layer``: one backward pass for all points, where weights are used in linear layers only (`by_layer`), also
+   within `tengrad_triton.jets`;
+2. ``batched``: `torch.func` computes the residual of single points, all points in one pass. That holds for residuals
    whose derivatives are `tengrad_triton.jets` or `torch.func`, and for those without any;
-2. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
+3. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
    calls `torch.autograd.grad`;
-3. ``backward``: one backward pass for each residual, which is exact for any function.
+4. ``backward``: one backward pass for each residual, which is exact for any function.
 
-The first two are exact only if no residual depends on other points. So their residuals and the sum of their rows, each
-times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
+The first three are exact only if no residual depends on other points. So their residuals and the sum of their rows,
+each times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
 number is a power of two. If they differ, the next way is taken.
 
 Dimensions: N points of a term, M residuals at each point, K entries of all trained parameters.
@@ -28,7 +30,8 @@ from torch.func import vjp, vmap
 from tengrad_triton.capture.rows.rerun import batched_grads, ignore_vmap_warning, sums_to
 from tengrad_triton.capture.rows.weights import random_weights
 from tengrad_triton.layers.stateless import call_with, places_of
-from tengrad_triton.residuals.expanded import NotExpandableError, residuals_and_rows
+from tengrad_triton.residuals.by_layer import rows_by_layer
+from tengrad_triton.residuals.expanded import residuals_and_rows
 from tengrad_triton.residuals.terms import NOT_BATCHED, Bound, Residual, Term, Terms
 
 _CHUNK_BYTES = 256 * 2**20  # one pass computes rows of at most this size
@@ -66,6 +69,15 @@ def batched(model: nn.Module, residual: Residual) -> Way:
     return rows
 
 
+def by_layer(model: nn.Module, residual: Residual) -> Way:
+    """Return the way by the inputs and output gradients of linear layers."""
+
+    def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        return rows_by_layer(residual, parameters, points)
+
+    return rows
+
+
 def expanded(model: nn.Module, residual: Residual) -> Way:
     """Return the way of one backward pass with a copy of the weights for each point."""
 
@@ -96,7 +108,12 @@ def backward(model: nn.Module, residual: Residual) -> Way:
     return rows
 
 
-WAYS: dict[str, Callable[[nn.Module, Residual], Way]] = {"batched": batched, "expanded": expanded, "backward": backward}
+WAYS: dict[str, Callable[[nn.Module, Residual], Way]] = {
+    "by layer": by_layer,
+    "batched": batched,
+    "expanded": expanded,
+    "backward": backward,
+}
 
 
 class RowFinder:
@@ -131,7 +148,7 @@ class RowFinder:
                 self._take_next_way(term)
             try:
                 r, rows = self._rows[term.name](parameters, points)
-            except (*NOT_BATCHED, NotExpandableError):
+            except NOT_BATCHED:
                 if self.ways[term.name] == "backward":
                     raise
                 expected = expected or _expected(term, parameters, points)
@@ -147,7 +164,7 @@ class RowFinder:
         self.ways[term.name] = way
         rows = WAYS[way](self._terms.model, term.residual)
         self._rows[term.name] = torch.compile(rows) if self._compiles and way == "batched" else rows
-        if way != "batched":
+        if way in ("expanded", "backward"):
             self._terms.needs_graph.add(term.name)
         if way == "backward":
             warnings.warn(
