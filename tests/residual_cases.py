@@ -78,30 +78,30 @@ class Cube(torch.autograd.Function):
 
 
 OF_A_NETWORK = {
-    "no derivatives": ("batched", lambda u, x: u(x)[:, 0] ** 2 - x[:, 0]),
-    "laplacian": ("batched", lambda u, x: laplacian(u, x) + x.sin().sum(1, keepdim=True)),
-    "burgers": ("batched", burgers),
+    "no derivatives": ("by layer", lambda u, x: u(x)[:, 0] ** 2 - x[:, 0]),
+    "laplacian": ("by layer", lambda u, x: laplacian(u, x) + x.sin().sum(1, keepdim=True)),
+    "burgers": ("by layer", burgers),
     "torch.func": ("batched", by_torch_func),
     "autograd": ("expanded", by_autograd),
     "autograd, several residuals": ("expanded", lambda u, x: slope(u, x.clone().requires_grad_())),
-    "the module called by name": ("batched", lambda u, x: functional_call(u, dict(u.named_parameters()), x)),
-    "two batches": ("batched", lambda u, x: u(x) - u(x.flip(1)) * u(torch.zeros_like(x))),
+    "the module called by name": ("by layer", lambda u, x: functional_call(u, dict(u.named_parameters()), x)),
+    "two batches": ("by layer", lambda u, x: u(x) - u(x.flip(1)) * u(torch.zeros_like(x))),
     "two batches in one": ("batched", joined),
     "two batches in one, autograd": ("expanded", lambda u, x: slope(lambda x: joined(u, x), x.requires_grad_())),
-    "squeezed": ("expanded", lambda u, x: u(x).squeeze()),
-    "the number of points": ("expanded", lambda u, x: u(x) * len(x)),
-    "the mean of the points": ("expanded", lambda u, x: u(x - x.mean(0))),
+    "squeezed": ("by layer", lambda u, x: u(x).squeeze()),
+    "the number of points": ("by layer", lambda u, x: u(x) * len(x)),
+    "the mean of the points": ("by layer", lambda u, x: u(x - x.mean(0))),
     "the mean of the outputs": ("backward", lambda u, x: u(x) - u(x).mean()),
-    "the points of neighbours": ("expanded", lambda u, x: u(x) - u(x.roll(1, 0))),
+    "the points of neighbours": ("by layer", lambda u, x: u(x) - u(x.roll(1, 0))),
     "the outputs of neighbours": ("backward", lambda u, x: u(x) - u(x).roll(1, 0)),
     "a choice of points": ("backward", masked),
-    "noise": ("expanded", lambda u, x: u(x + torch.randn_like(x))),
-    "an own function": ("expanded", lambda u, x: Cube.apply(u(x))),
+    "noise": ("by layer", lambda u, x: u(x + torch.randn_like(x))),
+    "an own function": ("by layer", lambda u, x: Cube.apply(u(x))),
     "an own function of parameters": ("backward", lambda u, x: u(x) * Cube.apply(u[0].weight).sum()),
 }
 OF_SEVERAL_OUTPUTS = {
-    "several outputs": ("batched", lambda u, x: u(x) * COLUMNS),
-    "matrices": ("batched", lambda u, x: torch.stack([u(x), u(x + 1).sin()], 1)),
+    "several outputs": ("by layer", lambda u, x: u(x) * COLUMNS),
+    "matrices": ("by layer", lambda u, x: torch.stack([u(x), u(x + 1).sin()], 1)),
 }
 
 
@@ -112,7 +112,7 @@ def points_that_require_a_gradient():
 
 def several_inputs():
     u = network()
-    return Case(u, lambda x, y: u(x)[:, 0] - u(x + 1)[:, 0] - y, "batched", (points(), torch.rand(N).double()))
+    return Case(u, lambda x, y: u(x)[:, 0] - u(x + 1)[:, 0] - y, "by layer", (points(), torch.rand(N).double()))
 
 
 def whole_numbers():
@@ -122,7 +122,7 @@ def whole_numbers():
 
 def module():
     u = network()
-    return Case(u, u, "batched", (points(),))
+    return Case(u, u, "by layer", (points(),))
 
 
 def other_points_beside():
@@ -221,7 +221,7 @@ def normalized_in_eval():
 
 def dropout():
     u = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double()
-    return Case(u, u, "expanded", (points(),))
+    return Case(u, u, "by layer", (points(),))
 
 
 def cancelling():
@@ -246,7 +246,7 @@ class Counted(nn.Module):
 
 def counted():
     model = Counted()
-    return Case(model, model, "batched", (points(),))
+    return Case(model, model, "by layer", (points(),))
 
 
 def of(table, outputs):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from least_squares_problem import Equation, EquationByAutograd, curve, poisson, solved
 from torch.func import functional_call, jvp
 
@@ -114,7 +115,18 @@ def test_spring_keeps_a_part_of_the_last_direction(space, acceleration):
         kept_K = own_K
 
 
-@pytest.mark.parametrize("equation", [Equation, EquationByAutograd])
+class WithWeight(Equation):
+    """Holds a weight of the model, which a batch of parameters does not reach."""
+
+    def __init__(self, u):
+        super().__init__(u)
+        self.weight = u[0].weight
+
+    def __call__(self, x):
+        return super().__call__(x) - F.linear(x, self.weight).square().sum(1)
+
+
+@pytest.mark.parametrize("equation", [Equation, EquationByAutograd, WithWeight])
 @pytest.mark.parametrize("lr", [1.0, 4.0])
 def test_the_grid_takes_the_lowest_loss(lr, equation):
     problem = poisson(equation=equation)

@@ -77,12 +77,12 @@ def test_rows_are_found_in_the_same_way_after_loading():
     problem = poisson(equation=EquationByAutograd)
     optimizer = problem.optimizer()
     optimizer.step(**problem.points)
-    assert optimizer.state_dict()["gauss_newton"]["ways"] == {"interior": "expanded", "boundary": "batched"}
+    assert optimizer.state_dict()["gauss_newton"]["ways"] == {"interior": "expanded", "boundary": "by layer"}
     resumed = poisson(equation=EquationByAutograd)
     other = resumed.optimizer()
     other.load_state_dict(optimizer.state_dict())
     other.step(**resumed.points)
-    assert other.state_dict()["gauss_newton"]["ways"] == {"interior": "expanded", "boundary": "batched"}
+    assert other.state_dict()["gauss_newton"]["ways"] == {"interior": "expanded", "boundary": "by layer"}
 
 
 def of_adam():

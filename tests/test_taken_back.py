@@ -131,11 +131,15 @@ def test_a_step_that_is_not_taken_leaves_the_model(name, failure, monkeypatch):
     torch.set_rng_state(before["random"])
     for b, old in zip(problem.u.buffers(), before["tensors"][len(list(problem.u.parameters())) :], strict=False):
         b.copy_(old)
-    before = unchanged_of(problem, optimizer)
+    before, state = unchanged_of(problem, optimizer), state_of(optimizer)
     with monkeypatch.context() as patch:
         FAILURES[failure](patch)
         found = optimizer.step(**problem.points)
     assert_same(unchanged_of(problem, optimizer), before)
+    now = state_of(optimizer)
+    assert now["groups"] == state["groups"]  # the damping too
+    assert torch.equal(now["own"]["generator"], state["own"]["generator"])
+    assert now["own"]["steps"] == state["own"]["steps"] + 1
     assert found == pytest.approx(float(loss), rel=1e-9)
     assert not optimizer.stats.accepted
     assert optimizer.stopped

@@ -1,16 +1,18 @@
 """The rows of J̃: the gradient of every residual of every term, by the cheapest way that autograd confirms.
 
-There are four ways, each slower or more general than the one before:
+There are five ways, each slower or more general than the one before:
 
-1. ``batched``: `torch.func` computes the residual of single points, all points in one pass. That holds for residuals
+1. ``by layer``: one backward pass for all points, where weights are used in linear layers only (`by_layer`), also
+   within `tengrad_triton.jets`;
+2. ``batched``: `torch.func` computes the residual of single points, all points in one pass. That holds for residuals
    whose derivatives are `tengrad_triton.jets` or `torch.func`, and for those without any;
-2. ``captured``: the same, where the residual function holds parameters itself, such as the unknown coefficient of an
+3. ``captured``: the same, where the residual function holds parameters itself, such as the unknown coefficient of an
    equation, which replacing those of the model's modules does not reach;
-3. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
+4. ``expanded``: one backward pass with a copy of the weights for each point (`expanded`), where the residual function
    calls `torch.autograd.grad`;
-4. ``backward``: one backward pass for each residual, which is exact for any function.
+5. ``backward``: one backward pass for each residual, which is exact for any function.
 
-The first three are exact only if no residual depends on other points. So their residuals and the sum of their rows,
+The first four are exact only if no residual depends on other points. So their residuals and the sum of their rows,
 each times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
 number is a power of two. If they differ, the next way is taken.
 
@@ -34,7 +36,8 @@ from typing_extensions import override
 from tengrad_triton.capture.rows.rerun import batched_grads, ignore_vmap_warning
 from tengrad_triton.capture.rows.weights import random_weights
 from tengrad_triton.layers.stateless import call_with, places_of
-from tengrad_triton.residuals.expanded import NotExpandableError, residuals_and_rows
+from tengrad_triton.residuals.by_layer import rows_by_layer
+from tengrad_triton.residuals.expanded import residuals_and_rows
 from tengrad_triton.residuals.surroundings import Surroundings
 from tengrad_triton.residuals.terms import NOT_BATCHED, Bound, Residual, Term, Terms
 
@@ -102,6 +105,15 @@ def batched(
     return rows
 
 
+def by_layer(model: nn.Module, residual: Residual) -> Way:
+    """Return the way by the inputs and output gradients of linear layers."""
+
+    def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        return rows_by_layer(residual, parameters, points)
+
+    return rows
+
+
 def expanded(model: nn.Module, residual: Residual) -> Way:
     """Return the way of one backward pass with a copy of the weights for each point."""
 
@@ -133,6 +145,7 @@ def backward(model: nn.Module, residual: Residual) -> Way:
 
 
 WAYS: dict[str, Callable[[nn.Module, Residual], Way]] = {
+    "by layer": by_layer,
     "batched": batched,
     "captured": captured,
     "expanded": expanded,
@@ -158,7 +171,8 @@ class RowFinder:
     def resume(self, ways: Mapping[str, str]) -> None:
         """Begin anew, where `ways` had come to in another finder for these terms."""
         order = list(WAYS)
-        self._untried = {name: iter(order[order.index(ways.get(name, order[0])) :]) for name in self._untried}
+        first = {name: order.index(way) for name, way in ways.items() if way in order}
+        self._untried = {name: iter(order[first.get(name, 0) :]) for name in self._untried}
         self._calls, self._rows, self.ways = dict.fromkeys(self._untried, 0), {}, {}
 
     def of_term(
@@ -183,7 +197,7 @@ class RowFinder:
                 r, rows = self._rows[term.name](parameters, points)
             except torch.OutOfMemoryError:
                 raise
-            except (*NOT_BATCHED, NotExpandableError):
+            except NOT_BATCHED:
                 before.restore()
                 expected = expected or self._expected(term, parameters, points)  # raises what the function itself does
                 if self.ways[term.name] == "backward":
@@ -202,7 +216,7 @@ class RowFinder:
         self.ways[term.name] = way
         rows = WAYS[way](self._terms.model, term.residual)
         self._rows[term.name] = torch.compile(rows) if self._compiles and way == "batched" else rows
-        if way != "batched":
+        if way in ("expanded", "backward"):
             self._terms.needs_graph.add(term.name)
         if way == "backward":
             warnings.warn(
