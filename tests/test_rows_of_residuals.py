@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from residual_cases import CASES, network, points
+from residual_cases import CASES, Case, network, points, slope
+from torch import nn
 
 from tengrad_triton.residuals.expanded import NotExpandableError
 from tengrad_triton.residuals.rows import WAYS, RowFinder
@@ -106,6 +107,24 @@ def test_a_residual_that_changes_is_found_out_at_a_power_of_two():
     _, warned = quietly(lambda: finder.of_term(terms.terms[0], parameters, x))
     assert warned
     assert finder.ways == {"a": "backward"}
+
+
+def test_another_number_of_points_is_proven_too():
+    """As many points as positions: a way that took positions for points would give wrong rows."""
+    torch.manual_seed(0)
+    u, others = nn.Linear(2, 3).double(), torch.rand(5, dtype=torch.float64)
+
+    def residual(x):
+        x = x.requires_grad_()
+        return slope(lambda x: u(x).sin(), x)[..., 0] * (others * u.weight.sum()).sum()
+
+    for function in (residual, lambda x: u(x).tanh().mean((1, 2)), lambda x: u(x).sum(2) * others):
+        terms = Terms(u, {"a": function}, None)
+        finder, parameters = RowFinder(terms), list(u.parameters())
+        for count in (7, 7, 5, 1, 5, 7):
+            x = (torch.rand(count, 5, 2, dtype=torch.float64),)
+            expected = one_by_one(Case(u, function, "", x), parameters)
+            assert_equal(quietly(lambda: finder.of_term(terms.terms[0], parameters, x))[0], expected)  # noqa: B023
 
 
 def test_rows_that_are_not_finite_prove_nothing():

@@ -13,8 +13,8 @@ There are five ways, each slower or more general than the one before:
 5. ``backward``: one backward pass for each residual, which is exact for any function.
 
 The first four are exact only if no residual depends on other points. So their residuals and the sum of their rows,
-each times a random number, are compared with those of the whole batch when a term is new, and later at every step whose
-number is a power of two. If they differ, the next way is taken.
+each times a random number, are compared with those of the whole batch when a term is new or has another number of
+points than before, and later at every step whose number is a power of two. If they differ, the next way is taken.
 
 Dimensions: N points of a term, M residuals at each point, K entries of all trained parameters.
 """
@@ -165,6 +165,7 @@ class RowFinder:
         self._terms, self._compiles = terms, compiles
         self._untried = {term.name: iter(WAYS) for term in terms.terms}
         self._calls = dict.fromkeys(self._untried, 0)
+        self._proven: dict[str, set[int]] = {name: set() for name in self._untried}  # numbers of points
         self._rows: dict[str, Way] = {}
         self.ways: dict[str, str] = {}
 
@@ -186,9 +187,8 @@ class RowFinder:
             ValueError: the residual does not depend on the parameters, or returned no batch.
         """
         self._calls[term.name] += 1
-        calls, before = self._calls[term.name], Surroundings.now(self._terms.model)
-        prove = calls & (calls - 1) == 0  # 1, 2, 4, 8, …
-        expected = self._expected(term, parameters, points) if prove or term.name not in self._rows else None
+        before = Surroundings.now(self._terms.model)
+        expected = self._expected(term, parameters, points) if self._is_proof_due(term, len(points[0])) else None
         while True:
             if term.name not in self._rows:
                 self._take_next_way(term)
@@ -205,15 +205,29 @@ class RowFinder:
                 self._rows.pop(term.name)
                 continue
             if self.ways[term.name] == "backward" or expected is None or _agree(r, rows, expected, parameters):
-                if expected is not None and not _is_finite(*expected):
-                    self._calls[term.name], r = 0, expected[0]  # nothing was proven
-                flat = r.flatten()
+                flat = r.flatten() if expected is None else self._proved(term, expected).flatten()
                 return flat, [j.reshape(len(flat), -1) for j in rows]
             self._rows.pop(term.name)
 
+    def _is_proof_due(self, term: Term, count: int) -> bool:
+        """Whether the rows of a call with ``count`` points are compared with autograd's."""
+        if term.name not in self._rows:
+            return True
+        calls = self._calls[term.name]
+        due = calls & (calls - 1) == 0 or count not in self._proven[term.name]  # 1, 2, 4, 8, …
+        return due and self.ways[term.name] != "backward"
+
+    def _proved(self, term: Term, expected: tuple[Tensor, list[Tensor]]) -> Tensor:
+        """Note that rows were compared, unless that says nothing of them; return the residuals."""
+        if _is_finite(*expected):
+            self._proven[term.name].add(len(expected[0]))
+        else:
+            self._calls[term.name] = 0
+        return expected[0]
+
     def _take_next_way(self, term: Term) -> None:
         way = next(self._untried[term.name])
-        self.ways[term.name] = way
+        self.ways[term.name], self._proven[term.name] = way, set()
         rows = WAYS[way](self._terms.model, term.residual)
         self._rows[term.name] = torch.compile(rows) if self._compiles and way == "batched" else rows
         if way in ("expanded", "backward"):
