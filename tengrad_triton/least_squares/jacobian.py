@@ -39,6 +39,7 @@ class JacobianFinder:
     def __init__(self, terms: Terms, rows: RowFinder, settings: Settings, ops: Ops, generator: torch.Generator) -> None:
         self._terms, self._rows, self._settings = terms, rows, settings
         self._ops, self._generator = ops, generator
+        self._held: Tensor | None = None  # J̃ of the last step; a new one would be fetched from the system page by page
 
     def system(
         self, parameters: Sequence[Tensor], points: Points, columns: Sequence[Tensor] | None
@@ -126,7 +127,10 @@ class JacobianFinder:
 
     def _stored(self, parameters: Sequence[Tensor], points: Points, counts: Mapping[str, int]) -> tuple[Tensor, Tensor]:
         """Return r̃ and J̃ of points with so many residuals."""
-        j_RK = parameters[0].new_empty(sum(counts.values()), sum(p.numel() for p in parameters))
+        shape = sum(counts.values()), sum(p.numel() for p in parameters)
+        if self._held is None or self._held.shape != shape or self._held.dtype != parameters[0].dtype:
+            self._held = parameters[0].new_empty(shape)
+        j_RK = self._held
         rs, start = [], 0
         for term in self._terms.terms:
             end = start + counts[term.name]

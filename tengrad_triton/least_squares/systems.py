@@ -72,8 +72,8 @@ class Block(System):
     def __init__(self, j_RK: Tensor, ops: Ops) -> None:
         super().__init__(j_RK, ops)
         self.in_rows = len(j_RK) < j_RK.shape[1]
-        x = j_RK if self.in_rows else j_RK.mT.contiguous()
-        self._matrix = ops.gram_rows([x], [0], 1)[0]
+        x = j_RK if self.in_rows else j_RK.mT
+        self._matrix = ops.gram_rows([x if x.is_cpu else x.contiguous()], [0], 1)[0]
         self._inverse = self._matrix.new_empty(0)
 
     @override
