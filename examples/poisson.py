@@ -160,8 +160,8 @@ u = sin(πx) sin(πy), so that the error is known. The model returns the residua
 gradient of one residual. With `blocks="network"` and `fisher="exact"` a step is the damped Gauss-Newton step on all
 parameters ([M9 and M11](../math.md)).
 
-[A PINN in five lines](pinn.md) has a shorter way, by an optimizer that takes the residuals themselves. This page shows what
-`TENGraD` makes of them, and a layer with a rule of its own."""
+[A PINN in five lines](pinn.md) has a shorter way, by an optimizer that takes the residuals themselves. This page shows
+what `TENGraD` makes of them, and a layer with a rule of its own."""
 MODEL = """## The residual is the model
 
 Every layer is called once for each point, on a stack of positions: the value, its first derivatives and its Laplacian,

@@ -21,7 +21,7 @@ from .dispatch import widen, zeros
 _PAIRS_AT_ONCE = 1 << 26  # `gram` keeps products for at most this many pairs of positions at a time
 _SLABS = 8  # X Xᵀ is computed in at most this many slabs of samples
 _MANY_SAMPLES = 256  # from here on, slabs of few columns are faster than one product too
-_LEAST_SLAB, _LEAST_COLUMNS = 32, 4096  # with fewer samples in a slab, or few samples and columns, one product is faster
+_LEAST_SLAB, _LEAST_COLUMNS = 32, 4096  # with fewer samples in a slab, or few samples and columns, one is faster
 _RANGES = (16, 8, 4, 2)  # a large J is divided into one of these numbers of equal ranges
 _LARGE = 1 << 18  # with fewer entries of J, one product is faster than ranges
 _LEAST_BATCH = 8  # with fewer matrices, one call for each is faster than a batched product

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,18 +13,13 @@ from torch import Tensor, nn
 from studies.pinn.entrants import Build, Entrant
 from studies.pinn.problems.base import Problem, loss
 
-DECAYS: dict[str, Callable[[float], float]] = {
-    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
-    "exponential": lambda share: 1e-3**share,
-}
-"""The factor of the learning rate, by the share of the time that is used up."""
-RATES = {"cosine": (1e-3, 3e-3, 1e-2)}
+RATES = (1e-3, 3e-3, 1e-2)
 ITERATIONS = 10  # of L-BFGS in a step, which evaluates the loss once more than they need
 HISTORIES = (150,)
 
 
-def adam(lr: float, decay: str, problem: Problem, model: nn.Module) -> Entrant:
-    """Return Adam, whose learning rate falls from ``lr`` over the time of the run."""
+def adam(lr: float, problem: Problem, model: nn.Module) -> Entrant:
+    """Return Adam, whose learning rate falls from ``lr`` to 0 over the time of the run, as a cosine does."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     terms = problem.terms(model)
 
@@ -34,10 +29,9 @@ def adam(lr: float, decay: str, problem: Problem, model: nn.Module) -> Entrant:
         optimizer.step()
 
     def schedule(share: float) -> None:
-        optimizer.param_groups[0]["lr"] = lr * DECAYS[decay](share)
+        optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * share)) / 2
 
-    words = "to 0 as a cosine" if decay == "cosine" else "to its thousandth exponentially"
-    return Entrant("Adam", f"lr {lr:g}, falls {words}", step, schedule=schedule)
+    return Entrant("Adam", f"lr {lr:g}, falls to 0 as a cosine", step, schedule=schedule)
 
 
 def lbfgs(history: int, problem: Problem, model: nn.Module) -> Entrant:
@@ -66,6 +60,6 @@ def lbfgs(history: int, problem: Problem, model: nn.Module) -> Entrant:
 
 
 FAMILIES: dict[str, dict[str, Build]] = {
-    "adam": {f"{decay}-{lr:g}": partial(adam, lr, decay) for decay, rates in RATES.items() for lr in rates},
+    "adam": {f"cosine-{lr:g}": partial(adam, lr) for lr in RATES},
     "lbfgs": {f"history-{history}": partial(lbfgs, history) for history in HISTORIES},
 }

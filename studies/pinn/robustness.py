@@ -1,6 +1,6 @@
 """How often a run diverges, by its starting damping: `python -m studies.pinn.robustness`.
 
-A run has diverged if its error is not finite or larger than at the start, or if the optimizer raised an error.
+A run has diverged if its error is not finite or more than twice that at the start, or if the optimizer raised an error.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.reports.markdown import table
 
 ROOT = Path(__file__).parent
-EQUATIONS = ("poisson2d", "heat1d", "burgers", "convection")
-DAMPINGS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
+EQUATIONS = ("poisson2d", "heat1d", "poisson5d", "burgers")
+DAMPINGS = (1e-4, 1e-6, 1e-8, 1e-10)
 SECTION = """
 Runs that diverged, of all seeds, by the damping that they start with, and in brackets the median error at the end. A
-run has diverged if its error is not finite or larger than at the start, or if the optimizer raised an error.
+run has diverged if its error is not finite or more than twice that at the start, or if the optimizer raised an error.
 """
 app = new_app("studies.pinn.robustness", __doc__)
 
@@ -102,7 +102,7 @@ def run(problem: str, name: str, damping: float, seed: int, steps: int) -> dict[
 
 def has_diverged(run: dict[str, Any]) -> bool:
     """Return whether a run has diverged."""
-    return bool(run["failure"]) or run["end"] is None or run["end"] > run["start"]
+    return bool(run["failure"]) or run["end"] is None or run["end"] > 2 * run["start"]
 
 
 def sections(store: Store) -> Iterator[str]:
