@@ -83,7 +83,7 @@ def reconfiguration(log_psi: LogPsi, scale: float = 1e3, **settings: float) -> G
     def residual(x_ND: Tensor, before_N1: Tensor, excess_N1: Tensor) -> Tensor:
         return log_psi(x_ND) + scale * log_psi.norm - before_N1 + excess_N1
 
-    return GaussNewton(log_psi, {"evolution": residual}, acceleration=False, **settings)
+    return GaussNewton(log_psi, {"evolution": residual}, acceleration=False, spring=0.0, **settings)
 
 
 def minimize(log_psi: LogPsi, c_DD: Tensor, samples: int, steps: int, **settings: float) -> list[tuple[float, float]]:

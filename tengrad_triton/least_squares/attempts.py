@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.least_squares import search
-from tengrad_triton.least_squares.damping import MOST, AdaptiveDamping
+from tengrad_triton.least_squares.damping import AdaptiveDamping
 from tengrad_triton.least_squares.evaluations import Evaluations
 from tengrad_triton.least_squares.search import LineSearch
 from tengrad_triton.least_squares.systems import System
@@ -55,6 +55,11 @@ class Proposal:
         """Return the η at which the linear model's loss is least; steps of SPRING may overshoot it."""
         return self.linear / (2 * self.quadratic) if self.quadratic > 0 else math.inf
 
+    @property
+    def best_decrease(self) -> float:
+        """Return by how much the linear model expects the loss to fall at that η."""
+        return self.linear**2 / (4 * self.quadratic) if self.quadratic > 0 else self.linear
+
     def predicted(self, length: float) -> float:
         """Return by how much the linear model of r̃ expects the loss to fall."""
         return length * self.linear - length**2 * self.quadratic
@@ -66,13 +71,15 @@ class Outcome:
 
     Attributes:
         proposal: the step that was taken; None if none was.
-        length: its η.
+        damping: α of the last attempt.
+        length: the η of the step.
         loss: after it; before it if none was taken.
         ratio: the decrease of the loss over the predicted one.
         attempts: how many there were.
     """
 
     proposal: Proposal | None
+    damping: float
     length: float
     loss: float
     ratio: float
@@ -86,9 +93,6 @@ class Momentum:
     last_K: Tensor | None
     mu: float
     count: int
-
-
-_AT_REST = Momentum(None, 0.0, 0)
 
 
 class Attempts:
@@ -115,23 +119,37 @@ class Attempts:
     def run(self, rule: AdaptiveDamping, state: dict[str, Any], lr: float) -> Outcome:
         """Return the first step that lowers the loss; after each that does not ``rule`` raises ``state["damping"]``.
 
-        There is none if even the linear model expects no decrease beyond rounding.
+        There is none if even the linear model expects no decrease beyond rounding, or if the step is lost in θ's.
         """
         for attempt in range(1, _MOST_ATTEMPTS + 1):
-            proposal = self._proposal(state["damping"], self._momentum if attempt <= _WITH_MOMENTUM else _AT_REST)
-            lr_now = lr if proposal is None else min(lr, proposal.longest)
-            if proposal is not None and proposal.predicted(min(lr_now, 1.0)) <= self._precision * self._loss:
-                break
-            if proposal is not None and self._is_short(proposal):
-                length, loss = self._searched(proposal, lr_now)
-                if loss < self._loss:
-                    ratio = (self._loss - loss) / proposal.predicted(length)
-                    rule.accept(state, ratio)
-                    return Outcome(proposal, length, loss, ratio, attempt)
-            if state["damping"] >= MOST:
-                break
+            alpha = state["damping"]
+            proposal = self._promising(alpha, attempt)
+            if proposal is not None:
+                if self._is_lost(proposal):
+                    break
+                if self._is_short(proposal):
+                    length, loss = self._searched(proposal, min(lr, proposal.longest))
+                    if loss < self._loss:
+                        predicted = proposal.predicted(length)
+                        ratio = (self._loss - loss) / predicted if predicted > 0 else 1.0
+                        rule.accept(state, ratio)
+                        return Outcome(proposal, alpha, length, loss, ratio, attempt)
             rule.reject(state)
-        return Outcome(None, 0.0, self._loss, 0.0, attempt)
+        return Outcome(None, alpha, 0.0, self._loss, 0.0, attempt)
+
+    def _promising(self, alpha: float, attempt: int) -> Proposal | None:
+        """Return the step with the last direction, or the one without it where the first is not expected to pay."""
+        if self._momentum.last_K is not None and attempt <= _WITH_MOMENTUM:
+            proposal = self._proposal(alpha, self._momentum)
+            if proposal is None or not self._is_lost(proposal):
+                return proposal
+        return self._proposal(alpha, Momentum(None, self._momentum.mu, 0))
+
+    def _is_lost(self, proposal: Proposal) -> bool:
+        """Whether rounding hides the step, or the decrease of the loss that the linear model expects at best."""
+        start_K = self._evaluations.start_K
+        hidden = float(proposal.delta_K.norm()) <= self._precision * float(start_K.norm())
+        return hidden or proposal.linear <= 0 or proposal.best_decrease <= self._precision * self._loss
 
     def _proposal(self, alpha: float, momentum: Momentum) -> Proposal | None:
         """Return the step with a damping; None where its matrix cannot be factored."""

@@ -7,27 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
 from typing_extensions import override
 
+from tengrad_triton.least_squares.systems import System
 from tengrad_triton.optim.validation import check_number, is_number
 
+_START = 0.05  # of the trace of J̃ᵀ J̃
 _SHRINK, _GROW = 0.5, 4.0  # of what multiplies a given damping: after a step that was taken, and one that was not
-MOST = 1e12
 
 
 @runtime_checkable
 class AdaptiveDamping(Protocol):
     """A rule for α. ``state`` holds what it remembers, in the optimizer's parameter group."""
 
-    def begin(self, state: dict[str, Any], step: int, spectrum: Callable[[], Tensor], least: float) -> None:
+    def begin(self, state: dict[str, Any], step: int, system: System) -> None:
         """Set ``state["damping"]`` for the first attempt of a step.
 
         Args:
             state: of the rule.
             step: the number of steps before this one.
-            spectrum: returns the eigenvalues of J̃ᵀ J̃.
-            least: the smallest α that the type of the parameters resolves.
+            system: of the step, for its eigenvalues, their sum, and the smallest α that they resolve.
         """
 
     def accept(self, state: dict[str, Any], ratio: float) -> None:
@@ -54,51 +54,54 @@ class GainRatio:
     it is multiplied by ν, which begins at 2 and doubles from one attempt to the next.
 
     Args:
-        start: the first α.
+        start: the first α; by default a twentieth of the trace of the first J̃ᵀ J̃.
         decrease: the smallest multiplier after a step that was taken, in (0, 1].
-        least: the smallest α.
-        most: the largest α.
+        least: the smallest α, in units of the trace of J̃ᵀ J̃.
 
     Raises:
         ValueError: a setting is out of range.
         TypeError: a setting is no number.
     """
 
-    start: float = 1.0
+    start: float | None = None
     decrease: float = 1 / 3
-    least: float = 1e-15
-    most: float = MOST
+    least: float = 1e-18
 
     def __post_init__(self) -> None:
-        _check_order(least=self.least, start=self.start, most=self.most)
+        if self.start is not None:
+            _check_order(start=self.start)
+        _check_order(least=self.least)
         _check_order(decrease=self.decrease, one=1.0)
 
-    def begin(self, state: dict[str, Any], step: int, spectrum: Callable[[], Tensor], least: float) -> None:
+    def begin(self, state: dict[str, Any], step: int, system: System) -> None:
         """Begin with the damping that the last step left."""
         state.setdefault("growth", 2.0)
-        state["damping"] = max(state["damping"], least)
+        if not state["damping"]:
+            state["damping"] = _START * system.trace
+        state["least"] = max(self.least * system.trace, system.least_damping)
+        state["damping"] = max(state["damping"], state["least"])
 
     def accept(self, state: dict[str, Any], ratio: float) -> None:
         """Multiply α by max(decrease, 1 − (2ρ − 1)³), where ρ counts in [0, 1]."""
         multiplier = max(self.decrease, 1 - (2 * min(max(ratio, 0.0), 1.0) - 1) ** 3)
-        state["damping"] = min(self.most, max(self.least, multiplier * state["damping"]))
+        state["damping"] = max(state["least"], multiplier * state["damping"])
         state["growth"] = 2.0
 
     def reject(self, state: dict[str, Any]) -> None:
         """Multiply α by ν, and double ν."""
-        state["damping"] = min(self.most, state["growth"] * state["damping"])
+        state["damping"] *= state["growth"]
         state["growth"] *= 2
 
 
 @dataclass(frozen=True)
 class EffectiveDimension:
-    """α such that the effective dimension d(α) = Σ λ / (λ + α) is a share of the number of eigenvalues λ of J̃ᵀ J̃.
+    """α such that the effective dimension d(α) = Σ λ / (λ + α) is a share of the rank of J̃ᵀ J̃.
 
     Each step then has α by its own spectrum, which costs an eigenvalue decomposition (the effective dimension is that
     of Guzmán-Cordero et al. 2025, section 3.4). Attempts that are taken back raise it as they raise a given damping.
 
     Args:
-        share: of min(R, K), in (0, 1).
+        share: of the rank, in (0, 1).
         least: the smallest α.
 
     Raises:
@@ -111,12 +114,15 @@ class EffectiveDimension:
 
     def __post_init__(self) -> None:
         _check_order(share=self.share, one=1.0)
-        _check_order(least=self.least, most=MOST)
+        _check_order(least=self.least)
 
-    def begin(self, state: dict[str, Any], step: int, spectrum: Callable[[], Tensor], least: float) -> None:
+    def begin(self, state: dict[str, Any], step: int, system: System) -> None:
         """Find α by bisection of its logarithm."""
-        values = spectrum().double()
-        low, high, wanted = math.log(max(self.least, least)), math.log(MOST), self.share * len(values)
+        values = system.spectrum().double()
+        values = values[values > len(values) * torch.finfo(torch.float64).eps * values.max()]
+        wanted = self.share * max(1, len(values))
+        low = math.log(max(self.least, system.least_damping))
+        high = max(low, math.log(float(values.sum()) / wanted)) if len(values) else low  # d(α) ≤ Σ λ / α
         for _ in range(60):
             middle = (low + high) / 2
             dimension = float((values / (values + math.exp(middle))).sum())
@@ -166,14 +172,14 @@ class Given(AdaptiveDamping):
     schedule: Callable[[int], float]
 
     @override
-    def begin(self, state: dict[str, Any], step: int, spectrum: Callable[[], Tensor], least: float) -> None:
+    def begin(self, state: dict[str, Any], step: int, system: System) -> None:
         alpha = self.schedule(step)
         if not is_number(alpha) or not 0 < alpha < math.inf:
             raise ValueError(f"damping must be positive and finite, but its function returned {alpha!r} at step {step}")
-        if alpha < least:
+        if system.dtype == torch.float32 and alpha < system.least_damping:
             raise ValueError(
-                f"damping {alpha:.1e} is below what float32 resolves ({least:.1e}): use model.double() and "
-                "points.double(), or a larger damping"
+                f"damping {alpha:.1e} is below what float32 resolves beside J̃ᵀ J̃ of trace {system.trace:.1e} "
+                f"({system.least_damping:.1e}): use model.double() and points.double(), or a larger damping"
             )
         state["damping"] = state.setdefault("raised", 1.0) * alpha
 
@@ -202,9 +208,9 @@ def damping_rule(damping: Any) -> tuple[AdaptiveDamping, float]:
         TypeError: it is no number, function or rule.
         ValueError: it is a number that is not positive.
     """
-    if isinstance(damping, AdaptiveDamping):
-        return damping, getattr(damping, "start", 0.0)
-    if callable(damping):
+    if isinstance(damping, AdaptiveDamping) and not isinstance(damping, type):
+        return damping, getattr(damping, "start", None) or 0.0
+    if callable(damping) and not isinstance(damping, type):
         return Given(damping), 0.0
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
         rules = "GainRatio(), EffectiveDimension()"

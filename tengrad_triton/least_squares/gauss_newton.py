@@ -26,7 +26,6 @@ from tengrad_triton.least_squares.settings import (
     check_steps,
     checked_parameters,
     columns_of,
-    least_damping,
 )
 from tengrad_triton.optim.validation import seed_of
 from tengrad_triton.profiling import phase
@@ -171,10 +170,11 @@ class GaussNewton(torch.optim.Optimizer):
             loss = self._attempted(evaluations, named, parameters)
         except BaseException:
             evaluations.undo()
-            self._restore(before, drawn)
+            self._restore(before)
+            self._generator.set_state(drawn)
             raise
         if self.stopped:
-            self._restore(before, drawn)
+            self._restore(before)  # other rows are drawn for the next step
         return loss
 
     @override
@@ -223,11 +223,10 @@ class GaussNewton(torch.optim.Optimizer):
         self._prepare()
         self._rows.resume(ways)
 
-    def _restore(self, settings: dict[str, Any], drawn: Tensor) -> None:
-        """Give the damping and the generator the values that they had before a step that was not taken."""
+    def _restore(self, settings: dict[str, Any]) -> None:
+        """Give the group, with its damping, the values that it had before a step that was not taken."""
         self.param_groups[0].clear()
         self.param_groups[0].update(settings)
-        self._generator.set_state(drawn)
 
     def _attempted(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
         group, columns = self.param_groups[0], columns_of(self.model, self._settings.blocks, self._parameters)
@@ -236,7 +235,7 @@ class GaussNewton(torch.optim.Optimizer):
         loss = r_R.square().sum()
         self._terms.check_finite(r_R, points)
         with phase("curvature"):
-            self._rule.begin(group, self._steps, system.spectrum, least_damping(r_R.dtype))
+            self._rule.begin(group, self._steps, system)
         momentum = self._momentum(parameters, group["spring"])
         attempts = Attempts(
             evaluations, system, r_R, momentum, self._settings.accelerates, self._settings.line_search
@@ -261,7 +260,7 @@ class GaussNewton(torch.optim.Optimizer):
         """Keep the numbers of a step, and its direction for SPRING."""
         group, taken = self.param_groups[0], outcome.proposal
         self.stats = StepStats(
-            self._steps, float(loss), outcome.loss, taken is not None, outcome.attempts, group["damping"],
+            self._steps, float(loss), outcome.loss, taken is not None, outcome.attempts, outcome.damping,
             outcome.length, outcome.ratio, rows,
         )  # fmt: skip
         self._steps += 1

@@ -58,11 +58,6 @@ def check_steps(lr: object, spring: float, settings: Settings) -> None:
         raise ValueError("spring needs the rows of all residuals: take it without max_rows")
 
 
-def least_damping(dtype: torch.dtype) -> float:
-    """Return the smallest α that a type resolves beside a J̃ᵀ J̃ of entries around 1; 0 in float64."""
-    return torch.finfo(dtype).eps / 10 if dtype == torch.float32 else 0.0
-
-
 def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require a gradient.
 

@@ -42,6 +42,21 @@ class System(ABC):
     def direction(self, v_R: Tensor) -> Tensor:
         """Return δ [K] = (J̃ᵀ J̃ + α I)⁻¹ J̃ᵀ v."""
 
+    @property
+    @abstractmethod
+    def trace(self) -> float:
+        """The sum of the eigenvalues of J̃ᵀ J̃."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of J̃."""
+        return self._j_RK.dtype
+
+    @property
+    def least_damping(self) -> float:
+        """The smallest α that makes a difference to J̃ᵀ J̃ in the precision of J̃."""
+        return 1e-2 * float(torch.finfo(self.dtype).eps) * self.trace
+
     @abstractmethod
     def spectrum(self) -> Tensor:
         """Return the eigenvalues of J̃ᵀ J̃ that need not be zero, min(R, K) of them."""
@@ -99,6 +114,11 @@ class Block(System):
             return self._j_RK.mT @ self._solved(v_R.to(self._matrix.dtype)).to(v_R.dtype)
         return self._solved((self._j_RK.mT @ v_R).to(self._matrix.dtype)).to(v_R.dtype)
 
+    @property
+    @override
+    def trace(self) -> float:
+        return float(self._matrix.diagonal().sum())
+
     @override
     def spectrum(self) -> Tensor:
         return torch.linalg.eigvalsh(self._matrix).clamp_(min=0)
@@ -129,6 +149,11 @@ class Blocks(System):
         for own, block in zip(self._columns, self._blocks, strict=True):
             delta_K[own] = block.direction(v_R)
         return delta_K
+
+    @property
+    @override
+    def trace(self) -> float:
+        return sum(block.trace for block in self._blocks)
 
     @override
     def spectrum(self) -> Tensor:
@@ -175,6 +200,11 @@ class Sketched(System):
         along_S = self._u_RS.mT @ v_R
         shrink_S = self._values_S / (self._values_S + self._alpha)
         return self._j_RK.mT @ ((v_R - self._u_RS @ (shrink_S * along_S)) / self._alpha)
+
+    @property
+    @override
+    def trace(self) -> float:
+        return float(self._values_S.sum())
 
     @override
     def spectrum(self) -> Tensor:
@@ -229,6 +259,11 @@ class Streamed(Block):
             rs.append(r)
         assert matrix is not None
         self.r_R, self._matrix = torch.cat(rs), matrix
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return self._matrix.dtype
 
     @override
     def direction(self, v_R: Tensor) -> Tensor:
