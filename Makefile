@@ -9,7 +9,7 @@ PYTEST      := $(RUN) pytest
 WORKERS     ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train quick test tests test-slow bench docs dist smoke lint format clean
+.PHONY: help install train quick test tests test-slow test-pinn bench docs dist smoke lint format clean
 
 help:                      ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ tests: $(READY)            ## run them without linting
 
 test-slow: $(READY)        ## run the tests marked slow
 	$(PYTEST) $(WORKERS) -m slow
+
+test-pinn: $(READY)         ## install PINA and DeepXDE beside the rest, and run the tests of their adapters
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,pinn]'
+	$(PYTEST) -q tests/test_adapters.py tests/test_adapters_deepxde.py
 
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf
