@@ -293,3 +293,16 @@ def test_points_and_their_number_may_differ_at_every_step():
         loss = optimizer.loss(**problem.points)
         assert optimizer.step(**problem.points) == loss
         assert_near(before - problem.theta, solved(j_RK, r_R, ALPHA))
+
+
+def test_the_summary_says_what_the_rows_are_made_of():
+    problem = poisson()
+    optimizer = problem.optimizer()
+    assert "no step was taken yet" in str(optimizer.summary())
+    optimizer.step(**problem.points)
+    found = optimizer.summary()
+    assert [term.name for term in found.terms] == list(problem.points)
+    assert sum(term.loss for term in found.terms) == pytest.approx(optimizer.stats.loss)
+    assert sum(term.residuals for term in found.terms) == found.rows == optimizer.stats.rows
+    assert found.side == min(found.rows, found.parameters)
+    assert all(line in str(found) for line in ("linear layers", f"{found.rows} rows, {found.parameters} parameters"))

@@ -18,7 +18,7 @@ from tengrad_triton.least_squares.attempts import Attempts, Momentum, Outcome
 from tengrad_triton.least_squares.damping import AdaptiveDamping, GainRatio, damping_rule
 from tengrad_triton.least_squares.evaluations import Evaluations, flatten, write_
 from tengrad_triton.least_squares.jacobian import JacobianFinder
-from tengrad_triton.least_squares.report import StepStats
+from tengrad_triton.least_squares.report import LeastSquaresSummary, StepStats, TermStats
 from tengrad_triton.least_squares.search import LineSearch
 from tengrad_triton.least_squares.settings import (
     Settings,
@@ -27,6 +27,7 @@ from tengrad_triton.least_squares.settings import (
     checked_parameters,
     columns_of,
 )
+from tengrad_triton.least_squares.systems import System
 from tengrad_triton.optim.validation import seed_of
 from tengrad_triton.profiling import phase
 from tengrad_triton.residuals.rows import RowFinder
@@ -96,6 +97,7 @@ class GaussNewton(torch.optim.Optimizer):
         columns_of(model, blocks, parameters)  # raises for unknown modules
         self._steps = 0
         self.stats: StepStats | None = None
+        self._summary: LeastSquaresSummary | None = None
         self._generator = torch.Generator(parameters[0].device)
         self._generator.manual_seed(seed_of(seed))
         super().__init__(parameters, {"lr": lr, "damping": start, "spring": spring})
@@ -129,6 +131,10 @@ class GaussNewton(torch.optim.Optimizer):
     def stopped(self) -> bool:
         """Whether the last step found no damping at which the loss of its points falls."""
         return self.stats is not None and not self.stats.accepted
+
+    def summary(self) -> LeastSquaresSummary:
+        """Return each term's points, residuals, share of the loss and way of rows at the last step; print it."""
+        return self._summary or LeastSquaresSummary([], self._entries, 0, 0)
 
     def loss(self, **points: Any) -> Tensor:
         """Return the loss at points, without a step and without a graph; arguments and errors as for `step`."""
@@ -199,7 +205,7 @@ class GaussNewton(torch.optim.Optimizer):
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self._generator.set_state(own["generator"].cpu())
         self._rows.resume(own["ways"])
-        self._steps, self.stats = own["steps"], None
+        self._steps, self.stats, self._summary = own["steps"], None, None
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -246,7 +252,25 @@ class GaussNewton(torch.optim.Optimizer):
                 taken.append(True)
                 write_(parameters, outcome.proposal.at(evaluations.start_K, outcome.length))
         self._remember(outcome, parameters, loss, system.rows)
+        self._summary = self._summarized(points, r_R, system)
         return loss
+
+    def _summarized(self, points: Points, r_R: Tensor, system: System) -> LeastSquaresSummary:
+        """Return what a step was made of."""
+        counts = self._terms.counts(points)
+        parts = zip(self._terms.terms, r_R.split(list(counts.values())), strict=True)
+        terms = [
+            TermStats(
+                term.name, term.weight, len(points[term.name][0]), len(part), float(part.square().sum()),
+                self._rows.ways[term.name],
+            )
+            for term, part in parts
+        ]  # fmt: skip
+        return LeastSquaresSummary(terms, self._entries, system.rows, system.side)
+
+    @property
+    def _entries(self) -> int:
+        return sum(p.numel() for p in self._parameters)
 
     def _momentum(self, parameters: list[Tensor], mu: float) -> Momentum:
         """Return SPRING's memory."""

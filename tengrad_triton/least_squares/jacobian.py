@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.least_squares.evaluations import flatten, write_
+from tengrad_triton.least_squares.many_rows import Sketched, Streamed, Subset
 from tengrad_triton.least_squares.settings import Settings
-from tengrad_triton.least_squares.systems import Block, Blocks, Sketched, Streamed, Subset, System
+from tengrad_triton.least_squares.systems import Block, Blocks, System
 from tengrad_triton.residuals.rows import RowFinder
 from tengrad_triton.residuals.surroundings import Surroundings
 from tengrad_triton.residuals.terms import Points, Term, Terms

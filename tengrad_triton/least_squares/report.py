@@ -2,7 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from tengrad_triton.tables import Column, table
+
+_COLUMNS = [
+    Column("term"),
+    Column("weight", right=True),
+    Column("points", right=True),
+    Column("residuals", right=True),
+    Column("share of the loss", right=True),
+    Column("rows", wraps=True),
+]
+_WIDTH = 100
+WAYS = {
+    "by layer": "by the inputs and output gradients of linear layers",
+    "batched": "by torch.func, all points in one pass",
+    "captured": "by torch.func, with parameters that the residual holds itself",
+    "expanded": "by one backward pass, with a copy of the weights for each point",
+    "backward": "by one backward pass for each residual, which is slow",
+}
+
+
+@dataclass(frozen=True)
+class TermStats:
+    """What one term was at the last step.
+
+    Attributes:
+        name: of the term.
+        weight: w.
+        points: N.
+        residuals: N M.
+        loss: w mean(r²), before the step.
+        way: how its rows were found.
+    """
+
+    name: str
+    weight: float
+    points: int
+    residuals: int
+    loss: float
+    way: str
+
+
+@dataclass(frozen=True)
+class LeastSquaresSummary:
+    """What the last step was made of; `print` it.
+
+    Attributes:
+        terms: in their order; none before the first step.
+        parameters: K, the entries of the trained parameters.
+        rows: the rows of J̃ that made the matrix.
+        side: of the largest matrix that is factored.
+    """
+
+    terms: Sequence[TermStats]
+    parameters: int
+    rows: int
+    side: int
+
+    def __str__(self) -> str:
+        """Return a table of the terms."""
+        if not self.terms:
+            return f"{self.parameters} parameters; no step was taken yet"
+        total = sum(term.loss for term in self.terms) or 1.0
+        cells = [
+            (t.name, f"{t.weight:g}", str(t.points), str(t.residuals), f"{t.loss / total:.1%}", WAYS.get(t.way, t.way))
+            for t in self.terms
+        ]
+        end = (
+            f"{self.rows} rows, {self.parameters} parameters: the matrix that is factored is {self.side} × {self.side}"
+        )
+        return "\n".join([*table(_COLUMNS, cells, _WIDTH), "", end])
 
 
 @dataclass(frozen=True)
