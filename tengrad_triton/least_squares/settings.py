@@ -24,13 +24,13 @@ class Settings:
     blocks: BlocksChoice
     max_rows: int | None
     sketch: int | None
-    compile_rows: bool
+    compiled: bool
     max_bytes: int
 
     def check(self) -> None:
         """Raise unless the settings are valid, one by one and together."""
         check_bool("acceleration", self.acceleration)
-        check_bool("compile_rows", self.compile_rows)
+        check_bool("compiled", self.compiled)
         if self.line_search is not None:
             check_choice("line_search", self.line_search, LINE_SEARCHES)
         if isinstance(self.blocks, str):

@@ -37,6 +37,7 @@ from tengrad_triton.capture.rows.rerun import batched_grads, ignore_vmap_warning
 from tengrad_triton.capture.rows.weights import random_weights
 from tengrad_triton.layers.stateless import call_with, places_of
 from tengrad_triton.residuals.by_layer import rows_by_layer
+from tengrad_triton.residuals.compiling import compiled
 from tengrad_triton.residuals.expanded import residuals_and_rows
 from tengrad_triton.residuals.surroundings import Surroundings
 from tengrad_triton.residuals.terms import NOT_BATCHED, Bound, Residual, Term, Terms
@@ -158,12 +159,14 @@ class RowFinder:
 
     Args:
         terms: of the loss.
-        compiles: whether `torch.compile` compiles the batched way.
+        compiles: whether `torch.compile` compiles the batched way, which then comes first, and the evaluations of terms
+            that it serves.
     """
 
     def __init__(self, terms: Terms, compiles: bool = False) -> None:
         self._terms, self._compiles = terms, compiles
-        self._untried = {term.name: iter(WAYS) for term in terms.terms}
+        self._order = [way for way in WAYS if not (compiles and way == "by layer")]
+        self._untried = {term.name: iter(self._order) for term in terms.terms}
         self._calls = dict.fromkeys(self._untried, 0)
         self._proven: dict[str, set[int]] = {name: set() for name in self._untried}  # numbers of points
         self._rows: dict[str, Way] = {}
@@ -171,9 +174,8 @@ class RowFinder:
 
     def resume(self, ways: Mapping[str, str]) -> None:
         """Begin anew, where `ways` had come to in another finder for these terms."""
-        order = list(WAYS)
-        first = {name: order.index(way) for name, way in ways.items() if way in order}
-        self._untried = {name: iter(order[first.get(name, 0) :]) for name in self._untried}
+        first = {name: self._order.index(way) for name, way in ways.items() if way in self._order}
+        self._untried = {name: iter(self._order[first.get(name, 0) :]) for name in self._untried}
         self._calls, self._rows, self.ways = dict.fromkeys(self._untried, 0), {}, {}
 
     def of_term(
@@ -221,6 +223,9 @@ class RowFinder:
         """Note that rows were compared, unless that says nothing of them; return the residuals."""
         if _is_finite(*expected):
             self._proven[term.name].add(len(expected[0]))
+            if self._compiles and self.ways[term.name] == "batched" and not self._terms.is_compiled(term):
+                self._terms.compile(term)
+                self._rows[term.name] = compiled(self._rows[term.name], term.name)
         else:
             self._calls[term.name] = 0
         return expected[0]
@@ -229,7 +234,7 @@ class RowFinder:
         way = next(self._untried[term.name])
         self.ways[term.name], self._proven[term.name] = way, set()
         rows = WAYS[way](self._terms.model, term.residual)
-        self._rows[term.name] = torch.compile(rows) if self._compiles and way == "batched" else rows
+        self._rows[term.name] = rows
         if way in ("expanded", "backward"):
             self._terms.needs_graph.add(term.name)
         if way == "backward":

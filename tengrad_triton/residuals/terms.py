@@ -18,6 +18,7 @@ from typing_extensions import override
 from tengrad_triton.layers.stateless import call_with, places_of
 from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.residuals.checks import check_residuals, check_weights, checked_points, why_it_failed
+from tengrad_triton.residuals.compiling import compiled
 from tengrad_triton.residuals.surroundings import Surroundings
 
 Residual = Callable[..., Tensor]
@@ -116,6 +117,7 @@ class Terms:
         weight_of = dict.fromkeys(residuals, 1.0) | dict(weights or {})
         self.terms = [Term(name, residual, weight_of[name]) for name, residual in residuals.items()]
         self._per_point: dict[str, int] = {}  # M of each term, once it was evaluated
+        self._compiled: dict[str, Residual] = {}
         self.needs_graph: set[str] = set()  # terms whose residual function calls autograd.grad
 
     def points_of(self, given: Mapping[str, Any]) -> Points:
@@ -153,7 +155,8 @@ class Terms:
             ValueError: it returns no batch, or fails at points on another device than the model.
         """
         try:
-            r = term.residual(*points)
+            compiles = term.name in self._compiled and not torch.is_grad_enabled()
+            r = self._compiled[term.name](*points) if compiles else term.residual(*points)
         except RuntimeError as error:
             needs_graph = not torch.is_grad_enabled() and _WITHOUT_GRAPH in str(error)
             why = None if needs_graph else why_it_failed(error, term.name, points, self.model)
@@ -161,6 +164,18 @@ class Terms:
                 raise
             raise why from error
         return term.checked(r, points)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over, which is compiled anew."""
+        return {**vars(self), "_compiled": {}}
+
+    def compile(self, term: Term) -> None:
+        """Compile the evaluations of a term without a graph."""
+        self._compiled[term.name] = compiled(term.residual, term.name)
+
+    def is_compiled(self, term: Term) -> bool:
+        """Whether `compile` was called for a term."""
+        return term.name in self._compiled
 
     def values(self, points: Points, with_graph: bool = False) -> Tensor:
         """Return all residuals r̃ [R] at the model's present parameters; the loss is ‖r̃‖²."""
