@@ -55,6 +55,11 @@ def check_weights(weights: Any, names: Iterable[str]) -> None:
                 f"weights has {name!r}, which is no residual{did_you_mean(name, names)}; there are {known}"
             )
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            if isinstance(weight, Tensor) and weight.numel() > 1:
+                raise TypeError(
+                    f"the weight of {name!r} must be a number, got a tensor {tuple(weight.shape)}: for a weight of "
+                    "each point, return its root times the residual"
+                )
             raise TypeError(f"the weight of {name!r} must be a number, got {weight!r}: write float(weight)")
         if not 0 < weight < math.inf:
             raise ValueError(
@@ -120,6 +125,10 @@ def _conversion(points: Any) -> str:
     parts: list[Callable[..., Any] | Any] = list(points) if isinstance(points, (tuple, list)) else [points]
     if any(hasattr(part, "__array__") for part in parts):
         return "convert an array by torch.from_numpy"
+    if points is None or parts == []:
+        return "a residual that needs no points takes torch.zeros(1, 1)"
+    if isinstance(points, Mapping):
+        return "give its tensors as a tuple"
     return "convert numbers by torch.tensor"
 
 

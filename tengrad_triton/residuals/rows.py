@@ -21,7 +21,6 @@ Dimensions: N points of a term, M residuals at each point, K entries of all trai
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -40,6 +39,7 @@ from tengrad_triton.residuals.by_layer import rows_by_layer
 from tengrad_triton.residuals.compiling import compiled
 from tengrad_triton.residuals.expanded import residuals_and_rows
 from tengrad_triton.residuals.surroundings import Surroundings
+from tengrad_triton.residuals.suspicions import Suspicions, warn_caller
 from tengrad_triton.residuals.terms import NOT_BATCHED, Bound, Residual, Term, Terms
 
 _CHUNK_BYTES = 256 * 2**20  # one pass computes rows of at most this size
@@ -171,6 +171,7 @@ class RowFinder:
         self._proven: dict[str, set[int]] = {name: set() for name in self._untried}  # numbers of points
         self._rows: dict[str, Way] = {}
         self.ways: dict[str, str] = {}
+        self._suspicions = Suspicions()
 
     def resume(self, ways: Mapping[str, str]) -> None:
         """Begin anew, where `ways` had come to in another finder for these terms."""
@@ -238,11 +239,10 @@ class RowFinder:
         if way in ("expanded", "backward"):
             self._terms.needs_graph.add(term.name)
         if way == "backward":
-            warnings.warn(
+            warn_caller(
                 f"the residual {term.name!r} takes one backward pass for each point, which is exact but slow: write it "
                 "with tengrad_triton.jets or torch.func, without random numbers, in-place changes of the model, "
-                "or values of other points",
-                stacklevel=6,
+                "or values of other points"
             )
 
     def _expected(
@@ -264,6 +264,7 @@ class RowFinder:
                 f"the residual {term.name!r} does not depend on the trained parameters of the model: compute it from "
                 "the model that was given to the optimizer, not from a copy of it, without detach() or torch.no_grad()"
             )
+        self._suspicions.look(term.name, r, parameters, points)
         return r.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
 
 

@@ -55,8 +55,7 @@ class Term:
         if not isinstance(r, Tensor) or not r.is_floating_point():
             got = f"{r.dtype} tensor" if isinstance(r, Tensor) else type(r).__name__
             raise TypeError(
-                f"the residual {self.name!r} must return a tensor of floating-point numbers, got {got}; return real "
-                "and imaginary parts of a complex residual as two columns"
+                f"the residual {self.name!r} must return a tensor of floating-point numbers, got {got}{_advice(r)}"
             )
         if r.dim() == 0 or len(r) != len(points[0]):
             raise ValueError(
@@ -69,6 +68,15 @@ class Term:
                 f"{tuple(r.shape)}"
             )
         return r
+
+
+def _advice(r: Any) -> str:
+    """Return how residuals are made of what was returned in their place; nothing if that is not known."""
+    if isinstance(r, Tensor) and r.is_complex():
+        return "; return real and imaginary parts of a complex residual as two columns"
+    if isinstance(r, (tuple, list)):
+        return ": torch.cat([…], 1) makes several equations [N, 1] one tensor"
+    return ""
 
 
 # torch.func raises these for operations that it cannot transform.
@@ -161,6 +169,8 @@ class Terms:
             needs_graph = not torch.is_grad_enabled() and _WITHOUT_GRAPH in str(error)
             why = None if needs_graph else why_it_failed(error, term.name, points, self.model)
             if why is None:
+                shapes = ", ".join(str(tuple(x.shape)) for x in points)
+                error.add_note(f"in the residual {term.name!r}, at points of shape {shapes}")
                 raise
             raise why from error
         return term.checked(r, points)
