@@ -11,12 +11,16 @@ from tengrad_triton import GaussNewton, laplacian
 X = torch.linspace(0.1, 0.9, 24).double().view(12, 2)
 
 
-def network(outputs=1):
-    torch.manual_seed(0)
+def network(outputs=1, seed=0):
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, outputs)).double()
 
 
-UNKNOWN, OTHER, FROZEN = nn.Parameter(torch.ones((), dtype=X.dtype)), network(), network().requires_grad_(False)
+UNKNOWN, OTHER, FROZEN = (
+    nn.Parameter(torch.ones((), dtype=X.dtype)),
+    network(seed=1),
+    network(seed=1).requires_grad_(False),
+)
 
 
 def by_autograd(u, k=1.0):
@@ -94,6 +98,39 @@ def test_a_layer_that_was_replaced_is_said():
     u[2] = nn.Linear(4, 1).double()
     with pytest.warns(UserWarning, match="is not trained"):
         optimizer.step(a=X)
+
+
+def without_graph(u):
+    def residual(x):
+        x.requires_grad_()
+        y = u(x)
+        return torch.autograd.grad(y.sum(), x, retain_graph=True)[0].sum(1, keepdim=True) - y
+
+    return residual
+
+
+def test_a_part_without_a_graph_is_said_when_no_step_lowers_the_loss():
+    u = network()
+    optimizer = GaussNewton(u, {"slope": without_graph(u), "edge": lambda x: u(x) - 1})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        while not optimizer.stopped:
+            optimizer.step(slope=X, edge=X[:1])
+        theta = nn.utils.parameters_to_vector(u.parameters())
+        optimizer.step(slope=X, edge=X[:1])
+    assert ["by the residual 'slope': a part of it has no graph" in str(one.message) for one in said] == [True]
+    assert torch.equal(nn.utils.parameters_to_vector(u.parameters()), theta)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])  # with ReLU steps end in a kink
+def test_a_minimum_where_steps_stop_says_nothing_of_graphs(activation):
+    u = network()
+    u[1] = activation()
+    optimizer = GaussNewton(u, {"a": lambda x: u(x) - x[:, :1].round(), "b": lambda x: u(x) - 2})
+    random = torch.get_rng_state()
+    while not optimizer.stopped:
+        optimizer.step(a=X, b=X)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_an_error_of_the_users_says_in_which_residual():

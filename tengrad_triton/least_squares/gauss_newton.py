@@ -27,6 +27,7 @@ from tengrad_triton.least_squares.settings import (
     checked_parameters,
     columns_of,
 )
+from tengrad_triton.least_squares.slopes import warn_of_missing_slopes
 from tengrad_triton.least_squares.systems import System
 from tengrad_triton.optim.validation import seed_of
 from tengrad_triton.profiling import phase
@@ -252,6 +253,8 @@ class GaussNewton(torch.optim.Optimizer):
             if outcome.proposal is not None:
                 taken.append(True)
                 write_(parameters, outcome.proposal.at(evaluations.start_K, outcome.length))
+            elif not self.stopped:  # the step before was taken
+                warn_of_missing_slopes(self._terms, evaluations, points, parameters)
         self._remember(outcome, parameters, loss, system.rows)
         self._summary = self._summarized(points, r_R, system)
         return loss

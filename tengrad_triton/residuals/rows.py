@@ -262,7 +262,8 @@ class RowFinder:
         if all(grad is None for grad in grads):
             raise ValueError(
                 f"the residual {term.name!r} does not depend on the trained parameters of the model: compute it from "
-                "the model that was given to the optimizer, not from a copy of it, without detach() or torch.no_grad()"
+                "the model that was given to the optimizer, not from a copy of it, without detach() or "
+                "torch.no_grad(); torch.autograd.grad needs create_graph=True"
             )
         self._suspicions.look(term.name, r, parameters, points)
         return r.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]

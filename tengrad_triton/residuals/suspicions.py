@@ -27,16 +27,17 @@ def warn_caller(message: str) -> None:
 
 
 class Suspicions:
-    """Warns of what is seldom meant, once in the same words."""
+    """Warns of what is seldom meant, once of each term."""
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()  # kinds and terms
 
     def look(self, name: str, r: Tensor, parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> None:
         """Warn if a term's residuals r [N, …], with their graph, are suspicious."""
-        for message in (_of_pairs(name, r), _of_untrained(name, r, parameters, points)):
-            if message and message not in self._said:
-                self._said.add(message)
+        found = {"pairs": _of_pairs(name, r), "untrained": _of_untrained(name, r, parameters, points)}
+        for kind, message in found.items():
+            if message and (kind, name) not in self._said:
+                self._said.add((kind, name))
                 warn_caller(message)
 
 
