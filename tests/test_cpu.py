@@ -80,8 +80,8 @@ def every_second(x):
 
 # Sizes of J that divide into equal ranges, and sizes that do not; the first is too small for ranges.
 SIZES = [(5, 7), (32, 1 << 14), (33, 1 << 14), (32, (1 << 14) + 1), (33, (1 << 14) + 1)]
-# Sizes of X in X Xᵀ; the first two are too small for slabs of samples.
-SLABS = [(127, 4096), (128, 4095), (128, 4096), (131, 4097), (515, 4098)]
+# Sizes of X in X Xᵀ; the first three are too small for slabs of samples.
+SLABS = [(63, 4096), (128, 4095), (255, 300), (128, 4096), (131, 4097), (257, 40), (515, 4098)]
 FACTORS = [(9, groups, p, 4, outputs) for groups, p in ((1, 1), (1, 3), (2, 1), (2, 3)) for outputs in (5, 6, 8)]
 SMALL = {
     "fewer than a batch": lambda: adjacent(LEAST_BATCH - 1, 6, 10),

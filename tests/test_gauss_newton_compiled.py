@@ -28,7 +28,7 @@ def test_what_cannot_be_compiled_is_named():
     def fails(x):
         raise NotImplementedError("no rule")
 
-    with pytest.raises(CompilationError, match="the residual 'inside'.*leave out compiled=True"):
+    with pytest.raises(CompilationError, match=r"the residual 'inside'.*leave out compiled=True"):
         compiled(fails, "inside")(torch.ones(1))
 
 
