@@ -6,7 +6,7 @@ import pytest
 import torch
 from least_squares_bad_input import CONSTRUCTION, STEPS, WITHOUT_A_STEP
 
-pytestmark = pytest.mark.filterwarnings("ignore:the residual .* takes one backward pass")
+pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* take one backward pass")
 
 
 @pytest.mark.parametrize("case", CONSTRUCTION)

@@ -209,7 +209,7 @@ def test_a_schedule_of_damping_counts_steps_that_were_not_taken():
     optimizer.step(**problem.points)
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.step(**problem.points)
-    assert optimizer.stopped
+    assert not optimizer.stats.accepted
     optimizer.param_groups[0]["lr"] = 1.0
     optimizer.step(**problem.points)
     assert asked == [0, 1, 2]

@@ -62,3 +62,31 @@ def test_an_upward_last_direction_is_dropped():
     optimizer.step(term=x)
     assert optimizer.stats.accepted
     assert optimizer.stats.length > 0
+
+
+def test_a_damping_that_hides_every_step_falls():
+    model, x = network(), torch.linspace(-1, 1, 30).double()[:, None]
+    optimizer = GaussNewton(model, {"term": lambda x: model(x) - torch.sin(3 * x)})
+    optimizer.step(term=x)
+    optimizer.param_groups[0]["damping"] = 1e20
+    found = losses(optimizer, x, 20)
+    assert not optimizer.stopped
+    assert found[-1] < 0.5 * found[0]
+
+
+def test_a_step_of_no_length_is_no_stop():
+    model, x = network(), torch.linspace(-1, 1, 30).double()[:, None]
+    optimizer = GaussNewton(model, {"term": lambda x: model(x) - torch.sin(3 * x)}, lr=0.0)
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step(term=x)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert (optimizer.stats.attempts, optimizer.stopped) == (0, False)
+
+
+def test_another_type_of_the_model_keeps_the_direction():
+    model, x = network(), torch.linspace(-1, 1, 30).double()[:, None]
+    optimizer = GaussNewton(model, {"term": lambda x: model(x) - torch.sin(3 * x)})
+    optimizer.step(term=x)
+    model.float()
+    optimizer.step(term=x.float())
+    assert optimizer.stats.accepted

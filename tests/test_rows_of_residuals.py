@@ -45,7 +45,7 @@ def quietly(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()
-    return result, any("one backward pass for each point" in str(w.message) for w in caught)
+    return result, any("one backward pass for each residual" in str(w.message) for w in caught)
 
 
 @pytest.mark.parametrize("name", CASES)

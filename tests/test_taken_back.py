@@ -11,7 +11,7 @@ from tengrad_triton.least_squares.attempts import Attempts
 from tengrad_triton.least_squares.evaluations import Evaluations
 from tengrad_triton.least_squares.systems import Block, Blocks
 
-pytestmark = pytest.mark.filterwarnings("ignore:the residual .* takes one backward pass")
+pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* take one backward pass")
 
 SETTINGS = {
     "defaults": {},

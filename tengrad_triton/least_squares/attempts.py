@@ -119,14 +119,20 @@ class Attempts:
     def run(self, rule: AdaptiveDamping, state: dict[str, Any], lr: float) -> Outcome:
         """Return the first step that lowers the loss; after each that does not ``rule`` raises ``state["damping"]``.
 
-        There is none if even the linear model expects no decrease beyond rounding, or if the step is lost in θ's.
+        There is none if even the linear model expects no decrease beyond rounding, or if the step is lost in θ's. Where
+        that is so at the first damping, it may only be too large: then it falls before anything is tried.
         """
+        if not lr:
+            return Outcome(None, state["damping"], 0.0, self._loss, 0.0, 0)
+        has_failed = False
         for attempt in range(1, _MOST_ATTEMPTS + 1):
             alpha = state["damping"]
             proposal = self._promising(alpha, attempt)
             if proposal is not None:
                 if self._is_lost(proposal):
-                    break
+                    if has_failed or not rule.lower(state):
+                        break
+                    continue
                 if self._is_short(proposal):
                     length, loss = self._searched(proposal, min(lr, proposal.longest))
                     if loss < self._loss:
@@ -135,6 +141,7 @@ class Attempts:
                         rule.accept(state, ratio)
                         return Outcome(proposal, alpha, length, loss, ratio, attempt)
             rule.reject(state)
+            has_failed = True
         return Outcome(None, alpha, 0.0, self._loss, 0.0, attempt)
 
     def _promising(self, alpha: float, attempt: int) -> Proposal | None:

@@ -36,6 +36,9 @@ class AdaptiveDamping(Protocol):
     def reject(self, state: dict[str, Any]) -> None:
         """Raise ``state["damping"]`` after an attempt that was taken back."""
 
+    def lower(self, state: dict[str, Any]) -> bool:
+        """Lower ``state["damping"]`` where it hides the step; return whether that was possible."""
+
 
 def _check_order(**numbers: float) -> None:
     """Raise unless numbers are positive, finite and increase in the order given."""
@@ -76,8 +79,9 @@ class GainRatio:
     def begin(self, state: dict[str, Any], step: int, system: System) -> None:
         """Begin with the damping that the last step left."""
         state.setdefault("growth", 2.0)
+        state["usual"] = _START * system.trace
         if not state["damping"]:
-            state["damping"] = _START * system.trace
+            state["damping"] = state["usual"]
         state["least"] = max(self.least * system.trace, system.least_damping)
         state["damping"] = max(state["damping"], state["least"])
 
@@ -91,6 +95,12 @@ class GainRatio:
         """Multiply α by ν, and double ν."""
         state["damping"] *= state["growth"]
         state["growth"] *= 2
+
+    def lower(self, state: dict[str, Any]) -> bool:
+        """Fall to the usual first α, and from there by hundredths down to the least one."""
+        before = state["damping"]
+        state["damping"] = max(state["least"], min(state["usual"], 1e-2 * before))
+        return bool(state["damping"] < before)
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,10 @@ class EffectiveDimension:
     def reject(self, state: dict[str, Any]) -> None:
         """Raise α fourfold."""
         _raise(state)
+
+    def lower(self, state: dict[str, Any]) -> bool:
+        """Take back what attempts have raised."""
+        return _take_back(state)
 
 
 @dataclass(frozen=True)
@@ -191,9 +205,19 @@ class Given(AdaptiveDamping):
     def reject(self, state: dict[str, Any]) -> None:
         _raise(state)
 
+    @override
+    def lower(self, state: dict[str, Any]) -> bool:
+        return _take_back(state)
+
 
 def _lower(state: dict[str, Any]) -> None:
     state["raised"] = max(1.0, _SHRINK * state["raised"])
+
+
+def _take_back(state: dict[str, Any]) -> bool:
+    raised = state["raised"]
+    state["damping"], state["raised"] = state["damping"] / raised, 1.0
+    return bool(raised > 1)
 
 
 def _raise(state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tengrad_triton.least_squares.attempts import Attempts, Momentum, Outcome
 from tengrad_triton.least_squares.damping import AdaptiveDamping, GainRatio, damping_rule
 from tengrad_triton.least_squares.evaluations import Evaluations, flatten, write_
 from tengrad_triton.least_squares.jacobian import JacobianFinder
-from tengrad_triton.least_squares.report import LeastSquaresSummary, StepStats, TermStats
+from tengrad_triton.least_squares.report import LeastSquaresSummary, StepStats, summarized
 from tengrad_triton.least_squares.search import LineSearch
 from tengrad_triton.least_squares.settings import (
     Settings,
@@ -28,7 +28,6 @@ from tengrad_triton.least_squares.settings import (
     columns_of,
 )
 from tengrad_triton.least_squares.slopes import warn_of_missing_slopes
-from tengrad_triton.least_squares.systems import System
 from tengrad_triton.optim.validation import seed_of
 from tengrad_triton.profiling import phase
 from tengrad_triton.residuals.rows import RowFinder
@@ -59,7 +58,8 @@ class GaussNewton(torch.optim.Optimizer):
         weights: w_t of the terms whose weight is not 1.
         lr: η, the length of a step; 1 is the Gauss-Newton step.
         damping: α > 0 in the units of J̃ᵀ J̃ = ½ of the loss's Gauss-Newton matrix: a number, a function of the step
-            (such as `Exponential`), or a rule that adapts it: `GainRatio` (the default), `EffectiveDimension`.
+            (such as `Exponential`), or a rule that adapts it: `GainRatio` (the default), `EffectiveDimension`. A number
+            or function is multiplied by 4 after an attempt that was not taken; the factor halves at each step that is.
         acceleration: whether to add q. It costs one evaluation of the residuals, and a second solve.
         spring: μ of SPRING (Goldshlager, Abrahamsen, Lin 2024) in [0, 1): keeps μ times the part of the last direction
             that is orthogonal to the present rows, with the bias correction of Guzmán-Cordero et al. (2025). By default
@@ -67,7 +67,7 @@ class GaussNewton(torch.optim.Optimizer):
         line_search: None; ``"grid"``, the best of 12 step lengths, evaluated in one batch; or ``"armijo"``, the first
             of η, η / 2, … that lowers the loss enough.
         blocks: ``"network"``, one system for all parameters, or ``"layer"``, or lists of modules' names: each block is
-            solved alone, as in `TENGraD`.
+            solved alone, as in `TENGraD`. A layer that no list names is a block of its own.
         max_rows: the most residuals whose rows make J̃ᵀ J̃, drawn at random at every step; the gradient has all.
         sketch: the rank of a randomized Nyström approximation of J̃ J̃ᵀ, for more residuals than a factorization of
             J̃ J̃ᵀ pays for.
@@ -132,7 +132,7 @@ class GaussNewton(torch.optim.Optimizer):
     @property
     def stopped(self) -> bool:
         """Whether the last step found no damping at which the loss of its points falls."""
-        return self.stats is not None and not self.stats.accepted
+        return self.stats is not None and not self.stats.accepted and self.stats.attempts > 0
 
     def summary(self) -> LeastSquaresSummary:
         """Return each term's points, residuals, share of the loss and way of rows at the last step; print it."""
@@ -256,21 +256,8 @@ class GaussNewton(torch.optim.Optimizer):
             elif not self.stopped:  # the step before was taken
                 warn_of_missing_slopes(self._terms, evaluations, points, parameters)
         self._remember(outcome, parameters, loss, system.rows)
-        self._summary = self._summarized(points, r_R, system)
+        self._summary = summarized(self._terms, self._rows.ways, points, r_R, system, self._entries)
         return loss
-
-    def _summarized(self, points: Points, r_R: Tensor, system: System) -> LeastSquaresSummary:
-        """Return what a step was made of."""
-        counts = self._terms.counts(points)
-        parts = zip(self._terms.terms, r_R.split(list(counts.values())), strict=True)
-        terms = [
-            TermStats(
-                term.name, term.weight, len(points[term.name][0]), len(part), float(part.square().sum()),
-                self._rows.ways[term.name],
-            )
-            for term, part in parts
-        ]  # fmt: skip
-        return LeastSquaresSummary(terms, self._entries, system.rows, system.side)
 
     @property
     def _entries(self) -> int:
@@ -280,7 +267,7 @@ class GaussNewton(torch.optim.Optimizer):
         """Return SPRING's memory."""
         states = [self.state.get(p, {}) for p in parameters]
         known = all("direction" in state for state in states)
-        last_K = flatten([state["direction"] for state in states]) if known and mu else None
+        last_K = flatten([state["direction"] for state in states]).to(parameters[0].dtype) if known and mu else None
         count = max(state.get("directions", 0) for state in states)
         return Momentum(last_K, mu, count if last_K is not None else 0)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from tengrad_triton.least_squares.systems import System
+from tengrad_triton.residuals.terms import Points, Terms
 from tengrad_triton.tables import Column, table
 
 _COLUMNS = [
@@ -71,9 +75,11 @@ class LeastSquaresSummary:
             (t.name, f"{t.weight:g}", str(t.points), str(t.residuals), f"{t.loss / total:.1%}", WAYS.get(t.way, t.way))
             for t in self.terms
         ]
-        end = (
-            f"{self.rows} rows, {self.parameters} parameters: the matrix that is factored is {self.side} × {self.side}"
-        )
+        count = sum(term.residuals for term in self.terms)
+        drawn = "" if self.rows == count else f" of {count} residuals, drawn at random"
+        rows = f"{self.rows} rows{drawn}"
+        matrix = f"the matrix that is factored is {self.side} × {self.side}"
+        end = f"{rows}, {self.parameters} parameters: {matrix}"
         return "\n".join([*table(_COLUMNS, cells, _WIDTH), "", end])
 
 
@@ -102,3 +108,25 @@ class StepStats:
     length: float
     ratio: float
     rows: int
+
+
+def summarized(
+    terms: Terms, ways: Mapping[str, str], points: Points, r_R: Tensor, system: System, parameters: int
+) -> LeastSquaresSummary:
+    """Return what a step was made of.
+
+    Args:
+        terms: of the loss.
+        ways: how the rows of each term were found, by its name.
+        points: of each term.
+        r_R: r̃ [R] before the step.
+        system: of the step.
+        parameters: K.
+    """
+    found = [
+        TermStats(
+            term.name, term.weight, len(points[term.name][0]), len(part), float(part.square().sum()), ways[term.name]
+        )
+        for term, part in zip(terms.terms, terms.split(r_R, points), strict=True)
+    ]  # fmt: skip
+    return LeastSquaresSummary(found, parameters, system.rows, system.side)

@@ -240,8 +240,8 @@ class RowFinder:
             self._terms.needs_graph.add(term.name)
         if way == "backward":
             warn_caller(
-                f"the residual {term.name!r} takes one backward pass for each point, which is exact but slow: write it "
-                "with tengrad_triton.jets or torch.func, without random numbers, in-place changes of the model, "
+                f"the rows of {term.name!r} take one backward pass for each residual, exact but slow: write it "
+                "with tengrad_triton.derivatives or torch.func, without random numbers, in-place changes of the model, "
                 "or values of other points"
             )
 
