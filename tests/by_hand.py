@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 DAMPING = 30.0  # so much that the first attempt lowers the loss
-PLAIN = {"damping": DAMPING, "acceleration": False}
+PLAIN = {"damping": DAMPING, "acceleration": False, "spring": 0.0}
 TOLERANCE = 1e-9
 
 

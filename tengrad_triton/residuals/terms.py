@@ -80,7 +80,7 @@ def _advice(r: Any) -> str:
 
 
 # torch.func raises these for operations that it cannot transform.
-NOT_BATCHED = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
+NOT_BATCHED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError)
 _WITHOUT_GRAPH = "does not require grad"  # what torch.autograd.grad says under no_grad
 
 
