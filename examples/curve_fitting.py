@@ -156,7 +156,8 @@ WHEN = """## When to stay with SciPy
 
 SciPy has bounds, robust losses (`loss="soft_l1"`) and sparse Jacobians; `GaussNewton` has none of these. Bounds come by
 other variables (train s, with k = sigmoid(s)), and a robust loss by other residuals: for soft_l1 return
-`(2 * ((1 + z).sqrt() - 1) + 1e-16).sqrt()` with z = (r / scale)². It gives no covariance; from the rows J of the last step it is σ² (Jᵀ J)⁻¹ with σ² = ‖r‖² / (N − K)."""
+`(2 * ((1 + z).sqrt() - 1) + 1e-16).sqrt()` with z = (r / scale)². It gives no
+covariance; from the rows J of the last step it is σ² (Jᵀ J)⁻¹ with σ² = ‖r‖² / (N − K)."""
 HEADING = ("way", "‖r‖", "steps", "seconds")
 IMPORTS = """import torch
 from torch import Tensor, nn

@@ -158,8 +158,8 @@ function returns. So the number of points of a term does not change how much it 
 UNITS = """`step` returns the loss before the step, at its points. It solves (JᵀJ + α I) δ = Jᵀ r with
 all residuals stacked, each times √(w_t / entries of the term): L = ‖r‖². There is no factor ½ and no factor 2: the
 gradient of L is 2 Jᵀ r. The damping α has the unit of L over that of a parameter squared. So if you multiply every
-weight by 100, you have to multiply a fixed `damping` by 100 as well to take the same step; the default does so itself. By default
-(`acceleration=True`) a second solve with the same matrix corrects δ for the curvature of r.
+weight by 100, you have to multiply a fixed `damping` by 100 as well to take the same step; the default does so itself.
+By default (`acceleration=True`) a second solve with the same matrix corrects δ for the curvature of r.
 
 If you come from a loss with sums in place of means, multiply a weight by the number of entries; if from
 `torch.nn.MSELoss`, the weight stays."""
@@ -173,14 +173,14 @@ PRACTICE = """## In practice
 - **Pairs of points.** Periodic conditions take two tensors: `edge=(left, right)` calls the residual with both.
 - **Integrals.** A norm or an integral is one residual: give its points as [1, N, D], and return
   `u(x[0]).mean(0) - 1`, of shape [1].
-- **What it does.** `print(optimizer.summary())` says how the rows of each term are found, `optimizer.stats` how the last
-  step went. `optimizer.stopped` is true if no step was taken; stop after several of these where points differ from step
+- **What it does.** `print(optimizer.summary())` says how the rows of each term are found, `optimizer.stats` how the
+  last step went. `optimizer.stopped` is true if no step was taken; stop after several of these where points differ from step
   to step.
 - **Speed.** The fastest rows are those of networks of `nn.Linear` and elementwise functions, with `laplacian` and
   `derivatives`. `compiled=True` takes 0.4 to 0.7 of their time, after some seconds of compilation.
 - **Many points.** `max_rows=` or `sketch=` bounds the work of a step. Where J does not fit into `max_bytes`, it is
   computed in chunks, or the step says what it would take.
-- **Copies.** Residuals are closures over a model. For a copied model make a new optimizer, and load its `state_dict`."""
+- **Copies.** Residuals are closures over a model. For a copied model make a new optimizer, and load the state."""
 ADAPTERS = """## From PINA or DeepXDE
 
 Their losses are Σ_t w_t mean(r_t²), too. So equations that are written for them stay as they are, and so do the weights
