@@ -58,6 +58,12 @@ def derivatives(
 ) -> FirstDerivatives: ...
 
 
+@overload
+def derivatives(
+    u: Callable[[Tensor], Tensor], x_ND: Tensor, coordinates: Sequence[int] | None = None, *, second: bool
+) -> Derivatives | FirstDerivatives: ...
+
+
 def derivatives(
     u: Callable[[Tensor], Tensor], x_ND: Tensor, coordinates: Sequence[int] | None = None, second: bool = True
 ) -> Derivatives | FirstDerivatives:
@@ -71,7 +77,8 @@ def derivatives(
     `register_activation` and `register` give a module's type a rule.
 
     The points are taken as independent of each other. Where u mixes them, as batch normalization does in training, the
-    derivatives are those along a motion of all points at once.
+    derivatives are those along a motion of all points at once. Batch normalization with running statistics has to be in
+    evaluation, because `torch.func` changes none of a module's buffers.
 
     Args:
         u: a module, or a function of a batch of points [N, D]. It returns [N, O], or [N], which is taken as [N, 1].
@@ -86,6 +93,7 @@ def derivatives(
     Raises:
         TypeError: the points are no floating-point tensor, or u returns no tensor.
         ValueError: the points are not [N, D], a coordinate is none of theirs, or the output is not [N, O].
+        NotImplementedError: u calls a function whose nested derivatives PyTorch gets wrong, as `torch.linalg.det`.
     """
     chosen = checked_coordinates(x_ND, coordinates)
     jet = jet_at(u, x_ND, chosen, len(chosen) if second else 0)
@@ -112,6 +120,7 @@ def laplacian(u: Callable[[Tensor], Tensor], x_ND: Tensor, coordinates: Sequence
     Raises:
         TypeError: the points are no floating-point tensor, or u returns no tensor.
         ValueError: the points are not [N, D], a coordinate is none of theirs, or the output is not [N, O].
+        NotImplementedError: u calls a function whose nested derivatives PyTorch gets wrong, as `torch.linalg.det`.
     """
     return jet_at(u, x_ND, checked_coordinates(x_ND, coordinates), 1).second[0]
 
