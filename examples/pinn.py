@@ -174,8 +174,8 @@ PRACTICE = """## In practice
 - **Integrals.** A norm or an integral is one residual: give its points as [1, N, D], and return
   `u(x[0]).mean(0) - 1`, of shape [1].
 - **What it does.** `print(optimizer.summary())` says how the rows of each term are found, `optimizer.stats` how the
-  last step went. `optimizer.stopped` is true if no step was taken; stop after several of these where points differ from step
-  to step.
+  last step went. `optimizer.stopped` is true if no step was taken; stop after several of these where points differ
+  from step to step.
 - **Speed.** The fastest rows are those of networks of `nn.Linear` and elementwise functions, with `laplacian` and
   `derivatives`. `compiled=True` takes 0.4 to 0.7 of their time, after some seconds of compilation.
 - **Many points.** `max_rows=` or `sketch=` bounds the work of a step. Where J does not fit into `max_bytes`, it is

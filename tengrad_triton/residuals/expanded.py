@@ -183,7 +183,7 @@ class _Expansion(TorchFunctionMode):
         constants: tensors that belong to no sample, whatever their shape.
         points: the arguments [N, …] of the residual. Every other tensor whose first dimension is N belongs to the
             samples as well. One that was computed from the points may have the samples in its second dimension, as
-            the jets of `tengrad_triton.derivatives` do, or have k N entries, as `torch.cat` of k batches does: entry
+            the jets of `tengrad_triton.jets` do, or have k N entries, as `torch.cat` of k batches does: entry
             n + N j belongs to sample n.
     """
 
