@@ -172,13 +172,13 @@ class Attempts:
         delta_K = own_K / math.sqrt(1 - mu ** (2 * count)) if mu else own_K
         if not bool(delta_K.isfinite().all()):
             return None
-        linear, quadratic = self._system.decrease(r_R, delta_K)
-        curve_K = self._curve(delta_K) if self._acceleration else None
+        image_R = self._system.image(delta_K)
+        linear, quadratic = self._system.decrease(r_R, delta_K, image_R)
+        curve_K = self._curve(delta_K, image_R) if self._acceleration else None
         return Proposal(delta_K, curve_K, own_K, count, linear, quadratic)
 
-    def _curve(self, delta_K: Tensor) -> Tensor:
+    def _curve(self, delta_K: Tensor, image_R: Tensor) -> Tensor:
         """Return q = ½ (J̃ᵀ J̃ + α I)⁻¹ J̃ᵀ r̃'', where r̃'' is the second derivative along δ, by a difference."""
-        image_R = self._system.image(delta_K)
         ahead_R = self._evaluations.at(self._evaluations.start_K - _PROBE * delta_K)
         second_R = (2 / _PROBE) * ((ahead_R - self._r_R) / _PROBE + image_R)
         return 0.5 * self._system.direction(second_R)
@@ -205,4 +205,4 @@ class Attempts:
             return search.grid(lr, losses_at)
         if self._line_search == "armijo":
             return search.armijo(lr, self._loss, proposal.linear, loss_at)
-        return search.full_step(lr, loss_at)
+        return lr, loss_at(lr)

@@ -103,8 +103,30 @@ class GainRatio:
         return bool(state["damping"] < before)
 
 
+class Raised(AdaptiveDamping):
+    """What is common to rules that find α anew at each step: attempts that were taken back have multiplied it."""
+
+    @override
+    def accept(self, state: dict[str, Any], ratio: float) -> None:
+        """Undo half of what attempts that were taken back have raised."""
+        state["raised"] = max(1.0, _SHRINK * state["raised"])
+
+    @override
+    def reject(self, state: dict[str, Any]) -> None:
+        """Raise α fourfold."""
+        state["raised"] *= _GROW
+        state["damping"] *= _GROW
+
+    @override
+    def lower(self, state: dict[str, Any]) -> bool:
+        """Take back what attempts have raised."""
+        raised = state["raised"]
+        state["damping"], state["raised"] = state["damping"] / raised, 1.0
+        return bool(raised > 1)
+
+
 @dataclass(frozen=True)
-class EffectiveDimension:
+class EffectiveDimension(Raised):
     """α such that the effective dimension d(α) = Σ λ / (λ + α) is a share of the rank of J̃ᵀ J̃.
 
     Each step then has α by its own spectrum, which costs an eigenvalue decomposition (the effective dimension is that
@@ -126,6 +148,7 @@ class EffectiveDimension:
         _check_order(share=self.share, one=1.0)
         _check_order(least=self.least)
 
+    @override
     def begin(self, state: dict[str, Any], step: int, system: System) -> None:
         """Find α by bisection of its logarithm."""
         values = system.spectrum().double()
@@ -138,18 +161,6 @@ class EffectiveDimension:
             dimension = float((values / (values + math.exp(middle))).sum())
             low, high = (middle, high) if dimension > wanted else (low, middle)
         state["damping"] = state.setdefault("raised", 1.0) * math.exp(high)
-
-    def accept(self, state: dict[str, Any], ratio: float) -> None:
-        """Undo half of what attempts that were taken back have raised."""
-        _lower(state)
-
-    def reject(self, state: dict[str, Any]) -> None:
-        """Raise α fourfold."""
-        _raise(state)
-
-    def lower(self, state: dict[str, Any]) -> bool:
-        """Take back what attempts have raised."""
-        return _take_back(state)
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,7 @@ class Exponential:
 
 
 @dataclass(frozen=True)
-class Given(AdaptiveDamping):
+class Given(Raised):
     """A constant or a function of the step, multiplied by what attempts that were taken back have raised."""
 
     schedule: Callable[[int], float]
@@ -196,33 +207,6 @@ class Given(AdaptiveDamping):
                 f"({system.least_damping:.1e}): use model.double() and points.double(), or a larger damping"
             )
         state["damping"] = state.setdefault("raised", 1.0) * alpha
-
-    @override
-    def accept(self, state: dict[str, Any], ratio: float) -> None:
-        _lower(state)
-
-    @override
-    def reject(self, state: dict[str, Any]) -> None:
-        _raise(state)
-
-    @override
-    def lower(self, state: dict[str, Any]) -> bool:
-        return _take_back(state)
-
-
-def _lower(state: dict[str, Any]) -> None:
-    state["raised"] = max(1.0, _SHRINK * state["raised"])
-
-
-def _take_back(state: dict[str, Any]) -> bool:
-    raised = state["raised"]
-    state["damping"], state["raised"] = state["damping"] / raised, 1.0
-    return bool(raised > 1)
-
-
-def _raise(state: dict[str, Any]) -> None:
-    state["raised"] *= _GROW
-    state["damping"] *= _GROW
 
 
 def damping_rule(damping: Any) -> tuple[AdaptiveDamping, float]:

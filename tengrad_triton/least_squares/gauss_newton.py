@@ -241,7 +241,6 @@ class GaussNewton(torch.optim.Optimizer):
         with phase("capture"):
             r_R, system = self._jacobian.system(parameters, points, columns)
         loss = r_R.square().sum()
-        self._terms.check_finite(r_R, points)
         with phase("curvature"):
             self._rule.begin(group, self._steps, system)
         momentum = self._momentum(parameters, group["spring"])

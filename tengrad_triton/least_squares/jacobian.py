@@ -6,14 +6,14 @@ Dimensions: N points of a term, M residuals at each, R residuals of all terms, K
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.least_squares.evaluations import flatten, write_
-from tengrad_triton.least_squares.many_rows import Sketched, Streamed, Subset
+from tengrad_triton.least_squares.many_rows import Chunks, Sketched, Streamed, Subset
 from tengrad_triton.least_squares.settings import Settings
 from tengrad_triton.least_squares.systems import Block, Blocks, System
 from tengrad_triton.residuals.rows import RowFinder
@@ -21,9 +21,6 @@ from tengrad_triton.residuals.surroundings import Surroundings
 from tengrad_triton.residuals.terms import Points, Term, Terms
 
 _CHUNKS = 8  # a chunk takes at most this part of max_bytes
-
-Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""Computes r̃ and J̃ of one chunk of points after the other."""
 
 
 class JacobianFinder:
@@ -60,7 +57,7 @@ class JacobianFinder:
         entry, k, r = parameters[0].element_size(), sum(p.numel() for p in parameters), sum(counts.values())
         if self._is_streamed(entry, r, k):
             size = max(1, self._settings.max_bytes // _CHUNKS // (entry * k))
-            return self._streamed(parameters, points, self._chunks(parameters, points, counts, size), k)
+            return self._streamed(parameters, points, self._chunks(parameters, points, counts, size))
         before = Surroundings.now(self._terms.model)
         r_R, j_RK = self._stored(parameters, chosen, counts)
         if self._settings.max_rows is not None:
@@ -92,19 +89,19 @@ class JacobianFinder:
             f"{' (sketch= makes the matrix smaller, not the rows)' if entry * r * k < most else ''}"
         )
 
-    def _streamed(self, parameters: Sequence[Tensor], points: Points, chunks: Chunks, k: int) -> tuple[Tensor, System]:
+    def _streamed(self, parameters: Sequence[Tensor], points: Points, chunks: Chunks) -> tuple[Tensor, System]:
         """Return r̃ and the system of rows that are computed in chunks.
 
         Raises:
             ValueError: the residuals of chunks are not those of all points together.
         """
         before = Surroundings.now(self._terms.model)
-        streamed = Streamed(chunks, k, self._ops)
+        streamed = Streamed(chunks, self._ops)
         before.restore()
         whole_R = self._terms.values(points)
         self._terms.check_finite(whole_R, points)
         # ‖J̃‖ ‖θ‖ is the size of what residuals near zero are the difference of.
-        least = streamed.norm() * flatten(parameters).norm()
+        least = math.sqrt(streamed.trace) * flatten(parameters).norm()
         parts = (self._terms.split(x, points) for x in (streamed.r_R, whole_R))
         for term, part, whole in zip(self._terms.terms, *parts, strict=True):
             if not bool((part - whole).norm() <= torch.finfo(whole.dtype).eps ** 0.5 * (whole.norm() + least)):
@@ -174,8 +171,9 @@ class JacobianFinder:
             for term in self._terms.terms:
                 tensors, count = points[term.name], counts[term.name]
                 per_point = count // len(tensors[0])
-                for first in range(0, len(tensors[0]), max(1, size // per_point)):
-                    some = tuple(x[first : first + max(1, size // per_point)] for x in tensors)
+                step = max(1, size // per_point)
+                for first in range(0, len(tensors[0]), step):
+                    some = tuple(x[first : first + step] for x in tensors)
                     j_RK = start_K.new_empty(len(some[0]) * per_point, len(start_K))
                     yield self._fill(term, parameters, some, term.scale_of(count), j_RK), j_RK
                     self._check_is_chunked(term)
@@ -197,5 +195,6 @@ class JacobianFinder:
         """Return r̃ [R] of all points, and J̃ᵀ r̃ [K] by one backward pass."""
         with torch.enable_grad():
             r_R = self._terms.values(points, with_graph=True)
+            self._terms.check_finite(r_R.detach(), points)
             grads = torch.autograd.grad(r_R, list(parameters), r_R.detach(), allow_unused=True, materialize_grads=True)
         return r_R.detach(), flatten(grads)

@@ -12,7 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from tengrad_triton.curvature.choices import Ops
-from tengrad_triton.least_squares.systems import Block, System
+from tengrad_triton.least_squares.systems import Block, System, gram_of
+
+Chunks = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""Computes r̃ and J̃ of one chunk of points after the other."""
 
 
 class Sketched(System):
@@ -95,27 +98,26 @@ class Subset(Block):
         return self.of_gradient(self._gradient_K, self._alpha)
 
     @override
-    def decrease(self, r_R: Tensor, delta_K: Tensor) -> tuple[float, float]:
-        return 2 * float(self._gradient_K @ delta_K), float(self.image(delta_K).square().sum())
+    def decrease(self, r_R: Tensor, delta_K: Tensor, image_R: Tensor) -> tuple[float, float]:
+        return 2 * float(self._gradient_K @ delta_K), float(image_R.square().sum())
 
 
 class Streamed(Block):
-    """The system of more rows than memory holds: each product with J̃ computes them again, chunk by chunk.
+    """The system of more rows than memory holds, and than there are parameters: products with J̃ compute them again.
 
     Args:
         chunks: computes r̃ and J̃ of one chunk after the other.
-        parameters: K, fewer than the rows.
         ops: the kernels.
     """
 
     in_rows = False
 
-    def __init__(self, chunks: Callable[[], Iterator[tuple[Tensor, Tensor]]], parameters: int, ops: Ops) -> None:
+    def __init__(self, chunks: Chunks, ops: Ops) -> None:
         self._chunks, self._ops = chunks, ops
         rs, matrix = [], None
         for r, j_RK in chunks():
-            matrix = j_RK.new_zeros(parameters, parameters) if matrix is None else matrix
-            matrix.addmm_(j_RK.mT, j_RK)
+            gram_KK = gram_of(j_RK.mT, ops)
+            matrix = gram_KK if matrix is None else matrix.add_(gram_KK)
             rs.append(r)
         assert matrix is not None
         self.r_R, self._matrix = torch.cat(rs), matrix
@@ -146,7 +148,3 @@ class Streamed(Block):
     @override
     def side(self) -> int:
         return len(self._matrix)
-
-    def norm(self) -> Tensor:
-        """Return ‖J̃‖, the root of the sum of its squares."""
-        return self._matrix.trace().sqrt()

@@ -20,11 +20,6 @@ Trial = tuple[float, float]
 """A step length, and the loss there."""
 
 
-def full_step(lr: float, loss_at: Callable[[float], float]) -> Trial:
-    """Return the step of length ``lr``."""
-    return lr, loss_at(lr)
-
-
 def grid(lr: float, losses_at: Callable[[Sequence[float]], Tensor]) -> Trial:
     """Return the step length of 2 lr, lr, lr / 2, … with the lowest loss (Müller and Zeinhofer 2023, algorithm 1)."""
     lengths = [2 * lr / 2**k for k in range(_GRID + 2)]

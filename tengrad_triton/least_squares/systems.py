@@ -75,10 +75,18 @@ class System(ABC):
         """Return J̃ δ [R]."""
         return self._j_RK @ delta_K
 
-    def decrease(self, r_R: Tensor, delta_K: Tensor) -> tuple[float, float]:
-        """Return (2 ⟨r̃, J̃ δ⟩, ‖J̃ δ‖²): for a step of length η, ‖r̃‖² − ‖r̃ − η J̃ δ‖² is η the first − η² the second."""
-        image_R = self.image(delta_K)
+    def decrease(self, r_R: Tensor, delta_K: Tensor, image_R: Tensor) -> tuple[float, float]:
+        """Return (2 ⟨r̃, J̃ δ⟩, ‖J̃ δ‖²): for a step of length η, ‖r̃‖² − ‖r̃ − η J̃ δ‖² is η the first − η² the second.
+
+        ``image_R`` is J̃ δ.
+        """
         return 2 * float(r_R @ image_R), float(image_R.square().sum())
+
+
+def gram_of(x: Tensor, ops: Ops) -> Tensor:
+    """Return X Xᵀ; on a GPU, X is copied unless it is contiguous."""
+    gram: Tensor = ops.gram_rows([x if x.is_cpu else x.contiguous()], [0], 1)[0]
+    return gram
 
 
 class Block(System):
@@ -92,9 +100,7 @@ class Block(System):
     def __init__(self, j_RK: Tensor, ops: Ops) -> None:
         super().__init__(j_RK, ops)
         self.in_rows = len(j_RK) < j_RK.shape[1]
-        x = j_RK if self.in_rows else j_RK.mT
-        self._matrix = ops.gram_rows([x if x.is_cpu else x.contiguous()], [0], 1)[0]
-        self._inverse = self._matrix.new_empty(0)
+        self._matrix = gram_of(j_RK if self.in_rows else j_RK.mT, ops)
 
     @override
     def factor(self, alpha: float) -> bool:
