@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -38,12 +38,7 @@ def register_activation(kind: type[nn.Module]) -> Callable[[A], A]:
     Returns:
         A decorator, which returns the function as it came.
     """
-
-    def register_it(rule: A) -> A:
-        ACTIVATIONS[kind] = rule
-        return rule
-
-    return register_it
+    return _entering(ACTIVATIONS, kind)
 
 
 def register(kind: type[nn.Module]) -> Callable[[R], R]:
@@ -73,9 +68,14 @@ def register(kind: type[nn.Module]) -> Callable[[R], R]:
     Returns:
         A decorator, which returns the function as it came.
     """
+    return _entering(RULES, kind)
 
-    def register_it(rule: R) -> R:
-        RULES[kind] = rule
+
+def _entering(table: dict[type[nn.Module], Any], kind: type[nn.Module]) -> Callable[[Any], Any]:
+    """Return a decorator that enters a rule into a table, and returns it as it came."""
+
+    def enter(rule: Any) -> Any:
+        table[kind] = rule
         return rule
 
-    return register_it
+    return enter
