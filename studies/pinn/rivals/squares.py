@@ -58,6 +58,10 @@ class LeastSquares(ABC):
         """Return w of a term."""
         return float(self.problem.weights.get(name, 1.0))
 
+    def scale(self, name: str, count: int) -> float:
+        """Return √(w / n), which makes a term the squared norm of its n residuals."""
+        return math.sqrt(self.weight(name) / count)
+
     @abstractmethod
     def residual(self, name: str, points: Mapping[str, Any]) -> Tensor:
         """Return the residuals of a term, without a graph."""
@@ -94,7 +98,7 @@ class LinearSquares(LeastSquares):
         residuals, tapes = [], []
         for name, operator in self.operators.items():
             value_N, layers = taylor.record(self.layers, operator, points[name])
-            scale = math.sqrt(self.weight(name) / len(value_N))
+            scale = self.scale(name, len(value_N))
             residuals.append(scale * (value_N + self._source(name, points[name])))
             tapes.append([LayerTape(tape.input_CNI, scale * tape.grad_CNO) for tape in layers])
         return FactoredRows(torch.cat(residuals), tapes)
@@ -133,12 +137,17 @@ class GeneralSquares(LeastSquares):
     def residual(self, name: str, points: Mapping[str, Any]) -> Tensor:
         return self.terms[name](*inputs_of(points[name])).detach()
 
+    def residuals(self, points: Mapping[str, Any]) -> Tensor:
+        """Return r, ``[N]``."""
+        parts = [self.residual(name, points).flatten() for name in self.terms]
+        return torch.cat([self.scale(name, len(part)) * part for name, part in zip(self.terms, parts, strict=True)])
+
     @override
-    def rows(self, points: Mapping[str, Any]) -> Rows:
+    def rows(self, points: Mapping[str, Any]) -> DenseRows:
         residuals, jacobians = [], []
         for name, module in self._modules.items():
             residual_N, jacobian_NP = _pointwise_rows(module, inputs_of(points[name]))
-            scale = math.sqrt(self.weight(name) / len(residual_N))
+            scale = self.scale(name, len(residual_N))
             residuals.append(scale * residual_N)
             jacobians.append(scale * jacobian_NP)
         return DenseRows(torch.cat(residuals), torch.cat(jacobians))
