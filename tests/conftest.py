@@ -38,6 +38,15 @@ def set_threads():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def float64():
+    """Have torch make tensors of double precision in one test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Return a folder with small images of every data set of the paper; torch's threads are restored at the end."""

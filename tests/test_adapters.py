@@ -7,16 +7,15 @@ import pytest
 import torch
 from by_hand import PLAIN, agree, by_hand, flat, mlp, slopes, source
 
-pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is theirs
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # what other libraries warn of is theirs
+    pytest.mark.usefixtures("float64"),
+]
 
 
 @pytest.fixture(autouse=True)
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+def _seed():
     torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.fixture

@@ -12,15 +12,10 @@ from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
 from tengrad_triton.baselines.bfgs import DenseInverse
 from tengrad_triton.baselines.linalg import eigenbasis, inverse
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N = 7
 PLAIN = {"lr": 1.0, "momentum": 0.0, "fisher": "empirical", "kl_clip": None}
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Twice(nn.Module):

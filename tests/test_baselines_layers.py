@@ -9,14 +9,9 @@ from torch import nn
 
 from tengrad_triton.baselines import EKFAC, KBFGS, KBFGSL, KFAC
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 N = 7
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Tied(nn.Module):

@@ -5,12 +5,7 @@ import torch
 
 from tengrad_triton.baselines.bfgs import DenseInverse, LimitedMemoryInverse, double_damping
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def pairs(seed, count, groups=2, entries=5):
