@@ -24,7 +24,10 @@ def test_rows_are_those_of_autograd(name):
     problem, model, points = small(name)
     squares = least_squares(problem, model)
     assert isinstance(squares, LinearSquares if name in LINEAR else GeneralSquares)
+    parameters = list(model.parameters())
     rows = squares.rows(points)
+    assert all(type(p) is nn.Parameter for p in model.parameters())  # those of before, not what torch.func put there
+    assert list(map(id, parameters)) == list(map(id, model.parameters()))
     residual, jacobian = dense(problem, model, points)
     generator = torch.Generator().manual_seed(1)
     v, y = (torch.randn(n, dtype=torch.float64, generator=generator) for n in jacobian.shape[::-1])

@@ -159,11 +159,11 @@ class _Term(nn.Module):
     def __init__(self, model: nn.Module, residual: Residual) -> None:
         super().__init__()
         self.model = model
-        self.residual = residual
+        self.residual = (residual,)  # in a tuple: functional_call does not restore a module that is found twice
 
     @override
     def forward(self, *points: Tensor) -> Tensor:
-        return self.residual(*points)
+        return self.residual[0](*points)
 
 
 def _pointwise_rows(module: _Term, points: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
