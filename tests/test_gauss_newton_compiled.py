@@ -21,7 +21,7 @@ def test_compiled_steps_are_the_plain_ones():
     (_, plain, points), (_, fast, _) = made(), made(compiled=True)
     for _ in range(10):
         assert float(fast.step(**points)) == pytest.approx(float(plain.step(**points)), rel=1e-7)
-    assert {term.way for term in fast.summary().terms} == {"batched"}
+    assert {term.way for term in fast.summary().terms} == {"by layer"}
 
 
 def test_what_cannot_be_compiled_is_named():

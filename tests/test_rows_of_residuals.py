@@ -62,7 +62,7 @@ def test_rows_are_those_of_single_backward_passes(name):
     assert warned == (case.way == "backward")
     assert_equal(found, expected)
     assert found[0].dim() == 1
-    assert all(j.shape == (len(found[0]), p.numel()) for j, p in zip(found[1], parameters, strict=True))
+    assert all(j.shape == (len(found[0]), *p.shape) for j, p in zip(found[1], parameters, strict=True))
     assert not any(x.requires_grad for x in (found[0], *found[1]))
     now = surroundings(case.model)  # of one evaluation
     assert torch.equal(now[0], after[0])
@@ -87,7 +87,7 @@ def test_every_way_after_the_first_that_serves_finds_the_same_rows(name):
 
 @pytest.mark.parametrize("name", ["laplacian", "several outputs", "matrices", "several inputs"])
 def test_rows_of_many_points_are_found_in_parts(name, monkeypatch):
-    monkeypatch.setattr("tengrad_triton.residuals.rows._CHUNK_BYTES", 2000)
+    monkeypatch.setattr("tengrad_triton.residuals.ways._CHUNK_BYTES", 2000)
     case, parameters = made(name)
     found = WAYS["batched"](case.model, case.residual)(parameters, case.points)
     assert_equal(found, one_by_one(case, parameters))

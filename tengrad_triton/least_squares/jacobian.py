@@ -154,8 +154,9 @@ class JacobianFinder:
                 f"{len(j_RK)} were expected from the points before: return the same number for each point"
             )
         for part, target in zip(rows, j_RK.split([p.numel() for p in parameters], 1), strict=True):
-            torch.mul(part, scale, out=target)
-        if not math.isfinite(torch.linalg.vector_norm(j_RK, torch.inf)) and bool(r.isfinite().all()):
+            torch.mul(part, scale, out=target.view(part.shape))
+        # One sum takes a twentieth of the time of asking every entry; where it overflows, every entry is asked.
+        if not math.isfinite(j_RK.sum()) and not bool(j_RK.isfinite().all()) and bool(r.isfinite().all()):
             raise ValueError(
                 f"the residual {term.name!r} is finite, but its derivatives by the parameters are not: look for a root "
                 "or a norm at zero, or for torch.where around a branch that is not finite"

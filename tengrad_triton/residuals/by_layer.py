@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 _MOST_RESIDUALS = 8  # at a point: each takes a backward pass
-_FEW_INPUTS = 8
+_FEW = 8  # inputs or outputs
 
 
 class NotByLayerError(RuntimeError):
@@ -33,7 +33,14 @@ class NotByLayerError(RuntimeError):
 
 @dataclass
 class _Products:
-    """The products with one weight, in the order of the forward: inputs [P, N, I] and outputs [P, N, O]."""
+    """The products with one weight, in the order of the forward.
+
+    Attributes:
+        inputs: [P, N, I] of each, or [P, 1, I] where all points have the same, as the derivatives of the points have.
+        outputs: as the residual function got them, of which gradients are taken.
+        dims: the dimension of the points in each output.
+        biases: the trained one of each product, or None.
+    """
 
     inputs: list[Tensor] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
@@ -71,14 +78,16 @@ class _Recording(TorchFunctionMode):
             if bias is not None and id(bias) in self._ids:
                 raise NotByLayerError("a bias belongs to a weight that is not trained")
             return F.linear(x, weight, bias)
-        if x.dim() > 2 and x.shape[-2] == 1:  # the same for all points, as the derivatives of the points
-            x = x.expand(*x.shape[:-2], self._samples, x.shape[-1])
-        dim = self._dim_of(x)
         y = F.linear(x, weight.detach(), None if bias is None else bias.detach())
+        if x.dim() > 2 and x.shape[-2] == 1:  # the same for all points
+            dim = x.dim() - 2
+            y = y.expand(*y.shape[:-2], self._samples, y.shape[-1])
+        else:
+            dim = self._dim_of(x)
         if not y.requires_grad:
             y.requires_grad_()
         found = self.products.setdefault(id(weight), _Products())
-        found.inputs.append(x.detach())
+        found.inputs.append(_positions_first(x.detach(), dim))
         found.outputs.append(y)
         found.dims.append(dim)
         found.biases.append(bias if bias is not None and id(bias) in self._ids else None)
@@ -94,21 +103,21 @@ class _Recording(TorchFunctionMode):
 
 
 def rows_by_layer(
-    residual: Callable[..., Tensor], parameters: Sequence[Tensor], points: tuple[Tensor, ...]
+    residual: Callable[[], Tensor], parameters: Sequence[Tensor], samples: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the residuals [N, …], without a graph, and their rows [N, …, *parameter.shape] of each parameter.
 
     Args:
-        residual: a function of the points.
+        residual: returns the residuals of a batch of points.
         parameters: the trained ones.
-        points: tensors whose first dimension is N.
+        samples: N.
 
     Raises:
         NotByLayerError: a parameter is used in another way than in `F.linear`, or there are too many residuals.
     """
-    recording = _Recording(parameters, len(points[0]))
+    recording = _Recording(parameters, samples)
     with torch.enable_grad(), recording:
-        r = residual(*points)
+        r = residual()
     if not recording.products or r.numel() > _MOST_RESIDUALS * len(r):
         raise NotByLayerError("no parameter is used in F.linear, or there are many residuals at a point")
     outputs = [y for found in recording.products.values() for y in found.outputs]
@@ -125,10 +134,9 @@ def _rows_of(recording: _Recording, grads: Sequence[Tensor], parameters: Sequenc
     rows: dict[int, Tensor] = {}
     rest = iter(grads)
     for key, found in recording.products.items():
-        parts = [_positions_first(next(rest), dim) for dim in found.dims]
-        inputs = [_positions_first(z, dim) for z, dim in zip(found.inputs, found.dims, strict=True)]
-        rows[key] = _outer_products(torch.cat(parts), torch.cat(inputs))
-        for g_PNO, bias in zip(parts, found.biases, strict=True):
+        gs = [_positions_first(next(rest), dim) for dim in found.dims]
+        rows[key] = _outer_products(gs, found.inputs)
+        for g_PNO, bias in zip(gs, found.biases, strict=True):
             if bias is not None:
                 of_bias = g_PNO[0] if len(g_PNO) == 1 else g_PNO.sum(0)
                 rows[id(bias)] = rows[id(bias)] + of_bias if id(bias) in rows else of_bias
@@ -143,11 +151,41 @@ def _positions_first(x: Tensor, dim: int) -> Tensor:
     return x[None] if x.dim() == 2 else x.flatten(0, -3)
 
 
-def _outer_products(g_PNO: Tensor, z_PNI: Tensor) -> Tensor:
-    """Return Σ_p g_np z_npᵀ [N, O, I]. For few inputs a batched product takes twice the time of products by entries."""
-    if z_PNI.shape[2] > _FEW_INPUTS:
-        return torch.bmm(g_PNO.permute(1, 2, 0), z_PNI.transpose(0, 1))
-    rows_NIO = z_PNI[0, :, :, None] * g_PNO[0, :, None, :]
+def _outer_products(gs: Sequence[Tensor], zs: Sequence[Tensor]) -> Tensor:
+    """Return Σ_p g_np z_npᵀ [N, O, I] over the positions of all pairs of g [P, N, O] and z [P, N or 1, I].
+
+    A batched product takes several times the time of products by entries where either side is narrow, which then lie in
+    memory so that the other side is contiguous.
+    """
+    if zs[0].shape[2] <= _FEW:
+        return _added([_by_inputs(g_PNO, z_PNI) for g_PNO, z_PNI in zip(gs, zs, strict=True)]).permute(1, 2, 0)
+    if gs[0].shape[2] <= _FEW:
+        return _added([_by_outputs(g_PNO, z_PNI) for g_PNO, z_PNI in zip(gs, zs, strict=True)])
+    wide = [z.expand(len(z), g.shape[1], z.shape[2]) for g, z in zip(gs, zs, strict=True)]
+    g_PNO, z_PNI = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (list(gs), wide))
+    return torch.bmm(g_PNO.permute(1, 2, 0), z_PNI.transpose(0, 1))
+
+
+def _by_inputs(g_PNO: Tensor, z_PNI: Tensor) -> Tensor:
+    """Return Σ_p z_npi g_npo [I, N, O]."""
+    if z_PNI.shape[1] == 1:  # one product of matrices for all points
+        return (z_PNI[:, 0].mT @ g_PNO.flatten(1)).unflatten(1, g_PNO.shape[1:])
+    rows_INO = z_PNI[0].mT[:, :, None] * g_PNO[0]
     for z_NI, g_NO in zip(z_PNI[1:], g_PNO[1:], strict=True):
-        rows_NIO.addcmul_(z_NI[:, :, None], g_NO[:, None, :])
-    return rows_NIO.mT
+        rows_INO.addcmul_(z_NI.mT[:, :, None], g_NO)
+    return rows_INO
+
+
+def _by_outputs(g_PNO: Tensor, z_PNI: Tensor) -> Tensor:
+    """Return Σ_p g_npo z_npi [N, O, I]."""
+    rows_NOI = g_PNO[0, :, :, None] * z_PNI[0, :, None, :]
+    for z_NI, g_NO in zip(z_PNI[1:], g_PNO[1:], strict=True):
+        rows_NOI.addcmul_(g_NO[:, :, None], z_NI[:, None, :])
+    return rows_NOI
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum, in place of the first."""
+    for part in parts[1:]:
+        parts[0].add_(part)
+    return parts[0]

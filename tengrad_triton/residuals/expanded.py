@@ -29,7 +29,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 from typing_extensions import override
 
 from tengrad_triton.capture.rows.rerun import ignore_vmap_warning
-from tengrad_triton.capture.rows.weights import multiply_samples, random_weights
+from tengrad_triton.capture.rows.weights import random_weights
+from tengrad_triton.residuals.proofs import agree
 
 Points = Tensor | Sequence[Tensor]
 """The inputs [N, …] of a residual function; a sequence is several arguments."""
@@ -98,17 +99,13 @@ def _rows(r: Tensor, copies: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _compare(expected: Tensor, r: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """Raise NotExpandableError unless Σ c r has the same gradient both ways, for random numbers c [N, …]."""
-    if expected.shape != r.shape or not torch.allclose(expected, r, rtol=torch.finfo(r.dtype).eps ** 0.5):
-        raise NotExpandableError("the residual has other values with a copy of the weights for each sample")
+    """Raise NotExpandableError unless values and rows are those of the residual as it is."""
     c = random_weights(r.numel(), r).view_as(r)
-    grads = torch.autograd.grad((c * expected).sum(), parameters, allow_unused=True, materialize_grads=True)
-    weighted = [multiply_samples(c.flatten(), rows_NM.reshape(c.numel(), -1)) for rows_NM in rows]
-    sizes = torch.stack([rows_RK.norm(dim=1).sum() for rows_RK in weighted])
-    offs = torch.stack([(j.sum(0) - g.flatten()).norm() for j, g in zip(weighted, grads, strict=True)])
-    eps = torch.finfo(r.dtype).eps
-    # Rows that are zero because their parts cancel differ by rounding errors of these parts, which are like other rows.
-    if bool((offs > eps**0.5 * sizes + eps**0.75 * sizes.sum()).any()):
+    is_proved = expected.shape == r.shape
+    if is_proved:
+        grads = torch.autograd.grad(expected, parameters, c, allow_unused=True, materialize_grads=True)
+        is_proved = agree(r, rows, (expected.detach(), list(grads)), parameters)
+    if not is_proved:
         raise NotExpandableError("the residual mixes samples, or hands parameters to code that no mode sees")
 
 

@@ -68,5 +68,4 @@ class Residuals(nn.Module):
             scale = total**0.5 * term.scale_of(counts[term.name])
             _, rows = self._finder.of_term(term, tensors, named[term.name])
             found.append([scale * part for part in rows])
-        joined = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return {name: j.view(-1, *p.shape) for (name, p), j in zip(parameters.items(), joined, strict=True)}
+        return {name: torch.cat(parts) for name, parts in zip(parameters, zip(*found, strict=True), strict=True)}

@@ -42,3 +42,16 @@ class Surroundings:
             module._buffers[name] = buffer
             if buffer is not None and entries is not None:
                 buffer.detach().copy_(entries)
+
+    def are_left(self) -> bool:
+        """Whether generators or buffers have changed since."""
+        for device, state in self.generators.items():
+            now = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+            if not torch.equal(state, now):
+                return True
+        for module, name, buffer, entries in self.buffers:
+            if module._buffers[name] is not buffer:
+                return True
+            if buffer is not None and entries is not None and not torch.equal(buffer, entries):
+                return True
+        return False

@@ -18,7 +18,6 @@ from typing_extensions import override
 from tengrad_triton.layers.stateless import call_with, places_of
 from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.residuals.checks import check_residuals, check_weights, checked_points, why_it_failed
-from tengrad_triton.residuals.compiling import compiled
 from tengrad_triton.residuals.surroundings import Surroundings
 
 Residual = Callable[..., Tensor]
@@ -179,12 +178,12 @@ class Terms:
         """Return what a copy takes over, which is compiled anew."""
         return {**vars(self), "_compiled": {}}
 
-    def compile(self, term: Term) -> None:
-        """Compile the evaluations of a term without a graph."""
-        self._compiled[term.name] = compiled(term.residual, term.name)
+    def use_compiled(self, term: Term, residual: Residual) -> None:
+        """Take a compiled residual function where a term is evaluated without a graph."""
+        self._compiled[term.name] = residual
 
     def is_compiled(self, term: Term) -> bool:
-        """Whether `compile` was called for a term."""
+        """Whether `use_compiled` was called for a term."""
         return term.name in self._compiled
 
     def values(self, points: Points, with_graph: bool = False) -> Tensor:
