@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from studies.pinn.problems import burgers, convection, heat, poisson
+from studies.pinn.problems import burgers, convection, heat, inverse, poisson
 from studies.pinn.problems.base import Field, Problem, inputs_of
 
 EQUATION, PERIODIC = "interior", "periodic"  # the terms that are no values of u
@@ -66,6 +66,7 @@ def _convection(u: Solution, _: nn.Module) -> Tensor:
 
 
 def _inverse(u: Solution, model: nn.Module) -> Tensor:
+    assert isinstance(model, inverse.WithDiffusivity)
     return u.first(0) - model.diffusivity * u.second(1)
 
 

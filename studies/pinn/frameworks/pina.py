@@ -102,7 +102,7 @@ def solver_of(statement: Statement, model: nn.Module, optimizer: TorchOptimizer)
     return PhysicsInformedSingleModelSolver(problem_of(statement), model, optimizer=optimizer, weighting=weighting)
 
 
-class Pausing(Callback):  # type: ignore[misc]
+class Pausing(Callback):
     """Pauses when the weights are new, and ends training if the pause says so."""
 
     def __init__(self, is_over: Callable[[], bool]) -> None:
