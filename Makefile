@@ -32,9 +32,9 @@ tests: $(READY)            ## run them without linting
 test-slow: $(READY)        ## run the tests marked slow
 	$(PYTEST) $(WORKERS) -m slow
 
-test-pinn: $(READY)         ## install PINA and DeepXDE beside the rest, and run the tests of their adapters
+test-pinn: $(READY)         ## install PINA and DeepXDE beside the rest, and run the tests that need them
 	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,pinn]'
-	$(PYTEST) -q tests/test_adapters.py tests/test_adapters_deepxde.py
+	$(PYTEST) -q tests/test_adapters.py tests/test_adapters_deepxde.py tests/test_study_pinn_frameworks.py
 
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf

@@ -10,7 +10,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from studies.pinn import figures, page, runs
-from studies.pinn.command import known, main, new_app
+from studies.pinn.command import installed, known, main, new_app
 from studies.pinn.problems import PROBLEMS
 from studies.pinn.registry import FAMILIES
 from tengrad_triton.recipes.errors import UsageError
@@ -37,7 +37,8 @@ def study(
     problem
         The problems to run; all, if none is given.
     entrant
-        The optimizers to run; all, if none is given. Each of its settings runs with the first seed, the best with all.
+        The optimizers to run; all that are installed, if none is given. Each of its settings runs with the first
+        seed, the best with all.
     seconds
         CPU seconds of the steps of a run.
     seeds
@@ -56,7 +57,7 @@ def study(
         raise UsageError("--seeds: at least one is needed")
     store = runs.Store(results)
     if not report_only:
-        measure(store, problems, families, seconds, tuple(dict.fromkeys(seeds)))
+        measure(store, problems, installed(entrant, families), seconds, tuple(dict.fromkeys(seeds)))
     write(store, out)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
+from studies.pinn.frameworks.build import INSTALLATION, is_missing
 from tengrad_triton.recipes.errors import UsageError
 
 
@@ -22,6 +23,24 @@ def known(given: Sequence[str], names: Iterable[str], what: str) -> list[str]:
         if name not in all_names:
             raise UsageError(f"--{what} {name}: there is none of this name; there are {', '.join(all_names)}")
     return list(dict.fromkeys(given)) or all_names
+
+
+def installed(given: Sequence[str], families: Sequence[str]) -> list[str]:
+    """Return the families whose packages are installed, and say which are left out.
+
+    Args:
+        given: the families that were asked for by name, if any.
+        families: these, or all.
+
+    Raises:
+        UsageError: one was asked for whose package is not installed.
+    """
+    missing = [family for family in families if is_missing(family)]
+    if missing and given:
+        raise UsageError(f"--entrant {' '.join(missing)}: not installed: {INSTALLATION}")
+    if missing:
+        sys.stderr.write(f"{' and '.join(missing)} are left out, for they are not installed: {INSTALLATION}\n")
+    return [family for family in families if family not in missing]
 
 
 def main(app: App, argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,8 @@ class Entrant:
         setting: its settings in words, for the page.
         step: takes one step, given the points of each term; the clock counts this alone.
         fixed_points: whether it needs the same points at every step, also where the problem draws new ones.
-        schedule: is called before each step with the share of the time that is used up, from 0 to 1.
+        schedule: is called before each step, and after each pause, with the share of the time that is used up, from 0
+            to 1.
         loops: whether the optimizer has a loop of its own, so that a step is a whole run.
         pause: set by the clock. An optimizer that loops calls it whenever the model has new weights: there the error
             may be measured, and the clock raises `TimeIsUp` through the optimizer.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from studies.pinn import robustness, timing
+from studies.pinn.frameworks.build import FRAMEWORKS
 from studies.pinn.problems import PROBLEMS
 from studies.pinn.problems.base import inputs_of, start
 from studies.pinn.problems.sampling import generator
@@ -32,6 +33,13 @@ PUBLISHED = """
 points, and how often these are new. They publish absolute errors, which are the relative ones times the root mean
 square of u; they draw points and compute right-hand sides in float32, here all is float64. Their loss is half of ours,
 and their times are of a GPU.
+"""
+FRAMEWORKS_RUN = """
+**PINA and DeepXDE** solve the problems as their users do: with their own losses, derivatives and training loops, Adam
+first, then L-BFGS. Networks, first weights, points and weights of terms are those of all others; the points stay the
+same throughout. What their loops do besides the steps counts, and so does building their problem from the points, but
+not importing them. Progress bars, logs to files and checkpoints are off. A step is one of Adam's or an iteration of
+L-BFGS.
 """
 
 
@@ -119,6 +127,7 @@ def markdown(results: Results) -> str:
         f"{GENERATED}\n\n# Least squares on differential equations",
         " ".join(INTRODUCTION.split()),
         " ".join(PUBLISHED.split()),
+        *_frameworks(results),
         *_summary(results),
         *(section for name in results.problems for section in _problem(results, name)),
         *_tuning(results),
@@ -132,6 +141,12 @@ def markdown(results: Results) -> str:
 def number(value: float) -> str:
     """Return an error with two significant digits."""
     return f"{value:.1e}" if math.isfinite(value) else "failed"
+
+
+def _frameworks(results: Results) -> Iterator[str]:
+    """Yield how frameworks are run, if any was."""
+    if any(line.family in FRAMEWORKS for problem in results.problems for line in results.lines(problem)):
+        yield " ".join(FRAMEWORKS_RUN.split())
 
 
 def _summary(results: Results) -> Iterator[str]:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 from studies.pinn import first_order, gauss_newton, least_squares
 from studies.pinn.entrants import Build, Family
+from studies.pinn.frameworks import build as frameworks
 from studies.pinn.rivals import build as rivals
 
 FAMILIES: dict[str, Family] = {
     **gauss_newton.FAMILIES,
     **first_order.FAMILIES,
     **least_squares.FAMILIES,
+    **frameworks.FAMILIES,
     **rivals.FAMILIES,
 }
 DAMPED: dict[str, Callable[[float], Build]] = {**gauss_newton.DAMPED, **rivals.DAMPED}

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from studies.pinn.problems.base import Points, Problem, inputs_of, start
 from studies.pinn.problems.sampling import generator
 from studies.pinn.registry import FAMILIES
 from tengrad_triton.files import replacing
+from tengrad_triton.recipes.errors import UsageError
 from tengrad_triton.recipes.measuring.machine import describe
 
 SEEDS = (0, 1, 2)
@@ -234,7 +235,10 @@ def machine() -> dict[str, str]:
 
 
 def train(case: Case, machine: dict[str, str]) -> Run:
-    """Run a case; ``machine`` says where. An error of the entrant ends the run, and is kept with it."""
+    """Run a case; ``machine`` says where. An error of the entrant ends the run, and is kept with it.
+
+    Raises `UsageError` if the entrant needs a package that is not installed: that is no result.
+    """
     problem = PROBLEMS[case.problem]
     began, load = time.perf_counter(), os.getloadavg()[0]
     model = start(problem, case.seed)
@@ -242,12 +246,14 @@ def train(case: Case, machine: dict[str, str]) -> Run:
     name, setting, failure = case.family, "", ""
     try:
         entrant = case.build(model)
-        name, setting, entrant.pause = entrant.name, entrant.setting, clock.pause
+        name, setting, entrant.pause = entrant.name, entrant.setting, partial(_pause, clock, entrant)
+        entrant.schedule(0.0)
         for points in draws(problem, entrant.fixed_points, case.seed):
-            entrant.schedule(min(1.0, clock.used / case.seconds))
             clock.go()
             entrant.step(points)
-            clock.pause()
+            entrant.pause()
+    except UsageError:
+        raise
     except TimeIsUp:
         if clock.points[-1].error > clock.points[0].error:
             failure = "above its start"
@@ -257,6 +263,11 @@ def train(case: Case, machine: dict[str, str]) -> Run:
         case, name, setting, tuple(map(_short, clock.points)), failure,
         wall=round(time.perf_counter() - began, 1), load=(load, os.getloadavg()[0]), machine=machine,
     )  # fmt: skip
+
+
+def _pause(clock: Clock, entrant: Entrant) -> None:
+    clock.pause()
+    entrant.schedule(clock.used / clock.seconds)
 
 
 def _short(point: Point) -> Point:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from studies.pinn.command import known, main, new_app
+from studies.pinn.command import installed, known, main, new_app
 from studies.pinn.entrants import Entrant
 from studies.pinn.problems import PROBLEMS
 from studies.pinn.problems.base import inputs_of, start
@@ -56,7 +56,8 @@ def measure(
     results
         Folder of the results.
     """
-    problems, families = known(problem, PROBLEMS, "problem"), known(entrant, FAMILIES, "entrant")
+    problems = known(problem, PROBLEMS, "problem")
+    families = installed(entrant, known(entrant, FAMILIES, "entrant"))
     if rounds < 1:
         raise UsageError(f"--rounds {rounds}: it must be at least 1")
     torch.set_num_threads(1)

@@ -1,0 +1,1 @@
+"""PINA and DeepXDE on the problems of the study, run as their documentation says."""
