@@ -19,6 +19,7 @@ NETWORKS = {
     "heat4d": (5, 6, 1),
     "burgers": (2, 4, 1),
     "convection": (2, 4, 1),
+    "convection-fresh": (2, 4, 1),
 }
 LINEAR = ("poisson2d", "poisson5d", "poisson10d", "heat1d", "heat4d")
 DAMPING = 0.1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from torch._inductor.utils import fresh_cache
 
 from studies.pinn import figures, page, runs
 from studies.pinn.command import installed, known, main, new_app
@@ -66,6 +67,7 @@ def measure(
 ) -> None:
     """Run what is missing: the settings of each family with the first seed, and the best one with the others."""
     torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # compilers are children, whose time counts, not workers
     machine = runs.machine()  # asked once: the commit must be that of the loaded code
     with threadpool_limits(1):  # of numpy's and scipy's libraries
         for problem in problems:
@@ -87,7 +89,8 @@ def _run_once(store: runs.Store, case: runs.Case, machine: dict[str, str]) -> No
     kept = store.run(case)
     if kept is not None and kept.setting == case.setting:
         return
-    run = runs.train(case, machine)
+    with fresh_cache():  # what one run has compiled, the next one compiles again
+        run = runs.train(case, machine)
     store.keep(run)
     sys.stdout.write(f"{case.file[:-5]}: {run.failure or f'{run.end:.3g}'}\n")
     sys.stdout.flush()

@@ -20,13 +20,13 @@ from tengrad_triton.recipes.reports.markdown import block, table
 COMMAND = "python -m studies.pinn"
 GENERATED = f"<!-- Written by `{COMMAND} --report-only`: changes by hand are lost. -->"
 INTRODUCTION = """
-Each optimizer solves each problem for the same time: CPU seconds of its steps, on one thread. Measuring the error and
-drawing points do not count; whatever a step does counts, so also a line search, and steps that are taken back. All have
-the same networks in float64, first weights and points, which depend on the seed alone. An optimizer with several
-settings runs with all of them for the first seed; the one with the lowest last error, which favours it, runs with every
-seed. Numbers are medians over the seeds, *range* is the least and the largest one at the end. A run that ends with an
-error that is not finite, above its first one, or with an exception has failed: it stays here, and counts as an infinite
-error.
+Each optimizer solves each problem for the same time: CPU seconds of its steps, on one thread, compilation included.
+Measuring the error and drawing points do not count; whatever a step does counts, so also a line search, and steps
+that are taken back. All have the same networks in float64, first weights and points, which depend on the seed alone.
+An optimizer with several settings runs with all of them for the first seed; the one with the lowest last error, which
+favours it, runs with every seed. Numbers are medians over the seeds, *range* is the least and the largest one at the
+end. A run that ends with an error that is not finite, above its first one, or with an exception has failed: it stays
+here, and counts as an infinite error.
 """
 PUBLISHED = """
 **Poisson's and the heat equation** are those of Dangel, Müller and Zeinhofer (2024): equations, networks, numbers of

@@ -26,7 +26,7 @@ from tengrad_triton.recipes.reports.markdown import table
 
 ROOT = Path(__file__).parent
 REFERENCE = "engd-w"  # whose steps the others' are compared with
-WARM_UP = 2  # rounds that do not count
+WARM_UP = 3  # rounds that do not count: compiled steps are compiled in the first two
 SECTION = """
 CPU time of one step, the median of {rounds} rounds in which each optimizer takes a step in turn on the same points, in
 one process and on one thread. *Ratio* is the median over the rounds of its time to that of {reference} in the same

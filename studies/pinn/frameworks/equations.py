@@ -78,6 +78,7 @@ EQUATIONS: dict[str, Equation] = {
     "heat4d": _heat,
     "burgers": _burgers,
     "convection": _convection,
+    "convection-fresh": _convection,
     "inverse": _inverse,
 }
 

@@ -7,5 +7,5 @@ from studies.pinn.problems.base import Problem
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
-    for problem in (*poisson.PROBLEMS, *heat.PROBLEMS, burgers.PROBLEM, convection.PROBLEM, inverse.PROBLEM)
+    for problem in (*poisson.PROBLEMS, *heat.PROBLEMS, burgers.PROBLEM, *convection.PROBLEMS, inverse.PROBLEM)
 }

@@ -1,12 +1,14 @@
 """Convection ∂u/∂t + β ∂u/∂x = 0 on [0, 2π], periodic, for times in [0, 1], with u(0, x) = sin x and β = 30.
 
 Network and points: Krishnapriyan et al., "Characterizing possible failure modes in physics-informed neural networks"
-(2021), with the settings of their published code. Their coordinates are (x, t), here (t, x).
+(2021), with the settings of their published code. Their coordinates are (x, t), here (t, x). They draw the points once;
+the second problem differs from theirs by drawing them anew at every step.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -67,7 +69,7 @@ def evaluation() -> Tensor:
     return sampling.grid(times(), places())
 
 
-PROBLEM = Problem(
+PUBLISHED = Problem(
     name="convection",
     title="convection, β = 30",
     source="Krishnapriyan et al. (2021)",
@@ -77,4 +79,8 @@ PROBLEM = Problem(
     fresh_every=0,
     solution=solution,
     evaluation=evaluation,
+)
+PROBLEMS = (
+    PUBLISHED,
+    replace(PUBLISHED, name="convection-fresh", title=f"{PUBLISHED.title}, new points at every step", fresh_every=1),
 )
