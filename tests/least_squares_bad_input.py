@@ -36,8 +36,8 @@ def mixed_types():
 CONSTRUCTION = {
     "parameters for the model": (lambda: made(network().parameters(), {"a": abs}), TypeError, "give the module itself"),
     "a function for the model": (lambda: made(abs, {"a": abs}), TypeError, "got builtin_function_or_method"),
-    "no parameters": (lambda: made(nn.Tanh()), ValueError, "Tanh has no parameter that requires a gradient"),
-    "frozen parameters": (lambda: made(frozen()), ValueError, "no parameter that requires a gradient"),
+    "no parameters": (lambda: made(nn.Tanh()), ValueError, "Tanh has no trainable parameters"),
+    "frozen parameters": (lambda: made(frozen()), ValueError, "no trainable parameters"),
     "lazy parameters": (lambda: made(nn.LazyLinear(1)), ValueError, "call it once on a batch of points"),
     "half precision": (lambda: made(network(torch.float16)), ValueError, "got torch.float16: use model.double()"),
     "bfloat16": (lambda: made(network(torch.bfloat16)), ValueError, "got torch.bfloat16: use model.double()"),

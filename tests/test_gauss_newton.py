@@ -241,7 +241,7 @@ def test_the_effective_dimension_is_a_share_of_all(space, share):
     _, j_RK = problem.jacobian()
     values = torch.linalg.svdvals(j_RK).square()
     optimizer = problem.optimizer(damping=EffectiveDimension(share))
-    found = optimizer._jacobian.system(problem.parameters, optimizer._terms.points_of(problem.points), None)[1]
+    found = optimizer._jacobian.system(problem.parameters, optimizer._terms.points_of(problem.points))[1]
     optimizer._rule.begin(group := dict(optimizer.param_groups[0]), 0, found)
     alpha = group["damping"]
     assert float((values / (values + alpha)).sum()) == pytest.approx(share * len(values), rel=1e-9)

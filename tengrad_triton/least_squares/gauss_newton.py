@@ -237,9 +237,9 @@ class GaussNewton(torch.optim.Optimizer):
         self.param_groups[0].update(settings)
 
     def _attempted(self, evaluations: Evaluations, points: Points, parameters: list[Tensor]) -> Tensor:
-        group, columns = self.param_groups[0], columns_of(self.model, self._settings.blocks, self._parameters)
+        group = self.param_groups[0]
         with phase("capture"):
-            r_R, system = self._jacobian.system(parameters, points, columns)
+            r_R, system = self._jacobian.system(parameters, points)
         loss = r_R.square().sum()
         with phase("curvature"):
             self._rule.begin(group, self._steps, system)

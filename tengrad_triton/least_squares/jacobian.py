@@ -14,7 +14,7 @@ from torch import Tensor
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.least_squares.evaluations import flatten, write_
 from tengrad_triton.least_squares.many_rows import Chunks, Sketched, Streamed, Subset
-from tengrad_triton.least_squares.settings import Settings
+from tengrad_triton.least_squares.settings import Settings, columns_of
 from tengrad_triton.least_squares.systems import Block, Blocks, System
 from tengrad_triton.residuals.rows import RowFinder
 from tengrad_triton.residuals.surroundings import Surroundings
@@ -38,16 +38,15 @@ class JacobianFinder:
         self._terms, self._rows, self._settings = terms, rows, settings
         self._ops, self._generator = ops, generator
         self._held: Tensor | None = None  # J̃ of the last step; a new one would be fetched from the system page by page
+        self._trained: list[int] = []  # the parameters whose blocks were found
+        self._columns: Sequence[Tensor] | None = None
 
-    def system(
-        self, parameters: Sequence[Tensor], points: Points, columns: Sequence[Tensor] | None
-    ) -> tuple[Tensor, System]:
+    def system(self, parameters: Sequence[Tensor], points: Points) -> tuple[Tensor, System]:
         """Return r̃ [R] and the system of one step.
 
         Args:
             parameters: the trained ones.
             points: of each term.
-            columns: the columns of each block; None for one block of all.
 
         Raises:
             ValueError: the system does not fit into ``max_bytes``.
@@ -66,7 +65,15 @@ class JacobianFinder:
             return whole_R, Subset(j_RK, gradient_K, self._ops)
         if self._settings.sketch is not None:
             return r_R, Sketched(j_RK, min(self._settings.sketch, r), self._generator, self._ops)
+        columns = self._columns_of(parameters)
         return r_R, Block(j_RK, self._ops) if columns is None else Blocks(j_RK, columns, self._ops)
+
+    def _columns_of(self, parameters: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Return the columns of each block, None for one block of all; found again when parameters were frozen."""
+        if self._trained != (now := list(map(id, parameters))):
+            self._trained = now
+            self._columns = columns_of(self._terms.model, self._settings.blocks, parameters)
+        return self._columns
 
     def _is_streamed(self, entry: int, r: int, k: int) -> bool:
         """Whether J̃ is too large to be stored, and the matrix of parameters is not.

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from tengrad_triton.capture.blocks import BlocksChoice, find_layer_params, fisher_blocks_of
 from tengrad_triton.least_squares.search import LINE_SEARCHES, LineSearch
-from tengrad_triton.optim.validation import check_bool, check_choice, check_count, check_range
+from tengrad_triton.optim.validation import check_bool, check_choice, check_count, check_model, check_range
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,10 @@ def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
         TypeError: the model is no module.
         ValueError: none requires a gradient, they have several types or devices, or they have no entries yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: give the module itself, not its parameters, "
-            "and freeze by requires_grad_(False) what is not to be trained"
-        )
+    check_model(
+        model, "give the module itself, not its parameters, and freeze by requires_grad_(False) what is not trained"
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient: nothing to train")
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError("the model has lazy parameters, which have no shape yet: call it once on a batch of points")
     kinds = {(p.dtype, p.device) for p in trained}

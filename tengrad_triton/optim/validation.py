@@ -77,10 +77,13 @@ def seed_of(seed: Any) -> int:
     return int(seed)
 
 
-def check_model(model: Any) -> torch.device:
-    """Raise unless the model is a module with trainable parameters; return the device of the first one."""
+def check_model(model: Any, advice: str = "parameters go to params=") -> torch.device:
+    """Raise unless the model is a module with trainable parameters; return the device of the first one.
+
+    ``advice`` is for who gave something else.
+    """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; parameters go to params=")
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; {advice}")
     device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
     if device is None:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
