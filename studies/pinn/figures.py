@@ -15,7 +15,7 @@ from studies.pinn.problems import PROBLEMS
 from studies.pinn.registry import FAMILIES
 from studies.pinn.runs import schedule
 from tengrad_triton.files import replacing
-from tengrad_triton.recipes.reports.styles import STYLES
+from tengrad_triton.recipes.reports.styles import style_at
 
 EVERY = 3  # points from one marker to the next
 
@@ -42,7 +42,7 @@ def of_problem(results: Results, name: str) -> Figure:
 
 
 def _curve(panel: Axes, line: Line, times: list[float]) -> None:
-    color, marker = STYLES[list(FAMILIES).index(line.family) % len(STYLES)]
+    color, marker = style_at(list(FAMILIES).index(line.family))
     first = min((run.points[1].seconds for run in line.runs if len(run.points) > 1), default=math.inf)
     shown = [at for at in times if at >= 0.9 * first]
     errors = [line.errors_at(at) for at in shown]

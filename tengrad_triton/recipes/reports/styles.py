@@ -16,9 +16,14 @@ STYLES = tuple(zip(COLORS, MARKERS, strict=False))
 """Pairs for what is no optimizer, or several settings of one."""
 
 
+def style_at(place: int) -> tuple[str, str]:
+    """Return a colour and a marker by a place, where there may be more places than colours."""
+    return COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+
+
 def style_of(name: OptimizerName) -> tuple[str, str]:
     """Return the colour and the marker of an optimizer, by its place among all."""
-    return COLORS[place(name) % len(COLORS)], MARKERS[place(name) % len(MARKERS)]
+    return style_at(place(name))
 
 
 def log_axis(panel: Axes) -> None:
