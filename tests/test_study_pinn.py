@@ -212,7 +212,7 @@ def test_robustness_counts_what_diverges(tiny, tmp_path, monkeypatch, capsys):
 # Arguments, and what the one line says.
 MISTAKES = {
     "problem": (["--problem", "x"], "there are poisson2d"),
-    "entrant": (["--entrant", "x"], "there are gauss-newton, adam"),
+    "entrant": (["--entrant", "x"], "there are gauss-newton, "),
     "time": (["--seconds", "0"], "above 0"),
     "seed": (["--seeds", "a"], "seeds"),
     "flag": (["--nothing"], "--nothing"),
