@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from least_squares_problem import Equation, EquationByAutograd, curve, poisson, solved
+from torch import nn
 from torch.func import functional_call, jvp
 
-from tengrad_triton import EffectiveDimension, Exponential, GainRatio
+from tengrad_triton import EffectiveDimension, Exponential, GainRatio, GaussNewton
 from tengrad_triton.least_squares import attempts
 
 TOLERANCE = 1e-9
@@ -306,3 +307,11 @@ def test_the_summary_says_what_the_rows_are_made_of():
     assert sum(term.residuals for term in found.terms) == found.rows == optimizer.stats.rows
     assert found.side == min(found.rows, found.parameters)
     assert all(line in str(found) for line in ("linear layers", f"{found.rows} rows, {found.parameters} parameters"))
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_the_summary_warns_of_residuals_that_may_all_vanish(count):
+    u = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()  # 33 parameters
+    optimizer = GaussNewton(u, {"all": u})
+    optimizer.step(all=torch.rand(count, 2, dtype=torch.float64))
+    assert ("draw new points at every step" in str(optimizer.summary())) == (count < 33)

@@ -20,6 +20,10 @@ _COLUMNS = [
     Column("rows", wraps=True),
 ]
 _WIDTH = 100
+_FEW_RESIDUALS = (
+    "fewer residuals than parameters: all of them can vanish at points that stay the same, whatever the",
+    "solution is in between; draw new points at every step",
+)
 WAYS = {
     "by layer": "by the inputs and output gradients of linear layers",
     "batched": "by torch.func, all points in one pass",
@@ -79,8 +83,8 @@ class LeastSquaresSummary:
         drawn = "" if self.rows == count else f" of {count} residuals, drawn at random"
         rows = f"{self.rows} rows{drawn}"
         matrix = f"the matrix that is factored is {self.side} × {self.side}"
-        end = f"{rows}, {self.parameters} parameters: {matrix}"
-        return "\n".join([*table(_COLUMNS, cells, _WIDTH), "", end])
+        end = [f"{rows}, {self.parameters} parameters: {matrix}", *(_FEW_RESIDUALS if count < self.parameters else ())]
+        return "\n".join([*table(_COLUMNS, cells, _WIDTH), "", *end])
 
 
 @dataclass(frozen=True)
