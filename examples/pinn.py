@@ -166,6 +166,9 @@ If you come from a loss with sums in place of means, multiply a weight by the nu
 PRACTICE = """## In practice
 
 - **Types.** Use float64, for the model and its points. Float32 resolves losses only down to about 1e-9.
+- **New points.** Draw them at every step where you can. Fewer residuals than parameters can all vanish at points that
+  stay the same while the solution is wrong in between: see convection with and without new points in
+  [the study](../pinn.md).
 - **Unknowns.** The unknown of an inverse problem is a parameter of the model, such as `u.k = nn.Parameter(...)`, set
   before `GaussNewton(u, ...)`. For several networks give `nn.ModuleList([a, b])`. A parameter that only the residual
   knows is not trained; a warning says so.
