@@ -14,6 +14,7 @@ from studies.pinn.problems import PROBLEMS
 from studies.pinn.problems.base import inputs_of, start
 from studies.pinn.problems.sampling import generator
 from studies.pinn.registry import FAMILIES
+from studies.pinn.rivals.build import TITLES
 from studies.pinn.runs import Case, Run, Store, best
 from tengrad_triton.recipes.reports.markdown import block, table
 
@@ -59,7 +60,7 @@ class Line:
     @property
     def name(self) -> str:
         """The optimizer."""
-        return self.runs[0].name
+        return TITLES.get(self.family, self.runs[0].name)
 
     def errors_at(self, seconds: float) -> list[float]:
         """Return the error of each seed at a time."""
@@ -260,7 +261,7 @@ def _tuning(results: Results) -> Iterable[str]:
         tried = {problem: results.tried(problem, family) for problem in problems}
         ends = {(run.case.problem, run.case.variant): number(run.end) for runs in tried.values() for run in runs}
         if len(variants) > 1 and ends:
-            name = next(runs[0].name for runs in tried.values() if runs)
+            name = TITLES.get(family) or next(runs[0].name for runs in tried.values() if runs)
             lines = [(variant, *(ends.get((problem, variant), "-") for problem in problems)) for variant in variants]
             sections += [f"### {name}", table(("setting", *problems), lines)]
     return ["## What was tuned", "The error at the end with the first seed.", *sections] if sections else []

@@ -33,6 +33,17 @@ RIVALS: dict[str, tuple[Kind, Mapping[str, Published]]] = {
     "spring-fixed": (Woodbury, published.SPRING_FIXED),
 }
 "The class and the published settings of each rival."
+TITLES = {
+    "engd": "ENGD",
+    "engd-per-layer": "ENGD per layer",
+    "kfac": "KFAC",
+    "kfac-star": "KFAC, automatic rate",
+    "engd-w": "ENGD-W",
+    "engd-w-fixed": "ENGD-W, fixed rate",
+    "spring": "SPRING",
+    "spring-fixed": "SPRING, fixed rate",
+}
+"The name of each rival on the page; W is Woodbury's form."
 
 
 def build(name: str, problem: Problem, model: nn.Module, **changed: Any) -> Entrant:
