@@ -6,6 +6,8 @@ import pytest
 import torch
 from least_squares_bad_input import CONSTRUCTION, STEPS, WITHOUT_A_STEP
 
+from tengrad_triton import GaussNewton
+
 pytestmark = pytest.mark.filterwarnings("ignore:the rows of .* take one backward pass")
 
 
@@ -81,6 +83,17 @@ def test_parameters_that_are_all_frozen_later_are_refused():
     problem.u.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter of the optimizer is frozen now"):
         optimizer.step(**points)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_that_the_model_has_replaced_are_refused(bias):
+    """Rows of the old ones would be zeros, or those of the new ones; `load_state_dict(assign=True)` does so, too."""
+    u = torch.nn.Linear(2, 1, bias=bias).double()
+    optimizer, x = GaussNewton(u, {"a": u}), torch.rand(5, 2).double()
+    optimizer.step(a=x)
+    u.weight = torch.nn.Parameter(u.weight.detach() * 2)
+    with pytest.raises(ValueError, match=r"shape \(1, 2\) is no longer one of the model.*make a new GaussNewton"):
+        optimizer.step(a=x)
 
 
 def test_a_number_of_residuals_that_changes_is_refused():

@@ -1,6 +1,7 @@
 """Rows by layer as one compiled graph, against those without one; what the graph depends on; when it is given up."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -73,7 +74,10 @@ def test_numbers_that_change_too_often_end_the_compilation_with_a_warning():
         warnings.simplefilter("always")
         for factor[0] in range(1, 13):
             agrees(rows, residual, parameters, x)
-    assert ["'a' are compiled no more" in str(warning.message) for warning in caught] == [True]
+    assert [str(warning.message) for warning in caught] == [
+        "the rows of 'a' are compiled no more: it depends on something that differs from call to call: hold a number "
+        "that changes in a tensor"
+    ]
 
 
 def test_only_some_numbers_of_points_have_graphs(monkeypatch):
@@ -137,6 +141,124 @@ def test_a_parameter_that_another_term_has_frozen_has_no_rows_any_more():
     rows = compiled_by_layer(u, "a")
     agrees(rows, u, [*u.parameters(), *v.parameters()], x)
     agrees(rows, u, [*u.parameters(), v.weight], x)
+
+
+def test_what_has_no_graph_has_none_in_a_compiled_one():
+    u, x = network(), points()
+
+    def residual(x):
+        with torch.no_grad():
+            weights = u(x).square().exp()
+        with torch.enable_grad():
+            return weights * u(x)
+
+    agrees(compiled_by_layer(residual, "a"), residual, list(u.parameters()), x)
+
+
+def test_what_a_function_stores_is_stored():
+    u, x, stored = network(), points(), {}
+
+    def residual(x):
+        stored["u"] = u(x)
+        stored["r"] = stored["u"] * laplacian(u, x)
+        return stored["r"]
+
+    rows = compiled_by_layer(residual, "a")
+    for _ in range(2):
+        stored.clear()
+        r, _ = rows(list(u.parameters()), (x,))
+        assert torch.equal(stored["r"], r)
+        torch.testing.assert_close(stored["u"], u(x).detach())
+        agrees(rows, residual, list(u.parameters()), x)
+
+
+def test_a_hook_that_is_added_later_is_called():
+    u, x = network(), points()
+    rows, evaluated = compiled_by_layer(u, "a"), compiling.compiled(u, "a")
+    for _ in range(2):
+        agrees(rows, u, list(u.parameters()), x)
+        with torch.no_grad():
+            torch.testing.assert_close(evaluated(x), u(x))
+        u[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def test_what_a_function_raises_is_raised_and_its_graph_is_kept():
+    u, x, fails = network(), points(), [False]
+
+    def residual(x):
+        if fails[0]:
+            raise ValueError("no such points")
+        return u(x)
+
+    rows, parameters = compiled_by_layer(residual, "a"), list(u.parameters())
+    for fails[0] in (True, False, True, False):
+        if fails[0]:
+            with pytest.raises(ValueError, match="no such points"):
+                rows(parameters, (x,))
+        else:
+            agrees(rows, residual, parameters, x)
+
+
+def test_a_failure_is_the_same_at_every_call():
+    u, x = network(), points()
+    rows = compiled_by_layer(lambda x: u(x) * x.max().item(), "a")
+    for _ in range(2):
+        with pytest.raises(compiling.CompilationError, match="_local_scalar_dense"):
+            rows(list(u.parameters()), (x,))
+
+
+def test_no_level_of_forward_derivatives_outlives_an_error():
+    def fails():
+        with compiling._calling():
+            torch._C._enter_dual_level()
+            raise ValueError("within")
+
+    with pytest.raises(ValueError, match="within"):
+        fails()
+    torch.func.jvp(torch.sin, (points(),), (points(),))  # raises within another level
+
+
+def test_threads_compile_one_after_the_other():
+    def found(network_of_thread):
+        rows = compiled_by_layer(network_of_thread, "a")
+        return rows(list(network_of_thread.parameters()), (x,))
+
+    networks, x = [network() for _ in range(4)], points()
+    with ThreadPoolExecutor(4) as pool:
+        for u, rows in zip(networks, pool.map(found, networks), strict=True):
+            close(rows, rows_by_layer(lambda u=u: u(x), list(u.parameters()), len(x)))
+
+
+def test_rows_are_found_where_compilation_is_switched_off():
+    u, x = network(), points()
+    with torch.compiler.set_stance("force_eager"):
+        agrees(compiled_by_layer(u, "a"), u, list(u.parameters()), x)
+
+
+def test_what_begins_to_draw_random_numbers_is_compiled_no_more():
+    u = nn.Sequential(nn.Linear(2, 8), nn.Dropout(), nn.Linear(8, 1)).double().eval()
+    x, parameters = points(), list(u.parameters())
+    terms = Terms(u, {"a": u}, None)
+    finder = RowFinder(terms, compiles=True)
+    for call in range(6):
+        u.train(call >= 4)
+        state = torch.get_rng_state()
+        r, _ = finder.of_term(terms.terms[0], parameters, (x,))
+        torch.set_rng_state(state)
+        assert torch.equal(r, u(x).flatten())
+        assert terms.is_compiled(terms.terms[0]) == (call < 4)
+
+
+def test_a_finder_that_begins_anew_compiles_anew():
+    u, x = network(), points()
+    terms = Terms(u, {"a": u}, None)
+    finder = RowFinder(terms, compiles=True)
+    finder.of_term(terms.terms[0], list(u.parameters()), (x,))
+    assert terms.is_compiled(terms.terms[0])
+    finder.resume(dict(finder.ways))
+    assert not terms.is_compiled(terms.terms[0])
+    finder.of_term(terms.terms[0], list(u.parameters()), (x,))
+    assert terms.is_compiled(terms.terms[0])
 
 
 def test_steps_are_those_without_compilation():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from tengrad_triton import GaussNewton, laplacian
+from tengrad_triton.residuals import compiling
 from tengrad_triton.residuals.compiling import CompilationError, compiled
 
 
@@ -24,11 +25,20 @@ def test_compiled_steps_are_the_plain_ones():
     assert {term.way for term in fast.summary().terms} == {"by layer"}
 
 
-def test_what_cannot_be_compiled_is_named():
+def test_what_cannot_be_compiled_is_named(monkeypatch):
+    def fails(*_):
+        raise NotImplementedError("no rule")
+
+    monkeypatch.setattr(compiling, "_BACKEND", fails)
+    with pytest.raises(CompilationError, match=r"the residual 'inside'.*no rule.*leave out compiled=True"):
+        compiled(torch.sin, "inside")(torch.ones(1))
+
+
+def test_what_a_function_raises_is_raised_as_it_is():
     def fails(x):
         raise NotImplementedError("no rule")
 
-    with pytest.raises(CompilationError, match=r"the residual 'inside'.*leave out compiled=True"):
+    with pytest.raises(NotImplementedError, match="no rule"):
         compiled(fails, "inside")(torch.ones(1))
 
 

@@ -22,6 +22,7 @@ from tengrad_triton.least_squares.report import LeastSquaresSummary, StepStats, 
 from tengrad_triton.least_squares.search import LineSearch
 from tengrad_triton.least_squares.settings import (
     Settings,
+    check_are_the_models,
     check_saved,
     check_steps,
     checked_parameters,
@@ -155,8 +156,9 @@ class GaussNewton(torch.optim.Optimizer):
         Raises:
             TypeError: a term is missing or unknown, or a residual function returned no tensor of real numbers.
             ValueError: points or residuals are not finite, or there are none; a residual function returned no batch, or
-                does not depend on the parameters; or J̃ does not fit into ``max_bytes``. After any error, parameters,
-                state, buffers and random numbers have the values that they had before.
+                does not depend on the parameters; the model has other parameters now; or J̃ does not fit into
+                ``max_bytes``. After any error, parameters, state, buffers and random numbers have the values that they
+                had before.
             RuntimeError: it is called in inference mode.
         """
         if torch.is_inference_mode_enabled():
@@ -172,6 +174,7 @@ class GaussNewton(torch.optim.Optimizer):
         parameters = self._parameters
         if not parameters:
             raise ValueError("every parameter of the optimizer is frozen now: nothing to train")
+        check_are_the_models(parameters, self.model)
         evaluations = Evaluations(self._terms, self.model, parameters, named)
         before, drawn = dict(group), self._generator.get_state()
         try:

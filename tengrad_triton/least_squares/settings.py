@@ -82,6 +82,17 @@ def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
     return trained
 
 
+def check_are_the_models(parameters: Sequence[Tensor], model: nn.Module) -> None:
+    """Raise ValueError unless the parameters are still those of the model, whose residuals depend on its own."""
+    own = {id(p) for p in model.parameters()}
+    for p in parameters:
+        if id(p) not in own:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is no longer one of the model, which has another in its place: "
+                "make a new GaussNewton of the model, or write into a parameter with p.data.copy_(…)"
+            )
+
+
 def check_saved(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
     """Raise ValueError unless a saved state has one group, of as many parameters, with directions of their shapes."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]

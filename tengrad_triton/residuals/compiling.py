@@ -5,7 +5,10 @@ Dimensions: R residuals of one term, K entries of all trained parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from textwrap import shorten
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +23,8 @@ from tengrad_triton.residuals.ways import Way
 T = TypeVar("T")
 _MOST_SIZES = 4  # numbers of points that get a graph of their own
 _BACKEND = "inductor"
+_LOCK = RLock()
+_LONGEST_REASON = 300  # letters
 
 
 class CompilationError(Exception):
@@ -36,10 +41,12 @@ def compiled(function: Callable[..., T], name: str) -> Callable[..., T]:
 
     def call(*args: Any) -> T:
         try:
-            result: T = graph(*args)
-        except (torch.OutOfMemoryError, KeyboardInterrupt):
+            with _calling():
+                result: T = graph(*args)
+        except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            function(*args)  # raises what the function itself does
             raise _failed(error, name) from error
         return result
 
@@ -58,7 +65,10 @@ def compiled_by_layer(residual: Residual, name: str) -> Way:
         NotByLayerError: the rows do not follow from products with the weights, at any call.
     """
     backend = _RowsBackend()
-    graph: Any = torch.compile(_alone(residual), backend=backend, fullgraph=True, dynamic=False)
+    marked = torch.compiler.allow_in_graph(_marked)
+    graph: Any = torch.compile(
+        _alone(lambda *points: marked(residual(*points))), backend=backend, fullgraph=True, dynamic=False
+    )
     sizes: set[int] = set()
 
     def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
@@ -67,16 +77,19 @@ def compiled_by_layer(residual: Residual, name: str) -> Way:
         if graph is None or (size not in sizes and len(sizes) == _MOST_SIZES):
             return rows_by_layer(lambda: residual(*points), parameters, size)
         try:
-            with torch.no_grad():
+            with torch.enable_grad(), _calling():  # Dynamo is to see what the function does under no_grad
                 r, flat_RK = backend.rows(lambda: graph(*points), parameters, size)
-        except (torch.OutOfMemoryError, KeyboardInterrupt, NotByLayerError):
+        except (torch.OutOfMemoryError, NotByLayerError):
             raise
         except Exception as error:
+            found = rows_by_layer(lambda: residual(*points), parameters, size)  # raises what the function itself does
             if not sizes:
                 raise _failed(error, name) from error
             graph = None
-            warn_caller(f"the rows of {name!r} are compiled no more: {_first_line(error)}")
-            return rows(parameters, points)
+            warn_caller(f"the rows of {name!r} are compiled no more: {_reason(error)}")
+            return found
+        if flat_RK is None:  # torch.compile is switched off
+            return rows_by_layer(lambda: residual(*points), parameters, size)
         sizes.add(size)
         parts = flat_RK.split([p.numel() for p in parameters], 1)
         return r, [part.view(*r.shape, *p.shape) for part, p in zip(parts, parameters, strict=True)]
@@ -92,41 +105,78 @@ class _RowsBackend:
         self._samples = 0
         self._rows_RK: Tensor | None = None
 
-    def rows(self, residual: Callable[[], Tensor], parameters: Sequence[Tensor], samples: int) -> tuple[Tensor, Tensor]:
-        """Return the residuals, and the rows [R, K] of all parameters, of a function that has this backend."""
-        self._parameters, self._samples = parameters, samples
+    def rows(
+        self, residual: Callable[[], Tensor], parameters: Sequence[Tensor], samples: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the residuals, and the rows [R, K] of all parameters, of a function that has this backend.
+
+        There are no rows where Dynamo calls the function as it is, which `torch.compiler.set_stance` can ask for.
+        """
+        self._parameters, self._samples, self._rows_RK = parameters, samples, None
         r, rows_RK = residual(), self._rows_RK
-        assert rows_RK is not None
         self._rows_RK = None  # it is as large as J̃
         return r, rows_RK
 
-    def __call__(self, graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., tuple[Tensor]]:
+    def __call__(self, graph: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
         """Return what runs the graph: it is compiled at its first call, whose arguments have the parameters."""
         with_rows: Any = None
         trained: list[int] = []
 
-        def run(*args: Any) -> tuple[Tensor]:
+        def run(*args: Any) -> tuple[Any, ...]:
             nonlocal with_rows, trained
-            if trained != (now := list(map(id, self._parameters))):  # some were frozen since
-                trained = now
-                with_rows = torch.compile(self._traced(graph, args), backend=_BACKEND, dynamic=False)
-            r, self._rows_RK = with_rows(*args)
-            return (r,)
+            with torch.no_grad():
+                if trained != (now := list(map(id, self._parameters))):  # some were frozen since
+                    with_rows = torch.compile(self._traced(graph, args), backend=_BACKEND, dynamic=False)
+                    trained = now
+                *outputs, self._rows_RK = with_rows(*args)
+            return tuple(outputs)
 
         return run
 
     def _traced(self, graph: fx.GraphModule, args: tuple[Any, ...]) -> fx.GraphModule:
-        """Return the graph of residuals and rows."""
+        """Return the graph of what the function returns and stores elsewhere, and of the rows."""
         place_of = {id(arg): place for place, arg in enumerate(args)}
         parameters, samples = self._parameters, self._samples
+        (nodes,) = next(iter(reversed(graph.graph.nodes))).args
+        returned = [node.target is _marked for node in nodes].index(True)
 
-        def with_rows(*args: Any) -> tuple[Tensor, Tensor]:
+        def with_rows(*args: Any) -> tuple[Any, ...]:
+            outputs: Sequence[Any] = ()
+
+            def residual() -> Tensor:
+                nonlocal outputs
+                outputs = graph(*args)
+                r: Tensor = outputs[returned]
+                return r
+
             own = [args[place_of[id(p)]] if id(p) in place_of else p.detach() for p in parameters]
-            r, rows = rows_by_layer(lambda: graph(*args)[0], own, samples)
-            return r, torch.cat([part.reshape(r.numel(), -1) for part in rows], 1)
+            r, rows = rows_by_layer(residual, own, samples)
+            rows_RK = torch.cat([part.reshape(r.numel(), -1) for part in rows], 1)
+            return *(x.detach() for x in outputs), rows_RK
 
         traced: fx.GraphModule = make_fx(with_rows)(*(x.detach() if isinstance(x, Tensor) else x for x in args))
         return traced
+
+
+def _marked(r: Tensor) -> Tensor:
+    """Return r: in a graph, it tells what a function returns from what it stores elsewhere."""
+    return r
+
+
+@contextmanager
+def _calling() -> Iterator[None]:
+    """Have Dynamo notice that a module has got a hook since; leave no level of forward derivatives after an error.
+
+    A graph of `torch.func.jvp` enters such a level and leaves it in two of its nodes. One thread at a time: while
+    `make_fx` traces, torch refuses to call compiled functions anywhere.
+    """
+    try:
+        with _LOCK, torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            yield
+    except BaseException:
+        with suppress(RuntimeError):  # there is none
+            torch._C._exit_dual_level(level=0)
+        raise
 
 
 def _alone(function: Callable[..., T]) -> Callable[..., T]:
@@ -141,10 +191,16 @@ def _alone(function: Callable[..., T]) -> Callable[..., T]:
 
 def _failed(error: Exception, name: str) -> CompilationError:
     return CompilationError(
-        f"torch.compile failed on the residual {name!r} ({_first_line(error)}): leave out compiled=True, or write the "
+        f"torch.compile failed on the residual {name!r} ({_reason(error)}): leave out compiled=True, or write the "
         "residual so that it can be compiled"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """Return what an error's message begins with, and Dynamo's explanation where it has one."""
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        return "it depends on something that differs from call to call: hold a number that changes in a tensor"
+    lines = [line for line in str(error).splitlines() if line] or [type(error).__name__]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]  # as "backend='inductor' raised:"
+    explained = [line.split("Explanation: ")[1] for line in lines if "Explanation: " in line]
+    return shorten(": ".join([first, *explained[:1]]), _LONGEST_REASON, placeholder=" …")

@@ -60,6 +60,8 @@ class RowFinder:
         first = {name: order.index(way) for name, way in ways.items() if way in order}
         self._untried = {name: iter(order[first.get(name, 0) :]) for name in self._untried}
         self._calls, self._rows, self.ways = dict.fromkeys(self._untried, 0), {}, {}
+        for term in self._terms.terms:
+            self._terms.use_compiled(term, None)
 
     def of_term(
         self, term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ...]
@@ -77,9 +79,8 @@ class RowFinder:
         while True:
             if term.name not in self._rows:
                 self._take_next_way(term)
-            before.restore()
             try:
-                r, rows = self._rows[term.name](parameters, points)
+                r, rows = self._run(term, parameters, points, before)
             except torch.OutOfMemoryError:
                 raise
             except NOT_BATCHED:
@@ -95,6 +96,22 @@ class RowFinder:
                     self._note_proof(term, expected, before)
                 return r.flatten(), [j.reshape(r.numel(), *p.shape) for j, p in zip(rows, parameters, strict=True)]
             self._rows.pop(term.name)
+
+    def _run(
+        self, term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ...], before: Surroundings
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return what a term's way finds; it is compiled no more if it draws random numbers or changes buffers now.
+
+        So it does after ``model.train()``, where the model has dropout.
+        """
+        before.restore()
+        found = self._rows[term.name](parameters, points)
+        if not self._terms.is_compiled(term) or not before.are_left():
+            return found
+        self._terms.use_compiled(term, None)
+        self._rows[term.name] = WAYS[self.ways[term.name]](self._terms.model, term.residual)
+        before.restore()
+        return self._rows[term.name](parameters, points)
 
     def _is_proof_due(self, term: Term, count: int) -> bool:
         """Whether the rows of a call with ``count`` points are compared with autograd's."""

@@ -178,9 +178,11 @@ class Terms:
         """Return what a copy takes over, which is compiled anew."""
         return {**vars(self), "_compiled": {}}
 
-    def use_compiled(self, term: Term, residual: Residual) -> None:
-        """Take a compiled residual function where a term is evaluated without a graph."""
-        self._compiled[term.name] = residual
+    def use_compiled(self, term: Term, residual: Residual | None) -> None:
+        """Take a compiled residual function where a term is evaluated without a graph; None is no more of it."""
+        self._compiled.pop(term.name, None)
+        if residual is not None:
+            self._compiled[term.name] = residual
 
     def is_compiled(self, term: Term) -> bool:
         """Whether `use_compiled` was called for a term."""
