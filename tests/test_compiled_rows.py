@@ -75,8 +75,8 @@ def test_numbers_that_change_too_often_end_the_compilation_with_a_warning():
         for factor[0] in range(1, 13):
             agrees(rows, residual, parameters, x)
     assert [str(warning.message) for warning in caught] == [
-        "the rows of 'a' are compiled no more: it depends on something that differs from call to call: hold a number "
-        "that changes in a tensor"
+        "torch.compile failed on the residual 'a', which goes on without: it depends on something that differs from "
+        "call to call: hold a number that changes in a tensor"
     ]
 
 
@@ -199,12 +199,26 @@ def test_what_a_function_raises_is_raised_and_its_graph_is_kept():
             agrees(rows, residual, parameters, x)
 
 
-def test_a_failure_is_the_same_at_every_call():
+def test_what_cannot_be_compiled_goes_on_after_one_warning():
     u, x = network(), points()
-    rows = compiled_by_layer(lambda x: u(x) * x.max().item(), "a")
-    for _ in range(2):
-        with pytest.raises(compiling.CompilationError, match="_local_scalar_dense"):
-            rows(list(u.parameters()), (x,))
+    residual = lambda x: u(x) * x.max().item()  # noqa: E731
+    rows, parameters = compiled_by_layer(residual, "a"), list(u.parameters())
+    with pytest.warns(UserWarning, match=r"'a', which goes on without: .*_local_scalar_dense"):
+        agrees(rows, residual, parameters, x)
+    agrees(rows, residual, parameters, x)
+
+
+@pytest.mark.filterwarnings("default")  # torch may not be able to compile them
+@pytest.mark.parametrize("name", ["torch.func", "cancelling", "coefficient", "autograd"])
+def test_terms_of_other_ways_have_the_same_rows(name):
+    case = CASES[name]()
+    terms, parameters = Terms(case.model, {"a": case.residual}, None), list(case.model.parameters())
+    points = terms.points_of({"a": case.points})["a"]
+    expected = RowFinder(terms).of_term(terms.terms[0], parameters, points)
+    finder = RowFinder(terms, compiles=True)
+    for _ in range(3):
+        close(finder.of_term(terms.terms[0], parameters, points), expected)
+    assert finder.ways == {"a": case.way}
 
 
 def test_no_level_of_forward_derivatives_outlives_an_error():

@@ -72,8 +72,10 @@ class GaussNewton(torch.optim.Optimizer):
         max_rows: the most residuals whose rows make J̃ᵀ J̃, drawn at random at every step; the gradient has all.
         sketch: the rank of a randomized Nyström approximation of J̃ J̃ᵀ, for more residuals than a factorization of
             J̃ J̃ᵀ pays for.
-        compiled: whether `torch.compile` compiles rows and evaluations of the residuals, which takes 5 to 20 s for each
-            term at the first steps. Rows then took 0.4 to 0.7 of the time.
+        compiled: whether `torch.compile` compiles rows and evaluations of the terms whose rows are found by layer or
+            by torch.func (`summary`), which takes some seconds for each term at the first steps. What draws random
+            numbers is not compiled; where compilation fails, a warning says why. A number that changes from step to
+            step, such as a weight within a residual, should be in a tensor: torch compiles others anew.
         max_bytes: the most memory that J̃ and the matrix may take. Rows are computed in chunks where J̃ would exceed it
             and the matrix of parameters does not; otherwise a step raises before it has computed any.
         seed: of the generator that draws rows and sketches; torch's initial seed by default.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from textwrap import shorten
 from threading import RLock
 from typing import Any, TypeVar
@@ -27,30 +28,9 @@ _LOCK = RLock()
 _LONGEST_REASON = 300  # letters
 
 
-class CompilationError(Exception):
-    """`torch.compile` cannot compile a residual function."""
-
-
 def compiled(function: Callable[..., T], name: str) -> Callable[..., T]:
-    """Return the function compiled; ``name`` is the term's, for errors.
-
-    Raises:
-        CompilationError: it cannot be compiled, at its first call.
-    """
-    graph: Any = torch.compile(_alone(function), backend=_BACKEND)
-
-    def call(*args: Any) -> T:
-        try:
-            with _calling():
-                result: T = graph(*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            function(*args)  # raises what the function itself does
-            raise _failed(error, name) from error
-        return result
-
-    return call
+    """Return the function compiled, as long as that succeeds; ``name`` is the term's, for a warning where it fails."""
+    return _while_it_works(torch.compile(_alone(function), backend=_BACKEND), function, name)
 
 
 def compiled_by_layer(residual: Residual, name: str) -> Way:
@@ -58,10 +38,9 @@ def compiled_by_layer(residual: Residual, name: str) -> Way:
 
     Dynamo traces the residual function, and guards what it depends on beside points and parameters. Its graph runs by
     layer under `make_fx`; what that traces is compiled by Inductor. Each number of points has a graph; beyond
-    ``_MOST_SIZES`` of them, and where guards fail too often, rows are found without one.
+    ``_MOST_SIZES`` of them, and after a warning where compilation fails, rows are found without one.
 
     Raises:
-        CompilationError: it cannot be compiled, at the way's first call.
         NotByLayerError: the rows do not follow from products with the weights, at any call.
     """
     backend = _RowsBackend()
@@ -71,30 +50,44 @@ def compiled_by_layer(residual: Residual, name: str) -> Way:
     )
     sizes: set[int] = set()
 
+    def without(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        return rows_by_layer(lambda: residual(*points), parameters, len(points[0]))
+
     def rows(parameters: Sequence[Tensor], points: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-        nonlocal graph
         size = len(points[0])
-        if graph is None or (size not in sizes and len(sizes) == _MOST_SIZES):
-            return rows_by_layer(lambda: residual(*points), parameters, size)
-        try:
-            with torch.enable_grad(), _calling():  # Dynamo is to see what the function does under no_grad
-                r, flat_RK = backend.rows(lambda: graph(*points), parameters, size)
-        except (torch.OutOfMemoryError, NotByLayerError):
-            raise
-        except Exception as error:
-            found = rows_by_layer(lambda: residual(*points), parameters, size)  # raises what the function itself does
-            if not sizes:
-                raise _failed(error, name) from error
-            graph = None
-            warn_caller(f"the rows of {name!r} are compiled no more: {_reason(error)}")
-            return found
+        if size not in sizes and len(sizes) == _MOST_SIZES:
+            return without(parameters, points)
+        with torch.enable_grad():  # Dynamo is to see what the function does under no_grad
+            r, flat_RK = backend.rows(lambda: graph(*points), parameters, size)
         if flat_RK is None:  # torch.compile is switched off
-            return rows_by_layer(lambda: residual(*points), parameters, size)
+            return without(parameters, points)
         sizes.add(size)
         parts = flat_RK.split([p.numel() for p in parameters], 1)
         return r, [part.view(*r.shape, *p.shape) for part, p in zip(parts, parameters, strict=True)]
 
-    return rows
+    return _while_it_works(rows, without, name)
+
+
+def _while_it_works(fast: Callable[..., T], plain: Callable[..., T], name: str) -> Callable[..., T]:
+    """Return the function that is compiled until it fails, which is warned of, and from then on the plain one."""
+    works = True
+
+    def call(*args: Any) -> T:
+        nonlocal works
+        if not works:
+            return plain(*args)
+        try:
+            with _calling():
+                return fast(*args)
+        except (torch.OutOfMemoryError, NotByLayerError):
+            raise
+        except Exception as error:
+            result = plain(*args)  # raises what the function itself does
+            works = False
+            warn_caller(f"torch.compile failed on the residual {name!r}, which goes on without: {_reason(error)}")
+            return result
+
+    return call
 
 
 class _RowsBackend:
@@ -171,12 +164,18 @@ def _calling() -> Iterator[None]:
     `make_fx` traces, torch refuses to call compiled functions anywhere.
     """
     try:
-        with _LOCK, torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        with _LOCK, _with_hook_guards():
             yield
     except BaseException:
         with suppress(RuntimeError):  # there is none
             torch._C._exit_dual_level(level=0)
         raise
+
+
+@cache
+def _with_hook_guards() -> Any:
+    """Return what is made once: it takes half of the time of a call's guards."""
+    return torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 
 
 def _alone(function: Callable[..., T]) -> Callable[..., T]:
@@ -187,13 +186,6 @@ def _alone(function: Callable[..., T]) -> Callable[..., T]:
 
     call.__code__ = call.__code__.replace()
     return call
-
-
-def _failed(error: Exception, name: str) -> CompilationError:
-    return CompilationError(
-        f"torch.compile failed on the residual {name!r} ({_reason(error)}): leave out compiled=True, or write the "
-        "residual so that it can be compiled"
-    )
 
 
 def _reason(error: Exception) -> str:
