@@ -22,6 +22,14 @@ from studies.pinn.problems import PROBLEMS, sampling  # noqa: E402
 from studies.pinn.problems.base import mlp  # noqa: E402
 
 PAGE = ROOT / "docs" / "pinn.md"
+COLUMNS = {
+    "Poisson 2d": "poisson2d",
+    "heat 1+1d": "heat1d",
+    "Poisson 5d": "poisson5d",
+    "heat 4+1d": "heat4d",
+    "Burgers": "burgers",
+    "convection": "convection-fresh",
+}  # of README's table: problems
 MACHINE = {"device": "some processor", "python": "3", "torch": "2", "commit": "0" * 40}
 
 
@@ -170,6 +178,23 @@ def test_the_page_is_that_of_the_kept_runs(tmp_path):
     assert command.main(study.app, ["--report-only", "--results", str(kept), "--out", str(tmp_path)]) == 0
     written = (tmp_path / "pinn.md").read_text(encoding="utf-8")
     assert written == PAGE.read_text(encoding="utf-8") if kept.exists() else "Nothing was run yet." in written
+
+
+def first_table(text):
+    """Return the first table of a text, by row and column, without marks of bold type and code."""
+    lines = text[text.index("\n|") :].split("\n\n")[0].strip().splitlines()
+    head, _, *rows = ([cell.replace("`", "").strip("* ") for cell in line.strip("|").split("|")] for line in lines)
+    return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+
+
+def test_the_readme_has_numbers_of_the_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Differential equations")[1]
+    shown, page_has = first_table(readme), first_table(PAGE.read_text(encoding="utf-8"))
+    assert {"GaussNewton", "ENGD", "SPRING", "PINA", "DeepXDE", "L-BFGS"} <= shown.keys()
+    for name, cells in shown.items():
+        for title, cell in cells.items():
+            expected = page_has[name][COLUMNS[title]]
+            assert cell == expected or float(cell) == float(expected), f"{name}, {title}"
 
 
 def test_another_problem_or_setting_makes_a_run_invalid(tiny, tmp_path, monkeypatch):
