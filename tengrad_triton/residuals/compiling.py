@@ -119,7 +119,7 @@ class _RowsBackend:
             nonlocal with_rows, trained
             with torch.no_grad():
                 if trained != (now := list(map(id, self._parameters))):  # some were frozen since
-                    with_rows = torch.compile(self._traced(graph, args), backend=_BACKEND, dynamic=False)
+                    with_rows = torch._dynamo.lookup_backend(_BACKEND)(self._traced(graph, args), list(args))
                     trained = now
                 *outputs, self._rows_RK = with_rows(*args)
             return tuple(outputs)
