@@ -15,7 +15,7 @@ from studies.pinn.problems import PROBLEMS
 from studies.pinn.registry import FAMILIES
 from studies.pinn.runs import schedule
 from tengrad_triton.files import replacing
-from tengrad_triton.recipes.reports.styles import style_at
+from tengrad_triton.recipes.reports.styles import COLORS, style_at
 
 EVERY = 3  # points from one marker to the next
 
@@ -42,11 +42,15 @@ def of_problem(results: Results, name: str) -> Figure:
 
 
 def _curve(panel: Axes, line: Line, times: list[float]) -> None:
-    color, marker = style_at(list(FAMILIES).index(line.family))
+    place = list(FAMILIES).index(line.family)
+    color, marker = style_at(place)
+    dashes = "-" if place < len(COLORS) else "--"  # where colours come again
     first = min((run.points[1].seconds for run in line.runs if len(run.points) > 1), default=math.inf)
     shown = [at for at in times if at >= 0.9 * first]
     errors = [line.errors_at(at) for at in shown]
-    style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4, "markevery": EVERY}
+    style: dict[str, Any] = {
+        "color": color, "marker": marker, "markersize": 4, "markevery": EVERY, "linestyle": dashes,
+    }  # fmt: skip
     panel.plot(shown, [statistics.median(of_seeds) for of_seeds in errors], label=line.name, **style)
     finite = [(at, of_seeds) for at, of_seeds in zip(shown, errors, strict=True) if math.isfinite(max(of_seeds))]
     low, high = ([f(of_seeds) for _, of_seeds in finite] for f in (min, max))

@@ -37,9 +37,9 @@ and their times are of a GPU.
 """
 NOT_RUN = """
 A dash was not run: KFAC takes linear equations only, and scipy's solver no J of more than 4 million numbers; with all
-pairs of parameters a step of ENGD takes longer than a run at the 7851 of convection, and memory has no room for those of
-poisson10d; optimizers that keep their points have none that are new at every step; and `GaussNewton` has some of the
-rows (`max_rows`) only where a step with all of them takes most of a run.
+pairs of parameters a step of ENGD takes longer than a run at the 7851 of convection, and memory has no room for those
+of poisson10d; optimizers that keep their points have none that are new at every step; and `GaussNewton` has some of
+the rows (`max_rows`) only where a step with all of them takes most of a run.
 """
 FRAMEWORKS_RUN = """
 **PINA and DeepXDE** solve the problems as their users do: with their own losses, derivatives and training loops, Adam
