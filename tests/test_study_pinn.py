@@ -20,6 +20,7 @@ from studies.pinn import command, page, registry, robustness, runs, timing  # no
 from studies.pinn.entrants import Entrant, TimeIsUp  # noqa: E402
 from studies.pinn.problems import PROBLEMS, sampling  # noqa: E402
 from studies.pinn.problems.base import mlp  # noqa: E402
+from tengrad_triton.recipes.reports.styles import style_at  # noqa: E402
 
 PAGE = ROOT / "docs" / "pinn.md"
 COLUMNS = {
@@ -178,6 +179,11 @@ def test_the_page_is_that_of_the_kept_runs(tmp_path):
     assert command.main(study.app, ["--report-only", "--results", str(kept), "--out", str(tmp_path)]) == 0
     written = (tmp_path / "pinn.md").read_text(encoding="utf-8")
     assert written == PAGE.read_text(encoding="utf-8") if kept.exists() else "Nothing was run yet." in written
+
+
+def test_every_entrant_has_its_own_style():
+    styles = [style_at(place) for place in range(len(registry.FAMILIES))]
+    assert len(set(styles)) == len(styles)
 
 
 def first_table(text):
