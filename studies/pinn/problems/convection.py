@@ -79,8 +79,18 @@ PUBLISHED = Problem(
     fresh_every=0,
     solution=solution,
     evaluation=evaluation,
+    note=lambda: (
+        "There are fewer residuals than parameters: at points that are drawn once all residuals can vanish while u is "
+        "wrong in between."
+    ),
 )
 PROBLEMS = (
     PUBLISHED,
-    replace(PUBLISHED, name="convection-fresh", title=f"{PUBLISHED.title}, new points at every step", fresh_every=1),
+    replace(
+        PUBLISHED,
+        name="convection-fresh",
+        title=f"{PUBLISHED.title}, new points at every step",
+        fresh_every=1,
+        note=str,
+    ),
 )
