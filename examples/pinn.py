@@ -180,7 +180,11 @@ PRACTICE = """## In practice
   last step went. `optimizer.stopped` is true if no step was taken; stop after several of these where points differ
   from step to step.
 - **Speed.** The fastest rows are those of networks of `nn.Linear` and elementwise functions, with `laplacian` and
-  `derivatives`. `compiled=True` takes 0.4 to 0.7 of their time, after some seconds of compilation.
+  `derivatives`. With `compiled=True` a step takes 0.7 of the time ([the study](../pinn.md#what-a-step-costs)), after 10 to
+  20 s of compilation. Hold a number that changes from step to step in a tensor, or it is compiled anew.
+- **Memory on Linux.** Thousands of points take more memory than the C library keeps, so that each step fetches it anew.
+  With `MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000` in the environment of glibc a step of the
+  study's Poisson 5d took 0.7 of the time; compiled steps need no such thing.
 - **Many points.** `max_rows=` or `sketch=` bounds the work of a step. Where J does not fit into `max_bytes`, it is
   computed in chunks, or the step says what it would take.
 - **Copies.** Residuals are closures over a model. For a copied model make a new optimizer, and load the state."""
