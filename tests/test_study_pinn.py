@@ -224,6 +224,15 @@ def test_steps_are_timed_in_turn(tiny, tmp_path, monkeypatch):
     assert "ratio 1.00" in "\n".join(timing.sections(runs.Store(tmp_path)))
 
 
+def test_an_optimizer_whose_step_fails_has_no_time(tiny, capsys):
+    def fails(points):
+        raise ArithmeticError("no factor")
+
+    registry.FAMILIES["failing"] = {"only": lambda problem, model: Entrant("Failing", "", fails)}
+    assert set(timing.timed("poisson2d", ["adam", "failing"], 2)) == {"adam"}
+    assert "poisson2d, failing, left out: no factor" in capsys.readouterr().err
+
+
 def test_robustness_counts_what_diverges(tiny, tmp_path, monkeypatch, capsys):
     assert command.main(robustness.app, ["--entrant", "none-such"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
