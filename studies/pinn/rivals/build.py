@@ -18,7 +18,7 @@ from studies.pinn.rivals.published import Published, settings_of
 from studies.pinn.rivals.squares import least_squares
 from studies.pinn.rivals.woodbury import Woodbury
 
-DAMPINGS = (1e-8, 1e-6)
+DAMPINGS = (1e-8, 1e-6, 1e-4)
 "Dampings to try where nobody published one."
 
 Kind = Callable[..., Rival]
