@@ -180,8 +180,8 @@ PRACTICE = """## In practice
   last step went. `optimizer.stopped` is true if no step was taken; stop after several of these where points differ
   from step to step.
 - **Speed.** The fastest rows are those of networks of `nn.Linear` and elementwise functions, with `laplacian` and
-  `derivatives`. With `compiled=True` a step takes 0.7 of the time ([the study](../pinn.md#what-a-step-costs)), after 10 to
-  20 s of compilation. Hold a number that changes from step to step in a tensor, or it is compiled anew.
+  `derivatives`. With `compiled=True` a step takes 0.7 of the time ([the study](../pinn.md#what-a-step-costs)), after 10
+  to 20 s of compilation. Hold a number that changes from step to step in a tensor, or it is compiled anew.
 - **Memory on Linux.** Thousands of points take more memory than the C library keeps, so that each step fetches it anew.
   With `MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000` in the environment of glibc a step of the
   study's Poisson 5d took 0.7 of the time; compiled steps need no such thing.
