@@ -91,15 +91,6 @@ def test_a_single_point_in_one_dimension_is_no_unknown():
     GaussNewton(u, {"start": by_autograd(u)}).step(start=X[:1, :1])
 
 
-def test_a_layer_that_was_replaced_is_said():
-    u = network()
-    optimizer = GaussNewton(u, {"a": u})
-    optimizer.step(a=X)
-    u[2] = nn.Linear(4, 1).double()
-    with pytest.warns(UserWarning, match="is not trained"):
-        optimizer.step(a=X)
-
-
 def without_graph(u):
     def residual(x):
         x.requires_grad_()
