@@ -109,7 +109,7 @@ class RowFinder:
         if not self._terms.is_compiled(term) or not before.are_left():
             return found
         self._terms.use_compiled(term, None)
-        self._rows[term.name] = WAYS[self.ways[term.name]](self._terms.model, term.residual)
+        self._rows[term.name] = self._uncompiled(term)
         before.restore()
         return self._rows[term.name](parameters, points)
 
@@ -146,8 +146,7 @@ class RowFinder:
     def _take_next_way(self, term: Term) -> None:
         way = next(self._untried[term.name])
         self.ways[term.name], self._proven[term.name] = way, set()
-        rows = WAYS[way](self._terms.model, term.residual)
-        self._rows[term.name] = rows
+        self._rows[term.name] = self._uncompiled(term)
         if way in ("expanded", "backward"):
             self._terms.needs_graph.add(term.name)
         if way == "backward":
@@ -156,6 +155,9 @@ class RowFinder:
                 "with tengrad_triton.derivatives or torch.func, without random numbers, in-place changes of the model, "
                 "or values of other points"
             )
+
+    def _uncompiled(self, term: Term) -> Way:
+        return WAYS[self.ways[term.name]](self._terms.model, term.residual)
 
     def _expected(
         self, term: Term, parameters: Sequence[Tensor], points: tuple[Tensor, ...]

@@ -28,9 +28,8 @@ class Surroundings:
     def now(cls, model: nn.Module) -> Surroundings:
         """Return the present ones of a model that has a parameter."""
         device = next(model.parameters()).device
-        generators = {torch.device("cpu"): torch.get_rng_state()}
-        if device.type == "cuda":
-            generators[device] = torch.cuda.get_rng_state(device)
+        devices = [torch.device("cpu"), *([device] if device.type == "cuda" else [])]
+        generators = {each: _generator_state(each) for each in devices}
         held = [(module, name, b) for module in model.modules() for name, b in module._buffers.items()]
         return cls(generators, [(m, name, b, None if b is None else b.detach().clone()) for m, name, b in held])
 
@@ -45,13 +44,15 @@ class Surroundings:
 
     def are_left(self) -> bool:
         """Whether generators or buffers have changed since."""
-        for device, state in self.generators.items():
-            now = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-            if not torch.equal(state, now):
-                return True
+        if any(not torch.equal(state, _generator_state(device)) for device, state in self.generators.items()):
+            return True
         for module, name, buffer, entries in self.buffers:
             if module._buffers[name] is not buffer:
                 return True
             if buffer is not None and entries is not None and not torch.equal(buffer, entries):
                 return True
         return False
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)

@@ -31,8 +31,8 @@ class Training(Protocol):
     def adam(self, lr: float, is_over: Callable[[], bool]) -> None:
         """Train with Adam until ``is_over``, which is asked after each iteration, returns true."""
 
-    def lbfgs(self, pause: Callable[[], object]) -> None:
-        """Train with L-BFGS until it converges or ``pause``, which is called after each iteration, raises an error."""
+    def lbfgs(self, is_over: Callable[[], bool]) -> None:
+        """Train with L-BFGS until it converges or ``is_over``, which is asked after each iteration, raises an error."""
 
 
 class Framework(NamedTuple):
@@ -87,11 +87,15 @@ def build(name: str, lr: float, share: float, problem: Problem, model: nn.Module
         entrant.pause()
         return used >= share
 
+    def is_over() -> bool:
+        entrant.pause()  # raises at the end of the time
+        return False
+
     def step(points: Mapping[str, Any]) -> None:
         run = training(state(problem, model, points), model)
         if used < share:
             run.adam(lr, is_adam_over)
-        run.lbfgs(entrant.pause)
+        run.lbfgs(is_over)
 
     framework = FRAMEWORKS[name]
     setting = (

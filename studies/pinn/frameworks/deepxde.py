@@ -120,13 +120,8 @@ class Training:
             self.model.compile("adam", lr=lr, loss_weights=self.weights, verbose=0)
             self._train(is_over, iterations=NEVER)
 
-    def lbfgs(self, pause: Callable[[], object]) -> None:
-        """Train with L-BFGS until it converges; ``pause`` is called after each iteration."""
-
-        def is_over() -> bool:
-            pause()
-            return False
-
+    def lbfgs(self, is_over: Callable[[], bool]) -> None:
+        """Train with L-BFGS until it converges, or ``is_over``, which is asked after each iteration, returns true."""
         with float64():
             self.model.compile("L-BFGS", loss_weights=self.weights, verbose=0)
             self._train(is_over)

@@ -155,11 +155,6 @@ class Training:
         """Train with Adam until ``is_over``, which is asked after each iteration, returns true."""
         train(solver_of(self.statement, self.model, TorchOptimizer(torch.optim.Adam, lr=lr)), is_over)
 
-    def lbfgs(self, pause: Callable[[], object]) -> None:
-        """Train with L-BFGS; ``pause``, which is called after each iteration, ends it by an exception."""
-
-        def is_over() -> bool:
-            pause()
-            return False
-
+    def lbfgs(self, is_over: Callable[[], bool]) -> None:
+        """Train with L-BFGS until ``is_over``, which is asked after each iteration, returns true or raises an error."""
         train(solver_of(self.statement, self.model, TorchOptimizer(torch.optim.LBFGS, **LBFGS)), is_over)
