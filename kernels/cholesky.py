@@ -161,12 +161,15 @@ def gram_example(device: torch.device, matrices: int, n: int) -> tuple[Tensor, T
 
 
 def batch_examples(make: Callable[[torch.device, int, int], tuple[Any, ...]]) -> dict[str, Example]:
-    """Return the examples that every op on several matrices is tried with: two and more diagonal tiles."""
+    """Return the examples that every op on several matrices is tried with: two and more diagonal tiles.
+
+    An ill-conditioned solution has little more than one direction, whose rounding is a matter of chance: hence 16.
+    """
 
     def example(matrices: int, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
         return make(device, matrices, n)
 
-    return {f"{matrices} of {n}": partial(example, matrices, n) for matrices, n in ((2, 45), (1, 150))}
+    return {f"{matrices} of {n}": partial(example, matrices, n) for matrices, n in ((16, 45), (4, 150))}
 
 
 SPECS = (

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from .pointer_table import TABLE, address, addresses, fields, number, table_of, to_device
-from .primitives import load_tile
+from .primitives import add_exactly, add_product, load_tile
 from .spec import (
     TRITON_TYPES,
     all_configs,
     cdiv,
     config_named,
     configs_of,
+    default_products,
     in_tf32x3,
     single_config,
     tiling,
@@ -38,6 +39,7 @@ _PARTIAL_BYTES = 1 << 28  # the most memory that partial sums take at a time
 _PROGRAMS = 512  # this many programs fill a device
 _SUM_TILE = 32  # the second kernel adds tiles of this many samples squared
 _LEAST_CHUNK = 256  # with fewer columns, storing a work item's partial sum costs more than the parallelism saves
+_MOST_CHUNK = 4096  # with more columns, the sums of a work item lose digits; storing them costs a hundredth of these
 
 
 class Range(NamedTuple):
@@ -97,7 +99,7 @@ def _range_gram_kernel(
     for start in range(0, length, BLOCK_K):
         x = load_tile(x_ptr + left, n, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
         y = load_tile(x_ptr + right, m, start + tl.arange(0, BLOCK_K), stride_xn, N, length)
-        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
+        total = add_product(total, x, tl.trans(y), PRECISION)
     at = (item * N + n)[:, None] * stride_pn + m[None, :]
     # The padding is stored too, so that the length of every store is a multiple of 16 for any N.
     tl.store(part_ptr + at, total, mask=(n < N)[:, None] & (m < stride_pn)[None, :])
@@ -109,14 +111,19 @@ def _hadamard(part_ptr, product_ptr, n, m, N, stride_pn, BLOCK_N: tl.constexpr):
     at = n.to(tl.int64)[:, None] * stride_pn + m[None, :]
     inside = (n < N)[:, None] & (m < stride_pn)[None, :]
     first, middle, last = tl.load(product_ptr), tl.load(product_ptr + 1), tl.load(product_ptr + 2)
-    aa = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    # Few samples have up to 512 items: the next five are on their way while one is added.
-    for item in tl.range(first, middle, num_stages=6):
-        aa += tl.load(part_ptr + item * N * stride_pn + at, mask=inside, other=0.0)
-    gg = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
-    for item in tl.range(middle, last, num_stages=6):
-        gg += tl.load(part_ptr + item * N * stride_pn + at, mask=inside, other=0.0)
+    aa = _sum_items(part_ptr + at, first, middle, N * stride_pn, inside, BLOCK_N)
+    gg = _sum_items(part_ptr + at, middle, last, N * stride_pn, inside, BLOCK_N)
     return aa * tl.where(middle == last, 1.0, gg)
+
+
+@triton.jit
+def _sum_items(ptr, first, last, stride, inside, BLOCK_N: tl.constexpr):
+    total = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    rest = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    # Few samples have up to 512 items: the next five are on their way while one is added.
+    for item in tl.range(first, last, num_stages=6):
+        total, rest = add_exactly(total, rest, tl.load(ptr + item * stride, mask=inside, other=0.0))
+    return total + rest
 
 
 @triton.jit
@@ -133,11 +140,14 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, 
     inside = (n < N)[:, None] & (m < N)[None, :]
     at = (block * N + n)[:, None] * N + m[None, :]
     total = tl.load(k_ptr + at, mask=inside, other=0.0)
+    rest = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     for product in range(tl.load(start_ptr + block), tl.load(start_ptr + block + 1)):
         terms_ptr = product_ptr + product * 4
-        total += _hadamard(part_ptr, terms_ptr, n, m, N, stride_pn, BLOCK_N)
+        total, rest = add_exactly(total, rest, _hadamard(part_ptr, terms_ptr, n, m, N, stride_pn, BLOCK_N))
         if tl.load(terms_ptr + 3) != 0:
-            total += tl.trans(_hadamard(part_ptr, terms_ptr, m, n, N, stride_pn, BLOCK_N))
+            term = tl.trans(_hadamard(part_ptr, terms_ptr, m, n, N, stride_pn, BLOCK_N))
+            total, rest = add_exactly(total, rest, term)
+    total += rest
     if tl.program_id(1) == tl.program_id(2):
         total = 0.5 * (total + tl.trans(total))
     tl.store(k_ptr + at, total, mask=inside)
@@ -179,7 +189,7 @@ _SUM_PRODUCTS = single_config(
     unaligned=("N",),
     async_copies=True,
 )
-# The default for at most this many samples: they would fill a small part of a larger tile, which takes as long as all.
+# The default for at most this many samples, on any GPU: a larger tile takes its whole time, however few fill it.
 _AT_MOST = {16: "smallest", 32: "small"}
 PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, *TABLE)
 
@@ -196,7 +206,7 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
     """
     (blocks, n, _), device = k_LNN.shape, k_LNN.device
     if config == "default":
-        config = next((name for most, name in _AT_MOST.items() if n <= most), config)
+        config = next((name for most, name in _AT_MOST.items() if n <= most), default_products(device))
     range_gram = config_named(_RANGE_GRAM[matrices[0].dtype], config)
     columns = {_ADDRESS: addresses(matrices), _STRIDE: [x.stride(0) // WIDTH for x in matrices]}
     table = table_of(columns, device)
@@ -216,7 +226,7 @@ def _chunk_size(products: Sequence[Product], n: int, tiles: int, step: int) -> i
     """Return how many columns a work item has: few enough to fill the device, and a multiple of the kernel's step."""
     ranges = [columns for _, *both in products for columns in both if columns is not None]
     total = sum(columns.length for columns in ranges)
-    return cdiv(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), step) * step
+    return cdiv(min(max(_LEAST_CHUNK, n, total * tiles**2 // _PROGRAMS), _MOST_CHUNK), step) * step
 
 
 def _rounds(

@@ -18,6 +18,26 @@ def load_tile(ptr, row, col, stride_row, ROWS, COLS):
 
 
 @triton.jit
+def add_product(total, x, y, PRECISION: tl.constexpr):
+    """Return total + x y, for factors in float32 with the sums over a tile added up apart, as BLAS does for long sums.
+
+    One sum through all tiles has up to four times the error. For half precision the factors' rounding is larger still.
+    """
+    if x.dtype != tl.float32:
+        return tl.dot(x, y, total, input_precision=PRECISION)
+    # The last argument, which only concerns 8-bit factors, keeps Triton from adding to `total` entry by entry.
+    return total + tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=x.shape[1])
+
+
+@triton.jit
+def add_exactly(total, rest, term):
+    """Return the rounded sum total + term, and rest plus the error of that rounding (Knuth's two-sum)."""
+    added = total + term
+    of_term = added - total
+    return added, rest + ((total - (added - of_term)) + (term - of_term))
+
+
+@triton.jit
 def weighted_outer(
     a_ptr, g_ptr, w_ptr, group, o, i, N, P, INPUTS, OUTPUTS,
     stride_an, stride_ag, stride_ap, stride_gn, stride_gg, stride_gp,
@@ -37,7 +57,7 @@ def weighted_outer(
         a = tl.load(a_ptr + a_at, mask=inside & (i < INPUTS)[None, :], other=0.0)
         g = tl.load(g_ptr + g_at, mask=inside & (o < OUTPUTS)[None, :], other=0.0)
         w = tl.load(w_ptr + n, mask=r < N * P, other=0.0)
-        total = tl.dot(tl.trans(g * w[:, None]), a, total, input_precision=PRECISION)
+        total = add_product(total, tl.trans(g * w[:, None]), a, PRECISION)
     return total
 
 

@@ -46,6 +46,7 @@ from .pointer_table import (
     strided,
     strides,
 )
+from .primitives import add_product
 from .spec import (
     FLOATING,
     KernelSpec,
@@ -53,6 +54,7 @@ from .spec import (
     cdiv,
     config_named,
     configs_of,
+    default_products,
     in_tf32x3,
     nbytes,
     tiling,
@@ -135,7 +137,7 @@ def _project_kernel(
         i = start + tl.arange(0, BLOCK_I)
         a = tl.load(a_ptr + i[None, :], mask=(i < columns)[None, :], other=0.0)
         v = tl.load(v_ptr + i[None, :], mask=(i < columns)[None, :], other=0.0)
-        total = tl.dot(a, tl.trans(v), total, input_precision=PRECISION)
+        total = add_product(total, a, tl.trans(v), PRECISION)
     g_ptr = address(table_ptr, _G, entry, ENTRIES, like_ptr, UNIT)
     g_ptr += strided(table_ptr, _G_STRIDES, entry, ENTRIES, r // P, group, r % P)[:, None] * UNIT
     g = tl.load(g_ptr + o[None, :], mask=(r < N * P)[:, None] & (o < OUTPUTS)[None, :], other=0.0)
@@ -184,6 +186,8 @@ def project_parts(a: list[Tensor], g: list[Tensor], v: list[Tensor], blocks: lis
     copies: list[Tensor] = []
     a, g = (converted(widen_contiguous, factors, copies) for factors in (a, g))
     v, launches = converted(_dense, v, copies), []
+    if config == "default":
+        config = default_products(a[0].device)
     units = [unit_of(*layer) for layer in zip(a, g, v, strict=True)]
     for unit, indices in launches_of(units):
         chosen = config_named(_CONFIGS[unit], config)

@@ -27,7 +27,24 @@ def pytest_configure(config):
     config.perf_start = time.monotonic()
 
 
+class Reopened:
+    """A file that can be written as a whole more than once, for `with` statements."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __enter__(self):
+        self._file = open(self._path, "wb")
+        return self._file
+
+    def __exit__(self, *error):
+        self._file.close()
+
+
 def pytest_collection_finish(session):
+    results = session.config._benchmarksession
+    if hasattr(results.json, "write"):  # before pytest-benchmark 5.3 a file, which is closed once it is saved
+        results.json = Reopened(results.json.name)
     gc.freeze()  # what has been imported stays: the collections around each case need not look at it
 
 

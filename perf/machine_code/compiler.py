@@ -78,7 +78,7 @@ def _of_amdgcn(compiled: Any) -> tuple[int, int, dict[str, int]]:
     return registers, scratch, count_amdgcn(code)
 
 
-_DOT = re.compile(r"tt\.dot [^:\n]*?(?:inputPrecision = (\w+) )?: tensor<\d+x\d+x(\w+)>")
+_DOT = re.compile(r"tt\.dot [^:{\n]*?(?:inputPrecision = (\w+) )?(?:\{[^}\n]*\} )?: tensor<\d+x\d+x(\w+)>")
 
 
 def _dots(ttir: str) -> list[str]:
