@@ -26,7 +26,6 @@ from .spec import (
     cdiv,
     config_named,
     configs_of,
-    default_products,
     in_tf32x3,
     single_config,
     tiling,
@@ -189,8 +188,10 @@ _SUM_PRODUCTS = single_config(
     unaligned=("N",),
     async_copies=True,
 )
-# The default for at most this many samples, on any GPU: a larger tile takes its whole time, however few fill it.
-_AT_MOST = {16: "smallest", 32: "small"}
+# The default for at most this many samples: a tile takes its whole time, however few samples fill it.
+_AT_MOST = {16: "smallest", 32: "small", 128: "default"}
+# The default for more: with 512 samples in float32, an H200 needs half the time with the largest tile.
+_FOR_MORE = {torch.float32: "deep"}
 PRODUCT_CONFIGS = (*all_configs(_RANGE_GRAM), _SUM_PRODUCTS, *TABLE)
 
 
@@ -206,7 +207,8 @@ def add_products(matrices: Sequence[Tensor], products: Sequence[Product], k_LNN:
     """
     (blocks, n, _), device = k_LNN.shape, k_LNN.device
     if config == "default":
-        config = next((name for most, name in _AT_MOST.items() if n <= most), default_products(device))
+        more = _FOR_MORE.get(matrices[0].dtype, config)
+        config = next((name for most, name in _AT_MOST.items() if n <= most), more)
     range_gram = config_named(_RANGE_GRAM[matrices[0].dtype], config)
     columns = {_ADDRESS: addresses(matrices), _STRIDE: [x.stride(0) // WIDTH for x in matrices]}
     table = table_of(columns, device)

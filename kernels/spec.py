@@ -10,7 +10,6 @@ import importlib.util
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -212,18 +211,6 @@ def single_config(
 def config_named(configs: Mapping[str, Config], name: str) -> Config:
     """Return the configuration of this name, or the default one for a variant of the kernel that has none."""
     return configs.get(name, configs["default"])
-
-
-@cache
-def default_products(device: torch.device) -> str:
-    """Return the configuration in which a device multiplies float32 matrices by default.
-
-    On compute capability 9.0 that is `TF32X3`: on an H200 its errors are those of float32's own units (between 0.03 and
-    1.9 times those), and `gram`, `gram_rows`, `project` and `project_conv` take 0.22 to 0.56 of the time. The other
-    products gain nothing.
-    """
-    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    return TF32X3 if is_hopper else "default"
 
 
 def in_tf32x3(num_warps: int, num_stages: int, **sizes: int) -> dict[str, Tiling]:

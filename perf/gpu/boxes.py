@@ -104,12 +104,13 @@ class Running:
     def ending(self) -> dict[str, Any]:
         """Return how the task ended, once it has: in words, its exit status, and the last lines of a failure."""
         code, end = self._process.wait(), self._end or time.monotonic()
-        if self.stopped and code in (0, *INTERRUPTED, 2):  # pytest ends with 2 when it is interrupted
+        lines = self.log().rstrip().splitlines()
+        # pytest ends with 2 when it is interrupted, and `python -m` with 1.
+        if self.stopped and (code in (0, *INTERRUPTED, 2) or lines[-1:] == ["KeyboardInterrupt"]):
             ended = "stopped: out of time"
         else:
             ended = "finished" if code == 0 else f"failed with exit status {code}"
         found = {"task": self.task.name, "ended": ended, "seconds": round(end - self._start, 1)}
-        lines = self.log().rstrip().splitlines()
         found["said last"] = lines[-1].strip("= ") if lines else ""
         failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         said = failures[:LAST_LINES] or (lines[-LAST_LINES:] if ended.startswith("failed") else [])
