@@ -42,7 +42,7 @@ def parsed() -> argparse.Namespace:
         call.add_argument("--data", type=Path, help=f"images of the race; `{PACK}` makes the file")
         call.add_argument("--only", nargs="+", metavar="BOX", help="boxes to run, in this order")
         call.add_argument("--seconds", type=float, help="time of all boxes together, in proportion to their own")
-        call.add_argument("--commit", help="the commit of this tree, if there is no git")
+        call.add_argument("--commit", help="the commit of this tree; asked of git by default")
         call.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU, in two minutes")
     packing = commands.add_parser("data", help="pack the images")
     packing.add_argument("folder", type=Path, help="folder of the data set, as tengrad-triton train --data takes it")

@@ -23,7 +23,7 @@ class Summary:
 
     def __init__(self, call: str, device: torch.device, out: Path, commit: str | None, boxes: Sequence[Box]) -> None:
         machine = record.described(device) | driver(device)
-        machine["commit"] = machine["commit"] or commit
+        machine["commit"] = commit or machine["commit"]
         self._out, self._commit = out, machine["commit"]
         self._start, self._began = time.monotonic(), time.time()
         self._path = out / f"summary-{call}.json"
@@ -89,12 +89,12 @@ def driver(device: torch.device) -> dict[str, str | None]:
 
 
 def stamp(path: Path, commit: str | None) -> None:
-    """Write the commit into a result file that has none, because its process could not ask git."""
+    """Write a commit into a result file: its process may have had no git, or a copy of the tree with another commit."""
     try:
         document = record.read(path)
-        has_commit = document["machine_info"]["commit"] is not None
+        had = document["machine_info"]["commit"]
     except (OSError, ValueError, LookupError):  # there is none, or an interruption has left a part of it
         return
-    if commit is not None and not has_commit:
+    if commit not in (None, had):
         document["machine_info"]["commit"] = commit
         record.write(path, document)
