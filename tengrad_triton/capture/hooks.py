@@ -34,13 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from tengrad_triton.capture.batch_statistics import PassFlags, with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
-from tengrad_triton.capture.hook import (
-    Hook,
-    check_not_checkpointed,
-    forget_retained,
-    is_transformed,
-    note_retained,
-)
+from tengrad_triton.capture.hook import Hook, check_not_checkpointed, forget_retained, is_transformed, note_retained
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
 from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
 from tengrad_triton.capture.options import CaptureOptions
@@ -79,20 +73,21 @@ class Capture:
         layers: the argument ``layers``.
         through_output: whether the caller's gradient came through the output of the rows only.
         was_empty: whether the batch of the last recorded forward had no samples.
+        loss_samples: of how many samples the caller's loss is a mean: with R processes and N samples in all of them,
+            N / R. None for the samples of the records.
         loss_scale: the number that a `GradScaler` has multiplied the caller's loss by; None if it is not known.
     """
 
+    loss_scale: float | None
+    loss_samples: float | None
+
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, CapturedLayer],
-        options: CaptureOptions,
-        generator: torch.Generator,
-        on_forward: Callable[[], None] | None = None,
-    ) -> None:
+        self, model: nn.Module, layers: Mapping[str, CapturedLayer], options: CaptureOptions,
+        generator: torch.Generator, on_forward: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._module = model, getattr(model, "_orig_mod", model)
         self.layers, self._options, self.was_empty = layers, options, False
-        self.loss_scale: float | None = 1.0
+        self.loss_scale, self.loss_samples = 1.0, None
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags)
@@ -185,13 +180,18 @@ class Capture:
         """
         if self._options.fisher == "empirical" or self.loss_scale is None:
             return None
-        samples = sum(record.samples for record in self.records if not record.is_extra)
+        samples = self.loss_samples or self.samples
         for record in self.records:
             if record.seen is not None and record.cotangents is not None and record.cotangents[0] is not None:
                 why = why_loss_differs(*record.seen, record.cotangents[0] * (samples / self.loss_scale))
                 if why is not None:
                     return why
         return None
+
+    @property
+    def samples(self) -> int:
+        """Return the number of samples of all forwards that count."""
+        return sum(record.samples for record in self.records if not record.is_extra)
 
     @property
     def reads_loss(self) -> bool:
@@ -204,7 +204,7 @@ class Capture:
 
         The caller's loss is a mean. So for the empirical Fisher this is the number of samples of all forwards together.
         """
-        return sum(record.samples for record in self.records) / (self.loss_scale or 1.0) if self.reads_loss else 1
+        return (self.loss_samples or self.samples) / (self.loss_scale or 1.0) if self.reads_loss else 1
 
     # The hooks, in the order in which they are called
 

@@ -45,6 +45,7 @@ class RefreshOptions:
         damping_of: returns the present setting ε of each block as a tensor (M5).
         ops_for: returns the ops for kernel overrides: `choices.ops_for`.
         report: takes the reason of every layer without rows, by the layer's name; warns or raises.
+        gather: returns what was captured, and why layers have none: `contributions.gather`, of one or of all ranks.
     """
 
     spend: Callable[[Contributions, AllMoments, FisherBlocks, Spending | None], Spending]
@@ -59,6 +60,7 @@ class RefreshOptions:
     damping_of: Callable[[FisherBlocks], Tensor]
     ops_for: OpsFor
     report: Callable[[Mapping[str, str]], None]
+    gather: Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]] = gather
 
 
 def refresh(
@@ -84,7 +86,7 @@ def refresh(
         ValueError: a rule returned rows of another size than its parameter, or the budget leaves no row.
     """
     with phase("capture"):
-        contributions, missing = gather(layers, capture, options.release_calls)
+        contributions, missing = options.gather(layers, capture, options.release_calls)
     options.report(missing)
     with phase("curvature"):
         known = {} if before is None else before.moments

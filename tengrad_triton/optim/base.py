@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
 from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
+from tengrad_triton.distributed.ranks import unwrapped
 from tengrad_triton.optim import validation
 from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
@@ -59,15 +60,14 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         unsupported: Unsupported,
         seed: int | None,
     ) -> None:
-        device = validation.check_model(model)
+        device, model = validation.check_model(model), unwrapped(model)
         if not callable(refresh_every):
             validation.check_interval(refresh_every)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
         self._unsupported = unsupported
         self._seed = validation.seed_of(seed)
-        self._steps = 0  # the number of steps taken so far
-        self._age = 0  # the number of steps taken with the present curvature
+        self._steps = self._age = 0  # the numbers of steps taken so far, and with the present curvature
         self._curvature: C | None = None
         self._scaling = "none"  # D of scaled damping; with another one momentum is no part of the update (M17)
         self._damping_schedules: list[DampingSchedule | None] = []  # one for each group

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.optim.validation import check_number
 
@@ -100,13 +101,21 @@ def adapt_dampings(
     predicted: float,
     loss: Any,
     closure: Callable[[], Any],
+    capture: Capture,
+    mean: Callable[[float], float],
 ) -> float:
     """Adapt the damping of the groups with `LevenbergMarquardt` to a step's change of the loss; return that change.
 
-    ``predicted`` is the predicted change, ``loss`` the loss before the step; the closure evaluates it after the step.
+    ``predicted`` is the predicted change, ``loss`` the loss before the step; the closure evaluates it after the step,
+    without the hooks of the capture. ``mean`` returns the mean of a number over all processes.
     """
-    with torch.enable_grad():
-        actual = _number_of(closure()) - _number_of(loss)
+    capture.disarm()
+    try:
+        with torch.enable_grad():
+            actual = mean(_number_of(closure()) - _number_of(loss))
+    except Exception:
+        capture.arm()  # the refresh is still due
+        raise
     for group, schedule in zip(groups, schedules, strict=True):
         if isinstance(schedule, LevenbergMarquardt):
             sign = -1 if group["maximize"] else 1

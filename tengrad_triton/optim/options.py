@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, Representation
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.curvature.moments import Scaling
+from tengrad_triton.curvature.refresh import RefreshOptions
+from tengrad_triton.distributed.ranks import GRAMS, Gram
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
 from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.optim.interval import Growing
@@ -43,6 +46,7 @@ _ALLOWED = {
     "backend": ("auto", "torch"),
     "verify": ("change", "always", "never"),
     "scaling": ("none", "diagonal", "kronecker"),
+    "gram": GRAMS,
 }
 
 
@@ -69,6 +73,7 @@ class Options:
     clip_threshold: float | None
     output: Select
     verify: Verify
+    gram: Gram
 
     @property
     def given(self) -> Given:
@@ -85,6 +90,17 @@ class Options:
         draws = self.fisher != "empirical"
         return Spender(self.budget, self.plan, self.given, refresh_every, samples, self.history, draws, foresee)
 
+    def of_refresh(self, spend: Spender, refresh_every: int, damping: float, **others: Any) -> RefreshOptions:
+        """Return the settings of a refresh; ``others`` are those that do not follow from these options.
+
+        Arguments: as for `choose`; ``spend`` is from `spender`.
+        """
+        choose = partial(self.choose, refresh_every=refresh_every, damping=damping)
+        return RefreshOptions(
+            spend=spend, side_share=self.budget.side_share, history=self.history, tol=self.tol,
+            relative_damping=self.relative_damping, scaling=self.scaling, choose=choose, **others,
+        )  # fmt: skip
+
     def choose(self, geometries: Mapping[str, Geometry], refresh_every: int, damping: float) -> dict[str, Choice]:
         """Return every weight's choice: by the user if given, else by the plan, else by the cost model.
 
@@ -98,6 +114,16 @@ class Options:
         return {
             name: Choice("per_sample", ()) if c.representation == "compressed" else c for name, c in choices.items()
         }
+
+
+def settings_of(options: Options, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what has to be the same in all processes that train a model: not what depends on the device."""
+    own = {name: value for name, value in vars(options).items() if name not in ("plan", "backend")}
+    groups = [
+        {name: value for name, value in group.items() if name != "params"} | {"parameters": len(group["params"])}
+        for group in optimizer.param_groups
+    ]
+    return own | {f"group {index}": group for index, group in enumerate(groups)}
 
 
 def validate(

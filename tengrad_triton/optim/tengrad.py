@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
-from tengrad_triton.curvature.moments import Grads, Scaling
-from tengrad_triton.curvature.refresh import RefreshOptions, refresh
+from tengrad_triton.curvature.moments import Scaling
+from tengrad_triton.curvature.refresh import refresh
 from tengrad_triton.curvature.step import predicted_change, step_
 from tengrad_triton.curvature.target import Average, Target
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
+from tengrad_triton.distributed.processes import processes_of
+from tengrad_triton.distributed.ranks import Gram
 from tengrad_triton.inspection.views import CurvatureViews
 from tengrad_triton.likelihoods import Fisher, Likelihood
 from tengrad_triton.optim.base import CurvatureOptimizer
 from tengrad_triton.optim.damping import Damping, adapt_dampings, adapts, check_dampings, damping_of, restored_on_error
 from tengrad_triton.optim.interval import Growing, interval_at, paid_interval
-from tengrad_triton.optim.options import PAPER, UNSCALED, RepresentationChoice, Unsupported, validate
+from tengrad_triton.optim.options import PAPER, UNSCALED, RepresentationChoice, Unsupported, settings_of, validate
 from tengrad_triton.optim.reports import Stats
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
@@ -109,6 +112,9 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         seed: the seed of the generators that draw labels and rows; torch's initial seed by default.
         output: the part of the model's output that the likelihood sees: a function of it, a key or an index. By default
             ``logits``, or the only tensor with a batch.
+        gram: with several processes, whose rows the curvature has: ``"global"``, those of all, so that the step is that
+            of one process with the whole batch, or ``"local"``, each its own; the steps are averaged then (M23).
+        process_group: the processes; by default those of `DistributedDataParallel`, or of the default group.
         verify: when a further backward pass compares rows with autograd: ``"change"`` (at the first refresh, at some
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
 
@@ -117,7 +123,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         TypeError: a setting has the wrong type.
 
     Note:
-        On a GPU, or with a ``max_bytes`` below the default, a refresh frees captured tensors before it ends. If it
+        A refresh on a GPU, or with ``max_bytes`` below the default, frees what was captured before it ends: if it
         raises, repeat the forward and backward before the next step.
     """
 
@@ -135,7 +141,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
         backend: Backend = "auto", plan: Plan | Path | str | None = None, step_share: float | None = None,
         max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None,
-        verify: Verify = "change",
+        verify: Verify = "change", gram: Gram = "global", process_group: Any = None,
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
@@ -143,9 +149,9 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
             plan=plan, step_share=step_share, max_bytes=max_bytes, tol=tol, trust_region=trust_region,
             relative_damping=relative_damping, output=output, verify=verify, scaling=scaling,
-            clip_threshold=clip_threshold,
+            clip_threshold=clip_threshold, gram=gram,
         )  # fmt: skip
-        # On a CPU the ops run the same PyTorch code, but calling an op costs as much as a small layer's arithmetic.
+        # On a CPU the ops run the same PyTorch code, but an op's call costs as much as a small layer's arithmetic.
         self._ops_for = partial(ops_for, "torch" if device.type == "cpu" else backend)
         self._release_calls = device.type != "cpu" or max_bytes < MAX_BYTES
         defaults = {
@@ -153,7 +159,9 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         }  # fmt: skip
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
-        self._scaling = scaling
+        self._scaling, self._processes = scaling, processes_of(model, gram, process_group)
+        self._seed = self._processes.agree(self._module, settings_of(self._options, self), self._seed)
+        self._processes.seed(self._generator, self._seed, self._steps)
 
     @classmethod
     def paper(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
@@ -207,41 +215,33 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     ) -> tuple[Curvature, int]:
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
-            named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
-            curvature, age = self._refreshed(named), 0
+            curvature, age = self._refreshed(targets, grads), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
-        groups = self.param_groups if self._scaling != "none" else []
-        averages = [Average.of_group(group, self._steps) for group in groups]
+        averages = [Average.of_group(group, self._steps) for group in self.param_groups if self._scaling != "none"]
         bounds = self._options.trust_region, averages, self._options.clip_threshold
-        if closure is None or age > 0 or not self.adapts:
+        adapts = age == 0 and self.adapts  # to how well the change of the loss was predicted (M8)
+        before = [target.parameter.clone() for target in targets] if adapts else []
+        with restored_on_error(targets) if adapts or self._processes.averages else nullcontext():
             self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
-            return curvature, age
-        before = [target.parameter.clone() for target in targets]
-        with restored_on_error(targets):
-            self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
-            self._adapt(curvature, targets, grads, before, closure, loss)
+            steps = [target.parameter - old for target, old in zip(targets, before, strict=False)]
+            self._processes.end(targets)
+            if adapts and closure is not None:
+                predicted = self._processes.mean(float(predicted_change(curvature, targets, grads, steps)))
+                how, of_groups = (self._capture, self._processes.mean), (self.param_groups, self._damping_schedules)
+                self._reports.changes = adapt_dampings(*of_groups, predicted, loss, closure, *how), predicted
         return curvature, age
-
-    def _adapt(
-        self, curvature: Curvature, targets: Sequence[Target], grads: Sequence[Tensor], before: Sequence[Tensor],
-        closure: Callable[[], Any], loss: Any,
-    ) -> None:  # fmt: skip
-        """Adapt the damping to how well the change of the loss was predicted (M8)."""
-        steps = [target.parameter - old for target, old in zip(targets, before, strict=True)]
-        predicted = float(predicted_change(curvature, targets, grads, steps))
-        self._capture.disarm()
-        try:
-            actual = adapt_dampings(self.param_groups, self._damping_schedules, predicted, loss, closure)
-        except Exception:
-            self._capture.arm()  # the refresh is still due
-            raise
-        self._reports.changes = actual, predicted
 
     @override
     def _release(self) -> None:
         """Free J before the forward of a refresh: no further step uses it, and the new J needs the memory."""
         if self._curvature is not None and self._options.history == 1:
             self._curvature = self._curvature.released()
+
+    @override
+    def _rearm(self) -> None:
+        super()._rearm()
+        if self._capture.armed:
+            self._processes.seed(self._generator, self._seed, self._steps)
 
     @override
     def _refresh_is_due(self) -> bool:
@@ -251,31 +251,30 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     def _paid_interval(self) -> int | Callable[[int], int]:
         return paid_interval(self.refresh_every, None if self._curvature is None else self._curvature.spending)
 
-    def _refreshed(self, grads: Grads) -> Curvature:
-        """Return the curvature of the batches since the last step, whose gradients are V."""
+    def _refreshed(self, targets: Sequence[Target], grads: Sequence[Tensor]) -> Curvature:
+        """Return the curvature of the batches since the last step."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
-        samples = sum(record.samples for record in self._capture.records if not record.is_extra)
+        samples = self._processes.begin(self._capture, self._steps, targets, grads)
         self._follow_schedules()
         foresee = partial(self._reports.foresees, self._ops, self._generator.device)
-        options = RefreshOptions(
-            spend=o.spender(steps, samples, foresee), side_share=o.budget.side_share, history=o.history, tol=o.tol,
-            relative_damping=o.relative_damping, scaling=o.scaling, release_calls=self._release_calls,
-            choose=partial(o.choose, refresh_every=steps, damping=min(g["damping"] for g in self.param_groups)),
+        options = o.of_refresh(
+            o.spender(steps, samples, foresee), steps, min(group["damping"] for group in self.param_groups),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
-            ops_for=self._ops_for, report=self._reports.uncovered,
+            ops_for=self._ops_for, release_calls=self._release_calls, report=self._reports.uncovered,
+            gather=self._processes.gather,
         )  # fmt: skip
         self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
-        curvature = refresh(self._capture, self._layers, options, self._curvature, grads, row_generator)
+        named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
+        curvature = refresh(self._capture, self._layers, options, self._curvature, named, row_generator)
         self._reports.spends(curvature.spending)
         return curvature
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
-        device = self._generator.device
-        return damping_of(blocks, self._layers, self.param_groups, self._damping_schedules, device)
+        return damping_of(blocks, self._layers, self.param_groups, self._damping_schedules, self._generator.device)
 
     @override
     def _packed(self, curvature: Curvature) -> dict[str, Any]:

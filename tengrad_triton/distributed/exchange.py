@@ -1,0 +1,150 @@
+"""The rows of all ranks: each rank gets what the samples of the others contribute to J.
+
+What travels are the contributions in their canonical form, not rows: the factors of a weight with I inputs and O
+outputs have P (I + O) numbers a sample, its rows I O. All ranks then have the same contributions, in the same memory
+layout, and compute the same curvature. A step needs no further messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.capture.outputs import map_tensors
+from tengrad_triton.curvature.concat import MicroBatches
+from tengrad_triton.curvature.contributions import Contributions, gather
+from tengrad_triton.distributed.ranks import Ranks
+from tengrad_triton.layers import PerSampleGrads
+
+ALIGNMENT = 64  # bytes: every tensor begins at a multiple of this in a message
+ByLayer = Mapping[str, Mapping[str, MicroBatches]]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a rank tells the others before it sends the numbers themselves.
+
+    Attributes:
+        failure: what went wrong on the rank; None if nothing did.
+        missing: why some of its layers have no rows, by name.
+        by_layer: its contributions, as `Contributions.by_layer`, with tensors that have sizes but no entries.
+        batch_rows: the rows of each of its micro-batches.
+        size: how many bytes it sends.
+    """
+
+    failure: str | None
+    missing: Mapping[str, str]
+    by_layer: ByLayer
+    batch_rows: Sequence[int]
+    size: int
+
+
+def gather_from_all(
+    ranks: Ranks, layers: Sequence[LayerParams], capture: Capture, release_calls: bool
+) -> tuple[Contributions, dict[str, str]]:
+    """Do what `contributions.gather` does, for the samples of all ranks, in the order of the ranks.
+
+    A rank may have no samples, and a layer may be unused on some of the ranks: its rows are zero there.
+
+    Raises:
+        RuntimeError: a rank could not gather its own contributions. Every rank raises.
+    """
+    contributions, missing, error = Contributions({}), dict[str, str](), None
+    try:
+        if capture.records or not capture.was_empty:
+            contributions, missing = gather(layers, capture, release_calls)
+    except Exception as caught:
+        error = caught
+    shapes, own = packed(contributions.by_layer, next(p.device for one in layers for p in one.parameters.values()))
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    messages = ranks.gathered(Message(failure, missing, shapes, contributions.batch_rows, len(own)))
+    _raise_failures(messages, error)
+    parts = ranks.gathered_bytes(own, [message.size for message in messages])
+    found = [unpacked(message.by_layer, part) for message, part in zip(messages, parts, strict=True)]
+    all_missing = {name: why for message in messages for name, why in message.missing.items()}
+    return Contributions(_joined(found, messages, layers, all_missing)), all_missing
+
+
+def _raise_failures(messages: Sequence[Message], error: Exception | None) -> None:
+    failed = {rank: message.failure for rank, message in enumerate(messages) if message.failure is not None}
+    if error is not None:
+        raise error
+    if failed:
+        rank, why = next(iter(failed.items()))
+        raise RuntimeError(f"rank {rank} could not refresh the curvature, so no rank does: {why}")
+    if not any(message.batch_rows for message in messages):
+        raise RuntimeError(
+            "the curvature is due for a refresh, but the batches of all ranks have 0 samples: take no step for them"
+        )
+
+
+def packed(by_layer: ByLayer, device: torch.device) -> tuple[ByLayer, Tensor]:
+    """Return contributions with tensors without entries, and the entries of all of them as bytes.
+
+    A tensor that occurs several times, such as the input of several layers, is sent once.
+    """
+    shapes: dict[int, Tensor] = {}
+    kept: list[Tensor] = []
+
+    def without_entries(x: Tensor) -> Tensor:
+        if id(x) not in shapes:
+            kept.append(x)
+            shapes[id(x)] = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        return shapes[id(x)]
+
+    skeleton = map_tensors(without_entries, by_layer)
+    flat = torch.zeros(sum(_room_of(x) for x in kept), dtype=torch.uint8, device=device)
+    for part, x in zip(flat.split([_room_of(x) for x in kept]), kept, strict=True):
+        part[: x.nbytes].view(x.dtype).copy_(x.detach().flatten())
+    return skeleton, flat
+
+
+def unpacked(by_layer: ByLayer, flat: Tensor) -> ByLayer:
+    """Return the contributions that `packed` described, as views of the bytes."""
+    known: dict[int, Tensor] = {}
+    at = 0
+
+    def with_entries(x: Tensor) -> Tensor:
+        nonlocal at
+        if id(x) not in known:
+            known[id(x)] = flat[at : at + x.nbytes].view(x.dtype).view(x.shape)
+            at += _room_of(x)
+        return known[id(x)]
+
+    return map_tensors(with_entries, by_layer)
+
+
+def _room_of(x: Tensor) -> int:
+    return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _joined(
+    found: Sequence[ByLayer], messages: Sequence[Message], layers: Sequence[LayerParams], missing: Mapping[str, str]
+) -> dict[str, Mapping[str, MicroBatches]]:
+    """Return the contributions of all ranks by layer; zero rows where a rank did not use a layer."""
+    joined: dict[str, Mapping[str, MicroBatches]] = {}
+    for layer in layers:
+        params = next((own[layer.name] for own in found if layer.name in own), None)
+        if params is None or layer.name in missing:
+            continue
+        joined[layer.name] = {
+            param_name: [
+                calls
+                for own, message in zip(found, messages, strict=True)
+                for calls in _of_rank(own.get(layer.name), param_name, layer.parameters[param_name], message)
+            ]
+            for param_name in params
+        }
+    return joined
+
+
+def _of_rank(own: Mapping[str, Any] | None, param_name: str, parameter: Tensor, message: Message) -> MicroBatches:
+    if own is not None:
+        return own[param_name]
+    return [[PerSampleGrads(parameter.detach().new_zeros(n, *parameter.shape))] for n in message.batch_rows]

@@ -1,0 +1,99 @@
+"""What a step does for the other processes that train the same model: nothing in `OneProcess`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
+from tengrad_triton.curvature.contributions import Contributions, gather
+from tengrad_triton.curvature.target import Target
+from tengrad_triton.distributed.exchange import gather_from_all
+from tengrad_triton.distributed.ranks import Gram, Ranks, agree, group_of, meet
+
+Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
+
+
+class OneProcess:
+    """A process that trains the model alone.
+
+    Attributes:
+        averages: whether `end` averages the updates of all processes.
+    """
+
+    averages = False
+    gather: Gather = staticmethod(gather)
+    """Returns what was captured, and why some layers have no rows (`contributions.gather`)."""
+
+    def agree(self, model: nn.Module, settings: Mapping[str, Any], seed: int) -> int:
+        """Compare model and settings of all processes; return the seed that all of them use."""
+        return seed
+
+    def seed(self, generator: torch.Generator, seed: int, step: int) -> None:
+        """Seed the generator of labels before the forward of a refresh, if each process has one of its own."""
+
+    def begin(self, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> int:
+        """Begin a refresh; return the number of its samples."""
+        return capture.samples
+
+    def end(self, targets: Sequence[Target]) -> None:
+        """End a step whose update is done."""
+
+    def mean(self, number: float) -> float:
+        """Return the mean of a number over the processes."""
+        return number
+
+
+class SeveralProcesses(OneProcess):
+    """The processes of a group, each of which has a part of the batch.
+
+    With ``gram="global"`` the curvature has the rows of all of them (`gather_from_all`), so that a step is that of one
+    process with the whole batch. With ``"local"`` it has the process's own rows, and the steps are averaged: parameters
+    and momenta are linear in the direction, so that their means are those of a step along the mean direction.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.averages = ranks, ranks.gram == "local"
+        if not self.averages:
+            self.gather = partial(gather_from_all, ranks)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become, in a copy or a pickle, the processes of the default group: a group itself cannot be copied."""
+        return processes_of, (None, self._ranks.gram, None)
+
+    def agree(self, model: nn.Module, settings: Mapping[str, Any], seed: int) -> int:
+        """Do what `agree` of `ranks` does."""
+        return agree(self._ranks, model, settings, seed)
+
+    def seed(self, generator: torch.Generator, seed: int, step: int) -> None:
+        """Draw other labels than the other ranks, and after a restart the same ones as without it."""
+        generator.manual_seed(self._ranks.seed(seed, step))
+
+    def begin(self, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> int:
+        """Compare the ranks, and find out of how many samples the mean of their losses is the mean."""
+        samples = meet(self._ranks, step, capture.samples, [target.parameter for target in targets], grads)
+        if self.averages:
+            return capture.samples
+        capture.loss_samples = samples / self._ranks.count
+        return samples
+
+    def end(self, targets: Sequence[Target]) -> None:
+        """Average the updates of ``gram="local"``."""
+        if self.averages:
+            self._ranks.mean_([x.detach() for target in targets for x in (target.parameter, target.momentum)])
+
+    def mean(self, number: float) -> float:
+        """Return the mean of a number over the ranks."""
+        return self._ranks.mean(number)
+
+
+def processes_of(model: nn.Module | None, gram: Gram, process_group: Any) -> OneProcess:
+    """Return what trains a model, wrapped or not, together with this process."""
+    group = group_of(model, process_group)
+    ranks = None if group is None else Ranks(group, gram)
+    return OneProcess() if ranks is None or ranks.count == 1 else SeveralProcesses(ranks)

@@ -1,0 +1,192 @@
+"""The processes that train one model together: which they are, and what they tell each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+T = TypeVar("T")
+Gram = Literal["global", "local"]
+"""Whose rows the curvature has: those of all ranks, or the rank's own."""
+GRAMS: tuple[Gram, ...] = ("global", "local")
+# Before torch 2.13 it has the second name.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_SAME = 1e-6  # the relative difference up to which the ranks' sums count as equal
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module within `DistributedDataParallel`, whose names and hooks the optimizer uses, or the model.
+
+    The derivatives for rows must not pass through the output of the wrapper: with ``static_graph=True``, that would
+    stop it from averaging gradients, without an error.
+
+    Raises:
+        ValueError: the model is a `DataParallel`.
+    """
+    if isinstance(model, DataParallel):
+        raise ValueError(
+            "DataParallel runs copies of the model, which the optimizer does not see: use DistributedDataParallel, "
+            "in one process for each device"
+        )
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def group_of(model: nn.Module | None, process_group: Any) -> Any:
+    """Return the process group that trains a model: the given one, the wrapper's, or the default one; None without."""
+    if process_group is None and isinstance(model, DistributedDataParallel):
+        process_group = model.process_group
+    if process_group is not None:
+        return process_group
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+class Ranks:
+    """The processes of a group. Each method is called by all of them, and returns, or raises, the same on each.
+
+    Args:
+        group: the process group.
+        gram: whose rows the curvature has.
+
+    Attributes:
+        count: R, the number of processes.
+        rank: the number of this process, from 0.
+    """
+
+    def __init__(self, group: Any, gram: Gram) -> None:
+        self._group, self.gram = group, gram
+        self.count, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def gathered(self, value: T) -> list[T]:
+        """Return what each rank has passed, in the order of the ranks."""
+        self._check_size()
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, self._group)
+        return values
+
+    def gathered_bytes(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return the bytes of each rank, one-dimensional tensors of the given sizes on the device of ``own``."""
+        most = max(sizes)
+        if not most:
+            return [own] * self.count
+        padded = own.new_zeros(most)
+        padded[: len(own)] = own
+        found = own.new_empty(self.count * most)
+        getattr(dist, _ALL_GATHER)(found, padded, self._group)
+        return [part[:size] for part, size in zip(found.split(most), sizes, strict=True)]
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one device by their means over the ranks, in one message for each dtype."""
+        self._check_size()
+        for dtype in dict.fromkeys(x.dtype for x in tensors):
+            alike = [x for x in tensors if x.dtype == dtype]
+            flat = torch.cat([x.flatten() for x in alike])
+            dist.all_reduce(flat, group=self._group)
+            flat /= self.count
+            parts = flat.split([x.numel() for x in alike])
+            torch._foreach_copy_(alike, [part.view(x.shape) for part, x in zip(parts, alike, strict=True)])
+
+    def mean(self, number: float) -> float:
+        """Return the mean of a number over the ranks."""
+        return math.fsum(self.gathered(number)) / self.count
+
+    def seed(self, seed: int, step: int) -> int:
+        """Return the seed of the labels that this rank draws for the refresh of a step: a different one on each."""
+        return (seed + 0x9E3779B97F4A7C15 * (step * self.count + self.rank)) % 2**63
+
+    def _check_size(self) -> None:
+        if (now := dist.get_world_size(self._group)) != self.count:
+            raise RuntimeError(
+                f"the process group has {now} ranks, but had {self.count} when the optimizer was made: make a new "
+                "optimizer, and load the state of this one into it"
+            )
+
+
+def agree(ranks: Ranks, model: nn.Module, settings: Mapping[str, Any], seed: int) -> int:
+    """Compare model and settings of all ranks; return the seed of the first one, which all of them use.
+
+    Raises:
+        ValueError: they differ. Every rank raises, and says in what.
+    """
+    parameters = {name: f"{tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in model.named_parameters()}
+    said = {**{f"parameter {name!r}": text for name, text in parameters.items()}, **map_repr(settings)}
+    of_ranks = ranks.gathered((said, seed))
+    first = of_ranks[0][0]
+    for rank, (other, _) in enumerate(of_ranks):
+        differ = [key for key in {**first, **other} if first.get(key, "none") != other.get(key, "none")]
+        if differ:
+            shown = "; ".join(
+                f"{key}: {first.get(key, 'none')} on rank 0, {other.get(key, 'none')} on rank {rank}"
+                for key in differ[:3]
+            )
+            more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+            raise ValueError(f"the ranks need the same model and the same settings, but differ in {shown}{more}")
+    return of_ranks[0][1]
+
+
+def map_repr(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as texts that can be compared between processes: objects by their types."""
+    plain = (str, int, float, bool, type(None), tuple, list, dict)
+    return {name: repr(x) if isinstance(x, plain) else type(x).__qualname__ for name, x in settings.items()}
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What each rank says at the beginning of a refresh.
+
+    Attributes:
+        step: the number of steps taken.
+        samples: how many samples it has.
+        sums: the sums of the sizes of the entries of its parameters, and of its gradients.
+    """
+
+    step: int
+    samples: int
+    sums: tuple[float, ...]
+
+
+def meet(ranks: Ranks, step: int, samples: int, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> int:
+    """Compare the ranks at the beginning of a refresh, and return the number of samples of all of them.
+
+    Raises:
+        RuntimeError: they are at different steps, or have different parameters or gradients. Every rank raises.
+    """
+    all_of_them = ranks.gathered(Meeting(step, samples, tuple(map(_size_of, (parameters, grads)))))
+    first = all_of_them[0]
+    for rank, other in enumerate(all_of_them):
+        why = _difference(first, other)
+        if why is not None:
+            raise RuntimeError(f"rank {rank} differs from rank 0: {why}")
+    return sum(one.samples for one in all_of_them)
+
+
+def _size_of(tensors: Sequence[Tensor]) -> float:
+    if not tensors:
+        return 0.0
+    return float(torch.stack([x.sum(dtype=torch.float64) for x in torch._foreach_norm(list(tensors), 1)]).sum())
+
+
+def _difference(first: Meeting, other: Meeting) -> str | None:
+    if first.step != other.step:
+        return f"it has taken {other.step} steps, and rank 0 {first.step}: every rank takes every step"
+    same_parameters, same_grads = (
+        math.isclose(x, y, rel_tol=_SAME) or not (math.isfinite(x) or math.isfinite(y))
+        for x, y in zip(first.sums, other.sums, strict=True)
+    )
+    if not same_parameters:
+        return (
+            f"the sizes of its parameters add up to {other.sums[0]:.9g}, those of rank 0 to {first.sums[0]:.9g}: begin "
+            "with the same parameters, as DistributedDataParallel does"
+        )
+    if not same_grads:
+        return (
+            f"the sizes of its gradients add up to {other.sums[1]:.9g}, those of rank 0 to {first.sums[1]:.9g}: "
+            "average the gradients before the step, as DistributedDataParallel does in a backward outside of no_sync()"
+        )
+    return None
