@@ -183,7 +183,7 @@ _ALIGNED = {
     # For a single small layer: more programs.
     "small": tiling(BLOCK_R=32, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
     # For large layers: fewer reads of the factors.
-    "large": tiling(BLOCK_R=32, BLOCK_O=128, BLOCK_I=64, num_warps=8, num_stages=3),
+    "large": tiling(BLOCK_R=16, BLOCK_O=128, BLOCK_I=64, num_warps=8, num_stages=4),
     **in_tf32x3(BLOCK_R=32, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
 }
 # Unaligned views need three sets of 64-bit offsets. With a larger tile than the default's, registers would spill.

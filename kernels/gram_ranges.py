@@ -158,7 +158,7 @@ def _sum_products_kernel(part_ptr, product_ptr, start_ptr, k_ptr, N, stride_pn, 
 _FLOAT32 = {
     # With twice the columns in a step, Triton 3.8 and 3.9 spill on sm_80.
     "default": tiling(BLOCK_N=64, BLOCK_K=16, num_warps=4, num_stages=4),
-    "small": tiling(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=3),
+    "small": tiling(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=4),
     "smallest": tiling(BLOCK_N=16, BLOCK_K=64, num_warps=2, num_stages=4),
     "deep": tiling(BLOCK_N=128, BLOCK_K=16, num_warps=8, num_stages=4),  # for many samples: a deeper pipeline
     **in_tf32x3(BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=3),

@@ -148,7 +148,7 @@ def _project_kernel(
 _TILINGS = {
     "default": tiling(BLOCK_R=64, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=4, num_stages=3),
     # For few samples, or for a single small layer.
-    "small": tiling(BLOCK_R=32, BLOCK_O=32, BLOCK_I=64, CHUNK=256, num_warps=4, num_stages=3),
+    "small": tiling(BLOCK_R=32, BLOCK_O=32, BLOCK_I=32, CHUNK=256, num_warps=4, num_stages=3),
     # For many samples: 128 of them share each read of V.
     "large": tiling(BLOCK_R=128, BLOCK_O=64, BLOCK_I=32, CHUNK=512, num_warps=8, num_stages=2),
 }

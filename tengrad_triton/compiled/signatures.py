@@ -99,7 +99,12 @@ class ModelState:
         )
 
     def why_hooked(self) -> str | None:
-        """Return which parameter has a hook that a compiled step would not call; None if none has."""
+        """Return why compiled code would miss what a backward pass does besides: hooks on gradients; None if none has.
+
+        Several processes count, because `DistributedDataParallel` averages the gradients by such hooks.
+        """
+        if self._access.trains_together:
+            return "several processes train the model, and compiled code would not average their gradients"
         hooked = next((p for p in self._parameters if p._backward_hooks or p._post_accumulate_grad_hooks), None)
         if hooked is None:
             return None

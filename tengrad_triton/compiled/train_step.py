@@ -27,6 +27,7 @@ from tengrad_triton.compiled.static_buffers import StaticBuffers, mark_static
 from tengrad_triton.compiled.trace_spec import NOT_SEEN, SpecOrReason, TraceSpec, trace_spec_of, why_not_compiled
 from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
 from tengrad_triton.curvature.woodbury import Curvature
+from tengrad_triton.distributed.ranks import unwrapped
 from tengrad_triton.kernels import without_memory
 from tengrad_triton.optim.step_access import StepAccess
 from tengrad_triton.optim.tengrad import TENGraD
@@ -47,8 +48,8 @@ def compile_train_step(
     refreshes it. Kinds of batches differ in structure, shapes, dtypes, and in the values of what is no tensor. Once a
     kind has been compiled for, another one is too if it comes twice in a row, up to four kinds. All other batches, such
     as a smaller one at the end of each epoch, take the plain step; so does a refresh that cannot be compiled, and every
-    step while a parameter has a hook on its gradient; ``train_step.why_plain`` says why. It is the same where the model
-    changes: its mode, what of it is frozen, the optimizer's groups.
+    step with several processes, or while a parameter has a hook on its gradient; ``train_step.why_plain`` says why. It
+    is the same where the model changes: its mode, what of it is frozen, the optimizer's groups.
 
     Model, optimizer and ``state_dict`` stay ordinary: plain and compiled steps can follow each other in any order. The
     optimizer's step hooks run once in each step, as in ``optimizer.step(closure)``: before the forward and after the
@@ -73,17 +74,20 @@ def compile_train_step(
             f"optimizer must be a TENGraD, got {type(optimizer).__name__}: compile the model by torch.compile, and the "
             "step of a baseline by its compile_step()"
         )
-    if optimizer.model is not model:
+    if optimizer.model is not unwrapped(model):
         raise ValueError("the optimizer belongs to another model: pass the one that it was made with")
     if mode is not None and backend == "inductor":
         check_choice("mode", mode, list(list_mode_options()))
-    return TrainStep(loss_fn, StepAccess(optimizer), mode, backend)
+    return TrainStep(model, loss_fn, StepAccess(optimizer), mode, backend)
 
 
 class TrainStep:
     """A training step, made by `compile_train_step`; call it with a batch. `why_plain` says what is not compiled."""
 
-    def __init__(self, loss_fn: LossFn, access: StepAccess, mode: str | None, backend: str) -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFn, access: StepAccess, mode: str | None, backend: str
+    ) -> None:
+        self._called = model if access.trains_together else access.module  # by plain steps
         self._model, self._loss_fn, self._access = access.module, loss_fn, access
         self._compile_options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
         self._mode = mode
@@ -118,7 +122,7 @@ class TrainStep:
         was_traceable, self._hooked = self._untraceable is None, self._model_state.why_hooked()
         if self._hooked is not None and not self._warned_of_hooks:
             self._warned_of_hooks = True
-            warnings.warn(f"{self._hooked}: steps are plain until it is removed", stacklevel=2)
+            warnings.warn(f"{self._hooked}: such steps are plain", stacklevel=2)
         loss = self._access.step(lambda: self._take(signature, steps, x, y))
         if self._untraceable is not None and was_traceable:
             first_line = self._untraceable.splitlines()[0]
@@ -185,7 +189,7 @@ class TrainStep:
         def closure() -> Tensor:
             nonlocal first
             self._access.zero_grad()
-            output = self._model(x)
+            output = self._called(x)
             _require_tensor(output)
             loss = self._loss_fn(output, y)
             if not self._loss_is_checked:

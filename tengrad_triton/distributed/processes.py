@@ -23,10 +23,11 @@ class OneProcess:
     """A process that trains the model alone.
 
     Attributes:
+        several: whether there are others.
         averages: whether `end` averages the updates of all processes.
     """
 
-    averages = False
+    several = averages = False
     gather: Gather = staticmethod(gather)
     """Returns what was captured, and why some layers have no rows (`contributions.gather`)."""
 
@@ -37,7 +38,9 @@ class OneProcess:
     def seed(self, generator: torch.Generator, seed: int, step: int) -> None:
         """Seed the generator of labels before the forward of a refresh, if each process has one of its own."""
 
-    def begin(self, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> int:
+    def begin(
+        self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]
+    ) -> int:
         """Begin a refresh; return the number of its samples."""
         return capture.samples
 
@@ -57,6 +60,8 @@ class SeveralProcesses(OneProcess):
     and momenta are linear in the direction, so that their means are those of a step along the mean direction.
     """
 
+    several = True
+
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self.averages = ranks, ranks.gram == "local"
         if not self.averages:
@@ -74,8 +79,16 @@ class SeveralProcesses(OneProcess):
         """Draw other labels than the other ranks, and after a restart the same ones as without it."""
         generator.manual_seed(self._ranks.seed(seed, step))
 
-    def begin(self, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> int:
-        """Compare the ranks, and find out of how many samples the mean of their losses is the mean."""
+    def begin(
+        self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]
+    ) -> int:
+        """Compare the ranks, and find out of how many samples the mean of their losses is the mean.
+
+        Raises:
+            ValueError: a layer mixes the samples of the ranks.
+            RuntimeError: the ranks differ; every rank raises.
+        """
+        check_does_not_mix(model)
         samples = meet(self._ranks, step, capture.samples, [target.parameter for target in targets], grads)
         if self.averages:
             return capture.samples
@@ -90,6 +103,16 @@ class SeveralProcesses(OneProcess):
     def mean(self, number: float) -> float:
         """Return the mean of a number over the ranks."""
         return self._ranks.mean(number)
+
+
+def check_does_not_mix(model: nn.Module) -> None:
+    """Raise `ValueError` if a layer's output for one sample depends on samples of other ranks."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.SyncBatchNorm) and layer.training:
+            raise ValueError(
+                f"the SyncBatchNorm {name!r} is in training, so that samples of different ranks depend on each other "
+                "and have no rows of their own: use BatchNorm, or put it into evaluation"
+            )
 
 
 def processes_of(model: nn.Module | None, gram: Gram, process_group: Any) -> OneProcess:

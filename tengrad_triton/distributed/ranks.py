@@ -60,7 +60,7 @@ class Ranks:
     """
 
     def __init__(self, group: Any, gram: Gram) -> None:
-        self._group, self.gram = group, gram
+        self._group, self._is_default, self.gram = group, group is dist.group.WORLD, gram
         self.count, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def gathered(self, value: T) -> list[T]:
@@ -101,7 +101,9 @@ class Ranks:
         return (seed + 0x9E3779B97F4A7C15 * (step * self.count + self.rank)) % 2**63
 
     def _check_size(self) -> None:
-        if (now := dist.get_world_size(self._group)) != self.count:
+        if self._is_default:  # which may be another one by now
+            self._group = dist.group.WORLD if dist.is_initialized() else None
+        if (now := 0 if self._group is None else self._group.size()) != self.count:
             raise RuntimeError(
                 f"the process group has {now} ranks, but had {self.count} when the optimizer was made: make a new "
                 "optimizer, and load the state of this one into it"

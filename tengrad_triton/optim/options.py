@@ -119,11 +119,12 @@ class Options:
 def settings_of(options: Options, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what has to be the same in all processes that train a model: not what depends on the device."""
     own = {name: value for name, value in vars(options).items() if name not in ("plan", "backend")}
-    groups = [
-        {name: value for name, value in group.items() if name != "params"} | {"parameters": len(group["params"])}
-        for group in optimizer.param_groups
-    ]
-    return own | {f"group {index}": group for index, group in enumerate(groups)}
+    of_groups = {
+        f"{name} of group {index}": len(value) if name == "params" else value
+        for index, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+    }
+    return own | of_groups
 
 
 def validate(

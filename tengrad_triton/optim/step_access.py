@@ -68,6 +68,11 @@ class StepAccess:
         return self._optimizer.adapts
 
     @property
+    def trains_together(self) -> bool:
+        """Whether several processes train the model."""
+        return self._optimizer._processes.several
+
+    @property
     def ops_for(self) -> OpsFor:
         """Return the function from kernel overrides to ops."""
         return self._optimizer._ops_for

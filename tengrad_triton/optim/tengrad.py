@@ -255,7 +255,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         """Return the curvature of the batches since the last step."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
-        samples = self._processes.begin(self._capture, self._steps, targets, grads)
+        samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads)
         self._follow_schedules()
         foresee = partial(self._reports.foresees, self._ops, self._generator.device)
         options = o.of_refresh(

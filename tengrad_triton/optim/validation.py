@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -84,10 +85,21 @@ def check_model(model: Any, advice: str = "parameters go to params=") -> torch.d
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; {advice}")
+    check_not_sharded(model.parameters())
     device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
     if device is None:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
     return device
+
+
+def check_not_sharded(parameters: Iterable[Any]) -> None:
+    """Raise if a parameter is a part of one, or would be one part among others."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none; its import takes a second
+    if module is not None and any(isinstance(parameter, module.DTensor) for parameter in parameters):
+        raise ValueError(
+            "the parameters are DTensors, of which each process has a part (fully_shard, tensor parallelism): this "
+            "optimizer needs whole parameters, as with DistributedDataParallel"
+        )
 
 
 def check_interval(steps: Any) -> None:
@@ -205,6 +217,7 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
 
     Frozen parameters may be of any type, such as the integers of a quantized model.
     """
+    check_not_sharded(p for group in param_groups for p in group["params"])
     trained = [p for group in param_groups for p in group["params"] if p.requires_grad]
     check_dtypes(trained)
     devices = dict.fromkeys(str(p.device) for p in trained)
