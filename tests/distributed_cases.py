@@ -142,7 +142,9 @@ CASES = {
     "static graph": Case(conv_net, images, of("empirical"), {"static_graph": True}),
     "static graph, labels": Case(options=of(), wrapper={"static_graph": True}),
     "gradients as views of buckets": Case(options=of(momentum=0.0), wrapper={"gradient_as_bucket_view": True}),
-    "unused parameters": Case(TwoHeads, positive_first, of(scaling="none", damping=0.1), {"find_unused_parameters": True}),
+    "unused parameters": Case(
+        TwoHeads, positive_first, of(scaling="none", damping=0.1), {"find_unused_parameters": True}
+    ),
     "averaged by the loop": Case(options=of(), wrapper=None),
 }
 
@@ -174,10 +176,15 @@ def bounds(case, count):
     return [SAMPLES * sum(shares[:rank]) // sum(shares) for rank in range(count + 1)]
 
 
-def trained(case, rank=0, count=1, steps=STEPS, model=None, optimizer=None, first=0):
+def wrapped(case, count, model=None):
+    """Return the case's model, or one like it, as the loop calls it in one of ``count`` processes."""
+    model = model or made(case)
+    return DistributedDataParallel(model, **case.wrapper) if count > 1 and case.wrapper is not None else model
+
+
+def trained(case, rank=0, count=1, steps=STEPS, called=None, optimizer=None, first=0):
     """Return all parameters after some steps in this process, which has its rank's part of each batch."""
-    bare = model or made(case)
-    called = DistributedDataParallel(bare, **case.wrapper) if count > 1 and case.wrapper is not None else bare
+    called = called or wrapped(case, count)
     optimizer = optimizer or TENGraD(called, **case.options)
     begin, end = bounds(case, count)[rank : rank + 2] if count > 1 else (0, SAMPLES)
     for step in range(first, first + steps):
@@ -192,7 +199,7 @@ def trained(case, rank=0, count=1, steps=STEPS, model=None, optimizer=None, firs
         else:
             closure()
             optimizer.step()
-    return torch.cat([p.detach().flatten() for p in bare.parameters()])
+    return torch.cat([p.detach().flatten() for p in called.parameters()])
 
 
 def backward(case, called, x, y, count):

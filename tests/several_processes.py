@@ -37,10 +37,11 @@ class Failure(str):
 def outcomes_of(count, function, *arguments):
     """Return what the function returned in each process, or a `Failure`."""
     with tempfile.TemporaryDirectory() as folder:
+        sent = _bytes_of(arguments)  # tensors themselves would share their memory between the processes
         pipes = [_CONTEXT.Pipe(duplex=False) for _ in range(count)]
         started = [
             _CONTEXT.Process(
-                target=_in_process, args=(rank, count, Path(folder) / "store", sender, function, arguments), daemon=True
+                target=_in_process, args=(rank, count, Path(folder) / "store", sender, function, sent), daemon=True
             )
             for rank, (_, sender) in enumerate(pipes)
         ]
@@ -64,19 +65,27 @@ def _received(receiver, deadline):
         kind, content = receiver.recv()
     except EOFError:
         return Failure("")
-    return Failure(content) if kind == "raised" else torch.load(io.BytesIO(content), weights_only=False)
+    return Failure(content) if kind == "raised" else _of_bytes(content)
 
 
-def _in_process(rank, count, store, sender, function, arguments):
+def _bytes_of(value):
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
+
+
+def _of_bytes(content):
+    return torch.load(io.BytesIO(content), weights_only=False)
+
+
+def _in_process(rank, count, store, sender, function, sent):
     torch.set_num_threads(1)
     os.environ["TORCH_SHOW_CPP_STACKTRACES"] = "0"
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=TIMEOUT)
     )
     try:
-        content = io.BytesIO()
-        torch.save(function(rank, *arguments), content)
-        sender.send(("returned", content.getvalue()))
+        sender.send(("returned", _bytes_of(function(rank, *_of_bytes(sent)))))
     except Exception:
         sender.send(("raised", traceback.format_exc()))
     finally:

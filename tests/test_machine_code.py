@@ -27,8 +27,8 @@ AGAIN = "run `python -m perf.machine_code --triton`, then `python -m perf.machin
 # Of the tile for many samples, which an H200 needs half the time of the others for. No version of torch has Triton 3.9.
 KNOWN_FAULTS = {
     "3.9.0": [
-        "range_gram deep fp32 SUM_TILE=32 PRECISION=ieee BLOCK_N=128 BLOCK_K=16 warps=8 stages=4 on sm_90 spills 8 bytes "
-        "of a thread"
+        "range_gram deep fp32 SUM_TILE=32 PRECISION=ieee BLOCK_N=128 BLOCK_K=16 warps=8 stages=4 on sm_90 spills 8 "
+        "bytes of a thread"
     ]
 }
 

@@ -26,6 +26,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.curvature.contributions import gather
 from tengrad_triton.curvature.target import Target
+from tengrad_triton.distributed.ranks import check_alone
 from tengrad_triton.optim.base import CurvatureOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, LevenbergMarquardt, check_dampings
 from tengrad_triton.optim.summary import Stored, Summary, entries_of, others_of
@@ -68,6 +69,7 @@ class KroneckerOptimizer(CurvatureOptimizer[KroneckerCurvature[S]]):
         self._fisher = fisher
         self._compile_options: dict[str, Any] | None = None
         defaults = {"lr": lr, **settings}
+        check_alone(model, type(self).__name__)
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
 
     @abstractmethod

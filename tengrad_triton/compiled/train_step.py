@@ -84,9 +84,7 @@ def compile_train_step(
 class TrainStep:
     """A training step, made by `compile_train_step`; call it with a batch. `why_plain` says what is not compiled."""
 
-    def __init__(
-        self, model: nn.Module, loss_fn: LossFn, access: StepAccess, mode: str | None, backend: str
-    ) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, access: StepAccess, mode: str | None, backend: str) -> None:
         self._called = model if access.trains_together else access.module  # by plain steps
         self._model, self._loss_fn, self._access = access.module, loss_fn, access
         self._compile_options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}

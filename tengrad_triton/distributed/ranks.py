@@ -38,6 +38,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def check_alone(model: Any, optimizer: str) -> None:
+    """Raise if several processes train a model, each with a part of the batch, of which an optimizer knows its own."""
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise ValueError(
+            f"{optimizer} has the samples of one process only, but the model is wrapped in {type(model).__name__}: "
+            "give it the model itself, in one process, or use TENGraD"
+        )
+
+
 def group_of(model: nn.Module | None, process_group: Any) -> Any:
     """Return the process group that trains a model: the given one, the wrapper's, or the default one; None without."""
     if process_group is None and isinstance(model, DistributedDataParallel):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tengrad_triton.capture.blocks import BlocksChoice, find_layer_params, fisher_blocks_of
+from tengrad_triton.distributed.ranks import check_alone
 from tengrad_triton.least_squares.search import LINE_SEARCHES, LineSearch
 from tengrad_triton.optim.validation import check_bool, check_choice, check_count, check_model, check_range
 
@@ -68,6 +69,7 @@ def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
     check_model(
         model, "give the module itself, not its parameters, and freeze by requires_grad_(False) what is not trained"
     )
+    check_alone(model, "GaussNewton")
     trained = [p for p in model.parameters() if p.requires_grad]
     if any(is_lazy(p) for p in model.parameters()):
         raise ValueError("the model has lazy parameters, which have no shape yet: call it once on a batch of points")
