@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+import accelerate
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 from trainer_checks import Watched

@@ -1,4 +1,4 @@
-"""Calls of a layer that the output's rows do not depend on: they need no samples, and cost no other calls their rule."""
+"""Calls of a layer that no row depends on: they need not have an entry for each sample."""
 
 import pytest
 import torch

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+import peft
 from trainer_checks import Watched
 from trainer_models import MODELS
 

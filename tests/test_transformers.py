@@ -44,9 +44,7 @@ def trainer_of(folder, model, data, optimizer=None, batch=4, **arguments):
     options = {**quiet, **steady, "per_device_train_batch_size": batch, **arguments}
     chosen = options.pop("chosen", None)
     arguments = TrainingArguments(str(folder), **options)
-    return Trainer(
-        model, arguments, train_dataset=data, optimizers=(optimizer, None), optimizer_cls_and_kwargs=chosen
-    )
+    return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), optimizer_cls_and_kwargs=chosen)
 
 
 STEPS = {"plain": {}, "clipped": {"max_grad_norm": 0.1}, "micro-batches": {"gradient_accumulation_steps": 2}}
@@ -193,7 +191,7 @@ SMALL = {
     "max_position_embeddings": 6,
 }
 LIKELIHOODS = {
-    "one of several": (lambda: bert(), Categorical),
+    "one of several": (bert, Categorical),
     "several": (lambda: _with_problem(3, "multi_label_classification"), Bernoulli),
     "regression": (lambda: _with_problem(3, "regression"), Gaussian),
     "one number": (lambda: _with_problem(1, None), Gaussian),

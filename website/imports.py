@@ -12,8 +12,8 @@ PACKAGE = ROOT / "tengrad_triton"
 # Each imports what stands before it, and itself.
 ORDER = [
     *("kernels", "likelihoods", "profiling", "files", "tables", "misspellings", "jets", "layers", "capture"),
-    *("residuals", "curvature", "tuning", "inspection", "optim", "least_squares", "adapters", "compiled"),
-    *("baselines", "recipes"),
+    *("residuals", "curvature", "tuning", "inspection", "optim", "integrations", "least_squares"),
+    *("adapters", "compiled", "baselines", "recipes"),
 ]
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})

@@ -28,7 +28,7 @@ def numbers_of(optimizer: Any, *, each: bool = False) -> dict[str, float]:
 
 
 def has_stats(optimizer: Any) -> bool:
-    """Whether an optimizer, or what it wraps, has ``stats``."""
+    """Whether an optimizer, or what it wraps, has ``stats`` that are a dataclass."""
     return dataclasses.is_dataclass(getattr(_unwrapped(optimizer), "stats", None))
 
 
@@ -39,7 +39,8 @@ def stats_of(optimizer: Any) -> Any:
         TypeError: it has none.
     """
     if not has_stats(optimizer):
-        raise TypeError(f"expected an optimizer with stats, such as TENGraD, got {type(_unwrapped(optimizer)).__name__}")
+        name = type(_unwrapped(optimizer)).__name__
+        raise TypeError(f"expected an optimizer with stats, such as TENGraD, got {name}")
     return _unwrapped(optimizer).stats
 
 

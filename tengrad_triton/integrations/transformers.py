@@ -48,7 +48,8 @@ def likelihood_of_labels(model: nn.Module, *, micro_batches: MicroBatches = 1) -
     """
     if not callable(micro_batches):
         check_count("micro_batches", micro_batches)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)  # of PEFT
+    inner = model if unwrap is None else unwrap()
     loss, config = _loss_of(inner), getattr(inner, "config", None)
     if loss in _EACH_SAMPLE:
         problem = getattr(config, "problem_type", None)
