@@ -79,6 +79,17 @@ def loss_cotangents(
     return starts, sized
 
 
+def as_rounded(grad: Tensor) -> Tensor:
+    """Return a derivative in the type that it was rounded to: float32, where a model in float64 has a loss in float32.
+
+    A cast of the output to float32 gives such a derivative in float64, with numbers that float32 can hold.
+    """
+    if grad.dtype != torch.float64:
+        return grad
+    rounded = grad.float()
+    return rounded if torch.equal(rounded.double(), grad) else grad
+
+
 def _passed_on(results: Sequence[Tensor], grads: Cotangents, samples: int) -> Cotangents:
     """Return the derivatives of the loss with respect to the results that have one entry for each sample.
 
