@@ -91,6 +91,21 @@ def test_micro_batches_make_the_fisher_matrix_of_the_whole_batch(name, tmp_path)
 
 
 @LOUD
+@pytest.mark.parametrize("told", [True, False])
+def test_a_rest_of_fewer_micro_batches_is_asked_of_the_trainer(told, tmp_path):
+    """The second step has one micro-batch; with the number of the others the loss would look like another one."""
+    asked = {"micro_batches": (lambda: trainer.current_gradient_accumulation_steps) if told else 2}
+    chosen = ForTrainer, {"verify": "always", **asked}
+    options = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    trainer = trainer_of(tmp_path, gpt2(), texts(6), chosen=chosen, batch=2, **options)
+    if told:
+        trainer.train()
+    else:
+        with pytest.raises(UserWarning, match=r"the derivative is 0\.5 times that of the mean"):
+            trainer.train()
+
+
+@LOUD
 def test_the_trainer_does_not_divide_berts_loss_and_the_optimizer_says_so(tmp_path):
     model = bert()
     trainer = trainer_of(tmp_path, model, sentences(16), TENGraD(model), 2, gradient_accumulation_steps=2)
