@@ -9,7 +9,7 @@ PYTEST      := $(RUN) pytest
 WORKERS     ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train quick test tests test-slow test-pinn bench docs dist smoke lint format clean
+.PHONY: help install train quick test tests test-slow test-pinn test-trainers bench docs dist smoke lint format clean
 
 help:                      ## list what make can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ test-slow: $(READY)        ## run the tests marked slow
 test-pinn: $(READY)         ## install PINA and DeepXDE beside the rest, and run the tests that need them
 	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,pinn]'
 	$(PYTEST) -q tests/test_adapters.py tests/test_adapters_deepxde.py tests/test_study_pinn_frameworks.py
+
+test-trainers: $(READY)     ## install transformers, Accelerate, Lightning and PEFT beside the rest, and run the tests that need them
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,trainers]'
+	$(PYTEST) -q tests/test_transformers.py tests/test_accelerate.py tests/test_lightning.py tests/test_peft.py
+	$(PYTEST) -q tests/test_documented.py -k trainers
 
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md
 	$(RUN) perf

@@ -250,6 +250,9 @@ def _other_loss(loss):
 OTHER_LOSSES = {
     "class weights that the likelihood does not know": _other_loss(lambda o, y: F.cross_entropy(o, y, WEIGHTS)),
     "the loss times 100": _other_loss(lambda o, y: 100 * F.cross_entropy(o, y)),
+    "twice a cross entropy in float32 of a model in float64": _other_loss(
+        lambda o, y: 2 * F.cross_entropy(o.float(), y)
+    ),
     "a sum instead of a mean": _other_loss(lambda o, y: F.cross_entropy(o, y, reduction="sum")),
     "a squared error under the default likelihood": _other_loss(lambda o, y: F.mse_loss(o, F.one_hot(y, 3).double())),
     "a binary cross entropy under it": _other_loss(
@@ -280,6 +283,9 @@ def _squares_summed(fisher, has_target):
 
 
 # pytest turns a warning into an error
+OWN_LOSSES = {
+    "a cross entropy in float32 of a model in float64": _other_loss(lambda o, y: F.cross_entropy(o.float(), y)),
+}
 NOT_COMPARED = {"a sum of squares, `gaussian` without `.target`": lambda fisher: _squares_summed(fisher, False)}
 
 

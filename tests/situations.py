@@ -244,6 +244,10 @@ SITUATIONS: dict[str, list[Situation]] = {
     + [
         Situation(title, run, "not compared: no warning", ("sampled", "exact"))
         for title, run in loops.NOT_COMPARED.items()
+    ]
+    + [
+        Situation(title, run, "no warning: it is the likelihood's", ("sampled", "exact"))
+        for title, run in loops.OWN_LOSSES.items()
     ],
     "What the model returns": [
         Situation(

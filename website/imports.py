@@ -13,7 +13,7 @@ PACKAGE = ROOT / "tengrad_triton"
 ORDER = [
     *("kernels", "likelihoods", "profiling", "files", "tables", "misspellings", "jets", "layers", "capture"),
     *("residuals", "curvature", "distributed", "tuning", "inspection", "optim", "least_squares", "adapters"),
-    *("compiled", "baselines", "recipes"),
+    *("integrations", "compiled", "baselines", "recipes"),
 ]
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.hook import protect_retained
+from tengrad_triton.capture.hook import donated_buffers_explained, protect_retained
 from tengrad_triton.layers.batch_norm import broadcast, statistics
 
 
@@ -52,7 +52,7 @@ class PassFlags:
     @contextmanager
     def ours(self) -> Iterator[None]:
         """Set ``own`` for passes of ours, which leave what the user's tensors have retained as it is."""
-        with self.own.set(), protect_retained():
+        with self.own.set(), protect_retained(), donated_buffers_explained():
             yield
 
     @contextmanager

@@ -98,3 +98,18 @@ def protect_retained() -> Iterator[None]:
     finally:
         for tensor, grad in before:
             tensor.grad = grad
+
+
+@contextmanager
+def donated_buffers_explained() -> Iterator[None]:
+    """Say what to do about a compiled graph that gives its buffers away in its first backward pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise RuntimeError(
+            "the graph of the compiled model gives its buffers away in its first backward pass, but a refresh goes "
+            "through it twice: set torch._functorch.config.donated_buffer = False before the first call of the "
+            "compiled model, or use compile_train_step"
+        ) from error

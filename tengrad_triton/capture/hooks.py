@@ -36,7 +36,7 @@ from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
 from tengrad_triton.capture.hook import Hook, check_not_checkpointed, forget_retained, is_transformed, note_retained
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
-from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
+from tengrad_triton.capture.loss_grads import LossGrads, as_rounded, loss_cotangents
 from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.output_grads import OutputGrads
 from tengrad_triton.capture.outputs import Seen, call_on_backward, count_samples, differentiable, map_tensors
@@ -183,7 +183,7 @@ class Capture:
         samples = self.loss_samples or self.samples
         for record in self.records:
             if record.seen is not None and record.cotangents is not None and record.cotangents[0] is not None:
-                why = why_loss_differs(*record.seen, record.cotangents[0] * (samples / self.loss_scale))
+                why = why_loss_differs(*record.seen, as_rounded(record.cotangents[0]) * (samples / self.loss_scale))
                 if why is not None:
                     return why
         return None

@@ -6,11 +6,12 @@ our own, which starts from the derivative of the loss with respect to the model'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from tengrad_triton.capture.batch_statistics import ScopedFlag
 from tengrad_triton.capture.output_grads import OutputGrads
@@ -78,24 +79,66 @@ def loss_cotangents(
     return starts, sized
 
 
+def as_rounded(grad: Tensor) -> Tensor:
+    """Return a derivative in the type that it was rounded to: float32, where a model in float64 has a loss in float32.
+
+    A cast of the output to float32 gives such a derivative in float64, with numbers that float32 can hold.
+    """
+    if grad.dtype != torch.float64:
+        return grad
+    rounded = grad.float()
+    return rounded if torch.equal(rounded.double(), grad) else grad
+
+
 def _passed_on(results: Sequence[Tensor], grads: Cotangents, samples: int) -> Cotangents:
     """Return the derivatives of the loss with respect to the results that have one entry for each sample.
 
     The derivatives with respect to the others, such as a loss that the model returns, go on to those that they are
-    computed from.
+    computed from. Each is the partial derivative: where one of these results is computed from another one, as logits
+    are from hidden states or from keys and values, what comes through the former is not part of the latter's.
     """
     batched = [place for place, result in enumerate(results) if result.dim() and len(result) == samples]
     others = [place for place in range(len(results)) if place not in batched and grads[place] is not None]
     if not others or not batched:
         return grads
     found = [grads[place] if place in batched else None for place in range(len(results))]
-    passed_on = torch.autograd.grad(
-        [results[place] for place in others], [results[place] for place in batched],
-        [grads[place] for place in others], retain_graph=True, allow_unused=True,
-    )  # fmt: skip
-    for place, grad in zip(batched, passed_on, strict=True):
-        found[place] = add(found[place], grad)
+    first = _reached_first([results[place] for place in others], {place: results[place] for place in batched})
+    passed_on: dict[int, Tensor] = {}
+    for place in first:
+        later = [(results[other], -partial) for other, partial in passed_on.items()]
+        starts, cotangents = zip(*[*((results[o], grads[o]) for o in others), *later], strict=True)
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
+        (grad,) = torch.autograd.grad(starts, results[place], cotangents, **options)
+        if grad is not None:
+            passed_on[place] = grad
+            found[place] = add(found[place], grad)
     return found
+
+
+def _reached_first(starts: Sequence[Tensor], results: Mapping[int, Tensor]) -> list[int]:
+    """Return the keys of the results from which the starts are computed without another result between.
+
+    A result that is computed from another one comes before it. A tensor that is there twice counts once.
+    """
+    key_of: dict[Any, int] = {}
+    for key, result in results.items():
+        edge = get_gradient_edge(result)
+        key_of.setdefault((edge.node, edge.output_nr), key)
+    found: dict[int, int] = {}
+    seen: set[Any] = set()
+    edges = map(get_gradient_edge, starts)
+    waiting: list[tuple[Node | None, int]] = [(edge.node, edge.output_nr) for edge in edges]
+    while waiting:
+        node, place = waiting.pop()
+        if node is None or (node, place) in seen:
+            continue
+        seen.add((node, place))
+        if (node, place) in key_of:
+            # The number of a later operation is larger. A leaf, which has the largest one, comes before all operations.
+            found[key_of[node, place]] = -1 if hasattr(node, "variable") else node._sequence_nr()
+        else:
+            waiting += node.next_functions
+    return sorted(found, key=lambda key: found[key], reverse=True)
 
 
 def _keep_output_grads(record: Record, own: ScopedFlag) -> None:

@@ -8,7 +8,6 @@ likelihood. For the empirical Fisher they start from the derivative of the calle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,24 +102,7 @@ def _each_row(
         yield from batched_grads(starts, wanted, [torch.stack(of_rows) for of_rows in zip(*rows, strict=True)])
         return
     for row in rows:
-        with _donated_buffers_explained():
-            grads = torch.autograd.grad(starts, wanted, row, retain_graph=True, allow_unused=True)
-        yield grads
-
-
-@contextmanager
-def _donated_buffers_explained() -> Iterator[None]:
-    """Say what to do about a compiled graph that gives its buffers away in its first backward pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated buffers" not in str(error):
-            raise
-        raise RuntimeError(
-            "the graph of the compiled model gives its buffers away in its first backward pass, but a refresh goes "
-            "through it twice: set torch._functorch.config.donated_buffer = False before the first call of the "
-            "compiled model, or use compile_train_step"
-        ) from error
+        yield torch.autograd.grad(starts, wanted, row, retain_graph=True, allow_unused=True)
 
 
 def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -207,6 +207,19 @@ class Record:
         """Return every layer output that is in the graph: its call, its index among the outputs, and its edge."""
         outputs = [(call, index, edge) for call in self.all_calls() for index, edge in enumerate(call.edges)]
         return [(call, index, edge) for call, index, edge in outputs if edge is not None]
+
+    def keep_calls(self, nodes: Container[Any]) -> None:
+        """Forget the calls whose outputs are not among these nodes of the graph.
+
+        The rows do not depend on what such a call returned, so that it need not have an entry for each sample: DoRA
+        sends an identity matrix through its layers, and takes a norm of the result as a constant.
+        """
+        for name, calls in list(self.calls.items()):
+            kept = [call for call in calls if any(edge is not None and edge.node in nodes for edge in call.edges)]
+            if kept:
+                self.calls[name] = kept
+            else:
+                del self.calls[name]
 
     def release_edges(self) -> None:
         """Drop the references to the graph, so that its memory can be freed."""

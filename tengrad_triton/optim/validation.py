@@ -78,7 +78,13 @@ def seed_of(seed: Any) -> int:
     return int(seed)
 
 
-def check_model(model: Any, advice: str = "parameters go to params=") -> torch.device:
+_MODEL_FIRST = (
+    "parameters go to params=, and a transformers.Trainer, whose optimizer_cls_and_kwargs gives them first, takes "
+    "tengrad_triton.integrations.transformers.ForTrainer in place of this class"
+)
+
+
+def check_model(model: Any, advice: str = _MODEL_FIRST) -> torch.device:
     """Raise unless the model is a module with trainable parameters; return the device of the first one.
 
     ``advice`` is for who gave something else.

@@ -66,6 +66,7 @@ class Attribution:
                 "activation checkpointing with use_reentrant=True allows no derivatives with respect to the outputs of "
                 "layers, which a refresh of the curvature takes: call checkpoint(..., use_reentrant=False)"
             )
+        record.keep_calls(walk.nodes)
         for name, calls in record.calls.items():
             for call in calls if self.layers[name].has_rule else []:
                 layer, where = self.layers[name].layer, (record.samples, self._sequence_first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,14 @@ class GraphWalk:
         structure: a number that is equal for graphs of the same operations in the same order, whatever their sizes.
         may_mix: whether an operation may mix samples here although it did not in another graph of the same structure.
         is_reentrant: whether a part is checkpointed with ``use_reentrant=True``.
+        nodes: the nodes of the graph, without its leaves.
     """
 
     leaves: Counter[int]
     structure: int
     may_mix: bool
     is_reentrant: bool
+    nodes: Container[Any]
 
 
 def walk_graph(outputs: Sequence[Tensor], parameters: Iterable[Tensor], samples: int) -> GraphWalk:
@@ -75,7 +77,7 @@ def walk_graph(outputs: Sequence[Tensor], parameters: Iterable[Tensor], samples:
             else:
                 trace.append(number_of.get(id(leaf), "leaf"))
                 leaves[id(leaf)] += name != _DETACHING
-    return GraphWalk(leaves, hash(tuple(trace)), may_mix, reentrant)
+    return GraphWalk(leaves, hash(tuple(trace)), may_mix, reentrant, places)
 
 
 def _may_mix(node: Any, operation: str, samples: int) -> bool:
