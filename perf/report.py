@@ -85,6 +85,9 @@ is the mean with a refresh at every 10th step."""
 PROOF_NOTE = """Refreshes that compare rows with autograd (`verify=`), and steps that reuse J, over those with
 `verify="never"`. `change` is a refresh with nothing new, which compares none. The first refresh has no warm-up."""
 
+PROCESSES_NOTE = """Plain steps under `DistributedDataParallel` with gloo, one thread for each process: those of SGD and
+of TENGraD, whose curvature has the rows of all processes, in turn in the same processes. Times are of the first."""
+
 
 def generate(results: Path, page: Path) -> None:
     """Write the page and its figures."""
@@ -116,6 +119,7 @@ def section(device: Device, folder: Path) -> Iterator[str]:
     yield from _part("The host's share", HOST_NOTE, _HOST, _host(device))
     yield from _part("The defaults and their budget", BUDGET_NOTE, _BUDGET, _budget(device))
     yield from _part("The proof of rows", PROOF_NOTE, _PROOF, _proof(device))
+    yield from _part("Several processes", PROCESSES_NOTE, _PROCESSES, _processes(device))
     yield from _part("Scaling", SCALING_NOTE, ("by", "values", *figures.LABELS.values()), _scaling(device))
     yield from _part("Layers", LAYERS_NOTE, _LAYERS, _layers(device))
     yield from _part("Memory", MEMORY_NOTE[kind] + MEMORY_LIMIT, _MEMORY, _memory(device))
@@ -244,6 +248,16 @@ def _proof(device: Device) -> Iterator[Sequence[str]]:
         refresh = _ms(case["seconds"]["refresh, never"]["median"])
         firsts = (_ms(first[f"first refresh, {verify}"]) for verify in ("never", "change"))
         yield case["model"], str(case["samples"]), refresh, *ratios, *firsts
+
+
+_PROCESSES = ("model", "processes", "N of each", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD")
+
+
+def _processes(device: Device) -> Iterator[Sequence[str]]:
+    for case in device.cases("processes"):
+        over = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
+        sgd = _ms(case["seconds"]["sgd"]["median"])
+        yield case["model"], str(case["count"]), str(case["samples"]), sgd, *over
 
 
 _MEMORY = ("model", "N", "J within, MiB", "SGD, MiB", "TENGraD, MiB", "ratio")

@@ -14,6 +14,7 @@ from perf.layers import LAYERS, LayerCase
 from perf.loops import Mode
 from perf.memory import MemoryCase
 from perf.optimizers import OptimizerCase
+from perf.processes import ProcessesCase
 from perf.proof import ProofCase
 from perf.scaling import ScalingCase
 from perf.sizes import Scale
@@ -46,7 +47,7 @@ class Selection:
         return replace(self, suites={**self.suites, "steps": steps})
 
 
-SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "proof", "budget", "steps")
+SUITES = ("kernels", "optimizers", "memory", "scaling", "layers", "host", "proof", "budget", "processes", "steps")
 BUDGET = 600 * 2**20
 """Bytes for J of WRN-28-4 at N = 128: about the least with which its steps are exact."""
 _MEMORY = [MemoryCase("3C1F", 128), MemoryCase("WRN-28-4", 128), MemoryCase("WRN-28-4", 128, BUDGET)]
@@ -75,6 +76,7 @@ QUICK = Selection(
         "layers": [LayerCase("Conv2d, depthwise", 4, 2), LayerCase("tied embedding and head", 4, 2)],
         "host": [HostCase("MLP", 10)],
         "proof": [ProofCase("tiny 3C1F", 8, 3)],
+        "processes": [ProcessesCase("tiny 3C1F", 8, 2, 3)],
         "budget": [BudgetCase("tiny 3C1F", 8, 3), BudgetCase("tiny 3C1F", 8, 3, 0.5)],
     },
 )
@@ -114,6 +116,7 @@ CPU = Selection(
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
         "proof": _PROOF,
+        "processes": [ProcessesCase("3C1F", 64, 2, 9)],
         "budget": _BUDGET,
     },
     skipped={
@@ -153,6 +156,7 @@ GPU = Selection(
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
         "proof": _PROOF,
+        "processes": [],  # a machine with one GPU has none for a second process
         "budget": _BUDGET,
     },
     skipped={"optimizers": {"3C1F, N = 128": "the authors' formulation would take 40 GB for one matrix, of three"}},
