@@ -86,7 +86,7 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
             "armed": self._capture.armed,
             "device": str(self._device_of_parameters()),
             "generator": (str(self._generator.device), self._generator.get_state()),
-            "curvature": None if self._curvature is None else _without_shared_storage(self._packed(self._curvature)),
+            "curvature": None if self._curvature is None else without_shared_storage(self._packed(self._curvature)),
         }
         return {**{name: x for name, x in vars(self).items() if name not in left_out}, "_copied": copied}
 
@@ -134,12 +134,12 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
 
-def _without_shared_storage(packed: Any) -> Any:
+def without_shared_storage(packed: Any) -> Any:
     """Return nested tensors, each with a storage of its own: plain pickle writes the whole storage of every view."""
     if isinstance(packed, Mapping):
-        return {key: _without_shared_storage(value) for key, value in packed.items()}
+        return {key: without_shared_storage(value) for key, value in packed.items()}
     if isinstance(packed, list):
-        return [_without_shared_storage(value) for value in packed]
+        return [without_shared_storage(value) for value in packed]
     is_part = isinstance(packed, Tensor) and packed.untyped_storage().nbytes() > packed.nbytes
     return packed.clone() if is_part else packed
 

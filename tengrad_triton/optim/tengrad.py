@@ -16,7 +16,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
-from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
+from tengrad_triton.curvature.checkpoint import checked_curvature, pack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
 from tengrad_triton.curvature.moments import Grads, Scaling
 from tengrad_triton.curvature.refresh import RefreshOptions, refresh
@@ -111,6 +111,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             ``logits``, or the only tensor with a batch.
         verify: when a further backward pass compares rows with autograd: ``"change"`` (at the first refresh, at some
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
+        include_curvature: whether `state_dict` has the curvature; without it the first step that is resumed refreshes.
 
     Raises:
         ValueError: a setting is out of range or unknown, or a file is no plan; the message says what was expected.
@@ -135,7 +136,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
         backend: Backend = "auto", plan: Plan | Path | str | None = None, step_share: float | None = None,
         max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None,
-        verify: Verify = "change",
+        verify: Verify = "change", include_curvature: bool = True,
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
@@ -153,7 +154,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         }  # fmt: skip
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
-        self._scaling = scaling
+        self._scaling, self.include_curvature = scaling, include_curvature
 
     @classmethod
     def paper(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
@@ -188,7 +189,6 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
 
     @cached_property
     def _ops(self) -> Ops:
-        """Return the ops without kernel overrides."""
         return self._ops_for()
 
     @property
@@ -274,16 +274,16 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
         """Return the damping ε of each block at this step, on the model's device."""
         self._follow_schedules()
-        device = self._generator.device
-        return damping_of(blocks, self._layers, self.param_groups, self._damping_schedules, device)
+        return damping_of(blocks, self._layers, self.param_groups, self._damping_schedules, self._generator.device)
 
     @override
     def _packed(self, curvature: Curvature) -> dict[str, Any]:
-        return pack_curvature(curvature)
+        return {**pack_curvature(curvature), "fisher": self._options.fisher}
 
     @override
     def _unpacked(self, packed: Mapping[str, Any]) -> Curvature:
-        return unpack_curvature(packed, self._layers, self._ops_for)
+        blocks_of = partial(fisher_blocks_of, self._options.blocks, self._layers)
+        return checked_curvature(packed, self._layers, self._ops_for, blocks_of, self._options.fisher)
 
     def choices(self) -> dict[str, Choice]:
         """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""
