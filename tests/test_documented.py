@@ -102,6 +102,7 @@ def elsewhere(tmp_path, monkeypatch):
         yield tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # what DCP says in one process
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page, elsewhere):
     torch.manual_seed(0)

@@ -221,7 +221,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
                 f"parameter; got the entries {got}"
             )
         names = {id(p): name for name, p in self._module.named_parameters()}
-        check_saved_groups(state_dict, self.param_groups, names, self.defaults)
+        check_saved_groups(state_dict, self.param_groups, names, self.defaults.keys())
         numbers = {name: _whole_number(name, own.get(name)) for name in _NUMBERS}
         saved = numbers["scaling"]
         check_scaling(_SCALINGS[saved] if saved < len(_SCALINGS) else str(saved), self._scaling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -201,7 +201,7 @@ def check_saved_groups(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],
-    settings: Collection[str],
+    settings: Set[str],
 ) -> None:
     """Raise ValueError unless the groups and momenta of a state fit the optimizer's groups and parameters.
 
@@ -209,7 +209,7 @@ def check_saved_groups(
         state_dict: the state.
         param_groups: of the optimizer.
         names: the parameters' names in the model, by their ids.
-        settings: that each group has.
+        settings: those that a group of this optimizer may have.
     """
     saved_groups, count = state_dict["param_groups"], len(param_groups)
     if len(saved_groups) != count:
@@ -222,7 +222,7 @@ def check_saved_groups(
                 f"parameter group {index} of the state has {len(keys)} parameters, but this optimizer's has {len(own)} "
                 f"({_some(own)}): it was saved for another model"
             )
-        if missing := sorted(set(settings) - saved.keys()):
+        if missing := sorted((group.keys() & settings) - saved.keys()):
             raise ValueError(f"parameter group {index} of the state has no {_some(missing)}: it is damaged")
         try:
             check_group(saved)
