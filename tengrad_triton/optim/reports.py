@@ -182,6 +182,7 @@ class Reports:
             "generator",
             f"the state was saved on another type of device than {device}, whose random numbers are others: labels and "
             "rows that are drawn from here on are not those of the saved run",
+            deeper=-1,
         )
 
     def _once(self, key: str, message: str, deeper: int = 0) -> None:

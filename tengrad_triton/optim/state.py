@@ -20,11 +20,10 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from tengrad_triton.curvature.moments import Scaling
-from tengrad_triton.optim.copies import CopiedOptimizer, without_shared_storage
+from tengrad_triton.optim.copies import CopiedOptimizer, without_sharing
 from tengrad_triton.optim.options import check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.validation import check_bool, check_layout, check_saved_groups
@@ -46,7 +45,7 @@ class Packed(Tensor):
 
     @override
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.as_subclass(Tensor).clone()
+        return self.clone()
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[Any]:
         """Tell `torch.distributed.checkpoint` to write an object."""
@@ -61,7 +60,7 @@ def packed_of(nested: Any, device: torch.device) -> Packed:
     if nested is None:
         return torch.empty(0, dtype=torch.uint8, device=device).as_subclass(Packed)
     file = io.BytesIO()
-    torch.save(tree_map_only(Tensor, lambda x: x.detach().cpu(), without_shared_storage(nested)), file)
+    torch.save(without_sharing(nested), file)
     return torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device).as_subclass(Packed)
 
 
@@ -191,13 +190,14 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         found: list[_Checked[C]] = []
 
         def check(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-            found.append(self._checked(state))
-            entries = {key: {**entry} for key, entry in state["state"].items()}
+            check_layout(state)
+            entries = _entries_of(state)
+            found.append(self._checked({**state, "state": entries}))
             for entry in entries.values():
                 entry.pop(self.state_key, None)
             return {**state, "state": entries}
 
-        before = {p: state.get("momentum_buffer") for p, state in self.state.items()}
+        before = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
         # Between the hooks of users: they see all of the state before it is checked, and all of it is loaded after.
         handles = [
             self.register_load_state_dict_pre_hook(check),
@@ -208,10 +208,11 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         finally:
             for handle in handles:
                 handle.remove()
+        if found[0].generator_state is None:
+            self._reports.draws_anew(self._generator.device)
 
     def _checked(self, state_dict: Mapping[str, Any]) -> _Checked[C]:
         """Return the optimizer's own part of a state; raises `ValueError` if anything of it does not fit."""
-        check_layout(state_dict)
         entries = state_dict["state"].values()
         own = next((entry[self.state_key] for entry in entries if self.state_key in entry), None)
         if not isinstance(own, Mapping):
@@ -220,8 +221,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
                 f"expected a state_dict of {type(self).__name__}, with an entry {self.state_key!r} in the state of one "
                 f"parameter; got the entries {got}"
             )
-        names = {id(p): name for name, p in self._module.named_parameters()}
-        check_saved_groups(state_dict, self.param_groups, names, self.defaults.keys())
+        check_saved_groups(state_dict, self.param_groups, self._module, self.defaults.keys())
         numbers = {name: _whole_number(name, own.get(name)) for name in _NUMBERS}
         saved = numbers["scaling"]
         check_scaling(_SCALINGS[saved] if saved < len(_SCALINGS) else str(saved), self._scaling)
@@ -232,10 +232,10 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
 
         Raises `ValueError` if it is none at all.
         """
-        device = self._generator.device
+        device, size = self._generator.device, self._generator.get_state().numel()
         try:
             own: Tensor = state.as_subclass(Tensor).cpu()
-            if own.numel() != self._generator.get_state().numel():
+            if own.numel() != size:
                 return None
             torch.Generator(device).set_state(own)
         except (AttributeError, RuntimeError, TypeError) as error:
@@ -252,29 +252,38 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"the state's curvature is damaged ({type(error).__name__}: {error}); {advice}") from error
 
-    def _restore(self, saved: _Checked[C], momenta: Mapping[Any, Tensor | None]) -> None:
+    def _restore(self, saved: _Checked[C], momenta: Mapping[Any, Tensor]) -> None:
         """Take over a state after torch has loaded its part; ``momenta`` are those of before."""
         for parameter, buffer in momenta.items():
             state = self.state[parameter]
-            if buffer is None:
-                continue
             new = state.get("momentum_buffer")
             if new is None:
                 new = torch.zeros_like(buffer)
             if new.dtype == buffer.dtype and new.device == buffer.device:
                 state["momentum_buffer"] = buffer.copy_(new)  # a captured graph writes to the present addresses
         self._fill_state()
-        numbers = saved.numbers
-        self._curvature, self._steps, self._age = saved.curvature, numbers["steps"], numbers["age"]
+        numbers, self._curvature = saved.numbers, saved.curvature
+        self._steps, self._age, self._seed = numbers["steps"], numbers["age"], numbers["seed"]
         if numbers["refresh_every"] and not callable(self.refresh_every):
             self.refresh_every = numbers["refresh_every"]
-        self._seed, self._reports.bounds, self._reports.changes = numbers["seed"], None, None
+        self._reports.bounds = self._reports.changes = None
         if saved.generator_state is not None:
             self._generator.set_state(saved.generator_state)
         else:
             self._generator.manual_seed(self._seed + self._steps)
-            self._reports.draws_anew(self._generator.device)
         self._rearm()
+
+
+def _entries_of(state_dict: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Return copies of the parameters' entries; those under "0" belong to parameter 0.
+
+    Where `torch.distributed.checkpoint.load` is given the optimizer itself, it puts what is no tensor under such keys.
+    """
+    entries = {key: {**entry} for key, entry in state_dict["state"].items()}
+    known = {key for group in state_dict["param_groups"] for key in group.get("params", [])}
+    for key in [key for key in entries if isinstance(key, str) and key.isdecimal() and key not in known]:
+        entries.setdefault(int(key), {}).update(entries.pop(key))
+    return entries
 
 
 def _whole_number(name: str, value: Any) -> int:

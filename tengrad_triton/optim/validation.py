@@ -200,7 +200,7 @@ def check_layout(state_dict: Mapping[str, Any]) -> None:
 def check_saved_groups(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
-    names: Mapping[int, str],
+    model: nn.Module,
     settings: Set[str],
 ) -> None:
     """Raise ValueError unless the groups and momenta of a state fit the optimizer's groups and parameters.
@@ -208,9 +208,10 @@ def check_saved_groups(
     Args:
         state_dict: the state.
         param_groups: of the optimizer.
-        names: the parameters' names in the model, by their ids.
+        model: has the parameters' names.
         settings: those that a group of this optimizer may have.
     """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     saved_groups, count = state_dict["param_groups"], len(param_groups)
     if len(saved_groups) != count:
         raise ValueError(f"the state has {len(saved_groups)} parameter groups, but this optimizer has {count}")
