@@ -181,13 +181,14 @@ LIGHT = {
 
 
 @pytest.mark.parametrize("light", LIGHT)
-@pytest.mark.parametrize("case", ["convolutions", "tied", "exact, tied", "compressed"])
+@pytest.mark.parametrize("case", ["convolutions", "tied", "exact, tied", "compressed", "history", "lists of blocks"])
 def test_without_the_curvature_the_next_step_refreshes(case, light):
+    """D's running means and the counts of failures stay, except where the whole entry is removed."""
     old, new = uninterrupted(case, 6), made(case, seed=3)
     train(*new, 0, 2)
     new[0].load_state_dict(old[0].state_dict())
     new[1].load_state_dict(LIGHT[light](old[1]))
-    old[1]._curvature = None
+    old[1]._curvature = None if light == "its entry is removed" else old[1]._curvature.released()
     old[1]._rearm()
     for pair in (old, new):
         train(*pair, 6, 7)
@@ -202,7 +203,7 @@ def test_the_setting_holds_for_whoever_asks(saves, way):
     """Those who save and those who load may have it or not."""
     old, new = uninterrupted("tied", 6, include_curvature=saves), made("tied", seed=3, include_curvature=not saves)
     WAYS[way](old, new)
-    assert (new[1]._curvature is not None) == saves
+    assert new[1]._curvature.is_released != saves
 
     train(*new, 6, 8)
     assert new[1].stats.last_refresh == (4 if saves else 6)

@@ -107,7 +107,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
 
     @property
     def include_curvature(self) -> bool:
-        """Whether `state_dict` has the curvature. Without it a state is small, and the step after loading refreshes."""
+        """Whether `state_dict` has the curvature, not only D's running means: without it the next step refreshes."""
         return self._include_curvature
 
     @include_curvature.setter
@@ -153,7 +153,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         tensors and numbers, which ``torch.load(weights_only=True)`` reads.
 
         Args:
-            include_curvature: whether to include the curvature; by default the optimizer's setting.
+            include_curvature: whether to include J and its factors; by default the optimizer's setting.
         """
         includes = self._include_curvature if include_curvature is None else include_curvature
         check_bool("include_curvature", includes)
@@ -165,7 +165,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
             handle.remove()
 
     def _own_entry(self, includes: bool, device: torch.device) -> dict[str, Any]:
-        curvature = self._packed(self._curvature) if includes and self._curvature is not None else None
+        kept = self._curvature if includes else getattr(self._curvature, "released", lambda: None)()
         return {
             "steps": self._steps,
             "age": self._age,
@@ -173,14 +173,14 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
             "seed": self._seed,
             "scaling": _SCALINGS.index(self._scaling),
             "generator": self._generator.get_state().to(device).as_subclass(Packed),
-            "curvature": packed_of(curvature, device),
+            "curvature": packed_of(None if kept is None else self._packed(kept), device),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the step at which `state_dict` was called, also between two refreshes.
 
-        Without a curvature in the state, the next step refreshes it, and scaled damping's D begins anew.
+        Without a curvature in the state, the next step refreshes it.
 
         Raises:
             ValueError: the state belongs to another model or optimizer, or is damaged; nothing has changed then.
