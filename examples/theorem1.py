@@ -109,8 +109,12 @@ def problem(width: int, seed: int) -> tuple[Wide, Tensor, Tensor]:
 
 def rows(optimizer: TENGraD) -> Mapping[str, Tensor]:
     """Return the optimizer's rows of each layer, j_NK: they are √2 J, because F is that of the mean square."""
-    layers = optimizer.state_dict()["tengrad"]["curvature"]["jacobians"]
-    return {name: layer["weight"]["j_NK"] for name, layer in layers.items()}
+    return {name.removesuffix(".weight"): rows_of(optimizer, name) for name in optimizer.choices()}
+
+
+def rows_of(optimizer: TENGraD, weight: str) -> Tensor:
+    """Return the rows of a weight, each flat: [N, K]."""
+    return optimizer.rows(weight.removesuffix(".weight"))[weight].flatten(1)
 
 
 def least_eigenvalues(j: Mapping[str, Tensor]) -> dict[str, float]:

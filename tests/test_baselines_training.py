@@ -43,7 +43,7 @@ def test_state_of_another_optimizer_or_model_is_refused(baseline):
     make, own = BASELINES[baseline]
     model = small_model()
     optimizer = make(model, **own)
-    with pytest.raises(ValueError, match=f"expected a state_dict of {make.__name__}, with the key '{baseline}'"):
+    with pytest.raises(ValueError, match=f"expected a state_dict of {make.__name__}, with an entry '{baseline}'"):
         optimizer.load_state_dict(TENGraD(model).state_dict())
     take_steps(model, optimizer, 0, 1)
     other = make(nn.Sequential(nn.Linear(36, 4)), **own)

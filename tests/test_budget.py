@@ -197,7 +197,7 @@ def test_a_share_that_leaves_no_row_changes_nothing():
     with pytest.raises(ValueError, match=r"step_share=0\.001 leaves no row"):
         optimizer.step()
     assert torch.equal(flat(model), before)
-    assert optimizer.state_dict()["tengrad"]["steps"] == 0
+    assert optimizer.stats.steps == 0
 
 
 def refreshed(steps, **options):

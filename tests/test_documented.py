@@ -109,6 +109,7 @@ def python_page(page):
     return pytest.param(page, marks=pytest.mark.filterwarnings("default") if page in NEEDED else ())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # what DCP says in one process
 @pytest.mark.parametrize("page", [python_page(page) for page in pages_with("python")])
 def test_python_runs(page, elsewhere):
     for package in NEEDED.get(page, ()):

@@ -328,7 +328,7 @@ def test_a_state_of_another_scaling_is_refused(saved, own):
     with pytest.raises(ValueError, match=f"scaling='{saved}', but this optimizer has scaling='{own}'"):
         twin.load_state_dict(optimizer.state_dict())
     after, unchanged = (tensors_in(state) for state in (twin.state_dict(), before))
-    assert len(after) > 10
+    assert len(after) == 6  # four momenta, the generator's state and the curvature
     assert all(torch.equal(x, y) for x, y in zip(after, unchanged, strict=True))
 
 
@@ -393,7 +393,7 @@ def test_a_state_without_curvature_of_another_scaling_is_refused():
     model, optimizer = perceptron(scaling="none")
     some_steps(model, optimizer, range(2))
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.float64))]})
-    assert optimizer.state_dict()["tengrad"]["curvature"] is None
+    assert optimizer._curvature is None
     _, twin = perceptron(scaling="kronecker")
     twin.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.float64))]})
     with pytest.raises(ValueError, match="make it with scaling='none'"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,15 @@ from typing_extensions import override
 
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
 from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
+from tengrad_triton.distributed.processes import OneProcess
 from tengrad_triton.distributed.ranks import unwrapped
 from tengrad_triton.optim import validation
-from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
 from tengrad_triton.optim.loss_scale import unscale_
-from tengrad_triton.optim.options import Unsupported, check_scaling
+from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.reports import Reports
+from tengrad_triton.optim.state import StatefulOptimizer
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.whole_step import WholeStep
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 C = TypeVar("C")
 
 
-class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
+class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
     """An optimizer that computes a curvature C from the batches of some steps, and uses it in the steps between.
 
     A subclass defines when a capture is due, how the curvature is computed, how a step uses it, and how it is packed.
@@ -47,8 +48,6 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
     """
 
     _step_supports_amp_scaling = True  # a `GradScaler` leaves the scale to the step (`loss_scale.py`)
-    state_key: ClassVar[str]
-    """The key under which `state_dict` keeps the curvature."""
 
     def __init__(
         self,
@@ -65,7 +64,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
             validation.check_interval(refresh_every)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
-        self._unsupported = unsupported
+        self._unsupported, self._processes = unsupported, OneProcess()
         self._seed = validation.seed_of(seed)
         self._steps = self._age = 0  # the numbers of steps taken so far, and with the present curvature
         self._curvature: C | None = None
@@ -79,6 +78,11 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self._seed)
         self._rebuild()
+
+    def _join(self, processes: OneProcess, settings: Mapping[str, Any]) -> None:
+        """Train together with other processes from now on, which have the same model and settings."""
+        self._processes, self._seed = processes, processes.agree(self._module, settings, self._seed)
+        processes.seed(self._generator, self._seed, self._steps)
 
     def _check_group(self, group: Mapping[str, Any], schedule: DampingSchedule | None) -> None:
         """Raise if this optimizer does not support a group's settings; ``schedule`` is the one of its damping."""
@@ -122,6 +126,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
             validation.check_group(group)
             if self._built:
                 self._rebuild()
+            self._fill_state()
         except Exception:
             self.param_groups.pop()
             self._damping_schedules.pop()
@@ -207,6 +212,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         """Whether there is no curvature, or the present interval of steps was taken with it."""
         return self._curvature is None or self._age >= interval_at(every, self._steps)
 
+    @override
     def _rearm(self) -> None:
         """Drop the captured tensors, and attach the hooks if the next step refreshes, or else remove them."""
         self._capture.forget()
@@ -215,6 +221,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         except Exception:
             due = True  # this step is taken: the next one calls `refresh_every` again and raises, before it begins
         if due:
+            self._processes.seed(self._generator, self._seed, self._steps)
             self._capture.arm()
         else:
             self._capture.disarm()
@@ -249,52 +256,3 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         known = self._group_settings
         groups, averages = enumerate(self.param_groups), self._scaling != "none"
         return [known.setdefault(index, GroupSettings()).of(group, averages) for index, group in groups]
-
-    def _momentum_of(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        buffer: Tensor | None = state.get("momentum_buffer")
-        if buffer is None or buffer.dtype != parameter.dtype:  # the model may have been converted
-            new = torch.zeros_like(parameter) if buffer is None else buffer.to(parameter.dtype)
-            buffer = state["momentum_buffer"] = new
-        return buffer
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's entries, and under `state_key` the curvature, its age and the generator's state."""
-        own = {
-            "steps": self._steps,
-            "age": self._age,
-            "refresh_every": None if callable(self.refresh_every) else self.refresh_every,
-            "seed": self._seed,
-            "scaling": self._scaling,
-            "generator": self._generator.get_state(),
-            "curvature": None if self._curvature is None else self._packed(self._curvature),
-        }
-        return {**super().state_dict(), self.state_key: own}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the step at which `state_dict` was called, also between two refreshes.
-
-        Raises:
-            ValueError: the state belongs to another model or another optimizer; nothing has changed then.
-        """
-        if self.state_key not in state_dict:
-            expected = f"a state_dict of {type(self).__name__}, with the key {self.state_key!r}"
-            raise ValueError(f"expected {expected}; got {sorted(state_dict)}")
-        validation.check_momenta(self.param_groups, state_dict)
-        saved = state_dict[self.state_key]
-        check_scaling(saved.get("scaling", "none"), self._scaling)
-        packed = saved["curvature"]
-        restored = None if packed is None else self._unpacked(packed)
-        momenta = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        for parameter, buffer in momenta.items():  # a captured graph writes to the present addresses
-            buffer.copy_(self.state[parameter].get("momentum_buffer", torch.zeros_like(buffer)))
-            self.state[parameter]["momentum_buffer"] = buffer
-        self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
-        if saved["refresh_every"] is not None and not callable(self.refresh_every):
-            self.refresh_every = saved["refresh_every"]
-        self._seed, self._reports.bounds, self._reports.changes = saved["seed"], None, None
-        self._generator.set_state(saved["generator"].cpu())
-        self._rearm()

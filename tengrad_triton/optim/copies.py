@@ -9,6 +9,7 @@ original: the copy needs a forward and a backward of its own before its next ste
 from __future__ import annotations
 
 import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -86,7 +87,7 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
             "armed": self._capture.armed,
             "device": str(self._device_of_parameters()),
             "generator": (str(self._generator.device), self._generator.get_state()),
-            "curvature": None if self._curvature is None else _without_shared_storage(self._packed(self._curvature)),
+            "curvature": None if self._curvature is None else without_sharing(self._packed(self._curvature)),
         }
         return {**{name: x for name, x in vars(self).items() if name not in left_out}, "_copied": copied}
 
@@ -134,14 +135,25 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
 
-def _without_shared_storage(packed: Any) -> Any:
-    """Return nested tensors, each with a storage of its own: plain pickle writes the whole storage of every view."""
+def without_sharing(packed: Any) -> Any:
+    """Return nested values of which no two are one object by chance; tensors have storages of their own.
+
+    Files and pickle keep the whole storage of a view, and their bytes depend on which equal values are one object.
+    """
     if isinstance(packed, Mapping):
-        return {key: _without_shared_storage(value) for key, value in packed.items()}
-    if isinstance(packed, list):
-        return [_without_shared_storage(value) for value in packed]
+        return {without_sharing(key): without_sharing(value) for key, value in packed.items()}
+    if isinstance(packed, (list, tuple)):
+        return [without_sharing(value) for value in packed]
     is_part = isinstance(packed, Tensor) and packed.untyped_storage().nbytes() > packed.nbytes
-    return packed.clone() if is_part else packed
+    return _alone(packed) if is_part else sys.intern(packed) if type(packed) is str else packed
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a copy with the same strides: in another layout, products round differently."""
+    if not x.numel() or any(stride == 0 for stride in x.stride()):
+        return x.clone()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.new_zeros(extent).as_strided(x.shape, x.stride()).copy_(x)
 
 
 def _rows_in(packed: Any) -> list[Tensor]:

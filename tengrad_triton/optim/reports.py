@@ -176,6 +176,15 @@ class Reports:
                 "at each refresh, are used; raise max_bytes, or set fisher_rows= or representation= yourself",
             )
 
+    def draws_anew(self, device: torch.device) -> None:
+        """Warn once that labels are not those that the saved run would have drawn."""
+        self._once(
+            "generator",
+            f"the state was saved on another type of device than {device}, whose random numbers are others: labels and "
+            "rows that are drawn from here on are not those of the saved run",
+            deeper=-1,
+        )
+
     def _once(self, key: str, message: str, deeper: int = 0) -> None:
         """Warn if it has not yet; ``deeper`` is how many more stack frames there are up to the caller of `step`."""
         if key not in self._said:

@@ -17,7 +17,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.outputs import Select
 from tengrad_triton.capture.rows.attribution import Verify
-from tengrad_triton.curvature.checkpoint import pack_curvature, unpack_curvature
+from tengrad_triton.curvature.checkpoint import checked_curvature, pack_curvature
 from tengrad_triton.curvature.choices import Backend, Choice, Ops, ops_for
 from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.curvature.refresh import refresh
@@ -117,6 +117,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         process_group: the processes; by default those of `DistributedDataParallel`, or of the default group.
         verify: when a further backward pass compares rows with autograd: ``"change"`` (at the first refresh, at some
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
+        include_curvature: whether `state_dict` has the curvature; without it the first step that is resumed refreshes.
 
     Raises:
         ValueError: a setting is out of range or unknown, or a file is no plan; the message says what was expected.
@@ -141,7 +142,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         representation: RepresentationChoice = "auto", unsupported: Unsupported = "explicit",
         backend: Backend = "auto", plan: Plan | Path | str | None = None, step_share: float | None = None,
         max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None,
-        verify: Verify = "change", gram: Gram = "global", process_group: Any = None,
+        verify: Verify = "change", include_curvature: bool = True, gram: Gram = "global", process_group: Any = None,
     ) -> None:  # fmt: skip
         device = check_model(model)
         self._options = validate(
@@ -159,9 +160,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             "weight_decay": weight_decay, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
         }  # fmt: skip
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
-        self._scaling, self._processes = scaling, processes_of(model, gram, process_group)
-        self._seed = self._processes.agree(self._module, settings_of(self._options, self), self._seed)
-        self._processes.seed(self._generator, self._seed, self._steps)
+        self._scaling, self.include_curvature = scaling, include_curvature
+        self._join(processes_of(model, gram, process_group), settings_of(self._options, self))
 
     @classmethod
     def paper(cls, model: nn.Module, params: Iterable[Any] | None = None, **settings: Any) -> TENGraD:
@@ -196,7 +196,6 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
 
     @cached_property
     def _ops(self) -> Ops:
-        """Return the ops without kernel overrides."""
         return self._ops_for()
 
     @property
@@ -238,12 +237,6 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             self._curvature = self._curvature.released()
 
     @override
-    def _rearm(self) -> None:
-        super()._rearm()
-        if self._capture.armed:
-            self._processes.seed(self._generator, self._seed, self._steps)
-
-    @override
     def _refresh_is_due(self) -> bool:
         is_released = self._curvature is not None and self._curvature.is_released
         return is_released or self._curvature_is_outdated(self._paid_interval())
@@ -278,11 +271,12 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
 
     @override
     def _packed(self, curvature: Curvature) -> dict[str, Any]:
-        return pack_curvature(curvature)
+        return {**pack_curvature(curvature), "fisher": self._options.fisher}
 
     @override
     def _unpacked(self, packed: Mapping[str, Any]) -> Curvature:
-        return unpack_curvature(packed, self._layers, self._ops_for)
+        blocks_of = partial(fisher_blocks_of, self._options.blocks, self._layers)
+        return checked_curvature(packed, self._layers, self._ops_for, blocks_of, self._options.fisher)
 
     def choices(self) -> dict[str, Choice]:
         """Return how the J of each preconditioned parameter is stored at present, by the parameter's name."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -205,17 +205,67 @@ def check_loss(loss_fn: Callable[[Any, Any], Tensor], output: Tensor, y: Any, lo
         )
 
 
-def check_momenta(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every saved momentum fits its parameter: the update would write past a smaller one."""
-    parameters = [parameter for group in param_groups for parameter in group["params"]]
-    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-    for parameter, index in zip(parameters, indices, strict=False):  # torch compares their numbers
-        saved = state_dict["state"].get(index, {}).get("momentum_buffer")
-        if saved is not None and saved.shape != parameter.shape:
+def check_layout(state_dict: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state has the entries that each state of an optimizer has."""
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(key), kind):
+            expected = f"a state_dict of an optimizer, with a {kind.__name__} {key!r}"
+            raise ValueError(f"expected {expected}; got {sorted(map(str, state_dict))}")
+    if not all(isinstance(x, Mapping) for x in (*state_dict["state"].values(), *state_dict["param_groups"])):
+        raise ValueError("an entry of the state is no dictionary: it is damaged")
+
+
+def check_saved_groups(
+    state_dict: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    model: nn.Module,
+    settings: Set[str],
+) -> None:
+    """Raise ValueError unless the groups and momenta of a state fit the optimizer's groups and parameters.
+
+    Args:
+        state_dict: the state.
+        param_groups: of the optimizer.
+        model: has the parameters' names.
+        settings: those that a group of this optimizer may have.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    saved_groups, count = state_dict["param_groups"], len(param_groups)
+    if len(saved_groups) != count:
+        raise ValueError(f"the state has {len(saved_groups)} parameter groups, but this optimizer has {count}")
+    for index, (group, saved) in enumerate(zip(param_groups, saved_groups, strict=True)):
+        own = [names.get(id(p), f"parameter {at}") for at, p in enumerate(group["params"])]
+        keys = saved.get("params", [])
+        if len(keys) != len(own):
             raise ValueError(
-                f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
-                f"{tuple(parameter.shape)}: it was saved for another model"
+                f"parameter group {index} of the state has {len(keys)} parameters, but this optimizer's has {len(own)} "
+                f"({_some(own)}): it was saved for another model"
             )
+        if missing := sorted((group.keys() & settings) - saved.keys()):
+            raise ValueError(f"parameter group {index} of the state has no {_some(missing)}: it is damaged")
+        try:
+            check_group(saved)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"parameter group {index} of the state: {error}") from error
+        for parameter, name, key in zip(group["params"], own, keys, strict=True):
+            _check_momentum(state_dict["state"].get(key, {}).get("momentum_buffer"), parameter, name)
+
+
+def _check_momentum(saved: Any, parameter: Tensor, name: str) -> None:
+    if saved is None:
+        return
+    if not isinstance(saved, Tensor) or not saved.is_floating_point():
+        got = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        raise ValueError(f"the state holds a momentum of type {got} for {name!r}: it is damaged")
+    if saved.shape != parameter.shape:
+        raise ValueError(
+            f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
+            f"{tuple(parameter.shape)}, {name!r}: it was saved for another model"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
