@@ -66,7 +66,7 @@ def mean_of_steps(case, count):
                 parameter.grad.copy_(grad)
             optimizer.step()
         kept = [
-            [x for p in m.parameters() for x in (p.detach(), *o.state[p].values())]
+            [x for p in m.parameters() for x in (p.detach(), o.state[p]["momentum_buffer"])]
             for m, o in zip(models, optimizers, strict=True)
         ]
         for own in zip(*kept, strict=True):
