@@ -268,7 +268,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
         curvature = refresh(self._capture, self._layers, options, self._curvature, grads, row_generator)
-        self._reports.spends(curvature.spending)
+        self._reports.refreshed(curvature)
         return curvature
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:
