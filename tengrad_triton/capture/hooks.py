@@ -34,13 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from tengrad_triton.capture.batch_statistics import PassFlags, with_detached_statistics
 from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
-from tengrad_triton.capture.hook import (
-    Hook,
-    check_not_checkpointed,
-    forget_retained,
-    is_transformed,
-    note_retained,
-)
+from tengrad_triton.capture.hook import Hook, check_not_checkpointed, forget_retained, is_transformed, note_retained
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
 from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
 from tengrad_triton.capture.options import CaptureOptions
@@ -168,6 +162,11 @@ class Capture:
         """Forget what was recorded; the records are emptied, because a graph may still hold them."""
         self._counted.forget()
         self._attribution.refresh += 1
+
+    def take_back(self) -> None:
+        """Forget what was recorded, and draw the labels of the next batch from where those of this one began."""
+        self._of_likelihood.take_back(self.records)
+        self.forget()
 
     def check_counted(self) -> None:
         """Raise `ValueError` if a record that counts has no rows, because the loss is made of derivatives."""

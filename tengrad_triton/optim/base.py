@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
+from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of, wide_dtype
 from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
 from tengrad_triton.optim import validation
 from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
-from tengrad_triton.optim.loss_scale import unscale_
+from tengrad_triton.optim.loss_scale import LossScale, loss_scale
 from tengrad_triton.optim.options import Unsupported, check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.whole_step import WholeStep
+from tengrad_triton.optim.wide import kept, restore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -189,11 +190,14 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not unscale_(self, self._capture):
-            return loss
-        targets, grads = self._targets()
-        if targets:
-            self._advance(*self._take_step(targets, grads, closure, loss))
+        with loss_scale(self, self._capture) as scale:
+            targets, grads = ([], []) if scale.skips else self._targets(scale)
+            if targets:
+                try:
+                    taken = self._take_step(targets, grads, closure, loss)
+                finally:
+                    self._wide.write_back()
+                self._advance(*taken)
         return loss
 
     def _advance(self, curvature: C, age: int) -> None:
@@ -226,14 +230,19 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
                 group["damping"] = schedule(self._steps)
                 validation.check_group(group)
 
-    def _targets(self) -> tuple[list[Target], list[Tensor]]:
+    def _targets(self, scale: LossScale) -> tuple[list[Target], list[Tensor]]:
         """Return a target for each parameter that has a gradient, and the gradients of what is minimized."""
 
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             parameter = layer.parameters[param_name]
             grad = parameter.grad
-            return None if grad is None else (parameter, self._momentum_of(parameter), grad)
+            if grad is None:
+                return None
+            validation.check_dtypes((parameter,))
+            return *self._wide.of(parameter, self.state[parameter], dtype), scale.unscaled(grad, dtype)
 
+        self._wide.forget()
+        dtype = wide_dtype(self._layers)
         trained, groups = trained_of(self._layers, tensors_of), self.param_groups
         targets = self._remembered.of(trained, groups, self._settings())
         for layer, param_name, (_, _, grad) in trained:
@@ -248,15 +257,8 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
         known = self._group_settings
         groups, averages = enumerate(self.param_groups), self._scaling != "none"
-        return [known.setdefault(index, GroupSettings()).of(group, averages) for index, group in groups]
-
-    def _momentum_of(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        buffer: Tensor | None = state.get("momentum_buffer")
-        if buffer is None or buffer.dtype != parameter.dtype:  # the model may have been converted
-            new = torch.zeros_like(parameter) if buffer is None else buffer.to(parameter.dtype)
-            buffer = state["momentum_buffer"] = new
-        return buffer
+        dtype = wide_dtype(self._layers)
+        return [known.setdefault(index, GroupSettings()).of(group, dtype, averages) for index, group in groups]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -287,11 +289,9 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
         check_scaling(saved.get("scaling", "none"), self._scaling)
         packed = saved["curvature"]
         restored = None if packed is None else self._unpacked(packed)
-        momenta = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
+        before = kept(self.state)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        for parameter, buffer in momenta.items():  # a captured graph writes to the present addresses
-            buffer.copy_(self.state[parameter].get("momentum_buffer", torch.zeros_like(buffer)))
-            self.state[parameter]["momentum_buffer"] = buffer
+        restore(self.state, before, self.param_groups, state_dict)
         self._curvature, self._steps, self._age = restored, saved["steps"], saved["age"]
         if saved["refresh_every"] is not None and not callable(self.refresh_every):
             self.refresh_every = saved["refresh_every"]

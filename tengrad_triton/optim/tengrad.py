@@ -210,8 +210,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
             curvature, age = self._refreshed(named), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
-        groups = self.param_groups if self._scaling != "none" else []
-        averages = [Average.of_group(group, self._steps) for group in groups]
+        averages = [Average.of_group(one, self._steps) for one in self.param_groups] if self._scaling != "none" else []
         bounds = self._options.trust_region, averages, self._options.clip_threshold
         if closure is None or age > 0 or not self.adapts:
             self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
@@ -219,6 +218,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         before = [target.parameter.clone() for target in targets]
         with restored_on_error(targets):
             self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
+            self._wide.write_back()
             self._adapt(curvature, targets, grads, before, closure, loss)
         return curvature, age
 

@@ -201,7 +201,7 @@ def check_momenta(param_groups: Sequence[Mapping[str, Any]], state_dict: Mapping
 
 
 def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless the trainable parameters of all groups are on one device, and their types fit each other.
+    """Raise unless the trainable parameters of all groups are real floating point, and on one device.
 
     Frozen parameters may be of any type, such as the integers of a quantized model.
     """
@@ -216,26 +216,17 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_dtypes(trained: Sequence[Tensor]) -> None:
-    """Raise unless these parameters are real floating point, and all or none of them in float64."""
+    """Raise unless these parameters are real floating point."""
     for parameter in trained:
         if not parameter.is_floating_point():
             raise TypeError(f"parameters must be real floating point, got {parameter.dtype}")
-    dtypes = sorted({str(parameter.dtype) for parameter in trained})
-    if len(dtypes) > 1 and str(torch.float64) in dtypes:
-        raise ValueError(
-            f"the optimizer's parameters are of {', '.join(dtypes)}, but float64 is not mixed with other types: "
-            "convert the model by model.double() or model.float(), or freeze the others"
-        )
 
 
 def check_trained(trained: Sequence[Trained]) -> None:
     """Raise unless a step can update these parameters: what was frozen when the optimizer was made may be thawed.
 
     Raises:
-        TypeError: a parameter is not real floating point.
-        ValueError: some parameters are in float64 and others are not, or an option of a layer makes its gradient
-            differ from the derivative of the loss.
+        ValueError: an option of a layer makes its gradient differ from the derivative of the loss.
     """
-    check_dtypes([parameter for _, _, (parameter, _, _) in trained])
     for layer in {layer.name: layer for layer, _, _ in trained}.values():
         require_exact_gradient(layer.name, layer.layer)
