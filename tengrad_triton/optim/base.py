@@ -20,7 +20,7 @@ from tengrad_triton.optim import validation
 from tengrad_triton.optim.copies import CopiedOptimizer
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
-from tengrad_triton.optim.loss_scale import LossScale, loss_scale
+from tengrad_triton.optim.loss_scale import NOT_SCALED, LossScale, loss_scale
 from tengrad_triton.optim.options import Unsupported, check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.summary import Summary
@@ -230,7 +230,7 @@ class CurvatureOptimizer(CopiedOptimizer[C], Generic[C]):
                 group["damping"] = schedule(self._steps)
                 validation.check_group(group)
 
-    def _targets(self, scale: LossScale) -> tuple[list[Target], list[Tensor]]:
+    def _targets(self, scale: LossScale = NOT_SCALED) -> tuple[list[Target], list[Tensor]]:
         """Return a target for each parameter that has a gradient, and the gradients of what is minimized."""
 
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:

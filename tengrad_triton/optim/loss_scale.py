@@ -36,6 +36,9 @@ class LossScale(NamedTuple):
         return wide if self.divisor is None else wide / self.divisor.to(wide.device)
 
 
+NOT_SCALED = LossScale()
+
+
 @contextmanager
 def loss_scale(optimizer: torch.optim.Optimizer, capture: Capture) -> Iterator[LossScale]:
     """Return a context for a step, with what its scaler says of it; ``capture.loss_scale`` is set.
@@ -49,7 +52,7 @@ def loss_scale(optimizer: torch.optim.Optimizer, capture: Capture) -> Iterator[L
     capture.loss_scale = 1.0
     found_inf, divisor = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     if found_inf is None:
-        yield LossScale()
+        yield NOT_SCALED
         return
     try:
         if found_inf.item():
