@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -127,6 +127,30 @@ def _are_accepted(arguments: Sequence[Any]) -> bool:
 def is_on_gpu(x: Tensor) -> bool:
     """Return whether a tensor is on a GPU; a stand-in for one replaces this function."""
     return x.is_cuda
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Return whether torch multiplies float32 matrices in TF32 or bfloat16: a setting, but not of every processor."""
+    if device.type == "cuda":
+        return _rounds_on_gpu()
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    setting = str(torch.backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+    return setting in ("tf32", "bf16") and _rounds_on_cpu(setting)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # tracing cannot read settings
+def _rounds_on_gpu() -> bool:
+    own = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if own == "none" else own) == "tf32"  # type: ignore[attr-defined]
+
+
+@cache
+def _rounds_on_cpu(setting: str) -> bool:
+    """Return whether a product shows the setting, which few CPUs follow."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    error = (x @ x.mT - (x.double() @ x.double().mT)).norm() / x.double().square().sum()
+    return bool(error > 1e-5)
 
 
 def expect(name: str, x: Tensor, *shape: int) -> None:

@@ -40,8 +40,10 @@ FLOATING = tuple(TRITON_TYPES)
 TF32X3 = "tf32x3"
 """The name of launch configurations in which tensor cores multiply float32: three products of two parts in TF32.
 
-Its error is that of float32, about 1e-6 of the factors' norms. In bfloat16, three products have ten times that.
+Its error is that of float32, at most `TF32X3_ERROR` of the factors' norms. In bfloat16, three products have ten times
+that.
 """
+TF32X3_ERROR = 1e-6
 
 
 @dataclass(frozen=True)

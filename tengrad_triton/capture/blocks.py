@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -113,6 +114,12 @@ class CapturedLayer:
     parameters: Mapping[str, Tensor]
     has_rule: bool
     takes_half_precision: bool
+
+
+def wide_dtype(layers: Sequence[LayerParams]) -> torch.dtype:
+    """Return the type of curvatures, momenta and updates: float64 if a trained parameter has it, or else float32."""
+    parameters = (p for layer in layers for p in layer.parameters.values())
+    return torch.float64 if any(p.dtype == torch.float64 and p.requires_grad for p in parameters) else torch.float32
 
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:

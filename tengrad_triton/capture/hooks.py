@@ -164,6 +164,11 @@ class Capture:
         self._counted.forget()
         self._attribution.refresh += 1
 
+    def take_back(self) -> None:
+        """Forget what was recorded, and draw the labels of the next batch from where those of this one began."""
+        self._of_likelihood.take_back(self.records)
+        self.forget()
+
     def check_counted(self) -> None:
         """Raise `ValueError` if a record that counts has no rows, because the loss is made of derivatives."""
         if self._options.fisher == "empirical" and not all(record.loss_seen for record in self.records):

@@ -43,7 +43,7 @@ class LikelihoodGrads:
     ) -> None:
         self._output_grads = output_grads
         self._fisher, self._likelihood, self._generator, self._draws = fisher, likelihood, generator, draws
-        self._max_hessian_factor_bytes = max_hessian_factor_bytes
+        self._max_hessian_factor_bytes, self._forwards = max_hessian_factor_bytes, 0  # those that have drawn labels
 
     def after_forward(self, record: Record, selected: Any, results: Sequence[Tensor]) -> None:
         """Fill in the output gradients, and the explicit rows of parameters without a rule.
@@ -64,6 +64,8 @@ class LikelihoodGrads:
                 leaves.append(own.requires_grad_())
             return own
 
+        if self._fisher == "sampled":
+            record.drawn, self._forwards = (self._forwards, self._generator.get_state()), self._forwards + 1
         seen = map_tensors(copy, selected)
         with torch.enable_grad():
             cotangents = self._exact(seen, leaves) if self._fisher == "exact" else self._sampled(seen, leaves)
@@ -71,6 +73,12 @@ class LikelihoodGrads:
         self._output_grads.fill(record, results, cotangents, batched=self._fisher == "exact")
         for of_row in (record, *record.extra_records):
             of_row.release_edges()
+
+    def take_back(self, records: Sequence[Record]) -> None:
+        """Give the generator the state back that it had before the first of the forwards in ``records``."""
+        drawn = [record.drawn for record in records if record.drawn is not None]
+        if drawn:
+            self._generator.set_state(min(drawn, key=lambda one: one[0])[1])
 
     def _exact(self, output: Any, leaves: Sequence[Tensor]) -> list[Cotangents]:
         _check_factor_size(output, self._max_hessian_factor_bytes)

@@ -148,6 +148,7 @@ class Record:
         loss_seen: whether the derivative of the caller's loss with respect to the model's output is known.
         is_extra: whether this is one of the extra records of another one.
         seen: the likelihood and the tensor that it saw, to be compared with the caller's loss; None if that is not due.
+        drawn: how many forwards had drawn labels before this one, and the generator's state then; None if it drew none.
     """
 
     call: Call
@@ -171,6 +172,7 @@ class Record:
     loss_seen: bool = False
     is_extra: bool = False
     seen: tuple[Any, Tensor] | None = None
+    drawn: tuple[int, Tensor] | None = None
 
     def for_another_row(self) -> Record:
         """Return a record of the same forward without output gradients, for a further row of each sample."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad, grad_and_value, vjp
 from torch.utils._pytree import tree_map_only
 
-from tengrad_triton.capture.blocks import CapturedLayer, LayerParams
+from tengrad_triton.capture.blocks import CapturedLayer, LayerParams, wide_dtype
 from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.rerun import rerun_rows
 from tengrad_triton.capture.rows.rule import Pairs, contributions_of
@@ -44,7 +44,8 @@ class StepState(NamedTuple):
     """The tensors that a step reads and updates in place; ``settings`` has one for each parameter group.
 
     ``averages`` has [share, correction] of each group's `Average`, or is empty. ``rates`` has the `rate_indices` of the
-    groups: a step is compiled again where other groups have one learning rate.
+    groups: a step is compiled again where other groups have one learning rate. ``copies`` has those in float32 of
+    parameters in half precision: a step updates them in place of the parameters.
     """
 
     parameters: Named
@@ -53,6 +54,7 @@ class StepState(NamedTuple):
     settings: Sequence[Tensor]
     averages: Sequence[Tensor]
     rates: tuple[int, ...]
+    copies: Named
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ class StepFunctions:
                 for layer in self.layers
                 if layer.name in in_blocks
             }
-        )
+        ).of_type(wide_dtype(self.layers))
 
     def _calls(self, name: str, tensors: CallTensors, by_perturbation: CallTensors) -> list[LayerCall]:
         return [call for call in self.capture.layer_calls(name, tensors, by_perturbation) if call.has_grads]
@@ -280,6 +282,9 @@ class StepFunctions:
     def _trained(self, state: StepState, grads: Named) -> list[Trained]:
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             name = self.names[layer.name, param_name]
-            return (state.parameters[name], state.momenta[name], grads[name]) if name in self.trained else None
+            if name not in self.trained:
+                return None
+            momentum = state.momenta[name]
+            return state.copies.get(name, state.parameters[name]), momentum, grads[name].to(momentum.dtype)
 
         return trained_of(self.layers, tensors_of)

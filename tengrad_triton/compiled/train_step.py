@@ -231,7 +231,9 @@ class TrainStep:
         functions = steps.functions
         own = functions.trained.intersection(functions.names.values())  # the model's others are not the optimizer's
         momenta = {name: self._access.momentum_of(parameters[name]) for name in own}
-        return StepState(parameters, dict(self._model.named_buffers()), momenta, *self._access.numbers_of_groups())
+        numbers = self._access.numbers_of_groups()
+        copies = self._access.copies_of({name: parameters[name] for name in own})
+        return StepState(parameters, dict(self._model.named_buffers()), momenta, *numbers, copies)
 
     def _compiled_reuse(self, steps: CompiledSteps, x: Any, y: Any) -> Tensor:
         access, functions, replays = self._access, steps.functions, self._buffers is not None

@@ -36,6 +36,7 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
         "inverses": [{"blocks": list(one.blocks), "inverse_BNN": one.inverse_BNN} for one in curvature.inverses],
         "history": list(curvature.history),
         "damping_L": curvature.damping_L,
+        "asked_L": curvature.asked_L,
         "divisor_L": curvature.divisor_L,
         "failures_L": curvature.failures_L,
         "moments": pack_moments(curvature.moments),
@@ -72,7 +73,8 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
     stored, history = store_contiguously(jacobians), tuple(packed["history"])
     spent = packed.get("spending")  # a compiled refresh has none
     spending = None if spent is None else Spending(**spent)
-    numbers = damping_L, divisor_L, failures_L
+    asked_L = packed.get("asked_L", packed["damping_L"]).to(device)  # likewise
+    numbers = damping_L, asked_L, divisor_L, failures_L
     curvature = Curvature(stored, packed["blocks"], inverses, history, *numbers, moments, scales, spending)
     curvature.projected.update(tree_map_only(Tensor, partial(_to, device=device), packed.get("projected", {})))
     return curvature

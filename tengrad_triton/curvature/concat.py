@@ -30,6 +30,17 @@ def take_rows(contribution: Contribution, rows: Tensor) -> Contribution:
     return take_outer_rows(contribution, rows)
 
 
+def in_float64(contribution: Contribution) -> Contribution:
+    """Return the contribution in float64."""
+    if isinstance(contribution, PerSampleGrads):
+        return PerSampleGrads(contribution.j_NK.double())
+    if isinstance(contribution, EmbeddingGrads):
+        return replace(contribution, g_NPD=contribution.g_NPD.double())
+    a = contribution.a
+    wide = replace(a, x_NCHW=a.x_NCHW.double()) if isinstance(a, ConvInput) else a.double()
+    return OuterProducts(wide, contribution.g_NGPO.double())
+
+
 def take_embedding_rows(embedding: EmbeddingGrads, rows: Tensor) -> EmbeddingGrads:
     """Return an embedding's contribution to some of the rows of J."""
     return replace(embedding, ids_NP=embedding.ids_NP[rows], g_NPD=embedding.g_NPD[rows])

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tengrad_triton.capture.blocks import LayerParams, full_name
+from tengrad_triton.capture.blocks import LayerParams, full_name, wide_dtype
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
 from tengrad_triton.capture.rows.rule import ById, Pairs, contributions_of, pairs_of_calls
-from tengrad_triton.curvature.concat import MicroBatches, take_rows
+from tengrad_triton.curvature.concat import MicroBatches, in_float64, take_rows
 from tengrad_triton.curvature.geometry import Geometry, geometry_of_calls, geometry_of_rows
 from tengrad_triton.layers import Call, Contribution, Inputs, PerSampleGrads
 
@@ -45,6 +45,16 @@ class Contributions:
         """Return N, the number of rows that J will have."""
         return sum(self.batch_rows)
 
+    def of_type(self, dtype: torch.dtype) -> Contributions:
+        """Return them in float64 if that is the type of the curvature: all parameters share the products of a step."""
+        if dtype != torch.float64:
+            return self
+
+        def wide(batches: MicroBatches) -> MicroBatches:
+            return [[in_float64(call) for call in calls] for calls in batches]
+
+        return self._each(wide)
+
     def take(self, rows: Sequence[Tensor]) -> Contributions:
         """Return the contributions to some rows, given by their indices within each micro-batch."""
 
@@ -52,8 +62,12 @@ class Contributions:
             pairs = zip(batches, rows, strict=True)
             return [[take_rows(call, index) for call in calls] for calls, index in pairs if len(index)]
 
+        return self._each(some)
+
+    def _each(self, function: Callable[[MicroBatches], MicroBatches]) -> Contributions:
+        layers = self.by_layer.items()
         return Contributions(
-            {name: {param_name: some(b) for param_name, b in layer.items()} for name, layer in self.by_layer.items()}
+            {name: {param_name: function(b) for param_name, b in layer.items()} for name, layer in layers}
         )
 
     def sample(self, most: int, generator: torch.Generator) -> Contributions:
@@ -138,7 +152,7 @@ def gather(
             found[name] = {param_name: [by_id.pop(id(p)) for by_id in batches] for param_name, p in trained.items()}
     if release_calls:
         capture.forget()
-    return Contributions(found), missing
+    return Contributions(found).of_type(wide_dtype(layers)), missing
 
 
 def _of_record(capture: Capture, record: Record, release_calls: bool) -> ById:

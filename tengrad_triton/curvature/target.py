@@ -249,9 +249,9 @@ class _Numbers:
         self._numbers: tuple[float, ...] = ()
         self._tensor = torch.empty(0)
 
-    def of(self, numbers: tuple[float, ...], group: Mapping[str, Any]) -> Tensor:
-        """Return the numbers in the type and on the device of a parameter group's."""
-        tensor, (dtype, device) = self._tensor, _type_of(group)
+    def of(self, numbers: tuple[float, ...], group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+        """Return the numbers in this type, on the device of a parameter group's."""
+        tensor, device = self._tensor, _device_of(group)
         if (tensor.numel(), tensor.dtype, tensor.device) != (len(numbers), dtype, device):
             tensor = self._tensor = torch.zeros(len(numbers), dtype=dtype, device=device)
             self._numbers = (0.0,) * len(numbers)
@@ -265,13 +265,13 @@ class _Numbers:
 class GroupSettings:
     """A parameter group's numbers as tensors that keep their addresses.
 
-    They are in float64 for float64 parameters and else in float32; frozen parameters do not count.
+    They are in the type of the curvature.
     """
 
     def __init__(self) -> None:
         self._settings, self._average = _Numbers(), _Numbers()
 
-    def of(self, group: Mapping[str, Any], averages: bool = False) -> Tensor:
+    def of(self, group: Mapping[str, Any], dtype: torch.dtype, averages: bool = False) -> Tensor:
         """Return the group's present [lr, momentum, weight_decay, shrink].
 
         The momentum is 0 where it is no part of the update: with SPRING, and where ``averages`` says that gradients are
@@ -281,18 +281,16 @@ class GroupSettings:
         coupled, shrink = (0.0, decay) if group["decoupled_weight_decay"] else (decay, 0.0)
         momentum = 0.0 if averages or group.get("spring") else group["momentum"]
         numbers = (0.0 if isinstance(lr, Tensor) else lr, momentum, coupled, shrink)
-        tensor = self._settings.of(numbers, group)
+        tensor = self._settings.of(numbers, group, dtype)
         if isinstance(lr, Tensor):
             tensor[0].copy_(lr.reshape(()))
         return tensor
 
-    def average(self, group: Mapping[str, Any], steps: int) -> Tensor:
+    def average(self, group: Mapping[str, Any], dtype: torch.dtype, steps: int) -> Tensor:
         """Return [share, correction] of the group's `Average` after so many steps."""
-        return self._average.of(average_numbers(group, steps), group)
+        return self._average.of(average_numbers(group, steps), group, dtype)
 
 
-def _type_of(group: Mapping[str, Any]) -> tuple[torch.dtype, torch.device]:
-    """Return the type and the device of a group's numbers; a group may be empty."""
-    trained = [p for p in group["params"] if p.requires_grad]
-    dtype = torch.float64 if any(p.dtype == torch.float64 for p in trained) else torch.float32
-    return dtype, trained[0].device if trained else torch.device("cpu")
+def _device_of(group: Mapping[str, Any]) -> torch.device:
+    """Return the device of a group's numbers; a group may be empty."""
+    return next((p.device for p in group["params"] if p.requires_grad), torch.device("cpu"))

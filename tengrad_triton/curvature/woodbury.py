@@ -5,6 +5,7 @@ Dimensions: L Fisher blocks, B blocks of one size, N rows of J, K entries of a g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.geometry import Spending
-from tengrad_triton.curvature.jacobians.base import Jacobians
+from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians
+from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously, without_factors
 from tengrad_triton.curvature.moments import AllMoments
 from tengrad_triton.curvature.products import grams
 from tengrad_triton.curvature.scaling import Scales
+from tengrad_triton.kernels.dispatch import rounds_products
+from tengrad_triton.kernels.spec import TF32X3, TF32X3_ERROR
 
 FisherBlocks = Mapping[str, Sequence[str]]
 """The names of the layers that are solved together, by the name of their Fisher block (M11)."""
@@ -50,9 +54,10 @@ def factor(
 ) -> Curvature:
     """Factor K + N α I of every block, those of one size in one batch.
 
-    Where rounding made K + N α I indefinite, the factorization fails, and the block steps along V / (α + trace(K) / N)
-    until the next refresh. That is no longer than the natural gradient, because trace(K) / N ≥ λ_max(F). Each failure
-    raises the block's damping tenfold from the next refresh on.
+    α is at least `least_shares` of trace(K) / N: with less, rounding would decide the step. Where K + N α I is
+    indefinite even so, the factorization fails, and the block steps along V / (α + trace(K) / N) until the next
+    refresh. That is no longer than the natural gradient, because trace(K) / N ≥ λ_max(F). Each failure raises the
+    block's damping tenfold from the next refresh on.
 
     Args:
         jacobians: J of every layer.
@@ -67,7 +72,7 @@ def factor(
         scales: D of all parameters; those with J have it in their `Jacobian` too.
     """
     if not jacobians:
-        return Curvature(jacobians, {}, (), history, epsilon_L, epsilon_L, failures_L, moments, scales)
+        return Curvature(jacobians, {}, (), history, epsilon_L, epsilon_L, epsilon_L, failures_L, moments, scales)
     if len(history) == 1:  # a history keeps its rows
         jacobians = {name: layer for names in blocks.values() for name, layer in reduce_rows(jacobians, names).items()}
     n, by_size = sum(history), _grams(jacobians, blocks)
@@ -79,18 +84,45 @@ def factor(
     }
     failures_L = failures_L.to(by_size[0][1])
     trace_L = torch.stack([traces[block] for block in blocks]) / n
-    alpha_L = epsilon_L.to(failures_L) * 10.0**failures_L
-    if relative_damping:
-        alpha_L = alpha_L * trace_L.clamp(min=1.0)
+    asked_L = epsilon_L.to(failures_L) * (trace_L.clamp(min=1.0) if relative_damping else 1.0)
+    least_L = torch.stack(torch._foreach_mul([*trace_L.unbind()], least_shares(jacobians, blocks, by_size[0][1])))
+    wanted_L = asked_L * 10.0**failures_L
+    alpha_L = wanted_L.maximum(least_L)
     shifts = dict(zip(blocks, (n * alpha_L).unbind(), strict=True))
     inverses, healthy = _inverses(by_size, shifts, ops)
     healthy_L = torch.stack([healthy[block] for block in blocks])
     used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
-    divisor_L = used_L / alpha_L if scales else used_L
+    divisor_L = used_L / wanted_L if scales else used_L  # a step that is damped more is no longer
     counts_L = failures_L + ~healthy_L
     stored = store_contiguously(without_factors(jacobians))
-    full = Curvature(stored, blocks, inverses, history, used_L, divisor_L, counts_L, moments, scales)
+    full = Curvature(stored, blocks, inverses, history, used_L, asked_L, divisor_L, counts_L, moments, scales)
     return compress(full, k, shifts, tol) if tol else full
+
+
+MARGIN = 8
+"""The least N α in units of e trace(K), where rounding changes K by e trace(K): a step then changes by a seventh."""
+FLOAT32_ERROR = 1e-8
+"""e / √N of float32: what Gram matrices and factors of 64 to 2048 rows had, for the worst of four kinds of rows."""
+TF32_ERROR = 7e-4
+"""e where torch multiplies in TF32."""
+
+
+def least_shares(jacobians: Jacobians, blocks: FisherBlocks, k_BNN: Tensor) -> list[float]:
+    """Return the least α of each block as a share of trace(K) / N, with K like ``k_BNN``; 0 in float64.
+
+    K in float64 would gain nothing: V / α has the rounding errors of V in full, where the natural gradient is shorter.
+    """
+    if k_BNN.dtype == torch.float64:
+        return [0.0] * len(blocks)
+    is_rounded = rounds_products(k_BNN.device)
+
+    def error_of(one: Jacobian) -> float:
+        in_torch = one.scale is not None or isinstance(one, EmbeddingJacobian) or "gram" not in one.ops.configs
+        coarse = TF32X3_ERROR if any(name.endswith(TF32X3) for name in one.ops.kernel_overrides) else 0.0
+        return max(FLOAT32_ERROR * math.sqrt(one.rows), TF32_ERROR if is_rounded and in_torch else coarse)
+
+    layers = ([one for name in names for one in jacobians[name].values()] for names in blocks.values())
+    return [MARGIN * max(map(error_of, own)) for own in layers]
 
 
 def _inverses(
@@ -138,8 +170,9 @@ class Curvature:
         history: rows of J from each of the refreshes whose rows are kept, the newest first.
         damping_L: the α of every block: the one that was factored with K, as the identity holds for no other; after a
             failure α + trace(K) / N.
-        divisor_L: what the step of every block divides by: α, and with scaled damping 1 (M17); after a failure
-            α + trace(K) / N and 1 + trace(K) / (N α).
+        asked_L: the α that the settings ask for. `factor` says why ``damping_L`` may be larger.
+        divisor_L: what the step of every block divides by: ``damping_L``, and with scaled damping (M17) its ratio to
+            the α that is asked for, after earlier failures.
         failures_L: how many factorizations of each block have failed so far.
         moments: those of which D is made (M17), by the names of layer and parameter; none if D is the identity.
         scales: D of the parameters (M17), also of those without J; none if D is the identity.
@@ -153,6 +186,7 @@ class Curvature:
     inverses: Sequence[InverseFactors]
     history: tuple[int, ...]
     damping_L: Tensor
+    asked_L: Tensor
     divisor_L: Tensor
     failures_L: Tensor
     moments: AllMoments

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +45,16 @@ def check_alone(model: Any, optimizer: str) -> None:
         raise ValueError(
             f"{optimizer} has the samples of one process only, but the model is wrapped in {type(model).__name__}: "
             "give it the model itself, in one process, or use TENGraD"
+        )
+
+
+def check_not_sharded(parameters: Iterable[Any]) -> None:
+    """Raise if a parameter is a part of one, or would be one part among others."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none; its import takes a second
+    if module is not None and any(isinstance(parameter, module.DTensor) for parameter in parameters):
+        raise ValueError(
+            "the parameters are DTensors, of which each process has a part (fully_shard, tensor parallelism): this "
+            "optimizer needs whole parameters, as with DistributedDataParallel"
         )
 
 

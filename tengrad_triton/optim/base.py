@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of
+from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, structure_of, wide_dtype
 from tengrad_triton.curvature.target import GroupSettings, Target, grads_of, trained_of
 from tengrad_triton.distributed.processes import OneProcess
 from tengrad_triton.distributed.ranks import unwrapped
 from tengrad_triton.optim import validation
 from tengrad_triton.optim.damping import DampingSchedule, schedule_of
 from tengrad_triton.optim.interval import interval_at
-from tengrad_triton.optim.loss_scale import unscale_
+from tengrad_triton.optim.loss_scale import NOT_SCALED, LossScale, loss_scale
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.state import StatefulOptimizer
@@ -194,11 +194,14 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not unscale_(self, self._capture):
-            return loss
-        targets, grads = self._targets()
-        if targets:
-            self._advance(*self._take_step(targets, grads, closure, loss))
+        with loss_scale(self, self._capture) as scale:
+            targets, grads = ([], []) if scale.skips else self._targets(scale)
+            if targets:
+                try:
+                    taken = self._take_step(targets, grads, closure, loss)
+                finally:
+                    self._wide.write_back()
+                self._advance(*taken)
         return loss
 
     def _advance(self, curvature: C, age: int) -> None:
@@ -233,14 +236,19 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
                 group["damping"] = schedule(self._steps)
                 validation.check_group(group)
 
-    def _targets(self) -> tuple[list[Target], list[Tensor]]:
+    def _targets(self, scale: LossScale = NOT_SCALED) -> tuple[list[Target], list[Tensor]]:
         """Return a target for each parameter that has a gradient, and the gradients of what is minimized."""
 
         def tensors_of(layer: LayerParams, param_name: str) -> tuple[Tensor, Tensor, Tensor] | None:
             parameter = layer.parameters[param_name]
             grad = parameter.grad
-            return None if grad is None else (parameter, self._momentum_of(parameter), grad)
+            if grad is None:
+                return None
+            validation.check_dtypes((parameter,))
+            return *self._wide.of(parameter, self.state[parameter], dtype), scale.unscaled(grad, dtype)
 
+        self._wide.forget()
+        dtype = wide_dtype(self._layers)
         trained, groups = trained_of(self._layers, tensors_of), self.param_groups
         targets = self._remembered.of(trained, groups, self._settings())
         for layer, param_name, (_, _, grad) in trained:
@@ -255,4 +263,5 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
         known = self._group_settings
         groups, averages = enumerate(self.param_groups), self._scaling != "none"
-        return [known.setdefault(index, GroupSettings()).of(group, averages) for index, group in groups]
+        dtype = wide_dtype(self._layers)
+        return [known.setdefault(index, GroupSettings()).of(group, dtype, averages) for index, group in groups]

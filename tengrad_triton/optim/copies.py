@@ -26,9 +26,10 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Trained
 from tengrad_triton.layers import tensors_in
 from tengrad_triton.optim.validation import check_trained
+from tengrad_triton.optim.wide import WideCopies
 
 C = TypeVar("C")
-_COMPLETED = ("_capture", "_generator", "_curvature", "_group_settings", "_remembered")
+_COMPLETED = ("_capture", "_generator", "_curvature", "_group_settings", "_remembered", "_wide")
 _HOOKS_OF_OPTIMIZERS = tuple(
     f"_optimizer_{of}_{when}_hooks" for of in ("step", "state_dict", "load_state_dict") for when in ("pre", "post")
 )
@@ -62,6 +63,7 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     def _forget_addresses(self) -> None:
         """Forget what steps remember of the parameters' addresses."""
         self._group_settings: dict[int, GroupSettings] = {}
+        self._wide = WideCopies()
         self._remembered = RememberedTargets(Hook(self._targets_have_changed))
 
     def _targets_have_changed(self, trained: Sequence[Trained]) -> None:

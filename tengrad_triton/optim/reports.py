@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tengrad_triton.capture.blocks import LayerParams, full_name
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.record import Record
 from tengrad_triton.curvature.choices import Ops
-from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.curvature.woodbury import Bounds, Curvature
+from tengrad_triton.kernels.dispatch import rounds_products
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.tuning.budget import Formed, Work
 from tengrad_triton.tuning.forecast import Forecaster
@@ -34,6 +34,8 @@ class Stats:
         interval: the number of steps from one refresh to the next, at present.
         rows: the rows of J that steps use; 0 before the first step, and between the forward of a refresh and its step.
         damping: α of each block, by the block's name; after a factorization that failed, α + trace(K) / N.
+        asked: the α that the settings ask for, by the names of those blocks that use a larger one: because rounding
+            errors would decide the step with this one, or because factorizations have failed.
         failures: how many factorizations have failed so far.
         clip: what `clip_threshold` multiplied the step of each block by, at most 1, by the block's name; empty without
             this bound, before the first step, and after a compiled step, which does not tell.
@@ -48,6 +50,7 @@ class Stats:
     interval: int
     rows: int
     damping: Mapping[str, float]
+    asked: Mapping[str, float]
     failures: int
     clip: Mapping[str, float]
     trust_region: float | None
@@ -72,6 +75,7 @@ class Reports:
         self._unsupported = unsupported
         self._said: set[str] = set()
         self._checked: tuple[Any, Any] = (None, None)  # the targets and the curvature that `idle` saw last
+        self._copied: _Dampings | None = None  # of the last refresh
         self._foreseen = 0  # the most rows for which a refresh was foreseen
         self.apart: dict[str, str] = {}
         self.bounds: tuple[int, Bounds] | None = None
@@ -79,7 +83,7 @@ class Reports:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes over: what was said."""
-        return {**vars(self), "_checked": (None, None)}
+        return {**vars(self), "_checked": (None, None), "_copied": None}
 
     def stats(self, curvature: Curvature | None, steps: int, age: int, interval: int) -> Stats:
         """Return the numbers of the last step, after ``steps`` of them, ``age`` of them with this curvature."""
@@ -92,7 +96,8 @@ class Reports:
             last_refresh=None if curvature is None else steps - age,
             interval=interval,
             rows=0 if curvature is None else curvature.rows,
-            damping={} if curvature is None else dict(zip(blocks, curvature.damping_L.tolist(), strict=True)),
+            damping={} if curvature is None else _Dampings.of(curvature).by_block(),
+            asked={} if curvature is None else _Dampings.of(curvature).raised(),
             failures=0 if curvature is None else int(curvature.failures_L.sum()),
             clip={} if clip_L is None else dict(zip(blocks, clip_L.tolist(), strict=True)),
             trust_region=None if region is None else float(region),
@@ -167,13 +172,31 @@ class Reports:
             if message is not None:
                 self._once("rows", message, deeper=6)
 
-    def spends(self, spending: Spending | None) -> None:
-        """Warn once where the memory is too small for all rows."""
+    def refreshed(self, curvature: Curvature) -> None:
+        """Warn once where the memory is too small for all rows, and where a damping is larger than asked.
+
+        Of dampings on a GPU a later refresh warns, so that nothing waits for it.
+        """
+        spending = curvature.spending
         if spending is not None and spending.why.startswith("max_bytes"):
             self._once(
                 "bytes",
                 f"J of all {spending.of} rows takes more than {spending.why}: {spending.rows} of them, drawn at random "
                 "at each refresh, are used; raise max_bytes, or set fisher_rows= or representation= yourself",
+            )
+        copied = _Dampings.of(curvature)
+        seen, self._copied = copied if copied.event is None else self._copied, copied
+        if seen is None or not (seen.event is None or seen.event.query()):
+            return
+        for name, asked in seen.raised().items():
+            products = "float32 products"
+            if rounds_products(curvature.damping_L.device):
+                products = "products in TF32, which torch.set_float32_matmul_precision('highest') turns off,"
+            self._once(
+                "raised",
+                f"block {name!r} uses a damping of {seen.by_block()[name]:.3g}, but {asked:.3g} was asked for: the "
+                f"rounding of {products} would decide the step. Raise damping=, or convert the model by "
+                "model.double(). stats.asked and stats.damping have all such blocks, at any time",
             )
 
     def draws_anew(self, device: torch.device) -> None:
@@ -190,6 +213,46 @@ class Reports:
         if key not in self._said:
             self._said.add(key)
             warnings.warn(message, stacklevel=_STEP_DEPTH + deeper)
+
+
+@dataclass(frozen=True)
+class _Dampings:
+    """The dampings that blocks use, and those that the settings ask for.
+
+    Attributes:
+        blocks: their names.
+        used_L: on the host.
+        asked_L: on the host.
+        event: when both have come from a GPU; None where they are there.
+    """
+
+    blocks: Sequence[str]
+    used_L: Tensor
+    asked_L: Tensor
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, curvature: Curvature) -> _Dampings:
+        """Return them, without waiting for the device."""
+        names, numbers = [block or "." for block in curvature.blocks], (curvature.damping_L, curvature.asked_L)
+        if numbers[0].device.type != "cuda":
+            return cls(names, numbers[0].cpu(), numbers[1].cpu())
+        used_L, asked_L = (x.to("cpu", non_blocking=True) for x in numbers)
+        event = torch.cuda.Event()
+        event.record()
+        return cls(names, used_L, asked_L, event)
+
+    def by_block(self) -> dict[str, float]:
+        """Return the dampings used."""
+        if self.event is not None:
+            self.event.synchronize()
+        return dict(zip(self.blocks, self.used_L.tolist(), strict=True))
+
+    def raised(self) -> dict[str, float]:
+        """Return the dampings asked for of those blocks that use larger ones."""
+        used = self.by_block()
+        asked = dict(zip(self.blocks, self.asked_L.tolist(), strict=True))
+        return {name: number for name, number in asked.items() if used[name] > number}
 
 
 def _ways(record: Record) -> dict[int, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import io
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
+from tengrad_triton.capture.blocks import wide_dtype
 from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.optim.copies import CopiedOptimizer, without_sharing
 from tengrad_triton.optim.options import check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.validation import check_bool, check_layout, check_saved_groups
+from tengrad_triton.optim.wide import Kept, kept, restore
 
 C = TypeVar("C")
 _SCALINGS = get_args(Scaling)
@@ -115,15 +117,6 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         check_bool("include_curvature", value)
         self._include_curvature = value
 
-    def _momentum_of(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        buffer: Tensor | None = state.get("momentum_buffer")
-        if buffer is None:
-            buffer = state["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
-        elif buffer.dtype != parameter.dtype or buffer.device != parameter.device:  # the model may have been converted
-            buffer = state["momentum_buffer"] = buffer.to(parameter)
-        return buffer
-
     def _parameters(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
@@ -138,10 +131,12 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         `torch.distributed.checkpoint` takes a step of an optimizer without entries, with gradients of zero, and reads
         their names from ``state``.
         """
+        dtype = wide_dtype(self._layers)
         for parameter in self._parameters():
             self.state.get(parameter, {}).pop(self.state_key, None)
             if parameter.requires_grad and not is_lazy(parameter) and parameter.numel():
-                self._momentum_of(parameter)
+                self._wide.of(parameter, self.state[parameter], dtype)
+        self._wide.forget()
         self.state[self._holder()][self.state_key] = {}
 
     @override
@@ -188,6 +183,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         if not isinstance(state_dict, dict):
             raise TypeError(f"expected a state_dict of {type(self).__name__}, got {type(state_dict).__name__}")
         found: list[_Checked[C]] = []
+        loaded: list[dict[str, Any]] = []
 
         def check(_: Any, state: dict[str, Any]) -> dict[str, Any]:
             check_layout(state)
@@ -195,13 +191,14 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
             found.append(self._checked({**state, "state": entries}))
             for entry in entries.values():
                 entry.pop(self.state_key, None)
-            return {**state, "state": entries}
+            loaded.append({**state, "state": entries})
+            return loaded[0]
 
-        before = {p: state["momentum_buffer"] for p, state in self.state.items() if "momentum_buffer" in state}
+        before = kept(self.state)
         # Between the hooks of users: they see all of the state before it is checked, and all of it is loaded after.
         handles = [
             self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(lambda _: self._restore(found[0], before), prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self._restore(found[0], loaded[0], before), prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -252,15 +249,9 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(f"the state's curvature is damaged ({type(error).__name__}: {error}); {advice}") from error
 
-    def _restore(self, saved: _Checked[C], momenta: Mapping[Any, Tensor]) -> None:
-        """Take over a state after torch has loaded its part; ``momenta`` are those of before."""
-        for parameter, buffer in momenta.items():
-            state = self.state[parameter]
-            new = state.get("momentum_buffer")
-            if new is None:
-                new = torch.zeros_like(buffer)
-            if new.dtype == buffer.dtype and new.device == buffer.device:
-                state["momentum_buffer"] = buffer.copy_(new)  # a captured graph writes to the present addresses
+    def _restore(self, saved: _Checked[C], loaded: Mapping[str, Any], before: Sequence[Kept]) -> None:
+        """Take over a state after torch has loaded its part; ``before`` is what was kept of parameters."""
+        restore(self.state, before, self.param_groups, loaded)
         self._fill_state()
         numbers, self._curvature = saved.numbers, saved.curvature
         self._steps, self._age, self._seed = numbers["steps"], numbers["age"], numbers["seed"]

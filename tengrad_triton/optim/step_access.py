@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.blocks import LayerParams, wide_dtype
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.checkpoint import pack_moments
 from tengrad_triton.curvature.choices import Choice, OpsFor
@@ -18,6 +18,7 @@ from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.optim.options import Options
 from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.optim.whole_step import WholeStep
+from tengrad_triton.optim.wide import momentum_of
 
 
 class StepAccess:
@@ -109,13 +110,21 @@ class StepAccess:
     def numbers_of_groups(self) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
         """Return each group's settings and `Average`, if there is one, at fixed addresses, and its `rate_indices`."""
         o = self._optimizer
-        settings, known = o._settings(), o._group_settings
+        settings, known, dtype = o._settings(), o._group_settings, wide_dtype(self.layers)
         groups = enumerate(self.groups if o._scaling != "none" else [])
-        return settings, [known[index].average(group, o._steps) for index, group in groups], rate_indices(self.groups)
+        averages = [known[index].average(group, dtype, o._steps) for index, group in groups]
+        return settings, averages, rate_indices(self.groups)
 
     def momentum_of(self, parameter: Tensor) -> Tensor:
         """Return a parameter's momentum buffer."""
-        return self._optimizer._momentum_of(parameter)
+        return momentum_of(parameter, self._optimizer.state[parameter], wide_dtype(self.layers))
+
+    def copies_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the wide copies of those parameters that are in narrower types; `advance` writes them back."""
+        o, dtype = self._optimizer, wide_dtype(self.layers)
+        o._wide.forget()
+        copies = {name: o._wide.of(parameter, o.state[parameter], dtype)[0] for name, parameter in parameters.items()}
+        return {name: copy for name, copy in copies.items() if copy is not parameters[name]}
 
     def before_refresh(self, blocks: FisherBlocks) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return each block's damping ε at this step, its count of failures, and the moments, packed."""
@@ -152,4 +161,5 @@ class StepAccess:
 
     def advance(self, curvature: Curvature, age: int) -> None:
         """Count a step with ``curvature``, which was the curvature of ``age`` steps before."""
+        self._optimizer._wide.write_back()
         self._optimizer._advance(curvature, age)

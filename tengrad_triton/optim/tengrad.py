@@ -225,6 +225,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             steps = [target.parameter - old for target, old in zip(targets, before, strict=False)]
             self._processes.end(targets)
             if adapts and closure is not None:
+                self._wide.write_back()
                 predicted = self._processes.mean(float(predicted_change(curvature, targets, grads, steps)))
                 how, of_groups = (self._capture, self._processes.mean), (self.param_groups, self._damping_schedules)
                 self._reports.changes = adapt_dampings(*of_groups, predicted, loss, closure, *how), predicted
@@ -261,7 +262,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
         named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
         curvature = refresh(self._capture, self._layers, options, self._curvature, named, row_generator)
-        self._reports.spends(curvature.spending)
+        self._reports.refreshed(curvature)
         return curvature
 
     def _damping_of(self, blocks: FisherBlocks) -> Tensor:

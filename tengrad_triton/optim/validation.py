@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.curvature.target import Trained
+from tengrad_triton.distributed.ranks import check_not_sharded
 from tengrad_triton.layers import require_exact_gradient
 from tengrad_triton.misspellings import did_you_mean
 
@@ -96,16 +96,6 @@ def check_model(model: Any, advice: str = _MODEL_FIRST) -> torch.device:
     if device is None:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
     return device
-
-
-def check_not_sharded(parameters: Iterable[Any]) -> None:
-    """Raise if a parameter is a part of one, or would be one part among others."""
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none; its import takes a second
-    if module is not None and any(isinstance(parameter, module.DTensor) for parameter in parameters):
-        raise ValueError(
-            "the parameters are DTensors, of which each process has a part (fully_shard, tensor parallelism): this "
-            "optimizer needs whole parameters, as with DistributedDataParallel"
-        )
 
 
 def check_interval(steps: Any) -> None:
@@ -248,18 +238,20 @@ def check_saved_groups(
         except (ValueError, TypeError) as error:
             raise ValueError(f"parameter group {index} of the state: {error}") from error
         for parameter, name, key in zip(group["params"], own, keys, strict=True):
-            _check_momentum(state_dict["state"].get(key, {}).get("momentum_buffer"), parameter, name)
+            entry = state_dict["state"].get(key, {})
+            _check_kept(entry.get("momentum_buffer"), "momentum", parameter, name)
+            _check_kept(entry.get("wide_copy"), "copy", parameter, name)
 
 
-def _check_momentum(saved: Any, parameter: Tensor, name: str) -> None:
+def _check_kept(saved: Any, what: str, parameter: Tensor, name: str) -> None:
     if saved is None:
         return
     if not isinstance(saved, Tensor) or not saved.is_floating_point():
         got = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
-        raise ValueError(f"the state holds a momentum of type {got} for {name!r}: it is damaged")
+        raise ValueError(f"the state holds a {what} of type {got} for {name!r}: it is damaged")
     if saved.shape != parameter.shape:
         raise ValueError(
-            f"the state holds a momentum of shape {tuple(saved.shape)} for a parameter of shape "
+            f"the state holds a {what} of shape {tuple(saved.shape)} for a parameter of shape "
             f"{tuple(parameter.shape)}, {name!r}: it was saved for another model"
         )
 
@@ -269,7 +261,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless the trainable parameters of all groups are on one device, and their types fit each other.
+    """Raise unless the trainable parameters of all groups are real floating point, and on one device.
 
     Frozen parameters may be of any type, such as the integers of a quantized model.
     """
@@ -285,26 +277,17 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_dtypes(trained: Sequence[Tensor]) -> None:
-    """Raise unless these parameters are real floating point, and all or none of them in float64."""
+    """Raise unless these parameters are real floating point."""
     for parameter in trained:
         if not parameter.is_floating_point():
             raise TypeError(f"parameters must be real floating point, got {parameter.dtype}")
-    dtypes = sorted({str(parameter.dtype) for parameter in trained})
-    if len(dtypes) > 1 and str(torch.float64) in dtypes:
-        raise ValueError(
-            f"the optimizer's parameters are of {', '.join(dtypes)}, but float64 is not mixed with other types: "
-            "convert the model by model.double() or model.float(), or freeze the others"
-        )
 
 
 def check_trained(trained: Sequence[Trained]) -> None:
     """Raise unless a step can update these parameters: what was frozen when the optimizer was made may be thawed.
 
     Raises:
-        TypeError: a parameter is not real floating point.
-        ValueError: some parameters are in float64 and others are not, or an option of a layer makes its gradient
-            differ from the derivative of the loss.
+        ValueError: an option of a layer makes its gradient differ from the derivative of the loss.
     """
-    check_dtypes([parameter for _, _, (parameter, _, _) in trained])
     for layer in {layer.name: layer for layer, _, _ in trained}.values():
         require_exact_gradient(layer.name, layer.layer)

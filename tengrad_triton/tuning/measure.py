@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tengrad_triton import kernels
-from tengrad_triton.kernels.spec import TF32X3
-from tengrad_triton.tuning.precision import TF32X3_ERROR
+from tengrad_triton.kernels.spec import TF32X3, TF32X3_ERROR
 
 
 def kernel_seconds(kernel: str, args: tuple[Any, ...], seconds: float) -> dict[str, float]:

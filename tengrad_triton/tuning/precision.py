@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tengrad_triton.curvature.choices import Choice
-from tengrad_triton.kernels.spec import TF32X3
+from tengrad_triton.curvature.woodbury import MARGIN
+from tengrad_triton.kernels.spec import TF32X3, TF32X3_ERROR
 
-TF32X3_ERROR = 1e-6
-LEAST_DAMPING = 8 * TF32X3_ERROR
+LEAST_DAMPING = MARGIN * TF32X3_ERROR
 
 
 def within_damping(choices: Mapping[str, Choice], damping: float, relative: bool) -> dict[str, Choice]:

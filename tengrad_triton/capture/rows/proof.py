@@ -31,7 +31,10 @@ class _Sum:
 
     total: Tensor | float = 0.0
     size: Tensor | float = 0.0
-    dtype: torch.dtype = torch.float64
+
+    def add(self, total: Tensor, size: Tensor) -> None:
+        """Add the part of one call."""
+        self.total, self.size = self.total + total, self.size + size.to(total.dtype)
 
 
 def refuted(
@@ -91,9 +94,10 @@ def _differing(
             _add_layer(sums, failed, weight, record, name, layer, weights_N)
         for key, rows in record.per_sample_grads.items():
             if key in sums:
-                _add(sums[key], weight * weighted_sum(PerSampleGrads(rows), weights_N), rows.norm())
+                sums[key].add(weight * weighted_sum(PerSampleGrads(rows), weights_N), rows.norm())
     pairs_of_sums = [(p, grad, sums[id(p)]) for p, grad in zip(parameters, expected, strict=True)]
-    return [p for p, grad, own in pairs_of_sums if id(p) not in failed and not _agrees(own, grad)]
+    dtype = _coarsest(records[0], results, parameters)
+    return [p for p, grad, own in pairs_of_sums if id(p) not in failed and not _agrees(own, grad, dtype)]
 
 
 def _add_layer(
@@ -116,16 +120,16 @@ def _add_layer(
     except Exception:
         failed.update(id(p) for p in layer.parameters.values())
         return
-    size, dtype = _size_of(calls), next(g.dtype for call in calls for g in call.output_grads if g is not None)
+    size = _size_of(calls)
     for key, contributions in found.items():
         for one in contributions if key in sums else ():
-            _add(sums[key], weight * weighted_sum(one, weights_N), size, dtype)
+            sums[key].add(weight * weighted_sum(one, weights_N), size)
 
 
-def _add(own: _Sum, total: Tensor, size: Tensor, dtype: torch.dtype | None = None) -> None:
-    dtype = dtype or total.dtype
-    own.dtype = max(own.dtype, dtype, key=lambda one: torch.finfo(one).eps)
-    own.total, own.size = own.total + total, own.size + size.to(total.dtype)
+def _coarsest(record: Record, results: Sequence[Tensor], parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return the least precise type in a backward pass: what is rounded in one layer goes on to those before it."""
+    of_calls = [g for call in record.all_calls() for g in call.output_grads if g is not None]
+    return max((x.dtype for x in (*of_calls, *results, *parameters)), key=lambda one: torch.finfo(one).eps)
 
 
 def _size_of(calls: Sequence[LayerCall]) -> Tensor:
@@ -141,12 +145,15 @@ def _size_of(calls: Sequence[LayerCall]) -> Tensor:
     return torch.stack([g * x.to(g.device) for g, x in zip(grads, inputs, strict=True)]).sum()
 
 
-def _agrees(own: _Sum, grad: Tensor) -> bool:
-    """Whether the two agree within rounding errors, which differ between two ways to add the same numbers up."""
+def _agrees(own: _Sum, grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the two agree within rounding errors, which differ between two ways to add the same numbers up.
+
+    ``dtype`` is the least precise type that they come from.
+    """
     expected = matrix_view(grad.to_dense() if grad.is_sparse else grad).flatten()
     if not torch.isfinite(expected).all():
         return True  # nothing can be said; the step itself will not use such rows
-    eps = precision_of(max(own.dtype, grad.dtype, key=lambda one: torch.finfo(one).eps), grad.device)
+    eps = precision_of(dtype, grad.device)
     off = (expected - own.total).norm()
     # The square root of the precision is far above rounding errors and far below the difference of another function.
     # The second term is for gradients that are nearly zero because large terms cancel.

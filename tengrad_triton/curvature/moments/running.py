@@ -157,7 +157,7 @@ def _without_rows(one: _Seen) -> Pair:
         rows, columns, _, weight = one.before
         return mean_of(rows, weight), mean_of(columns, weight)
     outputs, _, inputs = matrix_view(one.parameter.detach()).shape
-    dtype = torch.float64 if one.parameter.dtype == torch.float64 else torch.float32
+    dtype = torch.float32 if one.grad is None else one.grad.dtype
     rows, columns = (torch.ones(1, n, dtype=dtype, device=one.parameter.device) for n in (outputs, inputs))
     return rows, columns
 
