@@ -66,20 +66,15 @@ class Capture:
         layers: the layers to record, by name, and the parameters whose rows their calls give.
         options: which rows to record.
         generator: the random number generator that draws the labels.
-        on_forward: a bound method that is called when a recorded forward begins. It may call `follow`. Only a weak
-            reference to its object is kept.
+        on_forward: a bound method, called when a recorded forward begins. It may call `follow`; weakly referred to.
 
     Attributes:
         layers: the argument ``layers``.
         through_output: whether the caller's gradient came through the output of the rows only.
         was_empty: whether the batch of the last recorded forward had no samples.
-        loss_samples: of how many samples the caller's loss is a mean: with R processes and N samples in all of them,
-            N / R. None for the samples of the records.
+        loss_samples: the samples that the caller's loss is a mean of: N / R with N in R processes; None: the records'.
         loss_scale: the number that a `GradScaler` has multiplied the caller's loss by; None if it is not known.
     """
-
-    loss_scale: float | None
-    loss_samples: float | None
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, CapturedLayer], options: CaptureOptions,
@@ -87,7 +82,8 @@ class Capture:
     ) -> None:  # fmt: skip
         self._model, self._module = model, getattr(model, "_orig_mod", model)
         self.layers, self._options, self.was_empty = layers, options, False
-        self.loss_scale, self.loss_samples = 1.0, None
+        self.loss_scale: float | None = 1.0
+        self.loss_samples: float | None = None
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags)
@@ -98,8 +94,7 @@ class Capture:
         of_likelihood = (options.fisher, options.likelihood, generator, options.draws, options.max_bytes)
         self._of_likelihood = LikelihoodGrads(output_grads, *of_likelihood)
         self._open: Record | None = None  # of the forward that is running
-        self._handles: list[RemovableHandle] = []
-        self._layer_handles: list[RemovableHandle] = []
+        self._handles, self._layer_handles = list[RemovableHandle](), list[RemovableHandle]()
         self._eager = contextlib.ExitStack()
         self._rng_states: dict[str, Tensor] = {}
 

@@ -24,7 +24,7 @@ from tengrad_triton.optim.interval import interval_at
 from tengrad_triton.optim.loss_scale import NOT_SCALED, LossScale, loss_scale
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.optim.reports import Reports
-from tengrad_triton.optim.state import StatefulOptimizer
+from tengrad_triton.optim.state.saved import StatefulOptimizer
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.whole_step import WholeStep
 

@@ -16,9 +16,9 @@ from tengrad_triton.curvature.refresh import failures_of
 from tengrad_triton.curvature.target import rate_indices
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks
 from tengrad_triton.optim.options import Options
+from tengrad_triton.optim.state.wide import momentum_of
 from tengrad_triton.optim.tengrad import TENGraD
 from tengrad_triton.optim.whole_step import WholeStep
-from tengrad_triton.optim.wide import momentum_of
 
 
 class StepAccess:

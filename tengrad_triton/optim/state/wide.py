@@ -62,6 +62,16 @@ def momentum_of(parameter: Tensor, state: State, dtype: torch.dtype) -> Tensor:
     return buffer
 
 
+def fill(parameter: Tensor, state: State, dtype: torch.dtype) -> None:
+    """Make what is not there yet of a parameter's momentum in this type, and of its copy where it has another type.
+
+    A copy that is there stays, also where the parameter is another number: what belongs to it may not be loaded yet.
+    """
+    momentum_of(parameter, state, dtype)
+    if parameter.dtype != dtype and COPY not in state:
+        state[COPY] = parameter.detach().to(dtype)
+
+
 def kept(state: Mapping[Tensor, State]) -> list[Kept]:
     """Return the momenta and the copies, with their parameters and keys."""
     return [(parameter, key, own[key]) for parameter, own in state.items() for key in (MOMENTUM, COPY) if key in own]

@@ -25,8 +25,8 @@ from tengrad_triton.capture.hook import Hook
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Trained
 from tengrad_triton.layers import tensors_in
+from tengrad_triton.optim.state.wide import WideCopies
 from tengrad_triton.optim.validation import check_trained
-from tengrad_triton.optim.wide import WideCopies
 
 C = TypeVar("C")
 _COMPLETED = ("_capture", "_generator", "_curvature", "_group_settings", "_remembered", "_wide")

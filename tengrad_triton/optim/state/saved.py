@@ -24,11 +24,11 @@ from typing_extensions import override
 
 from tengrad_triton.capture.blocks import wide_dtype
 from tengrad_triton.curvature.moments import Scaling
-from tengrad_triton.optim.copies import CopiedOptimizer, without_sharing
 from tengrad_triton.optim.options import check_scaling
 from tengrad_triton.optim.reports import Reports
+from tengrad_triton.optim.state.copies import CopiedOptimizer, without_sharing
+from tengrad_triton.optim.state.wide import Kept, fill, kept, restore
 from tengrad_triton.optim.validation import check_bool, check_layout, check_saved_groups
-from tengrad_triton.optim.wide import Kept, kept, restore
 
 C = TypeVar("C")
 _SCALINGS = get_args(Scaling)
@@ -135,8 +135,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         for parameter in self._parameters():
             self.state.get(parameter, {}).pop(self.state_key, None)
             if parameter.requires_grad and not is_lazy(parameter) and parameter.numel():
-                self._wide.of(parameter, self.state[parameter], dtype)
-        self._wide.forget()
+                fill(parameter, self.state[parameter], dtype)
         self.state[self._holder()][self.state_key] = {}
 
     @override

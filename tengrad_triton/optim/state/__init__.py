@@ -1,0 +1,1 @@
+"""What an optimizer keeps beside its settings: in memory, in copies of itself, and in files."""
