@@ -72,13 +72,16 @@ RIVALS: dict[str, Rival] = {
     ),
 }
 NAMES = (OURS, *RIVALS)
+WITHOUT_EFFECT = ("gram", "process_group", "include_curvature")
+"""Settings that change no step of one process: results from before they were there are those of today."""
 GIVEN = ("model", "params", "lr", "likelihood", "seed")  # what the study says to TENGraD; all else is a default
 
 
 def defaults() -> dict[str, Any]:
     """Return TENGraD's defaults, except the learning rate and what is said for each problem."""
     known = inspect.signature(TENGraD).parameters
-    return {name: parameter.default for name, parameter in known.items() if name not in GIVEN}
+    left_out = {*GIVEN, *WITHOUT_EFFECT}
+    return {name: parameter.default for name, parameter in known.items() if name not in left_out}
 
 
 def default_lr(name: str) -> float:

@@ -55,7 +55,8 @@ class Case:
         """A digest of all that the run depends on, except the machine and the versions: a change makes it invalid."""
         own = {**asdict(self.setting), "change": {k: repr(v) for k, v in self.setting.change.items()}}
         del own["only_first"]  # which seeds there are says nothing of a run
-        defaults = {name: repr(p.default) for name, p in inspect.signature(TENGraD).parameters.items()}
+        known = inspect.signature(TENGraD).parameters.items()
+        defaults = {name: repr(p.default) for name, p in known if name not in optimizers.WITHOUT_EFFECT}
         others = {"unscaled": repr(dict(UNSCALED)), "paper": repr(dict(PAPER))}.get(self.setting.method, "")
         used = "" if self.setting.method == "adamw" else repr(sorted(defaults.items()))
         words = json.dumps([own, used, others, self.lr, size_of(PROBLEMS[self.problem]), POINTS])
