@@ -120,3 +120,55 @@ def test_a_copy_knows_the_last_step_and_a_loaded_state_does_not():
     known = optimizer.stats
     assert other.stats.clip == {}
     assert (other.stats.steps, other.stats.last_refresh, other.stats.rows) == (known.steps, known.last_refresh, 6)
+
+
+# Settings: what holds the pivots differs.
+HELD = [
+    {"scaling": "none", "damping": 0.1},
+    {"blocks": "network"},
+    {"representation": "factored"},
+    {"representation": "compressed", "tol": 1e-6, "scaling": "none", "damping": 0.1},
+]
+
+
+@pytest.mark.parametrize("settings", HELD)
+def test_pivots_are_those_of_the_dense_matrix(settings):
+    model = small_model().double()
+    optimizer = TENGraD(model, seed=0, **settings)
+    x, y = batch(6)
+    F.cross_entropy(model(x.double()), y).backward()
+    optimizer.step()
+    stats = optimizer.stats
+    for block in stats.damping:
+        own = "" if block == "." else block
+        rows = optimizer._curvature.rows
+        matrix = optimizer._curvature.inverses
+        inverse = next(one.inverse_BNN[one.blocks.index(own)] for one in matrix if own in one.blocks)
+        shift = rows * stats.damping[block]
+        eigenvalues = 1 / torch.linalg.eigvalsh(inverse.mT @ inverse) / shift
+        finite = eigenvalues[eigenvalues.isfinite()]
+        assert 1 - 1e-9 <= stats.pivot[block]
+        assert finite.min() - 1e-9 <= stats.pivot[block]
+        assert 1 <= stats.condition[block] <= finite.max() / finite.min() * (1 + 1e-9)
+        assert stats.bytes[block] >= inverse.nbytes
+    assert stats.share > 0
+    assert stats.age == 1
+
+
+@pytest.mark.filterwarnings("ignore:block ")  # the damping is larger than asked after a failure
+def test_a_block_that_failed_has_no_pivot(monkeypatch):
+    monkeypatch.setattr("tengrad_triton.curvature.woodbury.MARGIN", 0)
+    model = small_model()
+    optimizer = TENGraD(model, seed=0, scaling="none", damping=1e-30)
+    backward(model, 20)
+    optimizer.step()
+    stats = optimizer.stats
+    failed = [block for block, pivot in stats.pivot.items() if pivot == 0]
+    assert len(failed) == stats.failures > 0
+    assert all(stats.condition[block] == float("inf") for block in failed)
+
+
+def test_between_a_forward_and_its_step_nothing_is_held():
+    model, optimizer = after(1)
+    backward(model, 6)
+    assert (optimizer.stats.pivot, optimizer.stats.condition, optimizer.stats.rows) == ({}, {}, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.curvature.woodbury import Bounds, Curvature
 from tengrad_triton.kernels.dispatch import rounds_products
+from tengrad_triton.inspection.health import bytes_of, pivots_of
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.tuning.budget import Formed, Work
 from tengrad_triton.tuning.forecast import Forecaster
@@ -31,12 +33,19 @@ class Stats:
     Attributes:
         steps: the number of steps taken so far.
         last_refresh: the step, counted from 0, that computed the present curvature; None before the first step.
+        age: the number of steps taken with the present curvature.
         interval: the number of steps from one refresh to the next, at present.
         rows: the rows of J that steps use; 0 before the first step, and between the forward of a refresh and its step.
         damping: α of each block, by the block's name; after a factorization that failed, α + trace(K) / N.
         asked: the α that the settings ask for, by the names of those blocks that use a larger one: because rounding
             errors would decide the step with this one, or because factorizations have failed.
         failures: how many factorizations have failed so far.
+        pivot: the smallest pivot of the factorization of K + N α I of each block, over N α: at least 1 without rounding,
+            and 0 where it failed. Empty where ``rows`` is 0.
+        condition: the largest pivot of each block over the smallest: the condition number of K + N α I is no less.
+        bytes: of J and the factored matrix of each block.
+        share: what the optimizer adds to SGD's step, in the mean over an interval, by the cost model (M18), as a share
+            of it; None where it is not known, as after a compiled refresh.
         clip: what `clip_threshold` multiplied the step of each block by, at most 1, by the block's name; empty without
             this bound, before the first step, and after a compiled step, which does not tell.
         trust_region: what the trust region multiplied the step of all blocks by, at most 1; None where ``clip`` would
@@ -47,11 +56,16 @@ class Stats:
 
     steps: int
     last_refresh: int | None
+    age: int
     interval: int
     rows: int
     damping: Mapping[str, float]
     asked: Mapping[str, float]
     failures: int
+    pivot: Mapping[str, float]
+    condition: Mapping[str, float]
+    bytes: Mapping[str, int]
+    share: float | None
     clip: Mapping[str, float]
     trust_region: float | None
     actual_change: float | None
@@ -91,14 +105,21 @@ class Reports:
         known = self.bounds is not None and self.bounds[0] == steps - 1
         clip_L, region = self.bounds[1] if self.bounds is not None and known else (None, None)
         actual, predicted = self.changes or (None, None)
+        pivots = {} if curvature is None else {block or ".": both for block, both in pivots_of(curvature).items()}
+        spent = None if curvature is None else curvature.spending
         return Stats(
             steps=steps,
             last_refresh=None if curvature is None else steps - age,
+            age=age,
             interval=interval,
             rows=0 if curvature is None else curvature.rows,
             damping={} if curvature is None else _Dampings.of(curvature).by_block(),
             asked={} if curvature is None else _Dampings.of(curvature).raised(),
             failures=0 if curvature is None else int(curvature.failures_L.sum()),
+            pivot={block: least for block, (least, _) in pivots.items()},
+            condition={block: most / least if least else math.inf for block, (least, most) in pivots.items()},
+            bytes={} if curvature is None else {block or ".": n for block, n in bytes_of(curvature).items()},
+            share=None if spent is None else spent.step + spent.refresh / interval,
             clip={} if clip_L is None else dict(zip(blocks, clip_L.tolist(), strict=True)),
             trust_region=None if region is None else float(region),
             actual_change=actual,
