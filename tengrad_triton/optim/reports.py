@@ -17,8 +17,8 @@ from tengrad_triton.capture.record import Record
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.curvature.woodbury import Bounds, Curvature
-from tengrad_triton.kernels.dispatch import rounds_products
 from tengrad_triton.inspection.health import bytes_of, pivots_of
+from tengrad_triton.kernels.dispatch import rounds_products
 from tengrad_triton.optim.options import Unsupported
 from tengrad_triton.tuning.budget import Formed, Work
 from tengrad_triton.tuning.forecast import Forecaster
