@@ -31,7 +31,7 @@ class Part:
     lines: Sequence[Sequence[str]]
 
 
-BOXES_NOTE = "Each box ran its tasks in parallel. `python -m perf.gpu first` and `second` run them."
+BOXES_NOTE = "Each box ran its tasks in parallel. `python -m perf.gpu first --out DIR` and `second` run them."
 SMOKE_NOTE = """A few steps of training with the kernels and, beside it, with torch's definitions on the same device.
 The difference and the effect of rounding are relative to the distance that the parameters moved. Rounding is the
 difference that one unit of rounding in the inputs makes to the definitions: a right implementation differs by some such

@@ -40,8 +40,8 @@ class Stats:
         asked: the α that the settings ask for, by the names of those blocks that use a larger one: because rounding
             errors would decide the step with this one, or because factorizations have failed.
         failures: how many factorizations have failed so far.
-        pivot: the smallest pivot of the factorization of K + N α I of each block, over N α: at least 1 without rounding,
-            and 0 where it failed. Empty where ``rows`` is 0.
+        pivot: the smallest pivot of the factorization of K + N α I of each block, over N α: at least 1 without
+            rounding, and 0 where it failed. Empty where ``rows`` is 0.
         condition: the largest pivot of each block over the smallest: the condition number of K + N α I is no less.
         bytes: of J and the factored matrix of each block.
         share: what the optimizer adds to SGD's step, in the mean over an interval, by the cost model (M18), as a share
