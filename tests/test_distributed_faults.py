@@ -88,6 +88,14 @@ def without_samples(rank):
     optimizer.step()
 
 
+def without_own_samples(rank):
+    called = DistributedDataParallel(made(CASES["MLP"]))
+    optimizer = TENGraD(called, **of(gram="local"))
+    x, y = batch(CASES["MLP"], 0)
+    F.cross_entropy(called(x[: 4 * rank]), y[: 4 * rank], reduction="sum").backward()
+    optimizer.step()
+
+
 def with_batch_norm_of_all_ranks(rank):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
     optimizer = TENGraD(model, **of())
@@ -127,6 +135,10 @@ BAD = {
     ),
     in_a_smaller_group: "RuntimeError: the process group has 1 ranks, but had 2 when the optimizer was made",
     without_samples: "RuntimeError: the curvature is due for a refresh, but the batches of all ranks have 0 samples",
+    without_own_samples: (
+        "RuntimeError: the curvature is due for a refresh, but the batch has 0 samples",
+        "RuntimeError: rank 0 could not refresh the curvature, so no rank does: RuntimeError: the curvature is due",
+    ),
     with_batch_norm_of_all_ranks: "ValueError: the SyncBatchNorm '1' is in training",
     with_sharded_parameters: "ValueError: the parameters are DTensors",
     with_some_sharded_parameters: "ValueError: the parameters are DTensors",

@@ -56,32 +56,54 @@ def gather_from_all(
         RuntimeError: a rank could not gather its own contributions. Every rank raises.
     """
     contributions, missing, error = Contributions({}), dict[str, str](), None
-    try:
-        if capture.records or not capture.was_empty:
-            contributions, missing = gather(layers, capture, release_calls)
-    except Exception as caught:
-        error = caught
+    if capture.records or not capture.was_empty:
+        contributions, missing, error = _attempted(layers, capture, release_calls)
     shapes, own = packed(contributions.by_layer, next(p.device for one in layers for p in one.parameters.values()))
-    failure = None if error is None else f"{type(error).__name__}: {error}"
-    messages = ranks.gathered(Message(failure, missing, shapes, contributions.batch_rows, len(own)))
-    _raise_failures(messages, error)
+    messages = ranks.gathered(Message(_text_of(error), missing, shapes, contributions.batch_rows, len(own)))
+    _raise_failures([message.failure for message in messages], error)
+    if not any(message.batch_rows for message in messages):
+        raise RuntimeError(
+            "the curvature is due for a refresh, but the batches of all ranks have 0 samples: take no step for them"
+        )
     parts = ranks.gathered_bytes(own, [message.size for message in messages])
     found = [unpacked(message.by_layer, part) for message, part in zip(messages, parts, strict=True)]
     all_missing = {name: why for message in messages for name, why in message.missing.items()}
     return Contributions(_joined(found, messages, layers, all_missing)), all_missing
 
 
-def _raise_failures(messages: Sequence[Message], error: Exception | None) -> None:
-    failed = {rank: message.failure for rank, message in enumerate(messages) if message.failure is not None}
+def gather_own(
+    ranks: Ranks, layers: Sequence[LayerParams], capture: Capture, release_calls: bool
+) -> tuple[Contributions, dict[str, str]]:
+    """Do what `contributions.gather` does, for the samples of this rank, if all ranks can.
+
+    Raises:
+        RuntimeError: a rank could not gather its contributions. Every rank raises: the others would wait for its step.
+    """
+    contributions, missing, error = _attempted(layers, capture, release_calls)
+    _raise_failures(ranks.gathered(_text_of(error)), error)
+    return contributions, missing
+
+
+def _attempted(
+    layers: Sequence[LayerParams], capture: Capture, release_calls: bool
+) -> tuple[Contributions, dict[str, str], Exception | None]:
+    """Return this rank's contributions, and why some layers have none; or the error."""
+    try:
+        return *gather(layers, capture, release_calls), None
+    except Exception as error:
+        return Contributions({}), {}, error
+
+
+def _text_of(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _raise_failures(failures: Sequence[str | None], error: Exception | None) -> None:
     if error is not None:
         raise error
-    if failed:
-        rank, why = next(iter(failed.items()))
-        raise RuntimeError(f"rank {rank} could not refresh the curvature, so no rank does: {why}")
-    if not any(message.batch_rows for message in messages):
-        raise RuntimeError(
-            "the curvature is due for a refresh, but the batches of all ranks have 0 samples: take no step for them"
-        )
+    for rank, why in enumerate(failures):
+        if why is not None:
+            raise RuntimeError(f"rank {rank} could not refresh the curvature, so no rank does: {why}")
 
 
 def packed(by_layer: ByLayer, device: torch.device) -> tuple[ByLayer, Tensor]:

@@ -13,7 +13,7 @@ from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
-from tengrad_triton.distributed.exchange import gather_from_all
+from tengrad_triton.distributed.exchange import gather_from_all, gather_own
 from tengrad_triton.distributed.ranks import Gram, Ranks, agree, group_of, meet
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
@@ -64,8 +64,7 @@ class SeveralProcesses(OneProcess):
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self.averages = ranks, ranks.gram == "local"
-        if not self.averages:
-            self.gather = partial(gather_from_all, ranks)
+        self.gather = partial(gather_own if self.averages else gather_from_all, ranks)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Become, in a copy or a pickle, the processes of the default group: a group itself cannot be copied."""
