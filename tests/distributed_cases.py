@@ -145,6 +145,7 @@ CASES = {
     "history": Case(options=of(history=2), shares=UNEVEN),
     "the network as one block": Case(Transformer, sentences, of(blocks="network")),
     "some rows": Case(conv_net, images, of(fisher_rows=7)),
+    "some exact rows": Case(options=of("exact", fisher_rows=11, history=2, blocks="network"), shares=UNEVEN),
     "compressed": Case(options=of(representation="compressed", tol=1e-9)),
     "factored": Case(conv_net, images, of(representation="factored"), shares=UNEVEN),
     "rows by torch.func": Case(lambda: nn.Sequential(nn.Linear(6, 7), Gate(), nn.Linear(7, CLASSES)), options=of()),

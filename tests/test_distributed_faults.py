@@ -2,6 +2,7 @@
 
 import os
 import signal
+from unittest import mock
 
 import pytest
 import several_processes
@@ -79,6 +80,21 @@ def in_a_smaller_group(rank):
     optimizer.step()
 
 
+def made_before_the_group(rank):
+    model = made(CASES["MLP"])
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        optimizer = TENGraD(model, **of())
+    step_of(DistributedDataParallel(model), optimizer, rank)
+
+
+def with_a_rate_of_its_own(rank):
+    case = CASES["MLP"]
+    called = wrapped(case, 2)
+    optimizer = TENGraD(called, **case.options)
+    optimizer.param_groups[0]["lr"] *= 1 + rank
+    trained(case, rank, 2, 4, called, optimizer)
+
+
 def without_samples(rank):
     model = made(CASES["MLP"])
     called = DistributedDataParallel(model)
@@ -126,6 +142,8 @@ BAD = {
         "RuntimeError: the curvature is due for a refresh, but there was no forward",
     ),
     in_a_smaller_group: "RuntimeError: the process group has 1 ranks, but had 2 when the optimizer was made",
+    made_before_the_group: "RuntimeError: the process group has 2 ranks, but there was none when",
+    with_a_rate_of_its_own: "RuntimeError: rank 1 differs from rank 0: the sizes of its parameters add up to",
     without_samples: "RuntimeError: the curvature is due for a refresh, but the batches of all ranks have 0 samples",
     with_batch_norm_of_all_ranks: "ValueError: the SyncBatchNorm '1' is in training",
     with_sharded_parameters: "ValueError: the parameters are DTensors",
@@ -188,7 +206,12 @@ def test_one_process_refuses_what_it_cannot_serve(make, said):
 
 def baselines_refused(rank):
     called = DistributedDataParallel(nn.Linear(3, 4))
-    return [with_error(lambda: KFAC(called)), with_error(lambda: GaussNewton(called, called))]
+    compiled = torch.compile(called)
+    return [
+        with_error(lambda: KFAC(called)),
+        with_error(lambda: GaussNewton(called, called)),
+        with_error(lambda: KFAC(compiled)),
+    ]
 
 
 def test_baselines_refuse_the_wrapper():

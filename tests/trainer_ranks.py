@@ -7,7 +7,6 @@ Each process writes FOLDER/<rank>.pt with the parameters at the end of every cas
 
 import os
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -22,13 +21,13 @@ from trainer_models import bert, flat, gpt2, images, sentences, texts, vit
 from tengrad_triton import TENGraD
 from tengrad_triton.integrations.transformers import ForTrainer, likelihood_of_labels
 
-RANKS, BATCH, SAMPLES = 2, 8, 56  # of a batch, the samples of all ranks
+RANKS, BATCH, SAMPLES = 2, 8, 56  # a batch is that of all ranks together
 EXACT = {"fisher": "exact", "refresh_every": 3}
 STOP, STEPS = 4, 7  # an interruption, in the middle of an interval of the curvature
 
 
 def ranks():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 # -- the Trainer of Hugging Face --------------------------------------------------------------------------------------
@@ -153,12 +152,17 @@ class Module(lightning.LightningModule):
 
 
 def fit(module, strategy="ddp", path=None, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "use_distributed_sampler": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "use_distributed_sampler": False,
+    }
     chosen = {"strategy": strategy, "devices": ranks(), "accelerator": "cpu", "enable_model_summary": False}
     trainer = lightning.Trainer(**{**quiet, **chosen, "max_epochs": 1, **options})
     size = BATCH // options.get("accumulate_grad_batches", 1) // ranks()
     data = sentences(SAMPLES)  # the sampler that Lightning would make shuffles, also where the loader does not
-    sampler = DistributedSampler(data, ranks(), int(os.environ.get("RANK", 0)), shuffle=False)
+    sampler = DistributedSampler(data, ranks(), int(os.environ.get("RANK", "0")), shuffle=False)
     trainer.fit(module, DataLoader(data, batch_size=size, sampler=sampler), ckpt_path=path)
     return trainer
 
@@ -183,7 +187,6 @@ def resumed_by_lightning(folder):
     return torch.stack(ends)
 
 
-# Each case by its trainer; whether the model computes in float64 throughout, which GPT-2's loss does not.
 CASES = {
     "trainer": {
         "bert": lambda folder: of_trainer(bert, sentences, folder),
@@ -202,9 +205,7 @@ CASES = {
     "lightning": {
         "plain": of_lightning,
         "unused parameters": lambda folder: of_lightning(folder, "ddp_find_unused_parameters_true"),
-        "micro-batches, clipped": lambda folder: of_lightning(
-            folder, accumulate_grad_batches=2, gradient_clip_val=0.1
-        ),
+        "micro-batches, clipped": lambda folder: of_lightning(folder, accumulate_grad_batches=2, gradient_clip_val=0.1),
     },
 }
 RESUMED = {"trainer": resumed_by_the_trainer, "accelerate": resumed_by_accelerate, "lightning": resumed_by_lightning}
