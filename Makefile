@@ -38,7 +38,8 @@ test-pinn: $(READY)         ## install PINA and DeepXDE beside the rest, and run
 
 test-trainers: $(READY)     ## install transformers, Accelerate, Lightning and PEFT beside the rest, and run the tests that need them
 	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,trainers]'
-	$(PYTEST) -q tests/test_transformers.py tests/test_accelerate.py tests/test_lightning.py tests/test_peft.py
+	$(PYTEST) -q tests/test_transformers.py tests/test_accelerate.py tests/test_lightning.py tests/test_peft.py \
+	  tests/test_trainers_distributed.py
 	$(PYTEST) -q tests/test_documented.py -k trainers
 
 bench: $(READY)            ## run the benchmarks that fit this machine, into perf/results and docs/performance.md

@@ -41,6 +41,17 @@ class Transformer(nn.Module):
         return self.head(self.block(self.embed(ids)).mean(1))[:, :CLASSES]
 
 
+class WithPositions(Transformer):
+    """Adds to the words vectors of their positions, which have no entry for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, ids):
+        return self.head(self.block(self.embed(ids) + self.positions).mean(1))[:, :CLASSES]
+
+
 class TwoHeads(nn.Module):
     """The sign of a sample's first entry decides which of two heads it takes; a head without samples is not called."""
 
@@ -134,9 +145,11 @@ CASES = {
     "history": Case(options=of(history=2), shares=UNEVEN),
     "the network as one block": Case(Transformer, sentences, of(blocks="network")),
     "some rows": Case(conv_net, images, of(fisher_rows=7)),
+    "some exact rows": Case(options=of("exact", fisher_rows=11, history=2, blocks="network"), shares=UNEVEN),
     "compressed": Case(options=of(representation="compressed", tol=1e-9)),
     "factored": Case(conv_net, images, of(representation="factored"), shares=UNEVEN),
     "rows by torch.func": Case(lambda: nn.Sequential(nn.Linear(6, 7), Gate(), nn.Linear(7, CLASSES)), options=of()),
+    "a table looked up once for the batch": Case(WithPositions, sentences, of("exact"), shares=UNEVEN),
     "accumulation": Case(options=of("empirical"), parts=2, shares=UNEVEN),
     "accumulation, labels": Case(conv_net, images, of(), parts=2),
     "static graph": Case(conv_net, images, of("empirical"), {"static_graph": True}),

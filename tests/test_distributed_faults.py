@@ -2,6 +2,7 @@
 
 import os
 import signal
+from unittest import mock
 
 import pytest
 import several_processes
@@ -54,7 +55,7 @@ def a_step_ahead(rank):
     optimizer = TENGraD(called, **of())
     if rank:
         state = optimizer.state_dict()
-        state["tengrad"]["steps"] = 5
+        state["state"][0]["tengrad"]["steps"] = 5
         optimizer.load_state_dict(state)
     step_of(called, optimizer, rank)
 
@@ -77,6 +78,21 @@ def in_a_smaller_group(rank):
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     optimizer.step()
+
+
+def made_before_the_group(rank):
+    model = made(CASES["MLP"])
+    with mock.patch.object(dist, "is_initialized", return_value=False):
+        optimizer = TENGraD(model, **of())
+    step_of(DistributedDataParallel(model), optimizer, rank)
+
+
+def with_a_rate_of_its_own(rank):
+    case = CASES["MLP"]
+    called = wrapped(case, 2)
+    optimizer = TENGraD(called, **case.options)
+    optimizer.param_groups[0]["lr"] *= 1 + rank
+    trained(case, rank, 2, 4, called, optimizer)
 
 
 def without_samples(rank):
@@ -134,6 +150,8 @@ BAD = {
         "RuntimeError: the curvature is due for a refresh, but there was no forward",
     ),
     in_a_smaller_group: "RuntimeError: the process group has 1 ranks, but had 2 when the optimizer was made",
+    made_before_the_group: "RuntimeError: the process group has 2 ranks, but there was none when",
+    with_a_rate_of_its_own: "RuntimeError: rank 1 differs from rank 0: the sizes of its parameters add up to",
     without_samples: "RuntimeError: the curvature is due for a refresh, but the batches of all ranks have 0 samples",
     without_own_samples: (
         "RuntimeError: the curvature is due for a refresh, but the batch has 0 samples",
@@ -200,7 +218,12 @@ def test_one_process_refuses_what_it_cannot_serve(make, said):
 
 def baselines_refused(rank):
     called = DistributedDataParallel(nn.Linear(3, 4))
-    return [with_error(lambda: KFAC(called)), with_error(lambda: GaussNewton(called, called))]
+    compiled = torch.compile(called)
+    return [
+        with_error(lambda: KFAC(called)),
+        with_error(lambda: GaussNewton(called, called)),
+        with_error(lambda: KFAC(compiled)),
+    ]
 
 
 def test_baselines_refuse_the_wrapper():

@@ -218,7 +218,7 @@ def check_later(words):
 
 CHECKS = {
     **{"make": check_make, "pip": check_pip, PROGRAM: check_own, ".ci/run": lambda words: check_paths([".ci/run"])},
-    **{"git": check_paths, "pre-commit": check_paths, "python": check_later, "pytest": check_later},
+    **{"git": check_paths, "pre-commit": check_paths, "python": check_later, "pytest": check_later, "torchrun": check_later},
 }
 
 

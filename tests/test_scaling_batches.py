@@ -180,3 +180,27 @@ def test_a_state_holds_no_memory_that_it_does_not_need():
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in kept)
     jacobians = [one for layer in optimizer._curvature.jacobians.values() for one in layer.values()]
     assert all(one.factors is None for one in jacobians if isinstance(one, PerSample))
+
+
+@pytest.mark.parametrize("scaling", ["kronecker", "diagonal"])
+def test_explicit_rows_in_micro_batches_give_the_d_of_one_batch(scaling):
+    """One of the micro-batches has zero rows, as of a forward that did not use the parameter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = TENGraD(model)
+    j_NK = {name: torch.randn(9, *p.shape, dtype=DOUBLE) for name, p in model[0].named_parameters()}
+    grads = {("0", name): rows.mean(0) for name, rows in j_NK.items()}
+    for rows in j_NK.values():
+        rows[:2] *= 0.1
+        rows[5:] = 0.0
+    found = [
+        updated_moments(
+            {},
+            Contributions({"0": {n: [[PerSampleGrads(part)] for part in x.split(sizes)] for n, x in j_NK.items()}}),
+            optimizer._layers,
+            grads,
+            scaling,
+        )
+        for sizes in ([9], [2, 3, 4])
+    ]
+    torch.testing.assert_close(*({n: tuple(own) for n, own in one["0"].items()} for one in found), **EXACT)

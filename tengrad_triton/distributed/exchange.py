@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -156,14 +157,20 @@ def _joined(
         if params is None or layer.name in missing:
             continue
         joined[layer.name] = {
-            param_name: [
-                calls
-                for own, message in zip(found, messages, strict=True)
-                for calls in _of_rank(own.get(layer.name), param_name, layer.parameters[param_name], message)
-            ]
+            param_name: _in_turn(
+                [
+                    _of_rank(own.get(layer.name), param_name, layer.parameters[param_name], message)
+                    for own, message in zip(found, messages, strict=True)
+                ]
+            )
             for param_name in params
         }
     return joined
+
+
+def _in_turn(of_ranks: Sequence[MicroBatches]) -> MicroBatches:
+    """Return the first micro-batches of all ranks, then the second ones: exact rows are in the order of one process."""
+    return [calls for own in zip_longest(*of_ranks) for calls in own if calls is not None]
 
 
 def _of_rank(own: Mapping[str, Any] | None, param_name: str, parameter: Tensor, message: Message) -> MicroBatches:

@@ -14,7 +14,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.distributed.exchange import gather_from_all, gather_own
-from tengrad_triton.distributed.ranks import Gram, Ranks, agree, group_of, meet
+from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
 
@@ -22,12 +22,19 @@ Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, d
 class OneProcess:
     """A process that trains the model alone.
 
+    Args:
+        checks: whether a process group that is made later is an error.
+
     Attributes:
         several: whether there are others.
         averages: whether `end` averages the updates of all processes.
     """
 
     several = averages = False
+
+    def __init__(self, checks: bool = True) -> None:
+        self._checks = checks
+
     gather: Gather = staticmethod(gather)
     """Returns what was captured, and why some layers have no rows (`contributions.gather`)."""
 
@@ -42,6 +49,8 @@ class OneProcess:
         self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]
     ) -> int:
         """Begin a refresh; return the number of its samples."""
+        if self._checks:
+            check_still_alone()
         return capture.samples
 
     def end(self, targets: Sequence[Target]) -> None:
@@ -63,11 +72,24 @@ class SeveralProcesses(OneProcess):
     several = True
 
     def __init__(self, ranks: Ranks) -> None:
+        super().__init__(checks=False)
         self._ranks, self.averages = ranks, ranks.gram == "local"
         self.gather = partial(gather_own if self.averages else gather_from_all, ranks)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeveralProcesses:
+        """Return the same processes: a group itself cannot be copied."""
+        return SeveralProcesses(self._ranks)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """Become, in a copy or a pickle, the processes of the default group: a group itself cannot be copied."""
+        """Become, in a pickle, the processes of the default group.
+
+        Raises:
+            TypeError: the group is another one.
+        """
+        if not self._ranks.is_default:
+            raise TypeError(
+                "an optimizer of a process group other than the default one cannot be pickled: save its state_dict()"
+            )
         return processes_of, (None, self._ranks.gram, None)
 
     def agree(self, model: nn.Module, settings: Mapping[str, Any], seed: int) -> int:
@@ -118,4 +140,6 @@ def processes_of(model: nn.Module | None, gram: Gram, process_group: Any) -> One
     """Return what trains a model, wrapped or not, together with this process."""
     group = group_of(model, process_group)
     ranks = None if group is None else Ranks(group, gram)
-    return OneProcess() if ranks is None or ranks.count == 1 else SeveralProcesses(ranks)
+    if ranks is None or ranks.count == 1:
+        return OneProcess(checks=process_group is None)
+    return SeveralProcesses(ranks)

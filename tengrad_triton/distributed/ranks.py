@@ -31,16 +31,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is a `DataParallel`.
     """
-    if isinstance(model, DataParallel):
+    wrapper = _not_compiled(model)
+    if isinstance(wrapper, DataParallel):
         raise ValueError(
             "DataParallel runs copies of the model, which the optimizer does not see: use DistributedDataParallel, "
             "in one process for each device"
         )
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return wrapper.module if isinstance(wrapper, DistributedDataParallel) else model
+
+
+def _not_compiled(model: Any) -> Any:
+    """Return the module that `torch.compile` wrapped, or the model."""
+    return getattr(model, "_orig_mod", model)
 
 
 def check_alone(model: Any, optimizer: str) -> None:
     """Raise if several processes train a model, each with a part of the batch, of which an optimizer knows its own."""
+    model = _not_compiled(model)
     if isinstance(model, (DataParallel, DistributedDataParallel)):
         raise ValueError(
             f"{optimizer} has the samples of one process only, but the model is wrapped in {type(model).__name__}: "
@@ -60,11 +67,23 @@ def check_not_sharded(parameters: Iterable[Any]) -> None:
 
 def group_of(model: nn.Module | None, process_group: Any) -> Any:
     """Return the process group that trains a model: the given one, the wrapper's, or the default one; None without."""
-    if process_group is None and isinstance(model, DistributedDataParallel):
-        process_group = model.process_group
+    wrapper = _not_compiled(model)
+    if process_group is None and isinstance(wrapper, DistributedDataParallel):
+        process_group = wrapper.process_group
     if process_group is not None:
         return process_group
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def check_still_alone() -> None:
+    """Raise `RuntimeError` if there is a process group by now, which an optimizer does not know."""
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if count > 1:
+        raise RuntimeError(
+            f"the process group has {count} ranks, but there was none when the optimizer was made, so that it would "
+            "take a step for the samples of this rank only: make it after init_process_group (a trainer may call that "
+            "as it is made, or as its arguments are)"
+        )
 
 
 class Ranks:
@@ -77,10 +96,11 @@ class Ranks:
     Attributes:
         count: R, the number of processes.
         rank: the number of this process, from 0.
+        is_default: whether the group is the default one.
     """
 
     def __init__(self, group: Any, gram: Gram) -> None:
-        self._group, self._is_default, self.gram = group, group is dist.group.WORLD, gram
+        self._group, self.is_default, self.gram = group, group is dist.group.WORLD, gram
         self.count, self.rank = dist.get_world_size(group), dist.get_rank(group)
 
     def gathered(self, value: T) -> list[T]:
@@ -121,7 +141,7 @@ class Ranks:
         return (seed + 0x9E3779B97F4A7C15 * (step * self.count + self.rank)) % 2**63
 
     def _check_size(self) -> None:
-        if self._is_default:  # which may be another one by now
+        if self.is_default:  # which may be another one by now
             self._group = dist.group.WORLD if dist.is_initialized() else None
         if (now := 0 if self._group is None else self._group.size()) != self.count:
             raise RuntimeError(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -30,7 +31,9 @@ MicroBatches = int | Callable[[], int]
 """The number of forwards of a step, or a function that returns it before each forward."""
 
 
-def likelihood_of_labels(model: nn.Module, *, micro_batches: MicroBatches = 1) -> Categorical | Gaussian | Bernoulli:
+def likelihood_of_labels(
+    model: nn.Module, *, micro_batches: MicroBatches = 1, average_tokens_across_devices: bool = True
+) -> Categorical | Gaussian | Bernoulli:
     """Return the likelihood of the loss that a model of transformers computes from its ``labels``.
 
     Where there is a label for each token, a hook on the model tells the likelihood before each forward which of them
@@ -42,6 +45,8 @@ def likelihood_of_labels(model: nn.Module, *, micro_batches: MicroBatches = 1) -
         micro_batches: `gradient_accumulation_steps` of the Trainer, which divides the loss by the number of labels in
             all micro-batches of a step. If an epoch has a rest of fewer micro-batches, give
             ``lambda: trainer.current_gradient_accumulation_steps``.
+        average_tokens_across_devices: the argument of the Trainer with this name: whether that number of labels is the
+            one of all processes.
 
     Raises:
         ValueError: the loss of this model is not known here.
@@ -61,7 +66,7 @@ def likelihood_of_labels(model: nn.Module, *, micro_batches: MicroBatches = 1) -
             "this loss, or fisher='empirical', which needs neither"
         )
     likelihood = Categorical(dim=-1, ignore_index=_IGNORED)
-    hook = _Labels(likelihood, loss in _NEXT_TOKEN, micro_batches)
+    hook = _Labels(likelihood, loss in _NEXT_TOKEN, micro_batches, average_tokens_across_devices)
     model.register_forward_pre_hook(hook, with_kwargs=True)
     return likelihood
 
@@ -76,8 +81,9 @@ def _loss_of(model: nn.Module) -> str | None:
 class _Labels:
     """A hook that sets the targets of a likelihood, and the weights of its samples, to those of the present batch."""
 
-    def __init__(self, likelihood: Categorical, shifted: bool, micro_batches: MicroBatches) -> None:
+    def __init__(self, likelihood: Categorical, shifted: bool, micro_batches: MicroBatches, of_all: bool) -> None:
         self._likelihood, self._shifted, self._micro_batches = likelihood, shifted, micro_batches
+        self._of_all = of_all
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -88,7 +94,9 @@ class _Labels:
             return
         # The likelihood's mean is over the labels of one forward, the loss's over those of all forwards of the step.
         steps = self._micro_batches() if callable(self._micro_batches) else self._micro_batches
-        share = (labels != _IGNORED).sum() * steps / total
+        # With the labels of all processes, the Trainer multiplies the loss by their number.
+        processes = dist.get_world_size() if self._of_all and dist.is_available() and dist.is_initialized() else 1
+        share = (labels != _IGNORED).sum() * steps * processes / total
         self._likelihood.sample_weight = share.expand(len(labels))
 
     def _labels(self, kwargs: dict[str, Any]) -> Tensor | None:
@@ -109,19 +117,28 @@ class ForTrainer:
     no effect: they are those of AdamW.
     """
 
-    def __call__(self, model: nn.Module, micro_batches: MicroBatches = 1, **settings: Any) -> TENGraD:
+    def __call__(
+        self,
+        model: nn.Module,
+        micro_batches: MicroBatches = 1,
+        average_tokens_across_devices: bool = True,
+        **settings: Any,
+    ) -> TENGraD:
         """Return the optimizer.
 
         Args:
             model: the model of the Trainer.
             micro_batches: see `likelihood_of_labels`.
+            average_tokens_across_devices: see `likelihood_of_labels`.
             settings: of `TENGraD`.
 
         Raises:
             ValueError: the likelihood is not given, and the loss of this model is not known.
         """
         if "likelihood" not in settings and settings.get("fisher") != "empirical":
-            settings["likelihood"] = likelihood_of_labels(model, micro_batches=micro_batches)
+            settings["likelihood"] = likelihood_of_labels(
+                model, micro_batches=micro_batches, average_tokens_across_devices=average_tokens_across_devices
+            )
         if "params" not in settings:
             settings["params"] = _decay_groups(model, settings.get("weight_decay", 0.0))
         return TENGraD(model, **settings)

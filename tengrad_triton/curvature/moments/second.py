@@ -89,9 +89,26 @@ def second_moments(parameters: Sequence[tuple[MicroBatches, Form]]) -> list[list
     pairs = iter(_of_calls([(call, form) for batches, form in parameters for calls in batches for call in calls]))
     found = []
     for batches, _ in parameters:
-        parts = [[next(pairs) for _ in calls] for calls in batches]
-        found.append([sum_of(list(filter(None, own))) for own in zip_longest(*parts)])
+        parts = [[(call, next(pairs)) for call in calls] for calls in batches]
+        found.append([_of_batches(list(filter(None, own))) for own in zip_longest(*parts)])
     return found
+
+
+def _of_batches(parts: Sequence[tuple[Contribution, Pair]]) -> Pair:
+    """Return the sums over micro-batches."""
+    if len(parts) == 1:
+        return parts[0][1]
+    explicit = [(call.samples, *pair) for call, pair in parts if isinstance(call, PerSampleGrads)]
+    others = [pair for call, pair in parts if not isinstance(call, PerSampleGrads)]
+    return sum_of([_of_all_rows(explicit), *others] if explicit else others)
+
+
+def _of_all_rows(parts: Sequence[tuple[int, Tensor, Tensor]]) -> Pair:
+    """Return what `_of_rows` returns for the rows of all parts (samples, rows, columns), from what it did for each."""
+    squares = [(rows.diagonal(dim1=1, dim2=2) if rows.dim() == 3 else rows).sum() for _, rows, _ in parts]
+    columns = _sum([x * (square / n) for (n, _, x), square in zip(parts, squares, strict=True)])
+    share = columns / _sum(squares).clamp(min=torch.finfo(columns.dtype).tiny)
+    return _sum([rows for _, rows, _ in parts]), share * sum(n for n, _, _ in parts)
 
 
 def sum_of(pairs: Sequence[Pair]) -> Pair:
@@ -99,7 +116,11 @@ def sum_of(pairs: Sequence[Pair]) -> Pair:
     if len(pairs) == 1:
         return pairs[0]
     rows, columns = zip(*pairs, strict=True)
-    return torch.stack(rows).sum(0), torch.stack(columns).sum(0)
+    return _sum(rows), _sum(columns)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(parts)).sum(0)
 
 
 def _of_calls(calls: Sequence[tuple[Contribution, Form]]) -> list[Pair]:
@@ -162,8 +183,8 @@ def _of_rows(rows: Sequence[Tensor], form: Form) -> list[Pair]:
     squares_BGOTI = j_BNK.square().sum(1).view(len(rows), form.groups, form.outputs, -1, form.inputs)
     columns_BGI = squares_BGOTI.sum((2, 3))
     total_B = columns_BGI.sum((1, 2), keepdim=True)
-    share_B = j_BNK.shape[1] / total_B.clamp(min=torch.finfo(total_B.dtype).tiny)
-    sides = squares_BGOTI.sum((3, 4)), columns_BGI * share_B
+    share_BGI = columns_BGI / total_B.clamp(min=torch.finfo(total_B.dtype).tiny)  # all rows may be zero
+    sides = squares_BGOTI.sum((3, 4)), share_BGI * j_BNK.shape[1]
     full = form.rows_are_matrices, form.columns_are_matrices
     rows_B, columns_B = (x.diag_embed() if matrix else x for x, matrix in zip(sides, full, strict=True))
     return list(zip(rows_B.unbind(), columns_B.unbind(), strict=True))
