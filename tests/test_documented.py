@@ -216,9 +216,15 @@ def check_later(words):
     assert words
 
 
+def check_torchrun(words):
+    """`test_distributed_traffic` runs the program."""
+    assert words == ["--nproc-per-node", "2", "train.py"]
+
+
 CHECKS = {
     **{"make": check_make, "pip": check_pip, PROGRAM: check_own, ".ci/run": lambda words: check_paths([".ci/run"])},
-    **{"git": check_paths, "pre-commit": check_paths, "python": check_later, "pytest": check_later, "torchrun": check_later},
+    **{"git": check_paths, "pre-commit": check_paths, "python": check_later, "pytest": check_later},
+    "torchrun": check_torchrun,
 }
 
 
