@@ -161,7 +161,7 @@ def test_a_checkpoint_that_torch_cannot_write_is_one_line(here, capsys, monkeypa
     assert "go on with `tengrad-triton train --resume run`" in error
     assert (here / "run/checkpoints/sgd.pt").read_bytes() == before
     monkeypatch.undo()
-    os.chdir(here)
+    monkeypatch.chdir(here)
     with threads_restored():
         assert main(["train", "--resume", "run"]) == 0
 

@@ -81,7 +81,7 @@ print(json.dumps([halfway, loaded]))
 
 @pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(way, tmp_path):
-    code = KILLING.format(page=str(Path(PAGE).resolve()), folder=str(tmp_path), way=way, kills=KILLS)
+    code = KILLING.format(page=str(Path(__file__).parent.parent / PAGE), folder=str(tmp_path), way=way, kills=KILLS)
     halfway, loaded = json.loads(run("-c", code).strip().rpartition("\n")[2])
     assert len(loaded) == KILLS
     assert loaded[-1] > 1  # else no save came to its end
