@@ -12,7 +12,8 @@ from distributed_cases import CASES, STEPS, Case, batch, bounds, made, of, train
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tengrad_triton import TENGraD, compile_train_step
+from tengrad_triton import LevenbergMarquardt, TENGraD, compile_train_step
+from tengrad_triton.optim.state.saved import unpacked_of
 
 TOLERANCE = 1e-10  # of the parameters after 20 steps in float64
 
@@ -151,3 +152,40 @@ def compiled_steps(rank):
 def test_a_compiled_step_says_why_it_is_plain_and_is_right():
     found = several_processes.run(2, compiled_steps)
     assert all((own - trained(CASES["MLP"])).abs().max() <= TOLERANCE for own in found)
+
+
+def adapted_locally(rank):
+    """Return what the first step with own rows predicted, the step, and the states of model and optimizer."""
+    settings = {"scaling": "none", "damping": LevenbergMarquardt(0.1), "gram": "local", "blocks": "network"}
+    case = Case(options=of("exact", **settings), closure=True)
+    called = wrapped(case, 2)
+    before = [p.detach().clone() for p in called.parameters()]
+    optimizer = TENGraD(called, **case.options)
+    trained(case, rank, 2, 1, called, optimizer)
+    step = torch.cat([(p - old).detach().flatten() for p, old in zip(called.parameters(), before, strict=True)])
+    return optimizer.stats.predicted_change, step, optimizer.state_dict()["state"][0]
+
+
+def test_the_change_is_predicted_of_the_step_that_is_taken():
+    (first, _, state), (second, step, _) = several_processes.run(2, adapted_locally)
+    case = Case(options=of("exact"))
+    model = made(case)
+    x, y = batch(case, 0)
+    names, values = zip(*model.named_parameters(), strict=True)
+
+    def output(*parameters):
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+    grads = torch.autograd.grad(F.cross_entropy(model(x), y), values)
+    gradient = torch.cat([g.flatten() for g in grads])
+    change = torch.func.jvp(output, values, tuple(unflattened(step, values)))[1]
+    probabilities = model(x).softmax(1).detach()
+    fisher = (probabilities * change**2).sum(1) - (probabilities * change).sum(1) ** 2
+    expected = gradient @ step + fisher.mean() / 2
+    assert first == second
+    assert abs(first - expected) < 1e-9 * abs(expected)
+    assert unpacked_of(state["tengrad"]["curvature"])["history"] == []  # no rows: each rank has others
+
+
+def unflattened(flat, like):
+    return [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in like]), like, strict=True)]

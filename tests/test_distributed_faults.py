@@ -104,6 +104,27 @@ def without_samples(rank):
     optimizer.step()
 
 
+def with_another_rate(rank):
+    model = made(CASES["MLP"])
+    called = DistributedDataParallel(model)
+    optimizer = TENGraD(called, **of(gram="local"))
+    optimizer.param_groups[0]["lr"] *= 1 + rank
+    step_of(called, optimizer, rank)
+
+
+def with_a_schedule_that_fails(rank):
+    def damping(step):
+        if rank and step:
+            raise ArithmeticError("no damping here")
+        return 1.0
+
+    called = DistributedDataParallel(made(CASES["MLP"]))
+    optimizer = TENGraD(called, **{**of(), "damping": damping, "refresh_every": 1})
+    for _ in range(2):
+        optimizer.zero_grad()
+        step_of(called, optimizer, rank)
+
+
 def without_own_samples(rank):
     called = DistributedDataParallel(made(CASES["MLP"]))
     optimizer = TENGraD(called, **of(gram="local"))
@@ -151,8 +172,13 @@ BAD = {
     ),
     in_a_smaller_group: "RuntimeError: the process group has 1 ranks, but had 2 when the optimizer was made",
     made_before_the_group: "RuntimeError: the process group has 2 ranks, but there was none when",
-    with_a_rate_of_its_own: "RuntimeError: rank 1 differs from rank 0: the sizes of its parameters add up to",
+    with_a_rate_of_its_own: "RuntimeError: rank 1 differs from rank 0: its lr of group 0 is 0.06, that of rank 0 0.03",
     without_samples: "RuntimeError: the curvature is due for a refresh, but the batches of all ranks have 0 samples",
+    with_another_rate: "RuntimeError: rank 1 differs from rank 0: its lr of group 0 is 0.06, that of rank 0 0.03",
+    with_a_schedule_that_fails: (
+        "RuntimeError: rank 1 could not refresh the curvature, so no rank does: ArithmeticError: no damping here",
+        "ArithmeticError: no damping here",
+    ),
     without_own_samples: (
         "RuntimeError: the curvature is due for a refresh, but the batch has 0 samples",
         "RuntimeError: rank 0 could not refresh the curvature, so no rank does: RuntimeError: the curvature is due",

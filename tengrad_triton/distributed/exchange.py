@@ -81,8 +81,14 @@ def gather_own(
         RuntimeError: a rank could not gather its contributions. Every rank raises: the others would wait for its step.
     """
     contributions, missing, error = _attempted(layers, capture, release_calls)
-    _raise_failures(ranks.gathered(_text_of(error)), error)
+    messages = ranks.gathered(Message(_text_of(error), {}, {}, contributions.batch_rows, 0))
+    _raise_failures([message.failure for message in messages], error)
     return contributions, missing
+
+
+def announce(ranks: Ranks, error: Exception) -> None:
+    """Tell the ranks that wait in one of the functions above that this one has failed before."""
+    ranks.gathered(Message(_text_of(error), {}, {}, [], 0))
 
 
 def _attempted(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
-from tengrad_triton.distributed.exchange import gather_from_all, gather_own
-from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet
+from tengrad_triton.distributed.exchange import announce, gather_from_all, gather_own
+from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet, meeting_of
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
 
@@ -45,9 +45,15 @@ class OneProcess:
     def seed(self, generator: torch.Generator, seed: int, step: int) -> None:
         """Seed the generator of labels before the forward of a refresh, if each process has one of its own."""
 
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Return a context for a refresh: the other processes are told of an error for which they would wait."""
+        yield
+
     def begin(
-        self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]
-    ) -> int:
+        self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> int:  # fmt: skip
         """Begin a refresh; return the number of its samples."""
         if self._checks:
             check_still_alone()
@@ -74,7 +80,7 @@ class SeveralProcesses(OneProcess):
     def __init__(self, ranks: Ranks) -> None:
         super().__init__(checks=False)
         self._ranks, self.averages = ranks, ranks.gram == "local"
-        self.gather = partial(gather_own if self.averages else gather_from_all, ranks)
+        self.gather, self._is_awaited = self._gather, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeveralProcesses:
         """Return the same processes: a group itself cannot be copied."""
@@ -100,17 +106,38 @@ class SeveralProcesses(OneProcess):
         """Draw other labels than the other ranks, and after a restart the same ones as without it."""
         generator.manual_seed(self._ranks.seed(seed, step))
 
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """Tell the other ranks of an error between `begin` and the exchange, so that each of them raises."""
+        try:
+            yield
+        except Exception as error:
+            if self._is_awaited:
+                self._is_awaited = False
+                announce(self._ranks, error)
+            raise
+
+    def _gather(
+        self, layers: Sequence[LayerParams], capture: Capture, release_calls: bool
+    ) -> tuple[Contributions, dict[str, str]]:
+        self._is_awaited = False
+        chosen = gather_own if self.averages else gather_from_all
+        return chosen(self._ranks, layers, capture, release_calls)
+
     def begin(
-        self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor]
-    ) -> int:
+        self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> int:  # fmt: skip
         """Compare the ranks, and find out of how many samples the mean of their losses is the mean.
 
         Raises:
             ValueError: a layer mixes the samples of the ranks.
             RuntimeError: the ranks differ; every rank raises.
         """
+        meeting = meeting_of(step, capture.samples, [target.parameter for target in targets], grads, groups)
+        samples = meet(self._ranks, meeting)
+        self._is_awaited = True
         check_does_not_mix(model)
-        samples = meet(self._ranks, step, capture.samples, [target.parameter for target in targets], grads)
         if self.averages:
             return capture.samples
         capture.loss_samples = samples / self._ranks.count

@@ -186,20 +186,40 @@ class Meeting:
         step: the number of steps taken.
         samples: how many samples it has.
         sums: the sums of the sizes of the entries of its parameters, and of its gradients.
+        settings: the present settings of its parameter groups, by name, as texts.
     """
 
     step: int
     samples: int
     sums: tuple[float, ...]
+    settings: Mapping[str, str]
 
 
-def meet(ranks: Ranks, step: int, samples: int, parameters: Sequence[Tensor], grads: Sequence[Tensor]) -> int:
+def meeting_of(
+    step: int,
+    samples: int,
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+) -> Meeting:
+    """Return what this rank says."""
+    settings = {
+        f"{name} of group {index}": repr(value.item() if isinstance(value, Tensor) else value)
+        for index, group in enumerate(groups)
+        for name, value in group.items()
+        if name != "params"
+    }
+    return Meeting(step, samples, tuple(map(_size_of, (parameters, grads))), settings)
+
+
+def meet(ranks: Ranks, own: Meeting) -> int:
     """Compare the ranks at the beginning of a refresh, and return the number of samples of all of them.
 
     Raises:
-        RuntimeError: they are at different steps, or have different parameters or gradients. Every rank raises.
+        RuntimeError: they are at different steps, or have different settings, parameters or gradients. Every rank
+            raises.
     """
-    all_of_them = ranks.gathered(Meeting(step, samples, tuple(map(_size_of, (parameters, grads)))))
+    all_of_them = ranks.gathered(own)
     first = all_of_them[0]
     for rank, other in enumerate(all_of_them):
         why = _difference(first, other)
@@ -217,6 +237,9 @@ def _size_of(tensors: Sequence[Tensor]) -> float:
 def _difference(first: Meeting, other: Meeting) -> str | None:
     if first.step != other.step:
         return f"it has taken {other.step} steps, and rank 0 {first.step}: every rank takes every step"
+    for name, value in first.settings.items():
+        if other.settings.get(name) != value:
+            return f"its {name} is {other.settings.get(name)}, that of rank 0 {value}: every rank has the same settings"
     same_parameters, same_grads = (
         math.isclose(x, y, rel_tol=_SAME) or not (math.isfinite(x) or math.isfinite(y))
         for x, y in zip(first.sums, other.sums, strict=True)

@@ -214,7 +214,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     ) -> tuple[Curvature, int]:
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
-            curvature, age = self._refreshed(targets, grads), 0
+            with self._processes.announced():
+                curvature, age = self._refreshed(targets, grads), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
         averages = [Average.of_group(group, self._steps) for group in self.param_groups if self._scaling != "none"]
         bounds = self._options.trust_region, averages, self._options.clip_threshold
@@ -222,8 +223,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         before = [target.parameter.clone() for target in targets] if adapts else []
         with restored_on_error(targets) if adapts or self._processes.averages else nullcontext():
             self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
-            steps = [target.parameter - old for target, old in zip(targets, before, strict=False)]
             self._processes.end(targets)
+            steps = [target.parameter - old for target, old in zip(targets, before, strict=False)]
             if adapts and closure is not None:
                 self._wide.write_back()
                 predicted = self._processes.mean(float(predicted_change(curvature, targets, grads, steps)))
@@ -249,7 +250,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         """Return the curvature of the batches since the last step."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
-        samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads)
+        samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads, self.param_groups)
         self._follow_schedules()
         foresee = partial(self._reports.foresees, self._ops, self._generator.device)
         options = o.of_refresh(

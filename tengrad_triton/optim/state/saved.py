@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from tengrad_triton.capture.blocks import wide_dtype
 from tengrad_triton.curvature.moments import Scaling
+from tengrad_triton.distributed.processes import OneProcess
 from tengrad_triton.optim.options import check_scaling
 from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.state.copies import CopiedOptimizer, without_sharing
@@ -101,6 +102,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
     _seed: int
     _scaling: str
     _reports: Reports
+    _processes: OneProcess
     _include_curvature = True
 
     @abstractmethod
@@ -151,6 +153,7 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         """
         includes = self._include_curvature if include_curvature is None else include_curvature
         check_bool("include_curvature", includes)
+        includes = includes and not self._processes.averages  # one of each process's own is not that of the others
         self._fill_state()
         handle = self.register_state_dict_post_hook(partial(_add_own, includes), prepend=True)  # users' hooks see it
         try:
