@@ -22,7 +22,7 @@ def ranks_trained(rank, count, names):
     return {name: trained(CASES[name], rank, count) for name in names}
 
 
-@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_ranks_take_the_step_of_one_process_with_the_whole_batch(count):
     of_ranks = several_processes.run(count, ranks_trained, count, list(CASES))
     wrong = {}

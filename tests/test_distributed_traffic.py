@@ -60,7 +60,7 @@ def numbers_of_factors(model):
 
 
 @pytest.mark.skipif(not Path(COUNTS).exists(), reason="the system counts no bytes")
-@pytest.mark.parametrize("count", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_steps_send_what_the_equations_say(count):
     for found, parameters, factors in several_processes.run(count, sent_by_steps):
         gradients = 2 * (count - 1) / count * parameters

@@ -7,7 +7,7 @@ import pytest
 from helpers.processes import run
 
 PAGE = "docs/guides/checkpoints.md"
-KILLS = 25
+KILLS = 12
 # A parent that kills children while they save over and over, and loads what is left after each.
 KILLING = """
 import json, os, random, signal, sys, time, warnings
