@@ -244,13 +244,14 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
             grad = parameter.grad
             if grad is None:
                 return None
-            validation.check_dtypes((parameter,))
+            if parameter.dtype != dtype:
+                validation.check_dtypes((parameter,))
             return *self._wide.of(parameter, self.state[parameter], dtype), scale.unscaled(grad, dtype)
 
         self._wide.forget()
         dtype = wide_dtype(self._layers)
         trained, groups = trained_of(self._layers, tensors_of), self.param_groups
-        targets = self._remembered.of(trained, groups, self._settings())
+        targets = self._remembered.of(trained, groups, self._settings(dtype))
         for layer, param_name, (_, _, grad) in trained:
             if grad.layout != torch.strided:
                 raise RuntimeError(
@@ -259,9 +260,8 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
                 )
         return targets, grads_of(trained, groups)
 
-    def _settings(self) -> list[Tensor]:
-        """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor."""
+    def _settings(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return the present [lr, momentum, weight_decay, shrink] of each group, as one tensor of this type."""
         known = self._group_settings
         groups, averages = enumerate(self.param_groups), self._scaling != "none"
-        dtype = wide_dtype(self._layers)
         return [known.setdefault(index, GroupSettings()).of(group, dtype, averages) for index, group in groups]

@@ -32,7 +32,7 @@ class LossScale(NamedTuple):
 
     def unscaled(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the gradient of the loss itself, in this type."""
-        wide = grad.to(dtype)
+        wide = grad if grad.dtype == dtype else grad.to(dtype)
         return wide if self.divisor is None else wide / self.divisor.to(wide.device)
 
 

@@ -110,7 +110,8 @@ class StepAccess:
     def numbers_of_groups(self) -> tuple[list[Tensor], list[Tensor], tuple[int, ...]]:
         """Return each group's settings and `Average`, if there is one, at fixed addresses, and its `rate_indices`."""
         o = self._optimizer
-        settings, known, dtype = o._settings(), o._group_settings, wide_dtype(self.layers)
+        known, dtype = o._group_settings, wide_dtype(self.layers)
+        settings = o._settings(dtype)
         groups = enumerate(self.groups if o._scaling != "none" else [])
         averages = [known[index].average(group, dtype, o._steps) for index, group in groups]
         return settings, averages, rate_indices(self.groups)
