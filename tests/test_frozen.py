@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from mixed_types import Cast
 from torch import nn
 
 from tengrad_triton import TENGraD, compile_train_step
@@ -145,15 +146,6 @@ def test_what_is_thawed_is_refused_by_a_compiled_step(case):
     with pytest.raises(error, match=message):
         step(x, y)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-
-
-class Cast(nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x):
-        return x.to(self.dtype)
 
 
 def mixed(first, second):

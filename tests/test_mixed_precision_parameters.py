@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from mixed_types import Cast
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -257,15 +258,6 @@ def test_gradients_in_float16_are_divided_in_float32(loss_scale):
 
 
 # -- float32 beside float64 ------------------------------------------------------------------------------------------
-
-
-class Cast(nn.Module):
-    def __init__(self, dtype):
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x):
-        return x.to(self.dtype)
 
 
 LAYERS = {

@@ -73,7 +73,7 @@ def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], o
     stored, history = store_contiguously(jacobians), tuple(packed["history"])
     spent = packed.get("spending")  # a compiled refresh has none
     spending = None if spent is None else Spending(**spent)
-    asked_L = packed.get("asked_L", packed["damping_L"]).to(device)  # likewise
+    asked_L = packed.get("asked_L", packed["damping_L"]).to(device)  # states of an earlier version have none
     numbers = damping_L, asked_L, divisor_L, failures_L
     curvature = Curvature(stored, packed["blocks"], inverses, history, *numbers, moments, scales, spending)
     curvature.projected.update(tree_map_only(Tensor, partial(_to, device=device), packed.get("projected", {})))

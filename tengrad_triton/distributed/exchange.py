@@ -61,7 +61,7 @@ def gather_from_all(
         contributions, missing, error = _attempted(layers, capture, release_calls)
     shapes, own = packed(contributions.by_layer, next(p.device for one in layers for p in one.parameters.values()))
     messages = ranks.gathered(Message(_text_of(error), missing, shapes, contributions.batch_rows, len(own)))
-    _raise_failures([message.failure for message in messages], error)
+    _raise_failures(messages, error)
     if not any(message.batch_rows for message in messages):
         raise RuntimeError(
             "the curvature is due for a refresh, but the batches of all ranks have 0 samples: take no step for them"
@@ -82,7 +82,7 @@ def gather_own(
     """
     contributions, missing, error = _attempted(layers, capture, release_calls)
     messages = ranks.gathered(Message(_text_of(error), {}, {}, contributions.batch_rows, 0))
-    _raise_failures([message.failure for message in messages], error)
+    _raise_failures(messages, error)
     return contributions, missing
 
 
@@ -105,12 +105,12 @@ def _text_of(error: Exception | None) -> str | None:
     return None if error is None else f"{type(error).__name__}: {error}"
 
 
-def _raise_failures(failures: Sequence[str | None], error: Exception | None) -> None:
+def _raise_failures(messages: Sequence[Message], error: Exception | None) -> None:
     if error is not None:
         raise error
-    for rank, why in enumerate(failures):
-        if why is not None:
-            raise RuntimeError(f"rank {rank} could not refresh the curvature, so no rank does: {why}")
+    for rank, message in enumerate(messages):
+        if message.failure is not None:
+            raise RuntimeError(f"rank {rank} could not refresh the curvature, so no rank does: {message.failure}")
 
 
 def packed(by_layer: ByLayer, device: torch.device) -> tuple[ByLayer, Tensor]:

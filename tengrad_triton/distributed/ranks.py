@@ -172,6 +172,18 @@ def agree(ranks: Ranks, model: nn.Module, settings: Mapping[str, Any], seed: int
     return of_ranks[0][1]
 
 
+def settings_of_groups(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the present settings of parameter groups, and how many parameters they have, by names for messages."""
+
+    def plain(name: str, value: Any) -> Any:
+        if name == "params":
+            return len(value)
+        return value.item() if isinstance(value, Tensor) else value
+
+    named = [(index, name, value) for index, group in enumerate(groups) for name, value in group.items()]
+    return {f"{name} of group {index}": plain(name, value) for index, name, value in named}
+
+
 def map_repr(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return settings as texts that can be compared between processes: objects by their types."""
     plain = (str, int, float, bool, type(None), tuple, list, dict)
@@ -203,13 +215,7 @@ def meeting_of(
     groups: Sequence[Mapping[str, Any]],
 ) -> Meeting:
     """Return what this rank says."""
-    settings = {
-        f"{name} of group {index}": repr(value.item() if isinstance(value, Tensor) else value)
-        for index, group in enumerate(groups)
-        for name, value in group.items()
-        if name != "params"
-    }
-    return Meeting(step, samples, tuple(map(_size_of, (parameters, grads))), settings)
+    return Meeting(step, samples, tuple(map(_size_of, (parameters, grads))), map_repr(settings_of_groups(groups)))
 
 
 def meet(ranks: Ranks, own: Meeting) -> int:

@@ -19,7 +19,7 @@ def pivots_of(curvature: Curvature) -> dict[str, tuple[float, float]]:
     shifts = dict(zip(curvature.blocks, (curvature.rows * curvature.damping_L).tolist(), strict=True))
     found = {}
     for factors in curvature.inverses:
-        diagonal_BN = factors.inverse_BNN.diagonal(dim1=1, dim2=2).double()
+        diagonal_BN = factors.inverse_BNN.diagonal(dim1=1, dim2=2).cpu().double()  # one copy for all of a size
         for block, diagonal_N in zip(factors.blocks, diagonal_BN.unbind(), strict=True):
             kept = diagonal_N[diagonal_N != 0]
             pivots = kept.pow(-2) / shifts[block]

@@ -18,7 +18,7 @@ from tengrad_triton.curvature.choices import REPRESENTATIONS, Backend, Choice, R
 from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.curvature.refresh import RefreshOptions
-from tengrad_triton.distributed.ranks import GRAMS, Gram
+from tengrad_triton.distributed.ranks import GRAMS, Gram, settings_of_groups
 from tengrad_triton.likelihoods import FISHERS, Fisher, HasHessianFactor, Likelihood, likelihood_of
 from tengrad_triton.misspellings import did_you_mean
 from tengrad_triton.optim.interval import Growing
@@ -119,12 +119,7 @@ class Options:
 def settings_of(options: Options, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what has to be the same in all processes that train a model: not what depends on the device."""
     own = {name: value for name, value in vars(options).items() if name not in ("plan", "backend")}
-    of_groups = {
-        f"{name} of group {index}": len(value) if name == "params" else value
-        for index, group in enumerate(optimizer.param_groups)
-        for name, value in group.items()
-    }
-    return own | of_groups
+    return own | settings_of_groups(optimizer.param_groups)
 
 
 def validate(

@@ -105,6 +105,7 @@ class Reports:
         known = self.bounds is not None and self.bounds[0] == steps - 1
         clip_L, region = self.bounds[1] if self.bounds is not None and known else (None, None)
         actual, predicted = self.changes or (None, None)
+        dampings = None if curvature is None else _Dampings.of(curvature)
         pivots = {} if curvature is None else {block or ".": both for block, both in pivots_of(curvature).items()}
         spent = None if curvature is None else curvature.spending
         return Stats(
@@ -113,8 +114,8 @@ class Reports:
             age=age,
             interval=interval,
             rows=0 if curvature is None else curvature.rows,
-            damping={} if curvature is None else _Dampings.of(curvature).by_block(),
-            asked={} if curvature is None else _Dampings.of(curvature).raised(),
+            damping={} if dampings is None else dampings.by_block(),
+            asked={} if dampings is None else dampings.raised(),
             failures=0 if curvature is None else int(curvature.failures_L.sum()),
             pivot={block: least for block, (least, _) in pivots.items()},
             condition={block: most / least if least else math.inf for block, (least, most) in pivots.items()},

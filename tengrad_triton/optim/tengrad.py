@@ -224,9 +224,9 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         with restored_on_error(targets) if adapts or self._processes.averages else nullcontext():
             self._reports.bounds = self._steps, step_(curvature, targets, grads, self._ops, *bounds)
             self._processes.end(targets)
-            steps = [target.parameter - old for target, old in zip(targets, before, strict=False)]
             if adapts and closure is not None:
                 self._wide.write_back()
+                steps = [target.parameter - old for target, old in zip(targets, before, strict=True)]
                 predicted = self._processes.mean(float(predicted_change(curvature, targets, grads, steps)))
                 how, of_groups = (self._capture, self._processes.mean), (self.param_groups, self._damping_schedules)
                 self._reports.changes = adapt_dampings(*of_groups, predicted, loss, closure, *how), predicted
