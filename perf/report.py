@@ -41,8 +41,8 @@ also has a pass that samples labels, and one that computes J."""
 TF32_NOTE = """
 
 By torch's default, a GPU rounds the factors of convolutions to TF32: in SGD's steps, and in the forward and backward of
-TENGraD's. The kernels of this project compute in IEEE float32. In the lines with `IEEE convolutions` nothing rounds to
-TF32."""
+TENGraD's. The kernels of this project compute in IEEE float32, except that `project` takes three TF32 products on
+Hopper, with no larger error than torch's. In the lines with `IEEE convolutions` torch rounds nothing to TF32."""
 OPTIMIZERS_NOTE = """Times of capture, curvature and update, without forward and backward. The authors' formulation is
 `perf/baseline.py`: a loop over layers, N² P² pairs (equations 9 to 11), `torch.linalg.inv`, and inputs that are
 unfolded at every step. Both take the same steps, to rounding. With few samples and pixels most of a reuse step is the
@@ -53,11 +53,12 @@ The limit is the longer of two times: bytes over the measured bandwidth, and ope
 float32 matrix product. Data that fit into the caches, convolutions and symmetric products can be faster than the limit.
 Compiled code is ahead where it makes the same calls of BLAS without Python between them, or computes the direction and
 the update in one pass over a parameter. A compiled step of the optimizer has the same advantages.""",
-    "cuda": """The kernels are compared with the fastest of torch's expressions, eager and compiled: in IEEE float32, as
-the kernels compute, and with TF32, to which torch then rounds the factors of matrix products and convolutions. The
-limit is the longer of two times: bytes over the measured bandwidth, and operations over the measured rate of a matrix
-product in IEEE float32. Calls are repeated in one CUDA graph, so that the host's time does not count. Data that fit
-into the L2 cache can be faster than the limit.""",
+    "cuda": """The kernels are compared with the fastest of torch's expressions, eager and compiled: in IEEE float32,
+whose errors the kernels have, and with TF32, to which torch then rounds the factors of matrix products and
+convolutions. The limit is the longer of two times: bytes over the measured bandwidth, and operations over the measured
+rate of a matrix product in IEEE float32; on Hopper `project` multiplies in three TF32 products and can be faster. Calls
+are repeated in one CUDA graph, so that the host's time does not count. Data that fit into the L2 cache can be faster
+than the limit.""",
 }
 SCALING_NOTE = """3 × 3 convolutions on 14 × 14 pixels. One quantity varies at a time; the exponents are those of power
 laws, by least squares."""
