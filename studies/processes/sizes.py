@@ -108,8 +108,12 @@ def _by_layer(
     """Return what the calls of one forward contribute; outputs stand for their derivatives, which have their shapes."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     captured = find_captured_layers(model, layers)
+
+    def record(name: str, args: tuple[Tensor, ...], y: Tensor) -> None:
+        calls.setdefault(name, []).append((args[0].detach(), y))  # the optimizer's hooks detach inputs too
+
     for name, layer in captured.items():
-        layer.layer.register_forward_hook(lambda _, args, y, name=name: calls.setdefault(name, []).append((args[0], y)))
+        layer.layer.register_forward_hook(lambda _, args, y, name=name: record(name, args, y))
     dtype = torch.int64 if network.tokens else torch.float32
     with torch.no_grad():
         model(torch.empty(samples, *network.sample, dtype=dtype, device=META))
