@@ -10,7 +10,7 @@ from rich.console import Console
 
 from studies.processes import figures, page
 from studies.processes.measured import count, header_seconds, part_seconds
-from studies.processes.store import Store
+from studies.processes.store import Store, machine
 from studies.processes.times import TIMED, Host
 
 ROOT = Path(__file__).parent
@@ -40,13 +40,13 @@ def study(
 
 def measure(store: Store) -> None:
     """Count the bytes of all cases that are missing, and time the host if that is missing."""
-    console = Console()
+    console, where = Console(), machine()  # asked once: the commit must be that of the loaded code
     for case in store.missing():
-        store.keep_counted(count(case))
+        store.keep_counted(count(case), where)
         console.print(f"{case.network}, {case.way}, {case.count} processes: counted", highlight=False)
     if store.host is None:
         torch.set_num_threads(1)
-        store.keep_host(Host({name: header_seconds(name) for name in TIMED}, part_seconds()))
+        store.keep_host(Host({name: header_seconds(name) for name in TIMED}, part_seconds()), where)
 
 
 def write(store: Store, out: Path) -> None:

@@ -24,6 +24,7 @@ from studies.processes.sizes import META, NETWORKS, sizes_of
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.distributed.exchange import Message, packed
+from tengrad_triton.distributed.ranks import Gram
 
 COUNTS = Path("/proc/self/io")
 """Linux counts here what a process writes, into sockets too."""
@@ -40,19 +41,22 @@ class Case:
         samples: of each process.
         count: R.
         way: how the model is wrapped, and whose rows the curvature has.
+        fisher_rows: the most rows that are kept; None for all.
     """
 
     network: str
     samples: int
     count: int
     way: Way
+    fisher_rows: int | None = None
 
 
 def cases() -> list[Case]:
     """Return what is counted: each way is one more row for every model and every number of processes."""
     models = (("small 3C1F", 8), ("transformer", 4), ("ResNet-18", 2))
     ways: tuple[Way, ...] = ("DDP, global", "DDP, local")
-    return [Case(*model, count, way) for way in ways for model in models for count in (2, 4, 8)]
+    few = Case("transformer", 4, 4, "DDP, global", fisher_rows=4)
+    return [*(Case(*model, count, way) for way in ways for model in models for count in (2, 4, 8)), few]
 
 
 def wrapped(model: nn.Module, way: Way) -> nn.Module:
@@ -79,7 +83,8 @@ def sent_in_steps(case: Case) -> dict[str, list[int]]:
     network = NETWORKS[case.network]
     torch.manual_seed(0)
     called = wrapped(network.build(), case.way)
-    optimizer = TENGraD(called, refresh_every=EVERY, gram="local" if case.way == "DDP, local" else "global")
+    gram: Gram = "local" if case.way == "DDP, local" else "global"
+    optimizer = TENGraD(called, refresh_every=EVERY, gram=gram, fisher_rows=case.fisher_rows)
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (case.samples, *network.sample)
     x = torch.randint(256, shape, generator=generator) if network.tokens else torch.randn(shape, generator=generator)

@@ -57,11 +57,14 @@ class Sizes:
         layers: of the optimizer.
         contributions: of the process, on the meta device.
         parameters: the entries of all parameters.
+        forms: returns the form of D for each parameter, with the rows of R such processes.
+        work: returns what a refresh of R such processes could use, with the rows of all of them.
     """
 
     def __init__(self, network: Network, samples: int) -> None:
         with META:
             model = network.build()
+        self.forms, self.work = cache(self._forms), cache(self._work)
         self.samples, self.parameters = samples, sum(p.numel() for p in model.parameters())
         self.layers = find_layer_params(model, [{"params": [*model.parameters()]}], rows_without_rule=False)
         self.contributions = Contributions(_by_layer(model, self.layers, network, samples))
@@ -77,8 +80,7 @@ class Sizes:
         shapes = packed(self.contributions.by_layer, META)[0]
         return len(pickle.dumps(Message(None, {}, shapes, [self.samples], self.message_bytes)))
 
-    def work(self, count: int) -> Work:
-        """Return what a refresh of ``count`` such processes could use, with the rows of all of them."""
+    def _work(self, count: int) -> Work:
         weights = {**self.contributions.geometries(), **self.contributions.explicit()}
         rows = count * self.samples
         work = Work(weights, rows, 1, 1, self.sides(count), len(self.layers))
@@ -93,8 +95,7 @@ class Sizes:
             for name, form in forms.items()
         }
 
-    def forms(self, count: int) -> dict[str, Form]:
-        """Return the form of D for each parameter, with the rows of ``count`` such processes: each is a batch here."""
+    def _forms(self, count: int) -> dict[str, Form]:
         return {
             full_name(layer.name, name): form_of([*batches] * count, layer.parameters[name], SIDE_SHARE)
             for layer in self.layers

@@ -34,9 +34,9 @@ class Store:
         known = {_key(one) for one in self.counted()}
         return [case for case in cases() if _key(asdict(case)) not in known]
 
-    def keep_counted(self, found: dict[str, Any]) -> None:
-        """Add what was counted of a case."""
-        self._write(COUNTED, {"machine": machine(), "cases": [*self.counted(), found]})
+    def keep_counted(self, found: dict[str, Any], machine: dict[str, Any]) -> None:
+        """Add what was counted of a case; ``machine`` says where."""
+        self._write(COUNTED, {"machine": machine, "cases": [*self.counted(), found]})
 
     @property
     def host(self) -> Host | None:
@@ -44,9 +44,9 @@ class Store:
         kept = self._read(HOST)
         return Host(kept["header"], kept["part"]) if kept else None
 
-    def keep_host(self, host: Host) -> None:
-        """Write the host's seconds."""
-        self._write(HOST, {"machine": machine(), **asdict(host)})
+    def keep_host(self, host: Host, machine: dict[str, Any]) -> None:
+        """Write the host's seconds; ``machine`` says where they were measured."""
+        self._write(HOST, {"machine": machine, **asdict(host)})
 
     def machine_of(self, name: str) -> dict[str, Any]:
         """Return where a file's numbers were measured."""
@@ -70,4 +70,4 @@ def machine() -> dict[str, Any]:
 
 
 def _key(case: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(case[name] for name in ("network", "samples", "count", "way"))
+    return tuple(case[name] for name in ("network", "samples", "count", "way", "fisher_rows"))

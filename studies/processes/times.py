@@ -90,20 +90,21 @@ def product_rate() -> float:
 
 
 def work_of_refresh(plans: Plans, own_samples: int) -> tuple[float, float]:
-    """Return the flops of a refresh without factorizations, and those of them.
+    """Return the flops of a refresh that were measured, and those of factorizations and of D, which were not.
 
     The backward pass for the drawn labels is that of a process's own samples; moments, K and J are of all processes.
     """
-    factoring = plans.work.blocks * plans.rows**3
-    backward = 4 * sum(own_samples * g.positions * g.entries for g in plans.work.weights.values())
-    others = replace(plans.work, backwards=0).refresh(plans.rows, plans.sizes, plans.chosen)
-    return backward + others - factoring, factoring
+    of_rows = plans.rows, plans.sizes, plans.chosen
+    work = replace(plans.work, backwards=0)
+    measured, factoring = replace(work, sides={}).refresh(*of_rows), work.blocks * plans.rows**3
+    backward = 4 * sum(own_samples * g.positions * g.entries for g in work.weights.values())
+    return backward + measured - factoring, factoring + work.refresh(*of_rows) - measured
 
 
 @cache
 def refresh_rate(name: str) -> float:
     """Return the flops a second of a refresh: those of the cost model over the seconds measured with most samples."""
-    return sum(work_of_refresh(plain(name, MOST), MOST)) / measured_steps()[name, MOST].refresh
+    return work_of_refresh(plain(name, MOST), MOST)[0] / measured_steps()[name, MOST].refresh
 
 
 def step_seconds(name: str, samples: int, plans: Plans) -> float:
@@ -120,11 +121,11 @@ def step_seconds(name: str, samples: int, plans: Plans) -> float:
 def refresh_seconds(name: str, samples: int, plans: Plans, host: float = 0.0) -> float:
     """Return what computing a refresh adds to a step: the device's time, or the host's if it is longer.
 
-    Factorizations take the time of a matrix product with their flops, which none is faster than: n is larger here than
-    any that was measured.
+    Factorizations and D take the time of a matrix product with as many flops, which is the least: the measured steps
+    have no D, and fewer rows than there may be here.
     """
-    computing, factoring = work_of_refresh(plans, samples)
-    device = computing / refresh_rate(name) + factoring / limits().flops_per_second
+    measured, others = work_of_refresh(plans, samples)
+    device = measured / refresh_rate(name) + others / limits().flops_per_second
     return max(device, measured_steps()[name, FEWEST].refresh + host)
 
 
