@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tengrad_triton import LevenbergMarquardt, TENGraD
@@ -107,6 +109,7 @@ class Case:
         parts: micro-batches of each rank, all but the last of them within ``no_sync()``.
         shares: the relative sizes of the ranks' parts, repeated as often as there are ranks.
         closure: whether the step takes a closure.
+        sharded: of `fully_shard`, in place of the wrapper; None for whole parameters.
     """
 
     model: Callable[[], nn.Module] = mlp
@@ -116,6 +119,7 @@ class Case:
     parts: int = 1
     shares: tuple[int, ...] = (1,)
     closure: bool = False
+    sharded: Mapping[str, Any] | None = None
 
 
 def of(fisher="sampled", **options):
@@ -189,9 +193,20 @@ def bounds(case, count):
     return [SAMPLES * sum(shares[:rank]) // sum(shares) for rank in range(count + 1)]
 
 
+def sharded(model, mesh=None, **settings):
+    """Return a model of which each process has a part: that of its layers, and of what is left."""
+    tied = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.Sequential, nn.ModuleList))]
+    for child in model.children():
+        if child not in tied and child is not getattr(model, "head", None) and any(True for _ in child.parameters()):
+            fully_shard(child, mesh=mesh, **settings)
+    return fully_shard(model, mesh=mesh, **settings)
+
+
 def wrapped(case, count, model=None):
     """Return the case's model, or one like it, as the loop calls it in one of ``count`` processes."""
     model = model or made(case)
+    if count > 1 and case.sharded is not None:
+        return sharded(model, **case.sharded)
     return DistributedDataParallel(model, **case.wrapper) if count > 1 and case.wrapper is not None else model
 
 
@@ -212,7 +227,13 @@ def trained(case, rank=0, count=1, steps=STEPS, called=None, optimizer=None, fir
         else:
             closure()
             optimizer.step()
-    return torch.cat([p.detach().flatten() for p in called.parameters()])
+    return torch.cat([whole(p).flatten() for p in called.parameters()])
+
+
+def whole(parameter):
+    """Return all entries of a parameter, of which this process may have a part."""
+    parameter = parameter.detach()
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def backward(case, called, x, y, count):
@@ -220,7 +241,10 @@ def backward(case, called, x, y, count):
     loss, parts = 0.0, list(zip(x.tensor_split(case.parts), y.tensor_split(case.parts), strict=True))
     for place, (inputs, labels) in enumerate(parts):
         is_last = place == len(parts) - 1
-        no_sync = contextlib.nullcontext() if is_last or count == 1 or case.wrapper is None else called.no_sync()
+        if count > 1 and case.sharded is not None:
+            called.set_requires_gradient_sync(is_last)
+        has_no_sync = count > 1 and case.wrapper is not None and case.sharded is None
+        no_sync = called.no_sync() if has_no_sync and not is_last else contextlib.nullcontext()
         with no_sync:
             own = F.cross_entropy(called(inputs), labels, reduction="sum") * count / SAMPLES
             own.backward()

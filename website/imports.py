@@ -11,9 +11,9 @@ PACKAGE = ROOT / "tengrad_triton"
 
 # Each imports what stands before it, and itself.
 ORDER = [
-    *("kernels", "likelihoods", "profiling", "files", "tables", "misspellings", "jets", "layers", "capture"),
-    *("residuals", "curvature", "distributed", "tuning", "inspection", "optim", "least_squares", "adapters"),
-    *("integrations", "compiled", "baselines", "recipes"),
+    *("kernels", "likelihoods", "profiling", "files", "tables", "misspellings", "sharding", "jets", "layers"),
+    *("capture", "residuals", "curvature", "distributed", "tuning", "inspection", "optim", "least_squares"),
+    *("adapters", "integrations", "compiled", "baselines", "recipes"),
 ]
 # Python's ** enters links or not, by version; kernels is a link.
 FILES = sorted({*PACKAGE.glob("**/*.py"), *PACKAGE.glob("kernels/*.py")} - {PACKAGE / "__init__.py"})

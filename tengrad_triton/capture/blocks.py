@@ -24,6 +24,7 @@ from tengrad_triton.layers import (
     require_exact_gradient,
     why_no_rule,
 )
+from tengrad_triton.sharding.modules import sharded_modules
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,13 @@ def wide_dtype(layers: Sequence[LayerParams]) -> torch.dtype:
 
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
-    """Return what `find_layer_params` and `find_captured_layers` depend on: it differs if the model has changed."""
+    """Return what `find_layer_params` and `find_captured_layers` depend on: it differs if the model has changed.
+
+    `fully_shard` changes the parameters of a model all the time, between whole ones and their parts.
+    """
+    is_sharded = bool(sharded_modules(model))
     return tuple(
-        (name, module, type(module), tuple((key, id(p)) for key, p in module._parameters.items()))
+        (name, module, type(module), tuple((k, None if is_sharded else id(p)) for k, p in module._parameters.items()))
         for name, module in model.named_modules()
     )
 

@@ -9,7 +9,7 @@ derivatives need not pass through the output again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,24 @@ from torch.utils.weak import TensorWeakRef
 
 from tengrad_triton.capture.hook import Hook
 from tengrad_triton.capture.record import Record
+
+
+@dataclass
+class _ShardWitness:
+    """A parameter of which this rank has a part, whose ``.grad`` is there at the end of a backward pass at the latest.
+
+    Its entries are not read: ranks must decide alike.
+    """
+
+    parameter: Tensor
+    was_seen: bool = False
+
+    def is_cleared(self, in_backward: bool) -> bool:
+        """Whether the parameter's ``.grad`` has been cleared since it was there."""
+        if self.parameter.grad is None:
+            return self.was_seen
+        self.was_seen = True
+        return False
 
 
 @dataclass
@@ -46,15 +64,17 @@ class CountedRecords:
 
     Attributes:
         records: these records. If a sample has several rows, its forward has one record for each of them.
+        parts: for whole parameters of a sharded model, by id, those that keep the gradients.
     """
 
     def __init__(self) -> None:
+        self.parts: Mapping[int, Tensor] = {}
         self.records: list[Record] = []
         # Those that the present backward pass has reached, with what to call if it adds to no `.grad`.
         self._present: list[tuple[Record, Callable[[], None]]] = []
         self._pass, self._has_added = -1, False
         self._differentiated: list[weakref.ref[Record]] = []  # alive while their graph is
-        self._witnesses: dict[int, _Witness] = {}  # by the parameter's id
+        self._witnesses: dict[int, _Witness | _ShardWitness] = {}  # by the parameter's id
 
     def forget(self) -> None:
         """Forget all records; they are emptied, because a graph may still hold them."""
@@ -104,6 +124,8 @@ class CountedRecords:
                 record.backward_seen = True
                 self.records += [record, *record.extra_records]  # from here on, a further row is like a further sample
         self._differentiated.clear()
-        grad = parameter.grad
-        if grad is not None and self.records:
+        grad, part = parameter.grad, self.parts.get(id(parameter))
+        if part is not None and self.records:
+            self._witnesses.setdefault(id(parameter), _ShardWitness(part, part.grad is not None))
+        elif grad is not None and self.records:
             self._witnesses[id(parameter)] = _Witness(parameter, TensorWeakRef(grad), grad._version)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,10 +53,12 @@ from tengrad_triton.layers import (
     may_mix_samples,
     mixes_samples,
     rng_state,
+    rule_reads_parameters,
     tensors_in,
 )
 from tengrad_triton.likelihoods import why_loss_differs
 from tengrad_triton.profiling import phase
+from tengrad_triton.sharding.modules import WholeParameters
 
 
 class Capture:
@@ -97,6 +100,7 @@ class Capture:
         self._handles, self._layer_handles = list[RemovableHandle](), list[RemovableHandle]()
         self._eager = contextlib.ExitStack()
         self._rng_states: dict[str, Tensor] = {}
+        self._whole, self._given = WholeParameters(self._module), layers
 
     @property
     def armed(self) -> bool:
@@ -147,7 +151,7 @@ class Capture:
 
     def follow(self, layers: Mapping[str, CapturedLayer]) -> None:
         """Record other layers from now on: the model has changed. What was recorded is forgotten."""
-        self.layers = layers
+        self.layers = self._given = layers
         self.forget()
         self._attribution.follow(layers)
         if self.armed:
@@ -251,6 +255,7 @@ class Capture:
         record, self._open = self._open, None
         if record is None:
             return None
+        self._gather_parameters()
         likelihood = None if self._options.fisher == "empirical" else self._options.likelihood
         seen = Seen(self._options.output, likelihood)
         selected, returned = seen.part_of(output), differentiable(output)
@@ -260,7 +265,7 @@ class Capture:
         self.was_empty = not record.samples
         if self.was_empty:
             return None
-        with self._flags.ours(), phase("capture"):
+        with self._flags.ours(), self._whole.kept(), phase("capture"):
             if not self._attribution.check(record, starts):
                 return None
             if likelihood is None:
@@ -272,6 +277,26 @@ class Capture:
         # From here on only the graph refers to the record, until a backward reaches it.
         callback = Hook(self._on_backward, record, map_tensors(_without_graph, output))
         return call_on_backward(output, returned or starts, callback)
+
+    def _gather_parameters(self) -> None:
+        """Of a sharded model, look for the uses of the whole parameters: its graph ends in these."""
+        if self._whole.is_needed and self._whole.gather():
+            of, given = self._whole.of, self._given.items()
+            self.layers = {
+                name: replace(layer, parameters={key: of(p) for key, p in layer.parameters.items()})
+                for name, layer in given
+            }
+            self._attribution.follow(self.layers)
+            self._counted.parts = self._whole.parts
+
+    def parameters_for_rules(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which rules that read parameters find whole ones; every rank must enter it."""
+        needed = self._whole.is_needed and any(rule_reads_parameters(one.layer) for one in self.layers.values())
+        return self._whole.outside(needed)
+
+    def used(self, parameter: Tensor) -> Tensor:
+        """Return the parameter that a forward used, of one that the optimizer has: whole, where that is a part."""
+        return self._whole.of(parameter)
 
     def _on_backward(
         self, record: Record, output: Any, results: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -287,7 +312,7 @@ class Capture:
             self.through_output.skip()
         if not record.own_pass and not record.proves:
             return
-        with self._flags.ours():
+        with self._flags.ours(), self._whole.kept():
             starts, cotangents = loss_cotangents(record, output, results, grads)
             record.add_cotangents(cotangents)
             if record.proves:

@@ -25,9 +25,11 @@ class Contributions:
 
     Attributes:
         by_layer: for every layer that has rows, by name: its parameters' `MicroBatches`, by their names within it.
+        parts: R, the number of processes among which outputs are cut: `geometries` are those of one.
     """
 
     by_layer: dict[str, Mapping[str, MicroBatches]]
+    parts: int = 1
 
     @property
     def layers(self) -> list[str]:
@@ -66,9 +68,10 @@ class Contributions:
 
     def _each(self, function: Callable[[MicroBatches], MicroBatches]) -> Contributions:
         layers = self.by_layer.items()
-        return Contributions(
-            {name: {param_name: function(b) for param_name, b in layer.items()} for name, layer in layers}
-        )
+        found: dict[str, Mapping[str, MicroBatches]] = {
+            name: {param_name: function(b) for param_name, b in layer.items()} for name, layer in layers
+        }
+        return Contributions(found, self.parts)
 
     def sample(self, most: int, generator: torch.Generator) -> Contributions:
         """Return at most ``most`` rows, the same rows for all layers, drawn uniformly: F stays unbiased (M10)."""
@@ -100,7 +103,8 @@ class Contributions:
                 first = of_calls(batches[0])
                 if first is not None:
                     stored = first.factored_bytes * rows // first.samples
-                    geometries[full_name(name, param_name)] = replace(first, samples=rows, factored_bytes=stored)
+                    own = replace(first, samples=rows, factored_bytes=stored)
+                    geometries[full_name(name, param_name)] = own.of_part(self.parts)
         return geometries
 
 
@@ -139,8 +143,9 @@ def gather(
     found: dict[str, Mapping[str, MicroBatches]] = {}
     missing: dict[str, str] = {}
     for name, layer in covered.items():
-        trained = {param_name: layer.parameters[param_name] for param_name in layer.trained()}
-        if not any(id(p) in by_id for p in trained.values() for by_id in batches) and _is_idle(trained, capture):
+        own = [layer.parameters[param_name] for param_name in layer.trained()]
+        trained = {param_name: capture.used(p) for param_name, p in zip(layer.trained(), own, strict=True)}
+        if not any(id(p) in by_id for p in trained.values() for by_id in batches) and _is_idle(own, trained, capture):
             continue
         for parameter in trained.values():
             _add_zero_rows(parameter, batches, capture.records)
@@ -189,10 +194,10 @@ def _unshared(x: Inputs, batch_storages: Collection[int]) -> Inputs:
     return x.clone() if x.untyped_storage().data_ptr() in batch_storages else x
 
 
-def _is_idle(parameters: Mapping[str, Tensor], capture: Capture) -> bool:
+def _is_idle(own: Sequence[Tensor], used: Mapping[str, Tensor], capture: Capture) -> bool:
     """Whether no forward used any of the parameters, or none of them has a gradient."""
-    unused = all(id(p) in record.unused for p in parameters.values() for record in capture.records)
-    return unused or all(p.grad is None for p in parameters.values())
+    unused = all(id(p) in record.unused for p in used.values() for record in capture.records)
+    return unused or all(p.grad is None for p in own)
 
 
 def _add_zero_rows(parameter: Tensor, batches: Sequence[ById], records: Sequence[Record]) -> None:

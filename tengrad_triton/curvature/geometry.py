@@ -6,7 +6,7 @@ Dimensions: N samples, G groups, P positions, I inputs and O outputs of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tengrad_triton.curvature.choices import Representation
 from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
@@ -53,6 +53,14 @@ class Geometry:
         """Return the name under which a plan keeps this geometry."""
         sizes = f"N{self.samples} G{self.groups} P{self.positions} I{self.inputs} O{self.outputs}"
         return f"{sizes} {self.layout} {8 * self.itemsize}-bit"
+
+    def of_part(self, parts: int) -> Geometry:
+        """Return the sizes in the first of some processes among which the outputs are cut; all have its inputs."""
+        if parts == 1:
+            return self
+        outputs = max(1, -(-self.outputs // parts))
+        cut = 0 if self.layout == EMBEDDING else self.samples * self.groups * self.positions * (self.outputs - outputs)
+        return replace(self, outputs=outputs, factored_bytes=max(0, self.factored_bytes - cut * self.itemsize))
 
     @property
     def pair_flops(self) -> int:

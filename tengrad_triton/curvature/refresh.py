@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +18,16 @@ from tengrad_triton.curvature.geometry import Geometry, Spending, geometry_of
 from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians, LayerJacobian
 from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
 from tengrad_triton.curvature.jacobians.factored import Factored
+from tengrad_triton.curvature.jacobians.no_entries import NoEntries
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.moments import AllMoments, Grads, Scaling, scales_of, updated_moments
-from tengrad_triton.curvature.scaling import Multiplier, Scale, Scales
+from tengrad_triton.curvature.scaling import Multiplier, Scale, Scales, explicit_rows
+from tengrad_triton.curvature.shards.cut import CoupledScale, Cut, cut_calls
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
-from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, flatten_rows
+from tengrad_triton.kernels.dispatch import widen
+from tengrad_triton.layers import EmbeddingGrads, OuterProducts, PerSampleGrads, tensors_in
 from tengrad_triton.profiling import phase
+from tengrad_triton.sharding.shards import WHOLE, Whole
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class RefreshOptions:
         ops_for: returns the ops for kernel overrides: `choices.ops_for`.
         report: takes the reason of every layer without rows, by the layer's name; warns or raises.
         gather: returns what was captured, and why layers have none: `contributions.gather`, of one or of all ranks.
+        shards: the processes among which parameters are cut.
     """
 
     spend: Callable[[Contributions, AllMoments, FisherBlocks, Spending | None], Spending]
@@ -61,6 +66,7 @@ class RefreshOptions:
     ops_for: OpsFor
     report: Callable[[Mapping[str, str]], None]
     gather: Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]] = gather
+    shards: Whole = WHOLE
 
 
 def refresh(
@@ -91,8 +97,9 @@ def refresh(
     with phase("curvature"):
         known = {} if before is None else before.moments
         # D is that of all rows, also of those that J does without.
-        moments = updated_moments(known, contributions, layers, grads, options.scaling, options.side_share)
-    blocks = options.blocks_of(contributions.layers)
+        of_d = (options.scaling, options.side_share, options.shards)
+        moments = updated_moments(known, contributions, layers, grads, *of_d)
+    contributions, blocks = replace(contributions, parts=options.shards.count), options.blocks_of(contributions.layers)
     spending = options.spend(contributions, moments, blocks, None if before is None else before.spending)
     contributions = contributions.sample(spending.rows, generator)
     choices, rows = options.choose(contributions.geometries()), contributions.rows
@@ -100,22 +107,29 @@ def refresh(
     tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
     with phase("curvature"):
         scales = scales_of(moments, layers)
-        own = jacobians_of(contributions, choices, options.ops_for, scales)
+        shapes = {layer.name: {name: p.shape for name, p in layer.parameters.items()} for layer in layers}
+        own = jacobians_of(contributions, choices, options.ops_for, scales, options.shards, shapes)
         jacobians, history = append_history(own, rows, before, options.history)
         failures_L = failures_of(list(blocks), before)
         curvature = factor(
             jacobians, blocks, history, options.damping_of(blocks), failures_L, options.ops_for(()),
-            tol, options.relative_damping, moments, scales,
+            tol, options.relative_damping, moments, scales, options.shards,
         )  # fmt: skip
     return replace(curvature, spending=spending)
 
 
 def jacobians_of(
-    contributions: Contributions, choices: Choices, ops_for: OpsFor, scales: Scales
+    contributions: Contributions,
+    choices: Choices,
+    ops_for: OpsFor,
+    scales: Scales,
+    shards: Whole = WHOLE,
+    shapes: Mapping[str, Mapping[str, torch.Size]] | None = None,
 ) -> dict[str, LayerJacobian]:
     """Return every layer's J, each parameter in the representation and with the kernels chosen for it.
 
-    With ``scales`` it is J D⁻¹ (M17).
+    With ``scales`` it is J D⁻¹ (M17). Where ``shards`` cut the parameters, whose sizes are ``shapes``, it is that of
+    this process's outputs.
 
     ``contributions`` is emptied: a layer's inputs are freed as soon as its J is there, unless J consists of them.
     """
@@ -128,7 +142,11 @@ def jacobians_of(
             ops, scale = known.get(choice.kernel_overrides), own.get(param_name)
             if ops is None:
                 ops = known[choice.kernel_overrides] = ops_for(choice.kernel_overrides)
-            jacobians[param_name] = jacobian_of(batches, choice.representation, ops, scale)
+            if shapes is None or not shards.is_cut:
+                jacobians[param_name] = jacobian_of(batches, choice.representation, ops, scale)
+            else:
+                cut = Cut(shards, shapes[name][param_name])
+                jacobians[param_name] = _own_jacobian(batches, choice.representation, ops, scale, cut)
         return jacobians
 
     return {name: of_layer(name) for name in contributions.layers}
@@ -157,7 +175,7 @@ def jacobian_of(
         if representation == "factored" or compressible:
             factors = concat_outer(outers)
             return Factored(factors if by is None else by.of_outer_products(factors), ops, scale)
-    rows = [_sum([_explicit_rows(call, ops, by) for call in calls]) for calls in batches]
+    rows = [_sum([explicit_rows(call, ops, by) for call in calls]) for calls in batches]
     j_NK = rows[0] if len(rows) == 1 else torch.cat(rows)  # torch.cat would copy a single tensor
     if representation == "per_sample_bf16":  # K is that of the rounded rows
         return PerSample(j_NK.bfloat16(), ops, "samples", scale)
@@ -173,15 +191,24 @@ def _factors_for_gram(
     return concat_outer(outers)
 
 
-def _explicit_rows(call: Contribution, ops: Ops, by: Multiplier | None) -> Tensor:
-    if isinstance(call, PerSampleGrads):
-        j_NK = flatten_rows(call.j_NK)
-        return j_NK if by is None else by.of_rows(j_NK)
-    if by is None:
-        return call.sample_grads(ops)
-    if isinstance(call, EmbeddingGrads):
-        return by.of_embedding(call).sample_grads(ops)
-    return by.explicit_rows(call, ops)
+def _own_jacobian(
+    batches: MicroBatches, representation: Representation, ops: Ops, scale: Scale | None, cut: Cut
+) -> Jacobian:
+    """Return the J of those outputs of one parameter that this process has.
+
+    bfloat16 takes float32 where D couples processes: K and J would come from rows that are rounded differently.
+    """
+    own_scale = None if scale is None else cut.of_scale(scale)
+    if cut.is_empty:
+        like = widen(next(iter(tensors_in(vars(batches[0][0])))))
+        return NoEntries(sum(calls[0].samples for calls in batches), like.new_empty(0), ops, own_scale)
+    if scale is None or not isinstance(own_scale, CoupledScale):
+        return jacobian_of(cut_calls(batches, cut, ops, None), representation, ops, own_scale)
+    if representation == "per_sample_bf16":
+        representation = "per_sample"
+    by_inverse, by_root = scale.inverse, scale.root(of_inverse=True)
+    own, for_k = (jacobian_of(cut_calls(batches, cut, ops, by), representation, ops) for by in (by_inverse, by_root))
+    return replace(cast("Any", own), scale=own_scale, for_k=for_k)
 
 
 def _sum(rows: Sequence[Tensor]) -> Tensor:

@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
-from tengrad_triton.curvature.sides import Side, places_of_alike, sides_of
-from tengrad_triton.layers import ConvInput, EmbeddingGrads, OuterProducts
+from tengrad_triton.curvature.sides import Side, sides_of
+from tengrad_triton.layers import (
+    Contribution,
+    ConvInput,
+    EmbeddingGrads,
+    OuterProducts,
+    PerSampleGrads,
+    flatten_rows,
+)
 
 
 class Multiplier(NamedTuple):
@@ -144,62 +151,6 @@ class Multiplier(NamedTuple):
         return _times_groups(a_NGPTI.flatten(2, 3), self.right).reshape(a.shape)
 
 
-class Metric:
-    """D⁻¹ of several parameters, prepared for many gradients.
-
-    Diagonal D take one call together. So do the matrices of parameters of equal sizes, where that is worth it.
-
-    Args:
-        scales: D of each parameter.
-        parameters: tensors of the parameters' shapes and memory layouts.
-    """
-
-    def __init__(self, scales: Sequence[Scale], parameters: Sequence[Tensor]) -> None:
-        self._scales = scales
-        inverses = [scale.inverse for scale in scales]
-        self._diagonal = [place for place, inverse in enumerate(inverses) if inverse.is_diagonal]
-        self._numbers = [inverses[place].as_parameter(parameters[place]) for place in self._diagonal]
-        others = [place for place, inverse in enumerate(inverses) if not inverse.is_diagonal]
-        alike = places_of_alike([_form(place, inverses[place], parameters[place]) for place in others])
-        batches = [[others[index] for index in own] for own in alike]
-        self._batches = [(places, _joined([inverses[place] for place in places])) for places in batches]
-
-    def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return D⁻¹ x of a parameter-shaped tensor x for each parameter."""
-        scaled = dict(zip(self._diagonal, self._multiplied([tensors[p] for p in self._diagonal]), strict=True))
-        for places, inverse in self._batches:
-            own = [tensors[place] for place in places]
-            made = inverse.of_parameters(own) if len(own) > 1 else [inverse.of_parameter(own[0])]
-            scaled |= zip(places, made, strict=True)
-        return [scaled[place] for place in range(len(tensors))]
-
-    def _multiplied(self, tensors: list[Tensor]) -> Sequence[Tensor]:
-        return torch._foreach_mul(tensors, self._numbers) if tensors else ()
-
-    def times(self, place: int, x: Tensor) -> Tensor:
-        """Return D x of a tensor x of one parameter, given by its place."""
-        return self._scales[place].itself().of_parameter(x)
-
-
-def worth_a_batch(x: Tensor) -> bool:
-    """Whether parameters like this one are multiplied in one call; on a CPU it pays as long as calls cost the most."""
-    return x.is_contiguous() and (x.device.type != "cpu" or x.numel() <= 2**12)
-
-
-def _form(place: int, inverse: Multiplier, x: Tensor) -> tuple[object, ...]:
-    """Return what parameters have in common that are multiplied in one call; one that is alone has its place."""
-    alone = () if worth_a_batch(x) else (place,)
-    return (x.shape, inverse.left.shape, inverse.right.shape, inverse.left.dtype, x.device, *alone)
-
-
-def _joined(multipliers: Sequence[Multiplier]) -> Multiplier:
-    """Return one whose groups are those of all of them."""
-    if len(multipliers) == 1:
-        return multipliers[0]
-    left, right = zip(*multipliers, strict=True)
-    return Multiplier(torch.cat(left), torch.cat(right))
-
-
 def _times(x: Tensor, right: Tensor) -> Tensor:
     """Return x M for M as a matrix, or as a diagonal."""
     return x @ right if right.dim() == 2 else x * right
@@ -275,17 +226,29 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     return x * y.unsqueeze(1) if y.dim() == 2 else x @ y
 
 
+def explicit_rows(call: Contribution, ops: Ops, by: Multiplier | None) -> Tensor:
+    """Return the explicit rows [N, K] of one call, L J_n M in place of J_n."""
+    if isinstance(call, PerSampleGrads):
+        j_NK = flatten_rows(call.j_NK)
+        return j_NK if by is None else by.of_rows(j_NK)
+    if by is None:
+        return call.sample_grads(ops)
+    if isinstance(call, EmbeddingGrads):
+        return by.of_embedding(call).sample_grads(ops)
+    return by.explicit_rows(call, ops)
+
+
 def clip_scale(square: Tensor, threshold: float) -> Tensor:
     """Return min(1, threshold / root) of mean squares."""
     return (threshold * square.clamp(min=torch.finfo(square.dtype).tiny).rsqrt()).clamp(max=1.0)
 
 
 def unit_of(parameter: Tensor) -> float:
-    """Return the root of a weight's inputs, taps included, over 8; 1 for vectors.
+    """Return the root of a weight's inputs, taps included, over 8; 1 for vectors. A part of its outputs gives the same.
 
     A layer of n inputs has weights of about n^-½. In these units its steps are as large as those of other layers.
     """
-    return math.sqrt(parameter[0].numel() / 64) if parameter.dim() > 1 else 1.0
+    return math.sqrt(parameter.shape[1:].numel() / 64) if parameter.dim() > 1 else 1.0
 
 
 Scales = Mapping[str, Mapping[str, Scale]]

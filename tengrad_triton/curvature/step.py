@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.products import BlockEntry, ProductPlan
-from tengrad_triton.curvature.scaling import Metric, clip_scale, unit_of
+from tengrad_triton.curvature.scaling import Scale, clip_scale, unit_of
+from tengrad_triton.curvature.shards.cut import Cut, divide
+from tengrad_triton.curvature.shards.metric import metric_of
 from tengrad_triton.curvature.target import (
     Average,
     Target,
@@ -77,6 +79,7 @@ def predicted_change(
 ) -> Tensor:
     """Return ⟨V, δ⟩ + δᵀ F δ / 2 (M8), what the loss changes by the steps δ of the targets with gradients V."""
     linear = torch.stack([(grad * step).sum() for grad, step in zip(grads, steps, strict=True)]).sum()
+    linear = curvature.shards.total(linear)
     return linear + curvature_along(curvature, targets, steps) / 2
 
 
@@ -114,7 +117,7 @@ class StepPlan:
     """
 
     def __init__(self, curvature: Curvature, targets: Sequence[Target]) -> None:
-        self.targets = targets
+        self.targets, self._shards = targets, curvature.shards
         self._curvature_rows, self._inverses = curvature.rows, curvature.inverses
         self._block_names, self._divisor_L = tuple(curvature.blocks), curvature.divisor_L
         self._damping_L, self._dampings = curvature.damping_L, curvature.damping_L.unbind()
@@ -131,13 +134,13 @@ class StepPlan:
             if jacobian is not None
         ]
         self._products = ProductPlan(self._entries, [len(self._block_names), self._largest])
-        self._metric, self._is_scaled = _metric_of(self._entries), len(curvature.scales) > 0
+        own = [one.target.parameter.detach() for one in self._entries]
+        self._metric = metric_of([one.jacobian.scale for one in self._entries], own)
+        self._is_scaled = len(curvature.scales) > 0
         self._springs = [index for index, one in enumerate(self._entries) if one.target.spring]
         self._clip_weights_LT: Tensor | None = None
-        scales = {place: curvature.scales.get(targets[place].layer, {}) for place in self._without_j}
-        self._scales_without_j = {
-            place: own[targets[place].param_name] for place, own in scales.items() if targets[place].param_name in own
-        }
+        scales = {place: _scale_of(targets[place], curvature) for place in self._without_j}
+        self._scales_without_j = {place: scale for place, scale in scales.items() if scale is not None}
         rates: dict[int, set[int]] = {}
         for one in self._entries:
             rates.setdefault(one.block, set()).add(one.target.rate)
@@ -157,10 +160,11 @@ class StepPlan:
                 scaled = None if self._metric is None else self._metric.inverse(own)
                 known = {index: projected[place] for index, place in enumerate(self._places) if place in projected}
                 products = self._products.along(own, scaled, projected=known)
-                y_LN = products.project()
+                of_clip = None if scaled is None or clip_threshold is None else self._mean_square_L(scaled)
+                y_LN, square_L = self._totals(products.project(), of_clip)
                 w_LN, divisor_L = self._solve(y_LN, ops), self._divisor_L
-                if scaled is not None and clip_threshold is not None:
-                    clip_L = self._clip_scale_L(scaled, clip_threshold)
+                if square_L is not None and clip_threshold is not None:
+                    clip_L = clip_scale(square_L, clip_threshold)
                     divisor_L = divisor_L / clip_L
                 if trust_region is not None:  # d divides by it, so the scale ν of d divides it
                     region = self._trust_region_scale(_Solved(own, scaled, y_LN, w_LN, divisor_L), trust_region)
@@ -176,9 +180,9 @@ class StepPlan:
         """Step along D⁻¹ V, or V where no refresh has seen the parameter, bounded; SPRING adds μ φ."""
         target, scale = self.targets[place], self._scales_without_j.get(place)
         if scale is not None:
-            grad = scale.inverse.of_parameter(grad)
+            grad = divide(scale, grad)
         if self._is_scaled and clip_threshold is not None:
-            square = widen(grad).square().mean() * unit_of(target.parameter) ** 2
+            square = self._shards.total(widen(grad).square().sum() / target.size) * unit_of(target.parameter) ** 2
             grad = grad * clip_scale(square, clip_threshold)
         keeps_direction = target.spring or not self._is_scaled  # the mean of gradients stays as it is
         momentum = target.momentum if keeps_direction else torch.zeros_like(grad)
@@ -190,7 +194,7 @@ class StepPlan:
         if not self._entries:
             return torch.zeros(())
         own = [self._times_d(index, direction[place]) for index, place in enumerate(self._places)]
-        y_LN = self._products.along(own).project()
+        y_LN = self._shards.total(self._products.along(own).project())
         return y_LN.square().sum() / self._curvature_rows
 
     def _with_spring(self, index: int, grad: Tensor) -> Tensor:
@@ -216,23 +220,29 @@ class StepPlan:
             w |= dict(zip(one.blocks, F.pad(solved, (0, self._largest - size)).unbind(), strict=True))
         return torch.stack([w[block] for block in self._block_names])
 
-    def _clip_scale_L(self, scaled: list[Tensor], threshold: float) -> Tensor:
-        """Return min(1, threshold / the root mean square of D⁻¹ V), each weight in its unit, for each block (M17)."""
+    def _totals(self, y_LN: Tensor, square_L: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return both summed over the processes that have parts of the parameters, by one message."""
+        if not self._shards.is_cut or square_L is None:
+            return self._shards.total(y_LN), square_L
+        both = self._shards.total(torch.cat([y_LN, square_L.to(y_LN.dtype).unsqueeze(1)], 1))
+        return both[:, :-1].contiguous(), both[:, -1]
+
+    def _mean_square_L(self, scaled: list[Tensor]) -> Tensor:
+        """Return the mean square of D⁻¹ V, each weight in its unit, of each block (M17)."""
         if torch.compiler.is_compiling():  # one pass with what made D⁻¹ V; the list of norms would take another
             square_T = torch.stack([x.square().sum() for x in scaled])
         else:
             square_T = torch.stack(torch._foreach_norm(scaled, 2)).square()
         if self._clip_weights_LT is None:
             self._clip_weights_LT = self._weights_of_squares(square_T)
-        mean_L = self._clip_weights_LT @ square_T
-        return clip_scale(mean_L, threshold)
+        return self._clip_weights_LT @ square_T
 
     def _weights_of_squares(self, like: Tensor) -> Tensor:
         """Return what makes each block's mean square of the squared norms, written without a copy to the device."""
         weights_LT = like.new_zeros(len(self._block_names), len(self._entries))
         counts: dict[int, int] = {}
         for one in self._entries:
-            counts[one.block] = counts.get(one.block, 0) + one.target.parameter.numel()
+            counts[one.block] = counts.get(one.block, 0) + one.target.size
         for place, one in enumerate(self._entries):
             weights_LT[one.block, place].fill_(unit_of(one.target.parameter) ** 2 / counts[one.block])
         return weights_LT
@@ -261,7 +271,8 @@ class StepPlan:
         weight_B = torch.stack(list(lr.values())).square() / torch.stack([of_norm[block] for block in lr])
         inner = (y_LN * w_LN).sum(1).unbind()
         inner_B = torch.stack([inner[block] for block in lr])
-        square_T = _inner_products([grads[i] for i in indices], scaled and [scaled[i] for i in indices], y_LN.dtype)
+        own_scaled = scaled and [scaled[i] for i in indices]
+        square_T = self._shards.total(_inner_products([grads[i] for i in indices], own_scaled, y_LN.dtype))
         weights = dict(zip(lr, weight_B.unbind(), strict=True))
         weight_T = torch.stack([weights[one.block] for one in entries])
         return (weight_T * square_T).sum() - (weight_B * inner_B).sum()
@@ -280,16 +291,19 @@ class StepPlan:
         times_d = None  # where D is the identity
         if self._metric is not None:
             times_d = [self._times_d(index, x) for x, index in zip(steps, indices, strict=True)]
-        square_T = _inner_products(steps, times_d, w_LN.dtype)
+        square_T = self._shards.total(_inner_products(steps, times_d, w_LN.dtype))
         damping_T = torch.stack([self._dampings[one.block] for one in entries])
         projected_LN = plan.along(steps if times_d is None else times_d, once=True).project()
+        projected_LN = self._shards.total(projected_LN)
         return projected_LN.square().sum() / self._curvature_rows + (damping_T * square_T).sum()
 
 
-def _metric_of(entries: Sequence[BlockEntry]) -> Metric | None:
-    """Return D⁻¹ of the entries; None where D is the identity."""
-    scales = [one.jacobian.scale for one in entries if one.jacobian.scale is not None]
-    return Metric(scales, [one.target.parameter.detach() for one in entries]) if scales else None
+def _scale_of(target: Target, curvature: Curvature) -> Scale | None:
+    """Return D of a parameter; None if it is the identity."""
+    scale = curvature.scales.get(target.layer, {}).get(target.param_name)
+    if scale is None or not curvature.shards.is_cut or target.whole is None:
+        return scale
+    return Cut(curvature.shards, target.whole).of_scale(scale)
 
 
 def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,7 @@ class Target(NamedTuple):
         spring: μ of SPRING (docs/math.md, M13); 0 without it.
         rate: the learning rate's index: targets with the same index have the same learning rate (see `rate_indices`).
         group: the index of its parameter group.
+        whole: the shape of the whole parameter, of which ``parameter`` may be the first dimension's part; None if not.
     """
 
     layer: str
@@ -36,11 +37,17 @@ class Target(NamedTuple):
     spring: float
     rate: int
     group: int
+    whole: torch.Size | None = None
 
     @property
     def lr(self) -> Tensor:
         """Return the learning rate, the first of the settings."""
         return self.settings[0]
+
+    @property
+    def size(self) -> int:
+        """Return the number of entries of the whole parameter."""
+        return (self.whole or self.parameter.shape).numel()
 
     def add_spring(self, grad: Tensor, damping: Tensor | float, times_d: Callable[[Tensor], Tensor]) -> Tensor:
         """Return V + α μ D φ for the gradient V, where φ is the last direction (SPRING); ``times_d`` multiplies by D.
@@ -106,8 +113,8 @@ def targets_of(
     for layer, param_name, (parameter, momentum, _) in trained:
         index = layer.groups[param_name]
         group, own = groups[index], (parameter, momentum, settings[index])
-        spring, rate = group.get("spring", 0.0), rates[index]
-        targets.append(Target(layer.name, param_name, *own, group["nesterov"], spring, rate, index))
+        spring, rate, whole = group.get("spring", 0.0), rates[index], layer.parameters[param_name].shape
+        targets.append(Target(layer.name, param_name, *own, group["nesterov"], spring, rate, index, whole))
     return targets
 
 

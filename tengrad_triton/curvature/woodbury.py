@@ -24,6 +24,7 @@ from tengrad_triton.curvature.products import grams
 from tengrad_triton.curvature.scaling import Scales
 from tengrad_triton.kernels.dispatch import rounds_products
 from tengrad_triton.kernels.spec import TF32X3, TF32X3_ERROR
+from tengrad_triton.sharding.shards import WHOLE, Whole
 
 FisherBlocks = Mapping[str, Sequence[str]]
 """The names of the layers that are solved together, by the name of their Fisher block (M11)."""
@@ -51,6 +52,7 @@ def factor(
     relative_damping: bool,
     moments: AllMoments,
     scales: Scales,
+    shards: Whole = WHOLE,
 ) -> Curvature:
     """Factor K + N α I of every block, those of one size in one batch.
 
@@ -70,12 +72,14 @@ def factor(
         relative_damping: whether α = ε max(1, trace(K) / N), where trace(K) / N = tr F; otherwise α = ε (M5).
         moments: kept for the next refresh (M17).
         scales: D of all parameters; those with J have it in their `Jacobian` too.
+        shards: the processes among which parameters are cut; their Gram matrices add up.
     """
     if not jacobians:
-        return Curvature(jacobians, {}, (), history, epsilon_L, epsilon_L, epsilon_L, failures_L, moments, scales)
-    if len(history) == 1:  # a history keeps its rows
+        numbers = (epsilon_L, epsilon_L, epsilon_L, failures_L)
+        return Curvature(jacobians, {}, (), history, *numbers, moments, scales, shards=shards)
+    if len(history) == 1 and not shards.is_cut:  # a history keeps its rows, and so does a part of J
         jacobians = {name: layer for names in blocks.values() for name, layer in reduce_rows(jacobians, names).items()}
-    n, by_size = sum(history), _grams(jacobians, blocks)
+    n, by_size = sum(history), _grams(jacobians, blocks, shards)
     k = {block: k_NN for names, k_BNN in by_size for block, k_NN in zip(names, k_BNN.unbind(), strict=True)}
     traces = {
         block: trace
@@ -85,7 +89,8 @@ def factor(
     failures_L = failures_L.to(by_size[0][1])
     trace_L = torch.stack([traces[block] for block in blocks]) / n
     asked_L = epsilon_L.to(failures_L) * (trace_L.clamp(min=1.0) if relative_damping else 1.0)
-    least_L = torch.stack(torch._foreach_mul([*trace_L.unbind()], least_shares(jacobians, blocks, by_size[0][1])))
+    shares = shards.largest(least_shares(jacobians, blocks, by_size[0][1]))
+    least_L = torch.stack(torch._foreach_mul([*trace_L.unbind()], shares))
     wanted_L = asked_L * 10.0**failures_L
     alpha_L = wanted_L.maximum(least_L)
     shifts = dict(zip(blocks, (n * alpha_L).unbind(), strict=True))
@@ -95,7 +100,8 @@ def factor(
     divisor_L = used_L / wanted_L if scales else used_L  # a step that is damped more is no longer
     counts_L = failures_L + ~healthy_L
     stored = store_contiguously(without_factors(jacobians))
-    full = Curvature(stored, blocks, inverses, history, used_L, asked_L, divisor_L, counts_L, moments, scales)
+    numbers = (used_L, asked_L, divisor_L, counts_L)
+    full = Curvature(stored, blocks, inverses, history, *numbers, moments, scales, shards=shards)
     return compress(full, k, shifts, tol) if tol else full
 
 
@@ -143,7 +149,7 @@ def _inverses(
     return inverses, healthy
 
 
-def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, ...], Tensor]]:
+def _grams(jacobians: Jacobians, blocks: FisherBlocks, shards: Whole) -> list[tuple[tuple[str, ...], Tensor]]:
     """Return the names and Gram matrices k_BNN of all blocks, those of one size together."""
     rows = {block: next(j.rows for name in names for j in jacobians[name].values()) for block, names in blocks.items()}
     found = []
@@ -151,7 +157,7 @@ def _grams(jacobians: Jacobians, blocks: FisherBlocks) -> list[tuple[tuple[str, 
         alike = tuple(block for block in blocks if rows[block] == size)
         layers = [(name, at) for at, block in enumerate(alike) for name in blocks[block]]
         own, of_block = zip(*((j, at) for name, at in layers for j in jacobians[name].values()), strict=True)
-        found.append((alike, grams(own, of_block, len(alike))))
+        found.append((alike, shards.total(grams(own, of_block, len(alike)))))
     return found
 
 
@@ -177,6 +183,7 @@ class Curvature:
         moments: those of which D is made (M17), by the names of layer and parameter; none if D is the identity.
         scales: D of the parameters (M17), also of those without J; none if D is the identity.
         spending: the rows and costs of the refresh, by the optimizer's budget; None for a compiled refresh.
+        shards: the processes among which parameters are cut; J has the columns of this one's outputs then.
         last_plan: the plan of the last step with this curvature (see `step`), if there was one.
         projected: after a compiled step, the number of steps, and J D⁻¹ m of dense weights then (M19).
     """
@@ -192,6 +199,7 @@ class Curvature:
     moments: AllMoments
     scales: Scales
     spending: Spending | None = None
+    shards: Whole = WHOLE
     last_plan: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
     projected: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

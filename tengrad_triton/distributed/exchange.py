@@ -22,6 +22,7 @@ from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.distributed.ranks import Ranks
 from tengrad_triton.layers import PerSampleGrads
+from tengrad_triton.sharding.tensors import local
 
 ALIGNMENT = 64  # bytes: every tensor begins at a multiple of this in a message
 ByLayer = Mapping[str, Mapping[str, MicroBatches]]
@@ -182,4 +183,5 @@ def _in_turn(of_ranks: Sequence[MicroBatches]) -> MicroBatches:
 def _of_rank(own: Mapping[str, Any] | None, param_name: str, parameter: Tensor, message: Message) -> MicroBatches:
     if own is not None:
         return own[param_name]
-    return [[PerSampleGrads(parameter.detach().new_zeros(n, *parameter.shape))] for n in message.batch_rows]
+    like = local(parameter.detach())
+    return [[PerSampleGrads(like.new_zeros(n, *parameter.shape))] for n in message.batch_rows]

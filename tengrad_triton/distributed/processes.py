@@ -15,6 +15,7 @@ from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.distributed.exchange import announce, gather_from_all, gather_own
 from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet, meeting_of
+from tengrad_triton.sharding.tensors import is_sharded
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
 
@@ -73,18 +74,22 @@ class SeveralProcesses(OneProcess):
     With ``gram="global"`` the curvature has the rows of all of them (`gather_from_all`), so that a step is that of one
     process with the whole batch. With ``"local"`` it has the process's own rows, and the steps are averaged: parameters
     and momenta are linear in the direction, so that their means are those of a step along the mean direction.
+
+    Args:
+        ranks: the processes.
+        are_whole: whether each of them has whole parameters, which can be compared.
     """
 
     several = True
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, are_whole: bool = True) -> None:
         super().__init__(checks=False)
-        self._ranks, self.averages = ranks, ranks.gram == "local"
+        self._ranks, self._are_whole, self.averages = ranks, are_whole, ranks.gram == "local"
         self.gather, self._is_awaited = self._gather, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SeveralProcesses:
         """Return the same processes: a group itself cannot be copied."""
-        return SeveralProcesses(self._ranks)
+        return SeveralProcesses(self._ranks, self._are_whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Become, in a pickle, the processes of the default group.
@@ -134,7 +139,8 @@ class SeveralProcesses(OneProcess):
             ValueError: a layer mixes the samples of the ranks.
             RuntimeError: the ranks differ; every rank raises.
         """
-        meeting = meeting_of(step, capture.samples, [target.parameter for target in targets], grads, groups)
+        own = ([target.parameter for target in targets], grads) if self._are_whole else ([], [])
+        meeting = meeting_of(step, capture.samples, *own, groups)
         samples = meet(self._ranks, meeting)
         self._is_awaited = True
         check_does_not_mix(model)
@@ -169,4 +175,5 @@ def processes_of(model: nn.Module | None, gram: Gram, process_group: Any) -> One
     ranks = None if group is None else Ranks(group, gram)
     if ranks is None or ranks.count == 1:
         return OneProcess(checks=process_group is None)
-    return SeveralProcesses(ranks)
+    are_whole = model is None or not any(map(is_sharded, model.parameters()))
+    return SeveralProcesses(ranks, are_whole)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from tengrad_triton.sharding.tensors import is_sharded
 
 T = TypeVar("T")
 Gram = Literal["global", "local"]
@@ -55,23 +56,27 @@ def check_alone(model: Any, optimizer: str) -> None:
         )
 
 
-def check_not_sharded(parameters: Iterable[Any]) -> None:
-    """Raise if a parameter is a part of one, or would be one part among others."""
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none; its import takes a second
-    if module is not None and any(isinstance(parameter, module.DTensor) for parameter in parameters):
-        raise ValueError(
-            "the parameters are DTensors, of which each process has a part (fully_shard, tensor parallelism): this "
-            "optimizer needs whole parameters, as with DistributedDataParallel"
-        )
-
-
 def group_of(model: nn.Module | None, process_group: Any) -> Any:
-    """Return the process group that trains a model: the given one, the wrapper's, or the default one; None without."""
+    """Return the process group that trains a model: None without one.
+
+    It is the given one, the wrapper's, that of the mesh on which the parameters are, or the default one.
+
+    Raises:
+        ValueError: the mesh has several dimensions, and other ranks than the default group.
+    """
     wrapper = _not_compiled(model)
     if process_group is None and isinstance(wrapper, DistributedDataParallel):
         process_group = wrapper.process_group
     if process_group is not None:
         return process_group
+    mesh = next((p.device_mesh for p in ([] if wrapper is None else wrapper.parameters()) if is_sharded(p)), None)
+    if mesh is not None and mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh is not None and mesh.size() != dist.get_world_size():
+        raise ValueError(
+            f"the parameters are on a mesh of {mesh.size()} ranks with {mesh.ndim} dimensions, among "
+            f"{dist.get_world_size()} ranks: pass process_group=, the group of all ranks of the mesh"
+        )
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 

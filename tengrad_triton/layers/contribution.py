@@ -248,6 +248,12 @@ def first_tensor(args: Any, kwargs: Any) -> Tensor:
     return tensors_in((args, kwargs))[0]
 
 
+def matrix_shape(shape: torch.Size) -> tuple[int, int, int]:
+    """Return the sizes (O, T, I) that `matrix_view` has of a parameter of this shape."""
+    outputs, taps, inputs = matrix_view(torch.empty(shape, device="meta")).shape
+    return outputs, taps, inputs
+
+
 def matrix_view(parameter: Tensor) -> Tensor:
     """Return a view [O, T, I] of a parameter-shaped tensor: outputs, taps of a convolution's kernel (else 1), inputs.
 

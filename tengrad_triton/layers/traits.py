@@ -14,6 +14,7 @@ from tengrad_triton.layers.batch_norm import mixes_samples
 from tengrad_triton.layers.contribution import Call, canonical, first_tensor
 from tengrad_triton.layers.conv import Convolution, Transposed
 from tengrad_triton.layers.embedding import why_not_exact
+from tengrad_triton.sharding.modules import plain_type
 
 _MOVED = (nn.Linear, *get_args(Convolution), *get_args(Transposed))
 _SEQUENTIAL = (nn.MultiheadAttention, nn.RNNBase)
@@ -28,16 +29,17 @@ def why_no_rule(layer: nn.Module) -> str | None:
     A rule covers the type it is registered for and the subclasses that compute the same function. It does not cover a
     subclass with its own forward, or a layer with a parametrized weight.
     """
-    known = next((c for c in type(layer).__mro__ if c in canonical.registry and c is not object), None)
+    kind = plain_type(layer)
+    known = next((c for c in kind.__mro__ if c in canonical.registry and c is not object), None)
     if known is None:
-        return f"no rule for {type(layer).__name__}"
+        return f"no rule for {kind.__name__}"
     if is_parametrized(layer):
         return "parametrized"
     inherited = {name for name in dir(known) if callable(getattr(known, name))} - _HARMLESS_OVERRIDES
-    subclasses = type(layer).__mro__[: type(layer).__mro__.index(known)]
+    subclasses = kind.__mro__[: kind.__mro__.index(known)]
     overridden = [name for cls in subclasses for name in vars(cls) if name in inherited]
     overridden += [name for name in vars(layer) if name == "forward"]
-    return f"{type(layer).__name__} has its own {overridden[0]}" if overridden else None
+    return f"{kind.__name__} has its own {overridden[0]}" if overridden else None
 
 
 def only_moves_entries(layer: nn.Module) -> bool:
@@ -164,7 +166,13 @@ def rule_reads_values(layer: nn.Module, call: Call) -> bool:
 
 def has_rule_of_linear(layer: nn.Module) -> bool:
     """Return whether the layer is a linear one with the library's own rule, which no user has replaced."""
-    return canonical.dispatch(type(layer)) is canonical.dispatch(nn.Linear) and type(layer) is nn.Linear
+    return canonical.dispatch(type(layer)) is canonical.dispatch(nn.Linear) and plain_type(layer) is nn.Linear
+
+
+def rule_reads_parameters(layer: nn.Module) -> bool:
+    """Return whether the layer's rule may read its parameters: a user's rule, or one that repeats the call."""
+    of_library = canonical.dispatch(type(layer)).__module__.startswith(__package__)
+    return not of_library or isinstance(layer, _SEQUENTIAL)
 
 
 def graph_counts_calls(layer: nn.Module) -> bool:

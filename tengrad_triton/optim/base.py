@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.state.saved import StatefulOptimizer
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.whole_step import WholeStep
+from tengrad_triton.sharding.shards import shards_of
+from tengrad_triton.sharding.tensors import local
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,6 +49,8 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         seed: the seed of the generator that draws labels; torch's initial seed by default.
     """
 
+    takes_shards: ClassVar[bool] = False
+    """Whether each process may have a part of every parameter."""
     _step_supports_amp_scaling = True  # a `GradScaler` leaves the scale to the step (`loss_scale.py`)
 
     def __init__(
@@ -59,12 +63,14 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         unsupported: Unsupported,
         seed: int | None,
     ) -> None:
-        device, model = validation.check_model(model), unwrapped(model)
+        device = validation.check_model(model, takes_shards=self.takes_shards)
+        model = unwrapped(model)
         if not callable(refresh_every):
             validation.check_interval(refresh_every)
         self.model, self.refresh_every = model, refresh_every
         self._module = getattr(model, "_orig_mod", model)  # the module that torch.compile wrapped
         self._unsupported, self._processes = unsupported, OneProcess()
+        self._shards = shards_of(model.parameters())
         self._seed = validation.seed_of(seed)
         self._steps = self._age = 0  # the numbers of steps taken so far, and with the present curvature
         self._curvature: C | None = None
@@ -119,7 +125,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         schedule, group["damping"] = schedule_of(group["damping"])
         self._damping_schedules.append(schedule)
         try:
-            validation.check_parameters(self.param_groups)
+            validation.check_parameters(self.param_groups, self.takes_shards)
             self._check_group(group, schedule)
             if callable(schedule):
                 group["damping"] = schedule(self._steps)
@@ -246,7 +252,8 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
                 return None
             if parameter.dtype != dtype:
                 validation.check_dtypes((parameter,))
-            return *self._wide.of(parameter, self.state[parameter], dtype), scale.unscaled(grad, dtype)
+            updated, momentum = self._wide.of(parameter, self.state[parameter], dtype)
+            return local(updated), local(momentum), scale.unscaled(local(grad), dtype)
 
         self._wide.forget()
         dtype = wide_dtype(self._layers)

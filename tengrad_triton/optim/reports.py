@@ -169,10 +169,11 @@ class Reports:
 
     def refreshes(self, capture: Capture, model: nn.Module) -> None:
         """Note what is apart, and warn once of each way in which the caller's loss is not the one of the rows."""
+        used = [(name, id(capture.used(p))) for name, p in model.named_parameters()]
         apart = {key: how for record in capture.records for key, how in _ways(record).items()}
-        self.apart = {name: apart[id(p)] for name, p in model.named_parameters() if id(p) in apart} if apart else {}
+        self.apart = {name: apart[key] for name, key in used if key in apart}
         if beside := capture.through_output.take():
-            names = {id(p): name for name, p in model.named_parameters()}
+            names = {key: name for name, key in used}
             listed = ", ".join(names.get(id(p), "?") for p in beside[:3]) + (", …" if len(beside) > 3 else "")
             self._once(
                 "beside",

@@ -35,6 +35,7 @@ from tengrad_triton.optim.options import PAPER, UNSCALED, RepresentationChoice, 
 from tengrad_triton.optim.reports import Stats
 from tengrad_triton.optim.summary import Summary, choices_of, summarize
 from tengrad_triton.optim.validation import check_model
+from tengrad_triton.sharding.shards import check_served
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
 
 
@@ -128,7 +129,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         raises, repeat the forward and backward before the next step.
     """
 
-    state_key = "tengrad"
+    state_key, takes_shards = "tengrad", True
     made_anew = ("_ops",)
 
     def __init__(
@@ -144,7 +145,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None,
         verify: Verify = "change", include_curvature: bool = True, gram: Gram = "global", process_group: Any = None,
     ) -> None:  # fmt: skip
-        device = check_model(model)
+        device = check_model(model, takes_shards=True)
         self._options = validate(
             model, device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
@@ -161,6 +162,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         }  # fmt: skip
         super().__init__(model, params, defaults, refresh_every=refresh_every, unsupported=unsupported, seed=seed)
         self._scaling, self.include_curvature = scaling, include_curvature
+        check_served(self._shards, history=history, gram=gram)
         self._join(processes_of(model, gram, process_group), settings_of(self._options, self))
 
     @classmethod
@@ -251,18 +253,20 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
         samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads, self.param_groups)
+        parameters = self._capture.parameters_for_rules()
         self._follow_schedules()
         foresee = partial(self._reports.foresees, self._ops, self._generator.device)
         options = o.of_refresh(
             o.spender(steps, samples, foresee), steps, min(group["damping"] for group in self.param_groups),
             blocks_of=partial(fisher_blocks_of, o.blocks, self._layers), damping_of=self._damping_of,
             ops_for=self._ops_for, release_calls=self._release_calls, report=self._reports.uncovered,
-            gather=self._processes.gather,
+            gather=self._processes.gather, shards=self._shards,
         )  # fmt: skip
         self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
         named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
-        curvature = refresh(self._capture, self._layers, options, self._curvature, named, row_generator)
+        with parameters:
+            curvature = refresh(self._capture, self._layers, options, self._curvature, named, row_generator)
         self._reports.refreshed(curvature)
         return curvature
 

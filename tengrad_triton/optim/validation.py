@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from tengrad_triton.curvature.target import Trained
-from tengrad_triton.distributed.ranks import check_not_sharded
 from tengrad_triton.layers import require_exact_gradient
 from tengrad_triton.misspellings import did_you_mean
+from tengrad_triton.sharding.modules import check_modules
+from tengrad_triton.sharding.tensors import check_not_sharded, check_placements
 
 INFINITY = float("inf")
 
@@ -84,14 +85,18 @@ _MODEL_FIRST = (
 )
 
 
-def check_model(model: Any, advice: str = _MODEL_FIRST) -> torch.device:
+def check_model(model: Any, advice: str = _MODEL_FIRST, takes_shards: bool = False) -> torch.device:
     """Raise unless the model is a module with trainable parameters; return the device of the first one.
 
-    ``advice`` is for who gave something else.
+    ``advice`` is for who gave something else; ``takes_shards`` says whether each process may have a part of them.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; {advice}")
-    check_not_sharded(model.parameters())
+    if takes_shards:
+        check_placements(model.named_parameters())
+        check_modules(model)
+    else:
+        check_not_sharded(model.parameters())
     device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
     if device is None:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
@@ -260,12 +265,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def check_parameters(param_groups: Sequence[Mapping[str, Any]]) -> None:
+def check_parameters(param_groups: Sequence[Mapping[str, Any]], takes_shards: bool = False) -> None:
     """Raise unless the trainable parameters of all groups are real floating point, and on one device.
 
     Frozen parameters may be of any type, such as the integers of a quantized model.
     """
-    check_not_sharded(p for group in param_groups for p in group["params"])
+    named = [(f"parameter {k}", p) for k, p in enumerate(p for group in param_groups for p in group["params"])]
+    if takes_shards:
+        check_placements(named)
+    else:
+        check_not_sharded(p for _, p in named)
     trained = [p for group in param_groups for p in group["params"] if p.requires_grad]
     check_dtypes(trained)
     devices = dict.fromkeys(str(p.device) for p in trained)

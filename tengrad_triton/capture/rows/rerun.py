@@ -22,6 +22,7 @@ from tengrad_triton.capture.record import LayerCall
 from tengrad_triton.capture.rows.unobserved import unobserved
 from tengrad_triton.layers import tensors_in
 from tengrad_triton.layers.stateless import call_with, places_of
+from tengrad_triton.sharding.modules import takes_single_passes
 
 _CHUNK_BYTES = 256 * 2**20  # one `vmap` computes rows of at most this size
 _SAMPLES_PER_PASS = 16  # the backward passes of this many samples are batched into one
@@ -148,12 +149,21 @@ def batched_grads(
         cotangents: for each output, R cotangents [R, *output.shape].
     """
     options: dict[str, Any] = {"retain_graph": True, "allow_unused": True}
-    try:
-        with ignore_vmap_warning():
-            batched = torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
-    except RuntimeError:  # an operation cannot be batched, or memory is too small: take one pass after the other
+    batched = None if takes_single_passes() else _in_one_pass(outputs, inputs, cotangents, options)
+    if batched is None:
         for single in zip(*cotangents, strict=True):
             yield torch.autograd.grad(outputs, inputs, single, **options)
         return
     for index in range(len(cotangents[0])):
         yield [None if grads is None else grads[index] for grads in batched]
+
+
+def _in_one_pass(
+    outputs: Sequence[Tensor], inputs: Sequence[Any], cotangents: Sequence[Tensor], options: Mapping[str, Any]
+) -> Sequence[Tensor | None] | None:
+    """Return all the derivatives; None where an operation cannot be batched, or memory is too small."""
+    try:
+        with ignore_vmap_warning():
+            return torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options)
+    except RuntimeError:
+        return None

@@ -32,16 +32,25 @@ from tengrad_triton.layers import ConvInput, OuterProducts, matrix_view
 
 @dataclass(frozen=True)
 class Factored(Jacobian):
-    """The factors a (inputs) and g (output gradients) with J_n = Σ_p g_np a_npᵀ. J_n is not stored."""
+    """The factors a (inputs) and g (output gradients) with J_n = Σ_p g_np a_npᵀ. J_n is not stored.
+
+    ``for_k`` has rows with the Gram matrix K until that is formed, where it does not follow from the factors.
+    """
 
     factors: OuterProducts
     ops: Ops
     scale: Scale | None = None
+    for_k: Jacobian | None = None
 
     @property
     @override
     def rows(self) -> int:
         return len(self.factors.g_NGPO)
+
+    @override
+    def for_gram(self) -> Jacobian:
+        """Return rows of the Gram matrix."""
+        return super().for_gram() if self.for_k is None else self.for_k
 
     def prefers_sample_space(self, samples: int) -> bool:
         """Whether J is dense, and it takes fewer flops to project V from that many factors than V itself (M19).

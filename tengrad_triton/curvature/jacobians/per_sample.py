@@ -41,6 +41,7 @@ class PerSample(Jacobian):
         row_kind: what a row is.
         scale: D of the parameter; None for the identity.
         factors: those of J without D⁻¹ until K is formed, where that takes fewer flops from them than from ``j_NK``.
+        for_k: rows with the Gram matrix K until that is formed, where it does not follow from ``j_NK``.
     """
 
     j_NK: Tensor
@@ -48,6 +49,7 @@ class PerSample(Jacobian):
     row_kind: RowKind
     scale: Scale | None = None
     factors: OuterProducts | None = None
+    for_k: Jacobian | None = None
 
     @property
     @override
@@ -104,8 +106,10 @@ class PerSample(Jacobian):
         return replace(self, j_NK=by.of_rows(self.j_NK).to(self.j_NK.dtype), factors=None)
 
     @override
-    def for_gram(self) -> PerSample:
+    def for_gram(self) -> Jacobian:
         """Return rows of the Gram matrix, in float32 at least: from those that are stored, or from their factors."""
+        if self.for_k is not None:
+            return self.for_k
         if self.scale is None:
             return self
         if self.factors is not None:
@@ -142,13 +146,13 @@ class PerSample(Jacobian):
 
 def without_factors(jacobians: Jacobians) -> Jacobians:
     """Return the same J without what only K is formed from."""
-    return {
-        name: {
-            param_name: replace(one, factors=None) if isinstance(one, PerSample) and one.factors is not None else one
-            for param_name, one in layer.items()
-        }
-        for name, layer in jacobians.items()
-    }
+
+    def stored(one: Any) -> Jacobian:
+        if getattr(one, "factors", None) is not None and isinstance(one, PerSample):
+            one = replace(one, factors=None)
+        return one if getattr(one, "for_k", None) is None else replace(one, for_k=None)
+
+    return {name: {param_name: stored(one) for param_name, one in layer.items()} for name, layer in jacobians.items()}
 
 
 def store_contiguously(jacobians: Jacobians) -> Jacobians:

@@ -17,7 +17,8 @@ from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.curvature.moments.second import Pair, form_of, second_moments
 from tengrad_triton.curvature.sides import places_of_alike
 from tengrad_triton.kernels.dispatch import widen
-from tengrad_triton.layers import matrix_view
+from tengrad_triton.layers import matrix_shape
+from tengrad_triton.sharding.shards import WHOLE, Whole
 
 Scaling = Literal["none", "diagonal", "kronecker"]
 """What D is: the identity, of rank one on every weight, or a Kronecker product of two matrices in every group."""
@@ -79,6 +80,7 @@ def updated_moments(
     grads: Grads,
     scaling: Scaling,
     side_share: float | None = None,
+    shards: Whole = WHOLE,
 ) -> AllMoments:
     """Return the moments of every parameter after a refresh; none where D is the identity.
 
@@ -89,6 +91,7 @@ def updated_moments(
         grads: V of the parameters that the step updates; those without rows have moments too.
         scaling: what D is.
         side_share: what a matrix of D may cost in D⁻¹ V, as a share of SGD's step; None for a twelfth.
+        shards: the processes among which parameters are cut, and with them V.
     """
     if scaling == "none":
         return {}
@@ -100,7 +103,7 @@ def updated_moments(
             grad = grads.get((layer.name, name))
             if name in batches or grad is not None:
                 seen[layer.name, name] = _Seen(known.get(name), batches.get(name, []), parameter, grad)
-    made = iter(_updated([*seen.values()], most))
+    made = iter(_updated([*seen.values()], most, shards))
     updated: dict[str, dict[str, Moments]] = {}
     for key in ((layer.name, name) for layer in layers for name in layer.parameters):
         own = next(made) if key in seen else _kept(before, *key)
@@ -115,12 +118,12 @@ def _kept(before: AllMoments, layer: str, name: str) -> Moments | None:
     return own and Moments(*(x.clone() for x in own))
 
 
-def _updated(seen: Sequence[_Seen], side_share: float) -> list[Moments]:
+def _updated(seen: Sequence[_Seen], side_share: float, shards: Whole) -> list[Moments]:
     """Return the moments with those of a refresh; they begin anew where sizes differ.
 
     Parameters whose moments have one size take each operation together.
     """
-    new = _of_refresh(seen, side_share)
+    new = _of_refresh(seen, side_share, shards)
     keys = [
         (len(one.calls), one.samples, *(x.shape for x in one.calls[0]), one.calls[0][0].dtype, one.calls[0][0].device)
         for one in new
@@ -131,7 +134,7 @@ def _updated(seen: Sequence[_Seen], side_share: float) -> list[Moments]:
     return [made[place] for place in range(len(seen))]
 
 
-def _of_refresh(seen: Sequence[_Seen], side_share: float) -> list[_New]:
+def _of_refresh(seen: Sequence[_Seen], side_share: float, shards: Whole) -> list[_New]:
     """Return the second moments of one refresh."""
     with_rows = [one for one in seen if one.batches]
     forms = [form_of(one.batches, one.parameter, side_share, _are_matrices(one.before)) for one in with_rows]
@@ -141,9 +144,9 @@ def _of_refresh(seen: Sequence[_Seen], side_share: float) -> list[_New]:
             one.before,
             next(of_calls) if one.batches else [_without_rows(one)],
             sum(calls[0].samples for calls in one.batches),
-            _mean_square(one),
+            square,
         )
-        for one in seen
+        for one, square in zip(seen, _mean_squares(seen, shards), strict=True)
     ]
 
 
@@ -156,17 +159,36 @@ def _without_rows(one: _Seen) -> Pair:
     if one.before is not None:
         rows, columns, _, weight = one.before
         return mean_of(rows, weight), mean_of(columns, weight)
-    outputs, _, inputs = matrix_view(one.parameter.detach()).shape
+    outputs, _, inputs = matrix_shape(one.parameter.shape)
     dtype = torch.float32 if one.grad is None else one.grad.dtype
     rows, columns = (torch.ones(1, n, dtype=dtype, device=one.parameter.device) for n in (outputs, inputs))
     return rows, columns
+
+
+def _mean_squares(seen: Sequence[_Seen], shards: Whole) -> list[Tensor]:
+    """Return those of V, of which each process may have a part."""
+    if not shards.is_cut:
+        return [_mean_square(one) for one in seen]
+    sums = [
+        torch.zeros((), device=one.parameter.device) if one.grad is None else widen(one.grad.detach()).square().sum()
+        for one in seen
+    ]
+    totals = shards.total(torch.stack([x.double() for x in sums])).unbind()
+    return [
+        _mean_square(one) if one.grad is None else (total / one.parameter.numel()).to(own.dtype)
+        for one, total, own in zip(seen, totals, sums, strict=True)
+    ]
 
 
 def _mean_square(one: _Seen) -> Tensor:
     """Return that of V; without V, what it was so far."""
     if one.grad is not None:
         return widen(one.grad.detach()).square().mean()
-    return one.parameter.new_zeros(()) if one.before is None else mean_of(one.before.square, one.before.weight)
+    return (
+        torch.zeros((), device=one.parameter.device)
+        if one.before is None
+        else mean_of(one.before.square, one.before.weight)
+    )
 
 
 def mean_of(total: Tensor, weight: Tensor) -> Tensor:

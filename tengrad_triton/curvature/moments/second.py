@@ -24,7 +24,7 @@ from tengrad_triton.layers import (
     OuterProducts,
     PerSampleGrads,
     flatten_rows,
-    matrix_view,
+    matrix_shape,
 )
 
 LARGEST = 128  # a side with more entries is diagonal: its matrix would cost more than it gains
@@ -65,7 +65,7 @@ def form_of(
         side_share: what a matrix may cost, as a share of SGD's step; all sides are diagonal with 0.
         were_matrices: those of earlier refreshes.
     """
-    all_outputs, _, inputs = matrix_view(parameter.detach()).shape
+    all_outputs, _, inputs = matrix_shape(parameter.shape)
     calls = [call for calls in batches for call in calls]
     outers = [call for call in calls if isinstance(call, OuterProducts)]
     embeddings = [call for call in calls if isinstance(call, EmbeddingGrads)]

@@ -27,6 +27,7 @@ from tengrad_triton.curvature.target import GroupSettings, RememberedTargets, Tr
 from tengrad_triton.layers import tensors_in
 from tengrad_triton.optim.state.wide import WideCopies
 from tengrad_triton.optim.validation import check_trained
+from tengrad_triton.sharding.shards import Whole
 
 C = TypeVar("C")
 _COMPLETED = ("_capture", "_generator", "_curvature", "_group_settings", "_remembered", "_wide")
@@ -47,6 +48,7 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     _capture: Capture
     _generator: torch.Generator
     _curvature: C | None
+    _shards: Whole
 
     @abstractmethod
     def _new_capture(self, layers: Sequence[LayerParams]) -> Capture:
@@ -69,7 +71,7 @@ class CopiedOptimizer(torch.optim.Optimizer, ABC, Generic[C]):
     def _targets_have_changed(self, trained: Sequence[Trained]) -> None:
         """Check the parameters to be updated, and convert the curvature if they have another type than before."""
         check_trained(trained)
-        if self._curvature is None or not trained:
+        if self._curvature is None or not trained or self._shards.is_cut:
             return
         dtype = torch.float64 if trained[0][2][0].dtype == torch.float64 else torch.float32
         packed = self._packed(self._curvature)

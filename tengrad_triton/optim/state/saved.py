@@ -153,7 +153,8 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         """
         includes = self._include_curvature if include_curvature is None else include_curvature
         check_bool("include_curvature", includes)
-        includes = includes and not self._processes.averages  # one of each process's own is not that of the others
+        # One of each process's own is not that of the others.
+        includes = includes and not self._processes.averages and not self._shards.is_cut
         self._fill_state()
         handle = self.register_state_dict_post_hook(partial(_add_own, includes), prepend=True)  # users' hooks see it
         try:

@@ -1,0 +1,1 @@
+"""Models of which each process has a part (`torch.distributed.fsdp.fully_shard`), and sums over these parts."""

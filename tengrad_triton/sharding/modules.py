@@ -1,0 +1,134 @@
+"""Modules of `fully_shard` during a refresh: whole parameters for the backward passes that compute rows.
+
+Such a module has whole parameters from its forward, or its backward, until the end of that, and sends the gradients off
+as soon as they are there. The passes of a refresh begin after the forward. They must leave all of this as it was: no
+message may depend on how many passes a rank runs, because a rank without samples runs none.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from tengrad_triton.sharding.tensors import is_sharded
+
+_FLAGS = ("reshard_after_backward", "reduce_grads")
+_kept: ContextVar[bool] = ContextVar("kept", default=False)
+
+
+def sharded_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that `fully_shard` was called for."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(package, "FSDPModule", None)
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def plain_type(module: nn.Module) -> type:
+    """Return the type of a module, that which it had before `fully_shard` made another one of it."""
+    package = sys.modules.get("torch.distributed.fsdp")
+    made = package is not None and isinstance(module, package.FSDPModule)
+    return type(module).__mro__[2] if made else type(module)
+
+
+def check_modules(model: nn.Module) -> None:
+    """Raise `ValueError` if modules of `fully_shard` keep their parameters elsewhere than where they compute."""
+    for module in sharded_modules(model):
+        if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups_of(module)):
+            raise ValueError(
+                "fully_shard(offload_policy=CPUOffloadPolicy()) is not served: J is where the model computes, and the "
+                "step needs the parameters there too; leave the policy out"
+            )
+
+
+class WholeParameters:
+    """The whole parameters of a model, for as long as its own hooks leave them there.
+
+    Args:
+        model: the model, whose parameters are at present those that the optimizer has.
+
+    Attributes:
+        is_needed: whether the model's parameters are sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = sharded_modules(model)
+        self.is_needed = bool(self._modules)
+        owned = (
+            (module, name, p)
+            for module in (model.modules() if self.is_needed else ())
+            for name, p in module._parameters.items()
+        )
+        self._sharded = [(module, name, p) for module, name, p in owned if is_sharded(p)]
+        self._whole: dict[int, Tensor] = {}
+        self._parts: dict[int, Tensor] = {}
+
+    def gather(self) -> bool:
+        """Give every module whole parameters; return whether they are others than the last time.
+
+        Every rank must call this. The modules' own backward then sends nothing for it.
+        """
+        for module in self._modules:
+            module.unshard()
+        found = [(p, module._parameters[name]) for module, name, p in self._sharded]
+        whole: dict[int, Tensor] = {id(part): one for part, one in found if one is not None}
+        is_new = {key: id(one) for key, one in whole.items()} != {key: id(one) for key, one in self._whole.items()}
+        self._whole = whole
+        self._parts = {id(one): part for part, one in found if one is not None and part is not None}
+        return is_new
+
+    @contextmanager
+    def outside(self, needed: bool) -> Iterator[None]:
+        """Return a context outside of forward and backward, in which modules have whole parameters if ``needed``.
+
+        Every rank must enter it.
+        """
+        if needed:
+            self.gather()
+        try:
+            yield
+        finally:
+            for module in self._modules if needed else ():
+                module.reshard()
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the whole parameter that takes part in a forward, of one that the optimizer has."""
+        return self._whole.get(id(parameter), parameter)
+
+    @property
+    def parts(self) -> Mapping[int, Tensor]:
+        """Return the parameters that the optimizer has, by the ids of the whole ones."""
+        return self._parts
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Return a context for backward passes that neither free the parameters nor send gradients."""
+        groups = [group for module in self._modules for group in _groups_of(module)]
+        before = [[getattr(group, flag) for flag in _FLAGS] for group in groups]
+        for group in groups:
+            for flag in _FLAGS:
+                setattr(group, flag, False)
+        token = _kept.set(bool(groups))
+        try:
+            yield
+        finally:
+            _kept.reset(token)
+            for group, values in zip(groups, before, strict=True):
+                for flag, value in zip(_FLAGS, values, strict=True):
+                    setattr(group, flag, value)
+
+
+def takes_single_passes() -> bool:
+    """Whether backward passes cannot be batched now: `fully_shard`'s nodes of the graph would stop one half-way."""
+    return _kept.get()
+
+
+def _groups_of(module: Any) -> list[Any]:
+    """Return the groups of parameters that a module sends together; `FSDPModule` can set their flags, but not read."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # since torch 2.12 or so there may be several
+    return list(groups) if groups is not None else [g for g in (state._fsdp_param_group,) if g is not None]
