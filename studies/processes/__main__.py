@@ -1,4 +1,4 @@
-"""What training in many processes sends, holds and takes: `python -m studies.processes`; docs/scaling.md is its page."""
+"""What training in many processes sends, holds and takes; docs/scaling.md is its page."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ app = App(name="studies.processes", help=__doc__, help_format="plaintext")
 
 
 @app.default
-def study(
-    *, out: Path = ROOT.parents[1] / "docs", results: Path = ROOT / "results", report_only: bool = False
-) -> None:
+def study(*, out: Path = ROOT.parents[1] / "docs", results: Path = ROOT / "results", report_only: bool = False) -> None:
     """Measure what is missing, in up to eight processes of one thread each, and write the page and its figure.
 
     Parameters

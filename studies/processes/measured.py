@@ -1,4 +1,4 @@
-"""What is measured of several processes: bytes that they send, counted by the system, and the host's time for a part."""
+"""What is measured of several processes: the bytes that they send, counted, and the host's time for a part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from studies.processes.model import Way
+from studies.processes.model import WAYS, Way
 from studies.processes.sizes import META, NETWORKS, sizes_of
 from tengrad_triton import TENGraD
 from tengrad_triton.curvature.contributions import Contributions
@@ -54,17 +54,16 @@ class Case:
 def cases() -> list[Case]:
     """Return what is counted: each way is one more row for every model and every number of processes."""
     models = (("small 3C1F", 8), ("transformer", 4), ("ResNet-18", 2))
-    ways: tuple[Way, ...] = ("DDP, global", "DDP, local")
     few = Case("transformer", 4, 4, "DDP, global", fisher_rows=4)
-    return [*(Case(*model, count, way) for way in ways for model in models for count in (2, 4, 8)), few]
+    return [*(Case(*model, count, way) for way in WAYS for model in models for count in (2, 4, 8)), few]
 
 
-def wrapped(model: nn.Module, way: Way) -> nn.Module:
+def wrapped(model: nn.Module, way: Way) -> Any:
     """Return the model as the way's loop calls it."""
     if way == "FSDP2, global":
         from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - its import takes a second
 
-        return fully_shard(model)
+        return fully_shard(model, reshard_after_forward=True)  # which is not the default for the outermost module
     return DistributedDataParallel(model)
 
 
@@ -176,7 +175,7 @@ def _refresh_seconds(model: nn.Module, x: Tensor, y: Tensor, parts: int, rounds:
         own, missing = alone(*arguments)
         return Contributions({k: {n: [*b] * parts for n, b in v.items()} for k, v in own.by_layer.items()}), missing
 
-    optimizer._processes.gather = repeated  # type: ignore[method-assign]
+    optimizer._processes.gather = repeated
     found = []
     for _ in range(rounds + 1):
         optimizer.zero_grad()

@@ -13,12 +13,15 @@ Source: doc/PERFORMANCE.md of NVIDIA's nccl-tests, whose "bus bandwidth" counts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from studies.processes.sizes import Sizes
-from tengrad_triton.curvature.geometry import EMBEDDING, Geometry
+from tengrad_triton.curvature.choices import Representation
+from tengrad_triton.curvature.geometry import Geometry
 from tengrad_triton.tuning.budget import Budget, Chooser, Work
 from tengrad_triton.tuning.plan import MAX_BYTES, Plan
 
@@ -69,12 +72,12 @@ class Plans:
     why: str
     work: Work
     sizes: dict[str, Geometry]
-    chosen: dict[str, str]
+    chosen: dict[str, Representation]
 
     @property
     def j_bytes(self) -> int:
         """The bytes of J in one process."""
-        return sum(g.stored_bytes(self.chosen[name]) for name, g in self.sizes.items())  # type: ignore[arg-type]
+        return sum(g.stored_bytes(self.chosen[name]) for name, g in self.sizes.items())
 
 
 def kept(
@@ -87,30 +90,17 @@ def kept(
     """
     work = sizes.work(1 if way == "DDP, local" else count)
     if way == "FSDP2, global":
-        work = replace(work, weights={name: part_of(g, count) for name, g in work.weights.items()})
+        work = replace(work, weights={name: g.of_part(count) for name, g in work.weights.items()})
     chooser = Chooser(Plan({}), None, sizes.contributions.explicit().keys(), every, max_bytes)
     spending = Budget(None, max_bytes, fisher_rows).spend(work, chooser)
     own = work.of_rows(spending.rows)
     return Plans(spending.rows, spending.why, work, own, dict(chooser.representations(own)))
 
 
-def part_of(whole: Geometry, count: int) -> Geometry:
-    """Return the part of J that one of R processes keeps, cut by output rows: O / R of them, and all inputs.
-
-    Explicit rows have N K / R numbers, factors N P (I + O / R). The factors of an embedding are not cut: they are
-    the words and the derivatives of what was read.
-    """
-    outputs = math.ceil(whole.outputs / count)
-    if whole.layout == EMBEDDING:
-        return replace(whole, outputs=outputs)
-    g_bytes = whole.itemsize * whole.samples * whole.groups * whole.positions * whole.outputs
-    stored = whole.factored_bytes if whole.layout == "rows" else whole.factored_bytes - g_bytes
-    stored = stored * outputs // whole.outputs if whole.layout == "rows" else stored + g_bytes * outputs // whole.outputs
-    return replace(whole, outputs=outputs, factored_bytes=stored)
-
-
-def sent(sizes: Sizes, count: int, way: Way, rows: int) -> Sent:
+def sent(sizes: Sizes, count: int, way: Way, rows: int, scatters: bool = True) -> Sent:
     """Return what a process sends, for R processes and n rows.
+
+    Without ``scatters`` the library takes an all-reduce in place of a reduce-scatter, as torch does with gloo.
 
     DDP, global: the gradients are reduced; a refresh gathers contributions, and what each process says of them.
     DDP, local: every step reduces parameters and momenta too.
@@ -126,15 +116,23 @@ def sent(sizes: Sizes, count: int, way: Way, rows: int) -> Sent:
     if way == "DDP, local":
         update = reduced(2 * model, count)
         return Sent(reduced(model, count), update, update)
-    step = reduced(NUMBER * blocks * (rows + 1), count) + NUMBER * scaled_whole(sizes, count) * (count - 1) / count
+    step = reduced(NUMBER * blocks * (rows + 1), count) + gathered(NUMBER * coupled_part(sizes, count), count)
     grams = reduced(NUMBER * blocks * rows**2, count)
-    return Sent(1.5 * reduced(model, count), exchange + grams + step, step)
+    wrapper = (3 if scatters else 4) * gathered(NUMBER * part_of(sizes.shapes.values(), count), count)
+    return Sent(wrapper, exchange + grams + step, step)
 
 
-def scaled_whole(sizes: Sizes, count: int) -> int:
-    """Return the entries of weights whose output side of D is a matrix: R⁻¹ V needs all outputs of V."""
-    weights = {**sizes.contributions.geometries(), **sizes.contributions.explicit()}
-    return sum(weights[name].entries for name, form in sizes.forms(count).items() if form.rows_are_matrices)
+def part_of(shapes: Iterable[torch.Size], count: int) -> int:
+    """Return the entries of parameters that a process has: ⌈O / R⌉ outputs of each; what is sent is filled up to that.
+
+    `fully_shard` cuts like this, and the optimizer.
+    """
+    return sum(math.ceil(shape[0] / count) * shape[1:].numel() for shape in shapes)
+
+
+def coupled_part(sizes: Sizes, count: int) -> int:
+    """Return a process's entries of weights whose output side of D is a matrix: R⁻¹ V needs all outputs of V."""
+    return part_of((sizes.shapes[name] for name, form in sizes.forms(count).items() if form.rows_are_matrices), count)
 
 
 @dataclass(frozen=True)
@@ -158,9 +156,13 @@ class Held:
 
 
 def held(sizes: Sizes, count: int, way: Way, plans: Plans) -> Held:
-    """Return what a process holds. D, which has no more than 128² numbers for a side, is left out."""
-    training = 3 * NUMBER * sizes.parameters / (count if way == "FSDP2, global" else 1)
-    messages = 0 if way == "DDP, local" else (count + 2) * sizes.message_bytes
+    """Return what a process holds. D, which has no more than 128² numbers for a side, is left out.
+
+    With FSDP2 it has its part of parameters, gradients and momenta, and during a refresh whole parameters too.
+    """
+    model, is_cut = NUMBER * sizes.parameters, way == "FSDP2, global"
+    training = 3 * model / (count if is_cut else 1)
+    messages = 0 if way == "DDP, local" else (count + 2) * sizes.message_bytes + (model if is_cut else 0)
     return Held(training, plans.j_bytes + NUMBER * len(sizes.layers) * plans.rows**2, messages)
 
 

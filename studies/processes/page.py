@@ -15,7 +15,9 @@ from studies.processes.store import HOST, Store
 from studies.processes.times import TIMED, moving_rate, product_rate, refresh_rate
 
 TEMPLATE = Path(__file__).with_name("page.md")
-GENERATED = "<!-- Written by `python -m studies.processes` from studies/processes/page.md: changes by hand are lost. -->"
+GENERATED = (
+    "<!-- Written by `python -m studies.processes` from studies/processes/page.md: changes by hand are lost. -->"
+)
 SHORT, LONG = INTERVALS
 FEW = SAMPLES[0]
 

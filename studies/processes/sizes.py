@@ -57,6 +57,7 @@ class Sizes:
         layers: of the optimizer.
         contributions: of the process, on the meta device.
         parameters: the entries of all parameters.
+        shapes: those of all parameters, by their names.
         forms: returns the form of D for each parameter, with the rows of R such processes.
         work: returns what a refresh of R such processes could use, with the rows of all of them.
     """
@@ -66,6 +67,7 @@ class Sizes:
             model = network.build()
         self.forms, self.work = cache(self._forms), cache(self._work)
         self.samples, self.parameters = samples, sum(p.numel() for p in model.parameters())
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.layers = find_layer_params(model, [{"params": [*model.parameters()]}], rows_without_rule=False)
         self.contributions = Contributions(_by_layer(model, self.layers, network, samples))
 

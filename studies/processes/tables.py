@@ -56,8 +56,8 @@ def held_table(samples: int) -> str:
         for count in COUNTS:
             cells = []
             for way in ("DDP, global", "FSDP2, global"):
-                plans = plans_of(name, samples, count, way)  # type: ignore[arg-type]
-                own = held(sizes_of(name, samples), count, way, plans)  # type: ignore[arg-type]
+                plans = plans_of(name, samples, count, way)
+                own = held(sizes_of(name, samples), count, way, plans)
                 cells += [f"{plans.rows:,}", gigabytes(own.curvature), _peak(own)]
             alone = held(sizes_of(name, samples), count, "DDP, local", plans_of(name, samples, count, "DDP, local"))
             lines.append((name, str(count), *cells, gigabytes(alone.curvature)))
@@ -113,7 +113,7 @@ def rows_table(answers: Answers) -> str:
             for every in INTERVALS:
                 most = [answers.most_rows(name, samples, count, every) for count in ROW_COUNTS]
                 alone = answers.over_sgd(name, samples, 1, "DDP, global", every)
-                ends = [answers.last(name, samples, way, every) for way in ("DDP, global", "DDP, local")]  # type: ignore[arg-type]
+                ends = [answers.last(name, samples, way, every) for way in ("DDP, global", "DDP, local")]
                 first, last = (f"{end}" if end else f"{COUNTS[-1]}" for end in ends)
                 rows = (str(number) if number else "-" for number in most)
                 lines.append((f"{name}, N_r = {samples}, T = {every}", f"{alone:.2f}", first, *rows, last))
@@ -148,7 +148,7 @@ Pairs = tuple[tuple[float, float], ...]
 
 def pairs_of(one: dict[str, Any]) -> Pairs:
     """Return counted bytes and those of the model for a case; the wrapper's in a step that does not refresh."""
-    expected = sent(sizes_of(one["network"], one["samples"]), one["count"], one["way"], one["rows"])
+    expected = sent(sizes_of(one["network"], one["samples"]), one["count"], one["way"], one["rows"], scatters=False)
     refresh, reuse = one["refresh"], one["reuse"]
     return (reuse["wrapper"], expected.wrapper), (refresh["own"], expected.refresh), (reuse["own"], expected.reuse)
 
@@ -169,7 +169,7 @@ def counted_table(counted: Sequence[dict[str, Any]]) -> str:
             for found, expected in pairs_of(one)
             for text in (megabytes(found), f"{found / expected:.4f}" if expected else "-")
         ]
-        title = f"{one['network']}, N_r = {one['samples']}, {NAMES[one['way']]}"  # type: ignore[index]
+        title = f"{one['network']}, N_r = {one['samples']}, {NAMES[one['way']]}"
         title += f", `fisher_rows={one['fisher_rows']}`" if one["fisher_rows"] else ""
         lines.append((title, str(one["count"]), *cells))
     return table(head, lines)

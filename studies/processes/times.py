@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from studies.processes.hardware import MEASURED_SAMPLES, gather_seconds, limits, measured_steps, reduce_seconds
-from studies.processes.model import NUMBER, Plans, Way, kept, scaled_whole
+from studies.processes.model import NUMBER, Plans, Way, coupled_part, kept, part_of
 from studies.processes.sizes import Sizes, sizes_of
 from tengrad_triton.curvature.geometry import EMBEDDING, Geometry
 from tengrad_triton.tuning.plan import MAX_BYTES
@@ -152,7 +152,9 @@ def times_of(
     refresh = exchange + joined + refresh_seconds(name, samples, plans, parts)
     if way == "DDP, global":
         return Times(alone + late, step + late, refresh, exchange, parts)
-    step += max(0.0, 3 * gather_seconds(model / count, count) - alone) + sharded_seconds(sizes, count, plans)
+    step += max(
+        0.0, 3 * gather_seconds(NUMBER * part_of(sizes.shapes.values(), count), count) - alone
+    ) + sharded_seconds(sizes, count, plans)
     grams = reduce_seconds(NUMBER * len(sizes.layers) * plans.rows**2, count)
     return Times(alone + late, step, refresh + grams, exchange, parts)
 
@@ -160,4 +162,4 @@ def times_of(
 def sharded_seconds(sizes: Sizes, count: int, plans: Plans) -> float:
     """Return the seconds of what a step of FSDP2 sends: J V and a square of each block, and some gradients."""
     numbers = NUMBER * len(sizes.layers) * (plans.rows + 1)
-    return reduce_seconds(numbers, count) + gather_seconds(NUMBER * scaled_whole(sizes, count) / count, count)
+    return reduce_seconds(numbers, count) + gather_seconds(NUMBER * coupled_part(sizes, count), count)
