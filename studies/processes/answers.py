@@ -44,11 +44,11 @@ class Answers:
         """Return the most that a mean step may take, over SGD's: that of one process, and `ADDED`."""
         return self.over_sgd(name, samples, 1, "DDP, global", every) + ADDED
 
-    def last(self, name: str, samples: int, way: Way, every: int) -> int | None:
-        """Return the largest power of two of processes within the limit, with all rows; None beyond 4096."""
+    def last(self, name: str, samples: int, way: Way, every: int) -> int:
+        """Return the largest power of two of processes, up to 4096, within the limit with all rows."""
         limit = self.limit(name, samples, every)
         first = first_above(limit, lambda count: self.over_sgd(name, samples, count, way, every))
-        return None if first is None else first // 2
+        return COUNTS[-1] if first is None else first // 2
 
     def most_rows(self, name: str, samples: int, count: int, every: int) -> int:
         """Return the most rows within the limit, with `DistributedDataParallel`; 0 if not even one row is."""

@@ -71,10 +71,13 @@ def _of_answers(answers: Answers) -> Writers:
     def all_rows(words: str) -> str:
         """Return the range over models and N_r of the most samples for which all rows are within the limit."""
         found = [
-            samples * (answers.last(name, samples, "DDP, global", int(words)) or COUNTS[-1])
-            for name in TIMED
-            for samples in SAMPLES
+            samples * answers.last(name, samples, "DDP, global", int(words)) for name in TIMED for samples in SAMPLES
         ]
+        return between(min(found), max(found))
+
+    def last_sharded(words: str) -> str:
+        every, samples = map(int, words.split())
+        found = [answers.last(name, samples, "FSDP2, global", every) for name in TIMED]
         return between(min(found), max(found))
 
     def last_rows(words: str) -> str:
@@ -86,6 +89,7 @@ def _of_answers(answers: Answers) -> Writers:
     return {
         "all_rows_n": all_rows,
         "last_rows": last_rows,
+        "last_sharded": last_sharded,
         "beyond": beyond,
         "advice": lambda _: str(tables.advice(answers)),
         "added": lambda _: f"{ADDED:g}",

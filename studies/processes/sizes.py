@@ -5,6 +5,7 @@ The rules, the message and the second moments are those of the optimizer itself.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.curvature.moments.running import SIDE_SHARE
-from tengrad_triton.curvature.moments.second import Form, form_of
+from tengrad_triton.curvature.moments.second import LARGEST, Form, form_of
 from tengrad_triton.distributed.exchange import Message, packed
 from tengrad_triton.layers import PerSampleGrads
 from tengrad_triton.recipes.models.transformer import gpt
@@ -98,6 +99,8 @@ class Sizes:
         }
 
     def _forms(self, count: int) -> dict[str, Form]:
+        # With as many positions as samples, and no weight has fewer, more batches than these change no form.
+        count = min(count, math.ceil(LARGEST / (3 * SIDE_SHARE) / self.samples))
         return {
             full_name(layer.name, name): form_of([*batches] * count, layer.parameters[name], SIDE_SHARE)
             for layer in self.layers

@@ -106,17 +106,21 @@ def refresh_table(answers: Answers, samples: int, rows: int = 128) -> str:
 
 def rows_table(answers: Answers) -> str:
     """Return up to which R all rows are within the limit, and how many rows are, by R."""
-    head = ("", "alone", "all rows: up to R", *(f"rows, R = {count}" for count in ROW_COUNTS), "local: up to R")
+    head = (
+        *("", "alone", "all rows: up to R", *(f"rows, R = {count}" for count in ROW_COUNTS)),
+        *("`fully_shard`, all rows: up to R", "local: up to R"),
+    )
     lines = []
     for name in TIMED:
         for samples in SAMPLES:
             for every in INTERVALS:
                 most = [answers.most_rows(name, samples, count, every) for count in ROW_COUNTS]
                 alone = answers.over_sgd(name, samples, 1, "DDP, global", every)
-                ends = [answers.last(name, samples, way, every) for way in ("DDP, global", "DDP, local")]
-                first, last = (f"{end}" if end else f"{COUNTS[-1]}" for end in ends)
+                last = {way: str(answers.last(name, samples, way, every)) for way in WAYS}
                 rows = (str(number) if number else "-" for number in most)
-                lines.append((f"{name}, N_r = {samples}, T = {every}", f"{alone:.2f}", first, *rows, last))
+                ends = (last["FSDP2, global"], last["DDP, local"])
+                title = f"{name}, N_r = {samples}, T = {every}"
+                lines.append((title, f"{alone:.2f}", last["DDP, global"], *rows, *ends))
     return table(head, lines)
 
 
