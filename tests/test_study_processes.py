@@ -28,7 +28,7 @@ def small():
 
 
 def test_a_small_model_by_hand(small):
-    # a, g and the rows of the bias of 4 outputs: 60, 80 and 80 bytes; of 2 outputs: 80, 40 and 40; each filled up to 64.
+    # a, g and rows of the bias: 60, 80 and 80 bytes for 4 outputs, 80, 40 and 40 for 2; each filled up to 64.
     assert small.message_bytes == 64 + 128 + 128 + 128 + 64 + 64
     assert small.parameters == 3 * 4 + 4 + 4 * 2 + 2
     ddp, local = (model.sent(small, 3, way, 15) for way in ("DDP, global", "DDP, local"))
