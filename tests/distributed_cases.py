@@ -199,7 +199,10 @@ def sharded(model, mesh=None, **settings):
     for child in model.children():
         if child not in tied and child is not getattr(model, "head", None) and any(True for _ in child.parameters()):
             fully_shard(child, mesh=mesh, **settings)
-    return fully_shard(model, mesh=mesh, **settings)
+    fully_shard(model, mesh=mesh, **settings)
+    if isinstance(model, TwoHeads):  # its gradients are wrong otherwise
+        model.set_reduce_scatter_unused_params(True)
+    return model
 
 
 def wrapped(case, count, model=None):

@@ -83,6 +83,15 @@ class CountedRecords:
         self.records.clear()
         self._witnesses.clear()
 
+    def check_loss_seen(self) -> None:
+        """Raise `ValueError` if a record has no derivative of the loss with respect to the model's output."""
+        if not all(record.loss_seen for record in self.records):
+            raise ValueError(
+                "fisher='empirical' takes rows from the derivative of the loss with respect to the model's output, but "
+                "this loss depends on derivatives of the output only: return from the model's forward what the loss is "
+                "a mean over, or use fisher='sampled' or 'exact'"
+            )
+
     def reached(self, record: Record, parameters: Sequence[Tensor], undo: Callable[[], None]) -> None:
         """Note that the present backward pass has reached the output of a forward.
 

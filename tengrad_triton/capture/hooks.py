@@ -23,8 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from tengrad_triton.capture.outputs import Seen, call_on_backward, count_samples
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rows.attribution import Attribution
 from tengrad_triton.capture.rows.explicit import ExplicitRows
+from tengrad_triton.capture.rows.used import UsedParameters
 from tengrad_triton.capture.through_output import ThroughOutput
 from tengrad_triton.layers import (
     Call,
@@ -53,12 +53,10 @@ from tengrad_triton.layers import (
     may_mix_samples,
     mixes_samples,
     rng_state,
-    rule_reads_parameters,
     tensors_in,
 )
 from tengrad_triton.likelihoods import why_loss_differs
 from tengrad_triton.profiling import phase
-from tengrad_triton.sharding.modules import WholeParameters
 
 
 class Capture:
@@ -72,7 +70,8 @@ class Capture:
         on_forward: a bound method, called when a recorded forward begins. It may call `follow`; weakly referred to.
 
     Attributes:
-        layers: the argument ``layers``.
+        layers: the argument ``layers``, with the parameters that the last forward used.
+        used: finds these parameters.
         through_output: whether the caller's gradient came through the output of the rows only.
         was_empty: whether the batch of the last recorded forward had no samples.
         loss_samples: the samples that the caller's loss is a mean of: N / R with N in R processes; None: the records'.
@@ -84,9 +83,9 @@ class Capture:
         generator: torch.Generator, on_forward: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._model, self._module = model, getattr(model, "_orig_mod", model)
-        self.layers, self._options, self.was_empty = layers, options, False
-        self.loss_scale: float | None = 1.0
-        self.loss_samples: float | None = None
+        self.layers, self.used = layers, UsedParameters(self._module, layers)
+        self._options, self.was_empty = options, False
+        self.loss_scale, self.loss_samples = cast("float | None", 1.0), cast("float | None", None)
         self._on_forward = Hook(on_forward) if on_forward is not None else lambda: None
         self._flags, self._counted = PassFlags(), CountedRecords()
         self.through_output = ThroughOutput(self._flags)
@@ -98,9 +97,7 @@ class Capture:
         self._of_likelihood = LikelihoodGrads(output_grads, *of_likelihood)
         self._open: Record | None = None  # of the forward that is running
         self._handles, self._layer_handles = list[RemovableHandle](), list[RemovableHandle]()
-        self._eager = contextlib.ExitStack()
-        self._rng_states: dict[str, Tensor] = {}
-        self._whole, self._given = WholeParameters(self._module), layers
+        self._eager, self._rng_states = contextlib.ExitStack(), dict[str, Tensor]()
 
     @property
     def armed(self) -> bool:
@@ -151,7 +148,7 @@ class Capture:
 
     def follow(self, layers: Mapping[str, CapturedLayer]) -> None:
         """Record other layers from now on: the model has changed. What was recorded is forgotten."""
-        self.layers = self._given = layers
+        self.layers = self.used.layers = layers
         self.forget()
         self._attribution.follow(layers)
         if self.armed:
@@ -170,12 +167,8 @@ class Capture:
 
     def check_counted(self) -> None:
         """Raise `ValueError` if a record that counts has no rows, because the loss is made of derivatives."""
-        if self._options.fisher == "empirical" and not all(record.loss_seen for record in self.records):
-            raise ValueError(
-                "fisher='empirical' takes rows from the derivative of the loss with respect to the model's output, but "
-                "this loss depends on derivatives of the output only: return from the model's forward what the loss is "
-                "a mean over, or use fisher='sampled' or 'exact'"
-            )
+        if self._options.fisher == "empirical":
+            self._counted.check_loss_seen()
 
     def why_loss_differs(self) -> str | None:
         """Return why the caller's loss is not the mean of the likelihood's negative logarithm, as far as is known.
@@ -255,7 +248,9 @@ class Capture:
         record, self._open = self._open, None
         if record is None:
             return None
-        self._gather_parameters()
+        if (layers := self.used.follow()) is not None:
+            self.layers, self._counted.parts = layers, self.used.parts
+            self._attribution.follow(layers)
         likelihood = None if self._options.fisher == "empirical" else self._options.likelihood
         seen = Seen(self._options.output, likelihood)
         selected, returned = seen.part_of(output), differentiable(output)
@@ -265,7 +260,7 @@ class Capture:
         self.was_empty = not record.samples
         if self.was_empty:
             return None
-        with self._flags.ours(), self._whole.kept(), phase("capture"):
+        with self._flags.ours(), self.used.kept(), phase("capture"):
             if not self._attribution.check(record, starts):
                 return None
             if likelihood is None:
@@ -277,26 +272,6 @@ class Capture:
         # From here on only the graph refers to the record, until a backward reaches it.
         callback = Hook(self._on_backward, record, map_tensors(_without_graph, output))
         return call_on_backward(output, returned or starts, callback)
-
-    def _gather_parameters(self) -> None:
-        """Of a sharded model, look for the uses of the whole parameters: its graph ends in these."""
-        if self._whole.is_needed and self._whole.gather():
-            of, given = self._whole.of, self._given.items()
-            self.layers = {
-                name: replace(layer, parameters={key: of(p) for key, p in layer.parameters.items()})
-                for name, layer in given
-            }
-            self._attribution.follow(self.layers)
-            self._counted.parts = self._whole.parts
-
-    def parameters_for_rules(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which rules that read parameters find whole ones; every rank must enter it."""
-        needed = self._whole.is_needed and any(rule_reads_parameters(one.layer) for one in self.layers.values())
-        return self._whole.outside(needed)
-
-    def used(self, parameter: Tensor) -> Tensor:
-        """Return the parameter that a forward used, of one that the optimizer has: whole, where that is a part."""
-        return self._whole.of(parameter)
 
     def _on_backward(
         self, record: Record, output: Any, results: Sequence[Tensor], grads: Sequence[Tensor | None]
@@ -312,7 +287,7 @@ class Capture:
             self.through_output.skip()
         if not record.own_pass and not record.proves:
             return
-        with self._flags.ours(), self._whole.kept():
+        with self._flags.ours(), self.used.kept():
             starts, cotangents = loss_cotangents(record, output, results, grads)
             record.add_cotangents(cotangents)
             if record.proves:

@@ -144,7 +144,7 @@ def gather(
     missing: dict[str, str] = {}
     for name, layer in covered.items():
         own = [layer.parameters[param_name] for param_name in layer.trained()]
-        trained = {param_name: capture.used(p) for param_name, p in zip(layer.trained(), own, strict=True)}
+        trained = {param_name: capture.used.of(p) for param_name, p in zip(layer.trained(), own, strict=True)}
         if not any(id(p) in by_id for p in trained.values() for by_id in batches) and _is_idle(own, trained, capture):
             continue
         for parameter in trained.values():

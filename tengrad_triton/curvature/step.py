@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.products import BlockEntry, ProductPlan
-from tengrad_triton.curvature.scaling import Scale, clip_scale, unit_of
-from tengrad_triton.curvature.shards.cut import Cut, divide
+from tengrad_triton.curvature.scaling import clip_scale, unit_of
+from tengrad_triton.curvature.shards.cut import divide, own_scale
 from tengrad_triton.curvature.shards.metric import metric_of
 from tengrad_triton.curvature.target import (
     Average,
@@ -139,7 +139,7 @@ class StepPlan:
         self._is_scaled = len(curvature.scales) > 0
         self._springs = [index for index, one in enumerate(self._entries) if one.target.spring]
         self._clip_weights_LT: Tensor | None = None
-        scales = {place: _scale_of(targets[place], curvature) for place in self._without_j}
+        scales = {place: own_scale(curvature.scales, self._shards, targets[place]) for place in self._without_j}
         self._scales_without_j = {place: scale for place, scale in scales.items() if scale is not None}
         rates: dict[int, set[int]] = {}
         for one in self._entries:
@@ -161,7 +161,7 @@ class StepPlan:
                 known = {index: projected[place] for index, place in enumerate(self._places) if place in projected}
                 products = self._products.along(own, scaled, projected=known)
                 of_clip = None if scaled is None or clip_threshold is None else self._mean_square_L(scaled)
-                y_LN, square_L = self._totals(products.project(), of_clip)
+                y_LN, square_L = self._shards.totals(products.project(), of_clip)
                 w_LN, divisor_L = self._solve(y_LN, ops), self._divisor_L
                 if square_L is not None and clip_threshold is not None:
                     clip_L = clip_scale(square_L, clip_threshold)
@@ -219,13 +219,6 @@ class StepPlan:
             solved = ops.cholesky_solve(one.inverse_BNN, y_BN.to(one.inverse_BNN.dtype))
             w |= dict(zip(one.blocks, F.pad(solved, (0, self._largest - size)).unbind(), strict=True))
         return torch.stack([w[block] for block in self._block_names])
-
-    def _totals(self, y_LN: Tensor, square_L: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return both summed over the processes that have parts of the parameters, by one message."""
-        if not self._shards.is_cut or square_L is None:
-            return self._shards.total(y_LN), square_L
-        both = self._shards.total(torch.cat([y_LN, square_L.to(y_LN.dtype).unsqueeze(1)], 1))
-        return both[:, :-1].contiguous(), both[:, -1]
 
     def _mean_square_L(self, scaled: list[Tensor]) -> Tensor:
         """Return the mean square of D⁻¹ V, each weight in its unit, of each block (M17)."""
@@ -296,14 +289,6 @@ class StepPlan:
         projected_LN = plan.along(steps if times_d is None else times_d, once=True).project()
         projected_LN = self._shards.total(projected_LN)
         return projected_LN.square().sum() / self._curvature_rows + (damping_T * square_T).sum()
-
-
-def _scale_of(target: Target, curvature: Curvature) -> Scale | None:
-    """Return D of a parameter; None if it is the identity."""
-    scale = curvature.scales.get(target.layer, {}).get(target.param_name)
-    if scale is None or not curvature.shards.is_cut or target.whole is None:
-        return scale
-    return Cut(curvature.shards, target.whole).of_scale(scale)
 
 
 def _inner_products(x: list[Tensor], y: list[Tensor] | None, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,7 @@ class Target(NamedTuple):
         spring: μ of SPRING (docs/math.md, M13); 0 without it.
         rate: the learning rate's index: targets with the same index have the same learning rate (see `rate_indices`).
         group: the index of its parameter group.
-        whole: the shape of the whole parameter, of which ``parameter`` may be the first dimension's part; None if not.
+        whole: the shape of the whole parameter; None if ``parameter`` is all of it.
     """
 
     layer: str
@@ -46,7 +46,7 @@ class Target(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Return the number of entries of the whole parameter."""
+        """Return the entries of the whole parameter."""
         return (self.whole or self.parameter.shape).numel()
 
     def add_spring(self, grad: Tensor, damping: Tensor | float, times_d: Callable[[Tensor], Tensor]) -> Tensor:
@@ -58,8 +58,8 @@ class Target(NamedTuple):
 
     def in_scratch(self, settings: Tensor) -> Target:
         """Return it with zeros for parameter and momentum, which the update makes lr d and d (`scratch_settings`)."""
-        zeros = (torch.zeros_like(self.parameter), torch.zeros_like(self.parameter))
-        return self._replace(parameter=zeros[0], momentum=zeros[1], settings=settings, nesterov=False)
+        theta, momentum = torch.zeros_like(self.parameter), torch.zeros_like(self.parameter)
+        return self._replace(parameter=theta, momentum=momentum, settings=settings, nesterov=False)
 
 
 def scratch_settings(settings: Tensor) -> Tensor:
@@ -82,8 +82,7 @@ def trained_of(layers: Sequence[LayerParams], tensors_of: TensorsOf) -> list[Tra
     trained = []
     for layer in layers:
         for param_name in layer.parameters:
-            tensors = tensors_of(layer, param_name)
-            if tensors is not None:
+            if (tensors := tensors_of(layer, param_name)) is not None:
                 trained.append((layer, param_name, tensors))
     return trained
 
@@ -109,13 +108,13 @@ def targets_of(
         settings: `GroupSettings.of` each group.
         rates: `rate_indices` of the groups.
     """
-    targets = []
-    for layer, param_name, (parameter, momentum, _) in trained:
-        index = layer.groups[param_name]
-        group, own = groups[index], (parameter, momentum, settings[index])
-        spring, rate, whole = group.get("spring", 0.0), rates[index], layer.parameters[param_name].shape
-        targets.append(Target(layer.name, param_name, *own, group["nesterov"], spring, rate, index, whole))
-    return targets
+
+    def target_of(layer: LayerParams, name: str, parameter: Tensor, momentum: Tensor) -> Target:
+        index, whole = layer.groups[name], layer.parameters[name].shape
+        own, nesterov = (parameter, momentum, settings[index]), groups[index]["nesterov"]
+        return Target(layer.name, name, *own, nesterov, groups[index].get("spring", 0.0), rates[index], index, whole)
+
+    return [target_of(layer, name, parameter, momentum) for layer, name, (parameter, momentum, _) in trained]
 
 
 def grads_of(trained: Sequence[Trained], groups: Groups) -> list[Tensor]:
@@ -223,8 +222,7 @@ def places_of_averages(targets: Sequence[Target], averages: Sequence[Average | N
     of_group: dict[int, list[int]] = {}
     for place, target in enumerate(targets):
         of_group.setdefault(target.group, []).append(place)
-    pairs = [(averages[group], places) for group, places in of_group.items()]
-    return [(average, places) for average, places in pairs if average is not None]
+    return [(average, places) for group, places in of_group.items() if (average := averages[group]) is not None]
 
 
 def averaged(targets: Sequence[Target], grads: Sequence[Tensor], places_of: PlacesOfAverages) -> Sequence[Tensor]:
@@ -253,8 +251,7 @@ class _Numbers:
     """
 
     def __init__(self) -> None:
-        self._numbers: tuple[float, ...] = ()
-        self._tensor = torch.empty(0)
+        self._numbers, self._tensor = tuple[float, ...](), torch.empty(0)
 
     def of(self, numbers: tuple[float, ...], group: Mapping[str, Any], dtype: torch.dtype) -> Tensor:
         """Return the numbers in this type, on the device of a parameter group's."""

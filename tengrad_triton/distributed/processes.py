@@ -15,6 +15,7 @@ from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.distributed.exchange import announce, gather_from_all, gather_own
 from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet, meeting_of
+from tengrad_triton.sharding.modules import reduces_unused
 from tengrad_triton.sharding.tensors import is_sharded
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
@@ -140,7 +141,7 @@ class SeveralProcesses(OneProcess):
             RuntimeError: the ranks differ; every rank raises.
         """
         own = ([target.parameter for target in targets], grads) if self._are_whole else ([], [])
-        meeting = meeting_of(step, capture.samples, *own, groups)
+        meeting = meeting_of(step, capture.samples, *own, groups, self._unused(model, capture))
         samples = meet(self._ranks, meeting)
         self._is_awaited = True
         check_does_not_mix(model)
@@ -148,6 +149,12 @@ class SeveralProcesses(OneProcess):
             return capture.samples
         capture.loss_samples = samples / self._ranks.count
         return samples
+
+    def _unused(self, model: nn.Module, capture: Capture) -> list[str] | None:
+        """Return the parameters that no forward of this rank used, if `fully_shard` depends on that."""
+        if self._are_whole or not capture.records or reduces_unused(model):
+            return None
+        return capture.used.names_among(model, set.intersection(*(record.unused for record in capture.records)))
 
     def end(self, targets: Sequence[Target]) -> None:
         """Average the updates of ``gram="local"``."""

@@ -204,12 +204,14 @@ class Meeting:
         samples: how many samples it has.
         sums: the sums of the sizes of the entries of its parameters, and of its gradients.
         settings: the present settings of its parameter groups, by name, as texts.
+        unused: the parameters that its forwards did not use, where that has to be the same; None if it is not known.
     """
 
     step: int
     samples: int
     sums: tuple[float, ...]
     settings: Mapping[str, str]
+    unused: tuple[str, ...] | None = None
 
 
 def meeting_of(
@@ -218,9 +220,11 @@ def meeting_of(
     parameters: Sequence[Tensor],
     grads: Sequence[Tensor],
     groups: Sequence[Mapping[str, Any]],
+    unused: Sequence[str] | None,
 ) -> Meeting:
     """Return what this rank says."""
-    return Meeting(step, samples, tuple(map(_size_of, (parameters, grads))), map_repr(settings_of_groups(groups)))
+    sums, settings = tuple(map(_size_of, (parameters, grads))), map_repr(settings_of_groups(groups))
+    return Meeting(step, samples, sums, settings, None if unused is None else tuple(unused))
 
 
 def meet(ranks: Ranks, own: Meeting) -> int:
@@ -232,11 +236,25 @@ def meet(ranks: Ranks, own: Meeting) -> int:
     """
     all_of_them = ranks.gathered(own)
     first = all_of_them[0]
+    _check_uses(all_of_them)
     for rank, other in enumerate(all_of_them):
         why = _difference(first, other)
         if why is not None:
             raise RuntimeError(f"rank {rank} differs from rank 0: {why}")
     return sum(one.samples for one in all_of_them)
+
+
+def _check_uses(all_of_them: Sequence[Meeting]) -> None:
+    known = [(rank, set(one.unused)) for rank, one in enumerate(all_of_them) if one.unused is not None]
+    for rank, unused in known[1:]:
+        differ = sorted(unused ^ known[0][1])
+        if differ:
+            one, other = (rank, known[0][0]) if differ[0] in unused else (known[0][0], rank)
+            raise RuntimeError(
+                f"rank {one} did not use {differ[0]!r}, which rank {other} did: fully_shard then adds up gradients of "
+                "different parameters, without an error. Let every rank use all of them, or call "
+                "model.set_reduce_scatter_unused_params(True) (torch 2.13 or later) before the first backward"
+            )
 
 
 def _size_of(tensors: Sequence[Tensor]) -> float:

@@ -169,7 +169,7 @@ class Reports:
 
     def refreshes(self, capture: Capture, model: nn.Module) -> None:
         """Note what is apart, and warn once of each way in which the caller's loss is not the one of the rows."""
-        used = [(name, id(capture.used(p))) for name, p in model.named_parameters()]
+        used = [(name, id(capture.used.of(p))) for name, p in model.named_parameters()]
         apart = {key: how for record in capture.records for key, how in _ways(record).items()}
         self.apart = {name: apart[key] for name, key in used if key in apart}
         if beside := capture.through_output.take():

@@ -129,8 +129,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         raises, repeat the forward and backward before the next step.
     """
 
-    state_key, takes_shards = "tengrad", True
-    made_anew = ("_ops",)
+    state_key, takes_shards, made_anew = "tengrad", True, ("_ops",)
 
     def __init__(
         self, model: nn.Module, params: Iterable[Any] | None = None, lr: float | Tensor = 1e-2, *,
@@ -145,7 +144,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         max_bytes: int = MAX_BYTES, tol: float = 0.01, seed: int | None = None, output: Select = None,
         verify: Verify = "change", include_curvature: bool = True, gram: Gram = "global", process_group: Any = None,
     ) -> None:  # fmt: skip
-        device = check_model(model, takes_shards=True)
+        device = check_model(model, takes_shards=self.takes_shards)
         self._options = validate(
             model, device, fisher=fisher, likelihood=likelihood, fisher_samples=fisher_samples, fisher_rows=fisher_rows,
             history=history, blocks=blocks, representation=representation, unsupported=unsupported, backend=backend,
@@ -242,18 +241,21 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
 
     @override
     def _refresh_is_due(self) -> bool:
-        is_released = self._curvature is not None and self._curvature.is_released
-        return is_released or self._curvature_is_outdated(self._paid_interval())
+        c = self._curvature
+        return c is None or c.is_released or self._curvature_is_outdated(self._paid_interval())
 
     def _paid_interval(self) -> int | Callable[[int], int]:
         return paid_interval(self.refresh_every, None if self._curvature is None else self._curvature.spending)
 
     def _refreshed(self, targets: Sequence[Target], grads: Sequence[Tensor]) -> Curvature:
         """Return the curvature of the batches since the last step."""
+        samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads, self.param_groups)
+        with self._capture.used.for_rules():
+            return self._refreshed_of(samples, targets, grads)
+
+    def _refreshed_of(self, samples: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> Curvature:
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
-        samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads, self.param_groups)
-        parameters = self._capture.parameters_for_rules()
         self._follow_schedules()
         foresee = partial(self._reports.foresees, self._ops, self._generator.device)
         options = o.of_refresh(
@@ -265,8 +267,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         self._reports.refreshes(self._capture, self._module)
         row_generator = torch.Generator().manual_seed(self._seed + self._steps)
         named = {(target.layer, target.param_name): grad for target, grad in zip(targets, grads, strict=True)}
-        with parameters:
-            curvature = refresh(self._capture, self._layers, options, self._curvature, named, row_generator)
+        curvature = refresh(self._capture, self._layers, options, self._curvature, named, row_generator)
         self._reports.refreshed(curvature)
         return curvature
 

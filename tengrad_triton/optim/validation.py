@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.curvature.target import Trained
 from tengrad_triton.layers import require_exact_gradient
 from tengrad_triton.misspellings import did_you_mean
-from tengrad_triton.sharding.modules import check_modules
 from tengrad_triton.sharding.tensors import check_not_sharded, check_placements
 
 INFINITY = float("inf")
@@ -92,11 +91,7 @@ def check_model(model: Any, advice: str = _MODEL_FIRST, takes_shards: bool = Fal
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; {advice}")
-    if takes_shards:
-        check_placements(model.named_parameters())
-        check_modules(model)
-    else:
-        check_not_sharded(model.parameters())
+    (check_placements if takes_shards else check_not_sharded)(model.named_parameters())
     device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
     if device is None:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
@@ -271,10 +266,7 @@ def check_parameters(param_groups: Sequence[Mapping[str, Any]], takes_shards: bo
     Frozen parameters may be of any type, such as the integers of a quantized model.
     """
     named = [(f"parameter {k}", p) for k, p in enumerate(p for group in param_groups for p in group["params"])]
-    if takes_shards:
-        check_placements(named)
-    else:
-        check_not_sharded(p for _, p in named)
+    (check_placements if takes_shards else check_not_sharded)(named)
     trained = [p for group in param_groups for p in group["params"] if p.requires_grad]
     check_dtypes(trained)
     devices = dict.fromkeys(str(p.device) for p in trained)

@@ -8,7 +8,7 @@ message may depend on how many passes a rank runs, because a rank without sample
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -35,9 +35,8 @@ def plain_type(module: nn.Module) -> type:
     return type(module).__mro__[2] if made else type(module)
 
 
-def check_modules(model: nn.Module) -> None:
-    """Raise `ValueError` if modules of `fully_shard` keep their parameters elsewhere than where they compute."""
-    for module in sharded_modules(model):
+def _check_modules(modules: Iterable[Any]) -> None:
+    for module in modules:
         if any(type(group.offload_policy).__name__ == "CPUOffloadPolicy" for group in _groups_of(module)):
             raise ValueError(
                 "fully_shard(offload_policy=CPUOffloadPolicy()) is not served: J is where the model computes, and the "
@@ -51,6 +50,9 @@ class WholeParameters:
     Args:
         model: the model, whose parameters are at present those that the optimizer has.
 
+    Raises:
+        ValueError: modules of `fully_shard` keep their parameters elsewhere than where they compute.
+
     Attributes:
         is_needed: whether the model's parameters are sharded.
     """
@@ -58,6 +60,7 @@ class WholeParameters:
     def __init__(self, model: nn.Module) -> None:
         self._modules = sharded_modules(model)
         self.is_needed = bool(self._modules)
+        _check_modules(self._modules)
         owned = (
             (module, name, p)
             for module in (model.modules() if self.is_needed else ())
@@ -125,6 +128,12 @@ class WholeParameters:
 def takes_single_passes() -> bool:
     """Whether backward passes cannot be batched now: `fully_shard`'s nodes of the graph would stop one half-way."""
     return _kept.get()
+
+
+def reduces_unused(model: nn.Module) -> bool:
+    """Whether gradients of parameters that a rank did not use count as zeros (`set_reduce_scatter_unused_params`)."""
+    groups = [group for module in sharded_modules(model) for group in _groups_of(module)]
+    return all(getattr(group, "reduce_scatter_unused_params", False) for group in groups)
 
 
 def _groups_of(module: Any) -> list[Any]:

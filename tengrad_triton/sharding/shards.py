@@ -33,6 +33,10 @@ class Whole:
         """Return the sum of the processes' tensors, the same in all of them."""
         return x
 
+    def totals(self, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of two tensors, the second of which may be missing."""
+        return first, second
+
     def largest(self, numbers: list[float]) -> list[float]:
         """Return the largest of the processes' numbers, one by one."""
         return numbers
@@ -67,6 +71,13 @@ class Shards(Whole):
         summed = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(summed, group=self._group)
         return summed
+
+    def totals(self, first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of two tensors, by one message."""
+        if second is None:
+            return self.total(first), None
+        both = self.total(torch.cat([first.flatten(), second.flatten().to(first.dtype)]))
+        return both[: first.numel()].view(first.shape), both[first.numel() :].view(second.shape)
 
     def largest(self, numbers: list[float]) -> list[float]:
         """Return the largest of the ranks' numbers, one by one."""

@@ -23,9 +23,9 @@ def local(x: Tensor) -> Tensor:
     return x._local_tensor if is_sharded(x) else x  # type: ignore[attr-defined]
 
 
-def check_not_sharded(parameters: Iterable[Any]) -> None:
-    """Raise `ValueError` if a parameter is a `DTensor`."""
-    if any(map(is_sharded, parameters)):
+def check_not_sharded(named: Iterable[tuple[str, Any]]) -> None:
+    """Raise `ValueError` if a parameter is a `DTensor`; they come with their names."""
+    if any(is_sharded(p) for _, p in named):
         raise ValueError(
             "the parameters are DTensors, of which each process has a part (fully_shard, tensor parallelism): this "
             "needs whole parameters, as with DistributedDataParallel. TENGraD itself takes models of fully_shard"

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.concat import MicroBatches
-from tengrad_triton.curvature.scaling import Multiplier, Scale, explicit_rows
+from tengrad_triton.curvature.scaling import Multiplier, Scale, Scales, explicit_rows
 from tengrad_triton.curvature.sides import Side
+from tengrad_triton.curvature.target import Target
 from tengrad_triton.layers import Contribution, EmbeddingGrads, OuterProducts, PerSampleGrads, unflatten_rows
 from tengrad_triton.sharding.shards import Whole
 
@@ -79,6 +80,14 @@ class CoupledScale(Scale):
     """D of a whole parameter, of which this process needs the part of its own outputs."""
 
     cut: Cut
+
+
+def own_scale(scales: Scales, shards: Whole, target: Target) -> Scale | None:
+    """Return D of what a step updates of a parameter; None if it is the identity."""
+    scale = scales.get(target.layer, {}).get(target.param_name)
+    if scale is None or not shards.is_cut or target.whole is None:
+        return scale
+    return Cut(shards, target.whole).of_scale(scale)
 
 
 def divided(scales: Sequence[Scale], tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
