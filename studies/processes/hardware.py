@@ -20,16 +20,18 @@ RESULTS = Path(__file__).parents[2] / "perf" / "results"
 STEPS, KERNELS = RESULTS / "nvidia-h200" / "steps.json", RESULTS / "nvidia-h200-second" / "kernels.json"
 
 MEMORY = 141e9
-"""Bytes of an H200. Source: datasheet of NVIDIA's H200 (SXM)."""
+"""Bytes of an H200. Source: NVIDIA's system description for MLPerf Inference 4.1, "141 GB"."""
 NODE = 8
-"""GPUs of a node. Source: datasheet of NVIDIA's DGX H200."""
+"""GPUs of a node. Source: DGX BasePOD reference architecture of NVIDIA, core components, DGX H200."""
 NVLINK = 450e9
 """Bytes a second that a GPU sends within a node: half of 900 GB/s, which counts both directions.
 
-Source: datasheet of NVIDIA's H200; NVIDIA's system description for MLPerf Inference 4.1, "18x 4th Gen NVLink, 900GB/s".
+Source: NVIDIA's system description for MLPerf Inference 4.1 (H200-SXM-141GBx8), "18x 4th Gen NVLink, 900GB/s".
 """
 NETWORK = NODE * 400e9 / 8
-"""Bytes a second that a node sends: one ConnectX-7 of 400 Gb/s for each GPU. Source: datasheet of NVIDIA's DGX H200.
+"""Bytes a second that a node sends: one ConnectX-7 of 400 Gb/s for each GPU.
+
+Source: DGX BasePOD reference architecture of NVIDIA, "eight single-port NVIDIA ConnectX-7 VPI", "up to 400 Gb/s".
 
 NCCL joins nodes by as many rings as there are adapters, and each ring visits all GPUs of a node, so that every byte
 enters a node once. A ring is thus as fast as all adapters of a node together.

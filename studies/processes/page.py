@@ -31,7 +31,8 @@ def markdown(store: Store, template: str) -> str:
         name, _, words = match[1].partition(" ")
         return writers[name](words)
 
-    return f"{GENERATED}\n\n{re.sub(r'{{(.+?)}}', written, template)}"
+    text = re.sub(r"{{(.+?)}}", written, template)
+    return f"{GENERATED}\n\n{re.sub(r' +$', '', text, flags=re.MULTILINE)}"
 
 
 Writers = dict[str, Callable[[str], str]]

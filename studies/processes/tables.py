@@ -31,15 +31,16 @@ STEP_OF_ROWS = 32
 def sent_table(samples: int) -> str:
     """Return the megabytes that a process sends, by model and R."""
     head = (
-        *("model", "R", "DDP, every step", "global, refresh", "local, every step"),
-        *("`fully_shard`, every step", "refresh", "other step"),
+        *("model", "R", "DDP, every step", "global, refresh (GB)", "local, every step"),
+        *("`fully_shard`, every step", "refresh (GB)", "other step"),
     )
     lines = []
     for name in MODELS:
         for count in COUNTS:
             ours, local, sharded = (sent_by(name, samples, count, way) for way in WAYS)
-            numbers = (ours.wrapper, ours.refresh, local.reuse, sharded.wrapper, sharded.refresh, sharded.reuse)
-            lines.append((name, str(count), *(megabytes(x) for x in numbers)))
+            first = (megabytes(ours.wrapper), gigabytes(ours.refresh), megabytes(local.reuse))
+            last = (megabytes(sharded.wrapper), gigabytes(sharded.refresh), megabytes(sharded.reuse))
+            lines.append((name, str(count), *first, *last))
     return table(head, lines)
 
 
