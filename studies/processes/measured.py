@@ -7,10 +7,10 @@ import pickle
 import re
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -139,30 +139,30 @@ def _run(rank: int, number: int, store: Path, sender: Any, function: Callable[..
     dist.destroy_process_group()
 
 
-def header_seconds(name: str, repeats: int = 200) -> float:
-    """Return the CPU seconds that reading what one process says of its contributions takes."""
+def header_seconds(name: str, repeats: int = 20, rounds: int = 15) -> float:
+    """Return the CPU seconds that reading what one process says of its contributions takes: the least of the rounds."""
     sizes = sizes_of(name, 32)
     shapes = packed(sizes.contributions.by_layer, META)[0]
     text = pickle.dumps(Message(None, {}, shapes, [sizes.samples], sizes.message_bytes))
-    since = time.process_time()
-    for _ in range(repeats):
-        pickle.loads(text)
-    return (time.process_time() - since) / repeats
+    return (
+        min(timeit.repeat(lambda: pickle.loads(text), timer=time.process_time, number=repeats, repeat=rounds)) / repeats
+    )
 
 
 PARTS = (8, 40)
 """The numbers of processes whose parts one process works on to measure what a part takes."""
 
 
-def part_seconds(rounds: int = 5) -> float:
+def part_seconds(rounds: int = 15) -> float:
     """Return the CPU seconds that one more process's part adds to a refresh, for each parameter.
 
     The parts of other processes stay apart until J is made, so that each takes calls of its own. Here one process
     gets its own part several times, in place of the exchange. The model is so small that calls take all of the time.
+    The least of the rounds counts: other programs only add to it.
     """
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Tanh())))
     x, y = torch.randn(1, 4), torch.randint(4, (1,))
-    seconds = {parts: median(_refresh_seconds(model, x, y, parts, rounds)) for parts in PARTS}
+    seconds = {parts: min(_refresh_seconds(model, x, y, parts, rounds)) for parts in PARTS}
     parameters = sum(1 for _ in model.parameters())
     return (seconds[PARTS[1]] - seconds[PARTS[0]]) / (PARTS[1] - PARTS[0]) / parameters
 
