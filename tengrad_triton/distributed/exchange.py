@@ -70,7 +70,7 @@ def gather_from_all(
     parts = ranks.gathered_bytes(own, [message.size for message in messages])
     found = [unpacked(message.by_layer, part) for message, part in zip(messages, parts, strict=True)]
     all_missing = {name: why for message in messages for name, why in message.missing.items()}
-    return Contributions(_joined(found, messages, layers, all_missing)), all_missing
+    return Contributions(joined_parts(found, messages, layers, all_missing)), all_missing
 
 
 def gather_own(
@@ -156,7 +156,7 @@ def _room_of(x: Tensor) -> int:
     return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _joined(
+def joined_parts(
     found: Sequence[ByLayer], messages: Sequence[Message], layers: Sequence[LayerParams], missing: Mapping[str, str]
 ) -> dict[str, Mapping[str, MicroBatches]]:
     """Return the contributions of all ranks by layer; zero rows where a rank did not use a layer."""
