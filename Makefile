@@ -33,11 +33,10 @@ test-slow: $(READY)        ## run the tests marked slow
 	$(PYTEST) $(WORKERS) -m slow
 
 test-pinn: $(READY)         ## install PINA and DeepXDE beside the rest, and run the tests that need them
-	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,pinn]'
+	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,trainers,dev,pinn]'
 	$(PYTEST) -q tests/test_adapters.py tests/test_adapters_deepxde.py tests/test_study_pinn_frameworks.py
 
-test-trainers: $(READY)     ## install transformers, Accelerate, Lightning and PEFT beside the rest, and run the tests that need them
-	$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev,trainers]'
+test-trainers: $(READY)     ## run all tests of transformers, Accelerate, Lightning and PEFT
 	$(PYTEST) -q tests/test_transformers.py tests/test_accelerate.py tests/test_lightning.py tests/test_peft.py \
 	  tests/test_trainers_distributed.py
 	$(PYTEST) -q tests/test_documented.py -k trainers
@@ -77,7 +76,7 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "Installing tengrad-triton with PyTorch, Triton and its tools into $(VENV): a few minutes, once."
 	@began=$$(date +%s) && \
 	$(PYTHON) -m venv $(VENV) && \
-	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,dev]' && \
+	$(RUN) pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[train,rivals,trainers,dev]' && \
 	echo "Installed into $(VENV) in $$(($$(date +%s) - began)) s." && \
 	touch $@
 

@@ -15,6 +15,24 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+# One test or two of each trainer are quick ones; `make test-trainers` runs them all.
+OF_TRAINERS = {
+    "test_transformers": ("gpt2-sampled-plain", "goes_on_as_one_run[gpt2]", "stats_are_logged", "likelihood"),
+    "test_accelerate": ("[sampled-1]", "goes_on_as_one_run[no]"),
+    "test_lightning": ("[sampled-automatic]", "goes_on_as_one_run", "stats_are_logged"),
+    "test_peft": ("llama-LoRA-sampled-4", "gpt2-DoRA-sampled-16"),
+    "test_trainers_distributed": (),
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item):
+    """Mark those tests of trainers slow that are not among `OF_TRAINERS`."""
+    quick = OF_TRAINERS.get(item.path.stem)
+    if quick is not None and not any(part in item.name for part in quick):
+        item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(trylast=True)  # after the slow ones are deselected
 def pytest_collection_modifyitems(items):
     """Put the longest tests where each of two workers begins, so that none of them is left over at the end."""
