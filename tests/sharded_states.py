@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +12,22 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed_cases import CASES, trained, wrapped
+import torch.nn.functional as F
+from distributed_cases import CASES, trained, whole, wrapped
+from small_conv import assert_same
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from tengrad_triton import TENGraD
 
-PAUSE, STEPS = 5, 6  # curvatures are refreshed at every third step: the pause is within an interval
+PAUSE, STEPS = 4, 4  # curvatures are refreshed at every third step: the pause is within an interval
 TRAINED = {
     "MLP": CASES["MLP, exact"],  # D couples the outputs of several ranks
     "diagonal D": CASES["diagonal D"],
@@ -34,9 +41,9 @@ WAYS = {
 }
 
 
-def new(name, count, kind="fully_shard"):
+def new(name, count, kind="fully_shard", mesh=None):
     """Return a case, its model and its optimizer, in one of ``count`` processes."""
-    case = replace(TRAINED[name], sharded={} if kind == "fully_shard" else None)
+    case = replace(TRAINED[name], sharded={"mesh": mesh} if kind == "fully_shard" else None)
     called = wrapped(case, count)
     return case, called, TENGraD(called, **case.options)
 
@@ -116,3 +123,43 @@ def resumed_by(rank, count, jobs):
             due = both[2]._refresh_is_due()
             ends[Path(folder).name, kind, name] = train(both, rank, count, PAUSE, STEPS), due
     return ends
+
+
+def attempt(both, state):
+    """Return the error of a state that does not load; nothing has changed then."""
+    _, model, optimizer = both
+    before = copy.deepcopy([locals_of(optimizer), optimizer.stats, [whole(p) for p in model.parameters()]])
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        assert_same([locals_of(optimizer), optimizer.stats, [whole(p) for p in model.parameters()]], before)
+        return str(error)
+    return None
+
+
+def locals_of(optimizer):
+    """Return the state with the process's own parts as plain tensors."""
+    state = optimizer.state_dict()["state"]
+    return {
+        key: {name: x.to_local() if isinstance(x, DTensor) else x for name, x in entry.items()}
+        for key, entry in state.items()
+    }
+
+
+def says(error, pattern):
+    assert re.search(pattern, error), error
+
+
+def of_width(width, dtype):
+    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3)).to(dtype)
+    fully_shard(model[0])
+    fully_shard(model)
+    return model, TENGraD(model, fisher="exact", refresh_every=3, seed=0)
+
+
+def step_of(model, optimizer, rank, step):
+    generator, dtype = torch.Generator().manual_seed(step), next(model.parameters()).dtype
+    x, y = torch.randn(8, 6, generator=generator).to(dtype), torch.randint(3, (8,), generator=generator)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x[4 * rank : 4 * rank + 4]).double(), y[4 * rank : 4 * rank + 4]).backward()
+    optimizer.step()
