@@ -5,20 +5,54 @@ Dimensions: N samples, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads
+from tengrad_triton.layers import Contribution, ConvInput, EmbeddingGrads, OuterProducts, PerSampleGrads, tensors_in
 
 MicroBatches = Sequence[Sequence[Contribution]]
 """What the calls of a step contribute to one parameter: a sequence for each micro-batch, an entry for each call in it.
 
 Calls within a micro-batch add up; the samples of micro-batches follow each other.
 """
+
+
+def can_be_joined(batches: MicroBatches) -> bool:
+    """Whether micro-batches have calls of the same types and sizes, apart from their numbers of samples."""
+    return len({tuple(map(_form_of, calls)) for calls in batches}) == 1
+
+
+def join_batches(batches: MicroBatches) -> Sequence[Contribution]:
+    """Return micro-batches that `can_be_joined` as one, their samples in turn."""
+    return batches[0] if len(batches) == 1 else [_join(calls) for calls in zip(*batches, strict=True)]
+
+
+def _form_of(call: Contribution) -> Hashable:
+    tensors = tensors_in(list(vars(call).values()))
+    sizes = tuple((x.shape[1:], x.dtype) for x in tensors)
+    if isinstance(call, EmbeddingGrads):
+        return EmbeddingGrads, call.num_embeddings, sizes
+    if isinstance(call, OuterProducts) and isinstance(call.a, ConvInput):
+        image = call.a.x_NCHW
+        return ConvInput, (image.shape[1:], image.dtype), *call.a.kernel_size, call.a.geometry, sizes
+    return type(call), sizes
+
+
+def _join(calls: Sequence[Contribution]) -> Contribution:
+    def cat(name: str) -> Tensor:
+        return torch.cat([getattr(call, name) for call in calls])
+
+    first = calls[0]
+    if isinstance(first, PerSampleGrads):
+        return PerSampleGrads(cat("j_NK"))
+    if isinstance(first, EmbeddingGrads):
+        return replace(first, ids_NP=cat("ids_NP"), g_NPD=cat("g_NPD"))
+    image = _concat_conv_inputs([call.a for call in calls if isinstance(call, OuterProducts)])
+    return OuterProducts(cat("a") if image is None else image, cat("g_NGPO"))
 
 
 def take_rows(contribution: Contribution, rows: Tensor) -> Contribution:

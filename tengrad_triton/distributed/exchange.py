@@ -7,7 +7,7 @@ layout, and compute the same curvature. A step needs no further messages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.capture.outputs import map_tensors
-from tengrad_triton.curvature.concat import MicroBatches
+from tengrad_triton.curvature.concat import MicroBatches, can_be_joined, join_batches
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.distributed.ranks import Ranks
 from tengrad_triton.layers import PerSampleGrads
@@ -70,7 +70,7 @@ def gather_from_all(
     parts = ranks.gathered_bytes(own, [message.size for message in messages])
     found = [unpacked(message.by_layer, part) for message, part in zip(messages, parts, strict=True)]
     all_missing = {name: why for message in messages for name, why in message.missing.items()}
-    return Contributions(_joined(found, messages, layers, all_missing)), all_missing
+    return Contributions(joined_parts(found, messages, layers, all_missing)), all_missing
 
 
 def gather_own(
@@ -117,16 +117,18 @@ def _raise_failures(messages: Sequence[Message], error: Exception | None) -> Non
 def packed(by_layer: ByLayer, device: torch.device) -> tuple[ByLayer, Tensor]:
     """Return contributions with tensors without entries, and the entries of all of them as bytes.
 
-    A tensor that occurs several times, such as the input of several layers, is sent once.
+    What occurs several times, such as the input of several layers, is sent once.
     """
-    shapes: dict[int, Tensor] = {}
+    shapes: dict[Hashable, Tensor] = {}
     kept: list[Tensor] = []
 
     def without_entries(x: Tensor) -> Tensor:
-        if id(x) not in shapes:
+        # Layers have detached tensors of their own, in the same memory; a tensor without entries has a storage too.
+        key = x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype
+        if key not in shapes:
             kept.append(x)
-            shapes[id(x)] = torch.empty(x.shape, dtype=x.dtype, device="meta")
-        return shapes[id(x)]
+            shapes[key] = torch.empty(x.shape, dtype=x.dtype, device="meta")
+        return shapes[key]
 
     skeleton = map_tensors(without_entries, by_layer)
     flat = torch.zeros(sum(_room_of(x) for x in kept), dtype=torch.uint8, device=device)
@@ -154,16 +156,16 @@ def _room_of(x: Tensor) -> int:
     return -(-x.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _joined(
+def joined_parts(
     found: Sequence[ByLayer], messages: Sequence[Message], layers: Sequence[LayerParams], missing: Mapping[str, str]
 ) -> dict[str, Mapping[str, MicroBatches]]:
     """Return the contributions of all ranks by layer; zero rows where a rank did not use a layer."""
-    joined: dict[str, Mapping[str, MicroBatches]] = {}
+    in_turn: dict[str, Mapping[str, list[MicroBatches]]] = {}
     for layer in layers:
         params = next((own[layer.name] for own in found if layer.name in own), None)
         if params is None or layer.name in missing:
             continue
-        joined[layer.name] = {
+        in_turn[layer.name] = {
             param_name: _in_turn(
                 [
                     _of_rank(own.get(layer.name), param_name, layer.parameters[param_name], message)
@@ -172,12 +174,29 @@ def _joined(
             )
             for param_name in params
         }
-    return joined
+    return _with_joined_batches(in_turn)
 
 
-def _in_turn(of_ranks: Sequence[MicroBatches]) -> MicroBatches:
+def _in_turn(of_ranks: Sequence[MicroBatches]) -> list[MicroBatches]:
     """Return the first micro-batches of all ranks, then the second ones: exact rows are in the order of one process."""
-    return [calls for own in zip_longest(*of_ranks) for calls in own if calls is not None]
+    return [[calls for calls in own if calls is not None] for own in zip_longest(*of_ranks)]
+
+
+def _with_joined_batches(
+    in_turn: Mapping[str, Mapping[str, list[MicroBatches]]],
+) -> dict[str, Mapping[str, MicroBatches]]:
+    """Return the micro-batches of all ranks as one where all layers allow that: one takes the host less time."""
+    parameters = [own for params in in_turn.values() for own in params.values()]
+    places = range(len(parameters[0]) if parameters else 0)
+    joins = [all(can_be_joined(own[place]) for own in parameters) for place in places]
+
+    def of_parameter(own: list[MicroBatches]) -> MicroBatches:
+        batches: list[Any] = []
+        for joins_them, of_ranks in zip(joins, own, strict=True):
+            batches += [join_batches(of_ranks)] if joins_them else of_ranks
+        return batches
+
+    return {name: {key: of_parameter(own) for key, own in params.items()} for name, params in in_turn.items()}
 
 
 def _of_rank(own: Mapping[str, Any] | None, param_name: str, parameter: Tensor, message: Message) -> MicroBatches:

@@ -171,8 +171,8 @@ def has_rule_of_linear(layer: nn.Module) -> bool:
 
 def rule_reads_parameters(layer: nn.Module) -> bool:
     """Return whether the layer's rule may read its parameters: a user's rule, or one that repeats the call."""
-    of_library = canonical.dispatch(type(layer)).__module__.startswith(__package__)
-    return not of_library or isinstance(layer, _SEQUENTIAL)
+    module = canonical.dispatch(type(layer)).__module__ or ""
+    return not module.startswith(__package__) or isinstance(layer, _SEQUENTIAL)
 
 
 def graph_counts_calls(layer: nn.Module) -> bool:
