@@ -1,6 +1,7 @@
 """States of models of `fully_shard` that do not fit: every rank raises, and nothing has changed on any of them."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import several_processes
@@ -84,6 +85,30 @@ def resumed_from(rank, folder):
     both = new("MLP", 2)
     load(both, f"{folder}/MLP", 2)
     return train(both, rank, 2, PAUSE, STEPS)
+
+
+def from_a_damaged_folder(rank, folder):
+    """Return the error of a checkpoint of which a rank's file is cut short, and where the one before goes on."""
+    both = new("MLP", 2)
+    train(both, rank, 2)
+    for name in ("before", "newest"):
+        sharded_states.save(both, f"{folder}/{name}", 2)
+    dist.barrier()
+    if rank == 0:
+        cut = Path(folder) / "newest" / "__1_0.distcp"
+        cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    dist.barrier()
+    with pytest.raises(dcp.CheckpointException) as raised:
+        load(both, f"{folder}/newest", 2)
+    load(both, f"{folder}/before", 2)
+    return str(raised.value), train(both, rank, 2, PAUSE, STEPS)
+
+
+def test_every_rank_raises_where_one_file_is_damaged(tmp_path):
+    alone = sharded_states.resumed_alone("MLP")
+    for error, end in several_processes.run(2, from_a_damaged_folder, str(tmp_path)):
+        says(error, "RANK")
+        assert (end - alone).abs().max() <= TOLERANCE
 
 
 def of_another_width(rank, folder):
