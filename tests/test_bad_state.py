@@ -9,7 +9,7 @@ from small_conv import assert_same, flat
 from torch import nn
 
 from tengrad_triton import TENGraD
-from tengrad_triton.optim.state.saved import packed_of, unpacked_of
+from tengrad_triton.optim.state.packed import packed_of, unpacked_of
 
 
 def saved(steps=6, **changes):

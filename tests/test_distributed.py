@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tengrad_triton import LevenbergMarquardt, TENGraD, compile_train_step
-from tengrad_triton.optim.state.saved import unpacked_of
+from tengrad_triton.optim.state.packed import unpacked_of
 
 TOLERANCE = 1e-10  # of the parameters after 20 steps in float64
 

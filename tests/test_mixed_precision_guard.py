@@ -13,7 +13,7 @@ from torch import nn
 from tengrad_triton import TENGraD, compile_train_step
 from tengrad_triton.curvature import woodbury
 from tengrad_triton.curvature.woodbury import FLOAT32_ERROR, MARGIN, TF32_ERROR
-from tengrad_triton.optim.state.saved import packed_of, unpacked_of
+from tengrad_triton.optim.state.packed import packed_of, unpacked_of
 
 SAMPLES = 64
 LEAST = MARGIN * FLOAT32_ERROR * math.sqrt(SAMPLES)

@@ -49,6 +49,12 @@ def pack_curvature(curvature: Curvature) -> dict[str, Any]:
     }
 
 
+def without_rows(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `pack_curvature` returned, as if J and the factors had been released: moments and counts stay."""
+    released = {"jacobians": {name: {} for name in packed["jacobians"]}, "inverses": [], "history": [], "projected": {}}
+    return {**packed, **released}
+
+
 def unpack_curvature(packed: Mapping[str, Any], layers: Sequence[LayerParams], ops_for: OpsFor) -> Curvature:
     """Return the curvature that `pack_curvature` described, on the devices of the parameters of ``layers``.
 

@@ -14,6 +14,7 @@ from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.distributed.exchange import announce, gather_from_all, gather_own
+from tengrad_triton.distributed.loading import check_loads
 from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet, meeting_of
 from tengrad_triton.sharding.modules import reduces_unused
 from tengrad_triton.sharding.tensors import is_sharded
@@ -51,6 +52,11 @@ class OneProcess:
     def announced(self) -> Iterator[None]:
         """Return a context for a refresh: the other processes are told of an error for which they would wait."""
         yield
+
+    @contextmanager
+    def loading(self) -> Iterator[dict[str, int]]:
+        """Return a context that checks a state; it adds the numbers that all processes need to have in common."""
+        yield {}
 
     def begin(
         self, model: nn.Module, capture: Capture, step: int, targets: Sequence[Target], grads: Sequence[Tensor],
@@ -122,6 +128,24 @@ class SeveralProcesses(OneProcess):
                 self._is_awaited = False
                 announce(self._ranks, error)
             raise
+
+    @contextmanager
+    def loading(self) -> Iterator[dict[str, int]]:
+        """Raise what was raised on one rank on all of them, where each has a part of the state to load.
+
+        Raises:
+            ValueError: another rank could not load its state, or one of other numbers.
+        """
+        said: dict[str, int] = {}
+        error: Exception | None = None
+        try:
+            yield said
+        except Exception as raised:
+            error = raised
+        if not self._are_whole:
+            check_loads(self._ranks, error, said)
+        if error is not None:
+            raise error
 
     def _gather(
         self, layers: Sequence[LayerParams], capture: Capture, release_calls: bool

@@ -84,6 +84,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         self._generator = torch.Generator(device)
         self._generator.manual_seed(self._seed)
         self._rebuild()
+        self._fill_state()
 
     def _join(self, processes: OneProcess, settings: Mapping[str, Any]) -> None:
         """Train together with other processes from now on, which have the same model and settings."""
@@ -132,7 +133,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
             validation.check_group(group)
             if self._built:
                 self._rebuild()
-            self._fill_state()
+                self._fill_state()
         except Exception:
             self.param_groups.pop()
             self._damping_schedules.pop()

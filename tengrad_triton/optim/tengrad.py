@@ -118,7 +118,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         process_group: the processes; by default those of `DistributedDataParallel`, or of the default group.
         verify: when a further backward pass compares rows with autograd: ``"change"`` (at the first refresh, at some
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
-        include_curvature: whether `state_dict` has the curvature; without it the first step that is resumed refreshes.
+        include_curvature: whether a state has the curvature (never with `fully_shard`); without it, resuming refreshes.
 
     Raises:
         ValueError: a setting is out of range or unknown, or a file is no plan; the message says what was expected.

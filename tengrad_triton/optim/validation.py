@@ -205,6 +205,11 @@ def check_layout(state_dict: Mapping[str, Any]) -> None:
         raise ValueError("an entry of the state is no dictionary: it is damaged")
 
 
+def names_of(model: nn.Module) -> dict[int, str]:
+    """Return the names of a model's parameters, by their ids."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
 def check_saved_groups(
     state_dict: Mapping[str, Any],
     param_groups: Sequence[Mapping[str, Any]],
@@ -219,7 +224,7 @@ def check_saved_groups(
         model: has the parameters' names.
         settings: those that a group of this optimizer may have.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = names_of(model)
     saved_groups, count = state_dict["param_groups"], len(param_groups)
     if len(saved_groups) != count:
         raise ValueError(f"the state has {len(saved_groups)} parameter groups, but this optimizer has {count}")

@@ -8,8 +8,6 @@ yet is one `Packed`.
 
 from __future__ import annotations
 
-import ctypes
-import io
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,62 +21,20 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from tengrad_triton.capture.blocks import wide_dtype
+from tengrad_triton.curvature.checkpoint import without_rows
 from tengrad_triton.curvature.moments import Scaling
 from tengrad_triton.distributed.processes import OneProcess
 from tengrad_triton.optim.options import check_scaling
 from tengrad_triton.optim.reports import Reports
-from tengrad_triton.optim.state.copies import CopiedOptimizer, without_sharing
+from tengrad_triton.optim.state.copies import CopiedOptimizer
+from tengrad_triton.optim.state.packed import Packed, packed_of, unpacked_of
+from tengrad_triton.optim.state.parts import fitted_entries
 from tengrad_triton.optim.state.wide import Kept, fill, kept, restore
-from tengrad_triton.optim.validation import check_bool, check_layout, check_saved_groups
+from tengrad_triton.optim.validation import check_bool, check_layout, check_saved_groups, names_of
 
 C = TypeVar("C")
 _SCALINGS = get_args(Scaling)
 _NUMBERS = ("steps", "age", "refresh_every", "seed", "scaling")
-
-
-class Packed(Tensor):
-    """Bytes of any number as a tensor, uint8 [bytes]: a plain tensor in files and copies, and an object for DCP.
-
-    `torch.distributed.checkpoint` loads a tensor only into one of the same size, but an object always.
-    """
-
-    @override
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).cpu().__reduce_ex__(protocol)
-
-    @override
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.clone()
-
-    def __create_write_items__(self, fqn: str, _: Any) -> list[Any]:
-        """Tell `torch.distributed.checkpoint` to write an object."""
-        from torch.distributed.checkpoint.metadata import MetadataIndex  # noqa: PLC0415 (not every torch has it)
-        from torch.distributed.checkpoint.planner import WriteItem, WriteItemType  # noqa: PLC0415
-
-        return [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO)]
-
-
-def packed_of(nested: Any, device: torch.device) -> Packed:
-    """Return nested tensors and plain values as bytes on a device; no bytes for None. Equal values give equal bytes."""
-    if nested is None:
-        return torch.empty(0, dtype=torch.uint8, device=device).as_subclass(Packed)
-    file = io.BytesIO()
-    torch.save(without_sharing(nested), file)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8).to(device).as_subclass(Packed)
-
-
-def unpacked_of(packed: Any) -> Any:
-    """Return what `packed_of` packed, on the CPU; raises `ValueError` for anything else."""
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
-        got = f"a tensor {packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else repr(packed)[:40]
-        raise ValueError(f"expected bytes (a tensor of one dimension, torch.uint8), got {got}")
-    if not packed.numel():
-        return None
-    own = packed.as_subclass(Tensor).cpu().contiguous()
-    try:
-        return torch.load(io.BytesIO(ctypes.string_at(own.data_ptr(), own.numel())), "cpu", weights_only=True)
-    except Exception as error:  # of torch's reader of archives, of the unpickler, ...
-        raise ValueError(f"its {own.numel()} bytes cannot be read ({str(error).partition('. ')[0]})") from error
 
 
 @dataclass(frozen=True)
@@ -110,9 +66,16 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         """Attach the hooks if the next step refreshes, or else remove them."""
 
     @property
+    def _can_include_curvature(self) -> bool:
+        return not self._processes.averages and not self._shards.is_cut
+
+    @property
     def include_curvature(self) -> bool:
-        """Whether `state_dict` has the curvature, not only D's running means: without it the next step refreshes."""
-        return self._include_curvature
+        """Whether `state_dict` has the curvature, not only D's running means: without it the next step refreshes.
+
+        It is False where each process has a curvature of its own: a part (`fully_shard`), or with ``gram="local"``.
+        """
+        return self._include_curvature and self._can_include_curvature
 
     @include_curvature.setter
     def include_curvature(self, value: bool) -> None:
@@ -146,15 +109,22 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
 
         That entry, under `state_key`, has the numbers ``steps``, ``age``, ``refresh_every`` (0 for a function),
         ``seed`` and ``scaling``, and two tensors of bytes: the generator's state, and the curvature. All are plain
-        tensors and numbers, which ``torch.load(weights_only=True)`` reads.
+        tensors and numbers, which ``torch.load(weights_only=True)`` reads. With `fully_shard` the momenta are those of
+        the process's own parts, as `DTensor`s: nothing is gathered, and there is no curvature.
 
         Args:
             include_curvature: whether to include J and its factors; by default the optimizer's setting.
+
+        Raises:
+            ValueError: it is to be included, but each process has a curvature of its own.
         """
-        includes = self._include_curvature if include_curvature is None else include_curvature
+        includes = self.include_curvature if include_curvature is None else include_curvature
         check_bool("include_curvature", includes)
-        # One of each process's own is not that of the others.
-        includes = includes and not self._processes.averages and not self._shards.is_cut
+        if includes and not self._can_include_curvature:
+            raise ValueError(
+                "include_curvature=True cannot be: each process has a curvature of its own, a part of it with "
+                'fully_shard or that of its samples with gram="local"; leave it out, and the next step refreshes'
+            )
         self._fill_state()
         handle = self.register_state_dict_post_hook(partial(_add_own, includes), prepend=True)  # users' hooks see it
         try:
@@ -178,10 +148,13 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the step at which `state_dict` was called, also between two refreshes.
 
-        Without a curvature in the state, the next step refreshes it.
+        Without a curvature in the state, the next step refreshes it. So it does after `fully_shard`: a curvature in the
+        state is dropped, because it is that of whole parameters, and whole momenta are cut. Every rank must load one
+        then, all of the same step.
 
         Raises:
-            ValueError: the state belongs to another model or optimizer, or is damaged; nothing has changed then.
+            ValueError: the state belongs to another model or optimizer, or is damaged, or is that of another rank;
+                nothing has changed then. After `fully_shard` every rank raises if one does.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"expected a state_dict of {type(self).__name__}, got {type(state_dict).__name__}")
@@ -189,9 +162,12 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         loaded: list[dict[str, Any]] = []
 
         def check(_: Any, state: dict[str, Any]) -> dict[str, Any]:
-            check_layout(state)
-            entries = _entries_of(state)
-            found.append(self._checked({**state, "state": entries}))
+            with self._processes.loading() as said:
+                check_layout(state)
+                whole = {**state, "state": _entries_of(state)}
+                found.append(self._checked(whole))
+                entries = fitted_entries(whole, self.param_groups, names_of(self._module))
+                said.update(found[0].numbers)
             for entry in entries.values():
                 entry.pop(self.state_key, None)
             loaded.append({**state, "state": entries})
@@ -246,6 +222,8 @@ class StatefulOptimizer(CopiedOptimizer[C], Generic[C]):
         advice = f"remove 'curvature' from the state's entry {self.state_key!r} to have the next step compute it anew"
         try:
             packed = unpacked_of(own["curvature"]) if own.get("curvature") is not None else None
+            if packed is not None and self._shards.is_cut:
+                packed = without_rows(packed)
             return None if packed is None else self._unpacked(packed)
         except ValueError as error:
             raise ValueError(f"the state's curvature does not fit: {error}; {advice}") from error

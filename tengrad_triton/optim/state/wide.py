@@ -68,7 +68,9 @@ def fill(parameter: Tensor, state: State, dtype: torch.dtype) -> None:
     A copy that is there stays, also where the parameter is another number: what belongs to it may not be loaded yet.
     """
     momentum_of(parameter, state, dtype)
-    if parameter.dtype != dtype and COPY not in state:
+    if parameter.dtype == dtype:
+        state.pop(COPY, None)  # the model may have been converted
+    elif COPY not in state:
         state[COPY] = parameter.detach().to(dtype)
 
 
