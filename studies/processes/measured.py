@@ -22,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from studies.processes.model import WAYS, Way
 from studies.processes.sizes import META, NETWORKS, sizes_of
 from tengrad_triton import TENGraD
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions
-from tengrad_triton.distributed.exchange import Message, packed
+from tengrad_triton.distributed.exchange import Message, joined_parts, packed, unpacked
 from tengrad_triton.distributed.ranks import Gram
 
 COUNTS = Path("/proc/self/io")
@@ -153,34 +155,39 @@ PARTS = (8, 40)
 """The numbers of processes whose parts one process works on to measure what a part takes."""
 
 
-def part_seconds(rounds: int = 15) -> float:
-    """Return the CPU seconds that one more process's part adds to a refresh, for each parameter.
+def part_seconds(rounds: int = 60) -> float:
+    """Return the CPU seconds that one more process's part takes in the exchange of a refresh, for each parameter.
 
-    The parts of other processes stay apart until J is made, so that each takes calls of its own. Here one process
-    gets its own part several times, in place of the exchange. The model is so small that calls take all of the time.
-    The least of the rounds counts: other programs only add to it.
+    Here one process gets its own part several times, in place of messages: it takes each apart, and joins all. What
+    follows has one micro-batch, whatever R is, so that its calls do not grow with R; its arithmetic, which does, is
+    the device's. The model is so small that calls take all of the time. The least of the rounds counts: other programs
+    only add to it.
     """
     model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Tanh())))
     x, y = torch.randn(1, 4), torch.randint(4, (1,))
-    seconds = {parts: min(_refresh_seconds(model, x, y, parts, rounds)) for parts in PARTS}
+    seconds = {parts: min(_exchange_seconds(model, x, y, parts, rounds)) for parts in PARTS}
     parameters = sum(1 for _ in model.parameters())
     return (seconds[PARTS[1]] - seconds[PARTS[0]]) / (PARTS[1] - PARTS[0]) / parameters
 
 
-def _refresh_seconds(model: nn.Module, x: Tensor, y: Tensor, parts: int, rounds: int) -> Sequence[float]:
+def _exchange_seconds(model: nn.Module, x: Tensor, y: Tensor, parts: int, rounds: int) -> Sequence[float]:
     optimizer = TENGraD(model, lr=0.0, refresh_every=1, seed=0)
-    alone = optimizer._processes.gather
+    alone, found = optimizer._processes.gather, []
 
-    def repeated(*arguments: Any) -> tuple[Contributions, dict[str, str]]:
-        own, missing = alone(*arguments)
-        return Contributions({k: {n: [*b] * parts for n, b in v.items()} for k, v in own.by_layer.items()}), missing
+    def repeated(
+        layers: Sequence[LayerParams], capture: Capture, release_calls: bool
+    ) -> tuple[Contributions, dict[str, str]]:
+        own, missing = alone(layers, capture, release_calls)
+        since = time.process_time()
+        shapes, flat = packed(own.by_layer, x.device)  # all that follows is as in `gather_from_all`
+        messages = [Message(None, missing, shapes, own.batch_rows, len(flat))] * parts
+        joined = joined_parts([unpacked(one.by_layer, flat) for one in messages], messages, layers, missing)
+        found.append(time.process_time() - since)
+        return Contributions(joined), missing
 
     optimizer._processes.gather = repeated
-    found = []
     for _ in range(rounds + 1):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        since = time.process_time()
         optimizer.step()
-        found.append(time.process_time() - since)
     return found[1:]
