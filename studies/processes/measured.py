@@ -10,6 +10,7 @@ import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ COUNTS = Path("/proc/self/io")
 """Linux counts here what a process writes, into sockets too."""
 EVERY = 2  # steps: a refresh and one that reuses
 CLASSES = 10
+Gathered = tuple[Contributions, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -151,43 +153,42 @@ def header_seconds(name: str, repeats: int = 20, rounds: int = 15) -> float:
     )
 
 
-PARTS = (8, 40)
+PARTS = (8, 24)
 """The numbers of processes whose parts one process works on to measure what a part takes."""
+PIXELS, TOKENS = (3, 9, 9), (4,)  # so few that calls take the time, and copies next to none
 
 
-def part_seconds(rounds: int = 60) -> float:
+def part_seconds(name: str, rounds: int = 60) -> float:
     """Return the CPU seconds that one more process's part takes in the exchange of a refresh, for each parameter.
 
-    Here one process gets its own part several times, in place of messages: it takes each apart, and joins all. What
-    follows has one micro-batch, whatever R is, so that its calls do not grow with R; its arithmetic, which does, is
-    the device's. The model is so small that calls take all of the time. The least of the rounds counts: other programs
-    only add to it.
+    One process gets its own part several times, in place of messages: it takes each apart, and joins all. What follows
+    has one micro-batch, whatever R is, so that its calls do not grow with R; its arithmetic, which does, is the
+    device's. The least of the rounds counts: other programs only add to it.
     """
-    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Tanh())))
-    x, y = torch.randn(1, 4), torch.randint(4, (1,))
-    seconds = {parts: min(_exchange_seconds(model, x, y, parts, rounds)) for parts in PARTS}
-    parameters = sum(1 for _ in model.parameters())
-    return (seconds[PARTS[1]] - seconds[PARTS[0]]) / (PARTS[1] - PARTS[0]) / parameters
+    torch.manual_seed(0)
+    network = NETWORKS[name]
+    model = network.build()
+    x = torch.randint(256, (1, *TOKENS)) if network.tokens else torch.randn(1, *PIXELS)
+    optimizer = TENGraD(model, seed=0)
+    alone, seconds = optimizer._processes.gather, []
 
-
-def _exchange_seconds(model: nn.Module, x: Tensor, y: Tensor, parts: int, rounds: int) -> Sequence[float]:
-    optimizer = TENGraD(model, lr=0.0, refresh_every=1, seed=0)
-    alone, found = optimizer._processes.gather, []
-
-    def repeated(
-        layers: Sequence[LayerParams], capture: Capture, release_calls: bool
-    ) -> tuple[Contributions, dict[str, str]]:
+    def timed(layers: Sequence[LayerParams], capture: Capture, release_calls: bool) -> Gathered:
         own, missing = alone(layers, capture, release_calls)
-        since = time.process_time()
-        shapes, flat = packed(own.by_layer, x.device)  # all that follows is as in `gather_from_all`
-        messages = [Message(None, missing, shapes, own.batch_rows, len(flat))] * parts
-        joined = joined_parts([unpacked(one.by_layer, flat) for one in messages], messages, layers, missing)
-        found.append(time.process_time() - since)
-        return Contributions(joined), missing
+        few, many = (
+            min(timeit.repeat(partial(_exchange, own, layers, x, n), timer=time.process_time, number=1, repeat=rounds))
+            for n in PARTS
+        )
+        seconds.append((many - few) / (PARTS[1] - PARTS[0]) / len(list(model.parameters())))
+        return own, missing
 
-    optimizer._processes.gather = repeated
-    for _ in range(rounds + 1):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return found[1:]
+    optimizer._processes.gather = timed
+    F.cross_entropy(model(x), torch.randint(CLASSES, (1,))).backward()
+    optimizer.step()
+    return seconds[0]
+
+
+def _exchange(own: Contributions, layers: Sequence[LayerParams], x: Tensor, parts: int) -> None:
+    """Do what `gather_from_all` does beside sending."""
+    shapes, flat = packed(own.by_layer, x.device)
+    messages = [Message(None, {}, shapes, own.batch_rows, len(flat))] * parts
+    joined_parts([unpacked(one.by_layer, flat) for one in messages], messages, layers, {})
