@@ -196,6 +196,12 @@ def test_what_a_refresh_adds_is_nearly_proportional_to_the_processes_where_no_ro
 
 
 @pytest.mark.parametrize("name", times.TIMED)
+def test_most_of_what_grows_with_the_processes_is_the_host_s(answers, name):
+    few, many = (answers.times(name, 32, count, "DDP, global", 128) for count in (8, 64))
+    assert many.host - few.host > (many.refresh - few.refresh) / 2
+
+
+@pytest.mark.parametrize("name", times.TIMED)
 def test_weights_change_to_factors_when_there_are_more_rows(name):
     few, many = (plans_of(name, 32, count, "DDP, global") for count in (2, 64))
     assert times.products(few) / few.rows <= times.products(many) / many.rows
