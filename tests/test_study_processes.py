@@ -15,6 +15,7 @@ from studies.processes import hardware, measured, model, page, tables, times  # 
 from studies.processes.answers import ADDED, COUNTS, INTERVALS, SAMPLES, Answers, plans_of  # noqa: E402
 from studies.processes.sizes import NETWORKS, Network, Sizes, sizes_of  # noqa: E402
 from studies.processes.store import Store  # noqa: E402
+from tengrad_triton.distributed.exchange import Message, joined_parts  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 STORE = Store(ROOT / "studies" / "processes" / "results")
@@ -60,7 +61,49 @@ def test_fisher_rows_bound_what_is_kept_but_not_what_is_sent(small):
     assert sent[0] == sent[1]
     all_of_it, part = (model.held(small, 4, "DDP, global", plans) for plans in (whole, few))
     assert part.curvature < all_of_it.curvature
-    assert part.exchange == all_of_it.exchange == 6 * 576
+    assert part.messages == all_of_it.messages == 6 * 576
+    assert part.contributions == all_of_it.contributions == 4 * (60 + 80 + 80 + 80 + 40 + 40)
+
+
+def test_a_shared_input_is_sent_once_and_copied_for_each_layer():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    sizes = Sizes(Network(Two, (16,), tokens=False), 2)
+    assert sizes.message_bytes == (1 + 2) * 2 * 16 * 4
+    assert sizes.joined_bytes == (2 + 2) * 2 * 16 * 4
+
+
+def test_the_peak_of_a_refresh_has_either_messages_or_j(small):
+    few, many = model.Held(7, 3, 10, 100), model.Held(7, 30, 10, 100)
+    assert (few.peak, many.peak) == (117, 137)
+    alone, local = (
+        model.held(small, count, way, model.kept(small, count, way))
+        for count, way in ((1, "DDP, global"), (4, "DDP, local"))
+    )
+    assert alone == local
+    assert (alone.messages, alone.contributions) == (0, 576)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_parts_of_all_processes_become_one_micro_batch(name):
+    # Only then do the calls of a refresh, and so the host's time after the exchange, not grow with R.
+    sizes, parts = sizes_of(name, 32), 3
+    messages = [Message(None, {}, {}, [32], 0)] * parts
+    joined = joined_parts([sizes.contributions.by_layer] * parts, messages, sizes.layers, {})
+    assert joined
+    for params in joined.values():
+        for batches in params.values():
+            assert [{call.samples for call in calls} for calls in batches] == [{32 * parts}]
+
+
+def test_a_part_takes_the_host_time():
+    assert 0 < measured.part_seconds("transformer", rounds=2) < 1e-2
 
 
 def test_collectives_by_hand():
@@ -150,6 +193,12 @@ def test_one_process_is_above_the_limit_that_nobody_can_blame_on_others(answers,
 def test_what_a_refresh_adds_is_nearly_proportional_to_the_processes_where_no_row_is_few_enough(answers, name):
     few, many = (answers.times(name, 32, count, "DDP, global", 128).refresh for count in (512, 1024))
     assert 1.7 < many / few < 2.1
+
+
+@pytest.mark.parametrize("name", times.TIMED)
+def test_most_of_what_grows_with_the_processes_is_the_host_s(answers, name):
+    few, many = (answers.times(name, 32, count, "DDP, global", 128) for count in (8, 64))
+    assert many.host - few.host > (many.refresh - few.refresh) / 2
 
 
 @pytest.mark.parametrize("name", times.TIMED)

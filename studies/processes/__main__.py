@@ -44,7 +44,8 @@ def measure(store: Store) -> None:
         console.print(f"{case.network}, {case.way}, {case.count} processes: counted", highlight=False)
     if store.host is None:
         torch.set_num_threads(1)
-        store.keep_host(Host({name: header_seconds(name) for name in TIMED}, part_seconds()), where)
+        of_models = ({name: measured(name) for name in TIMED} for measured in (header_seconds, part_seconds))
+        store.keep_host(Host(*of_models), where)
 
 
 def write(store: Store, out: Path) -> None:

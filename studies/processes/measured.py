@@ -10,6 +10,7 @@ import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 from studies.processes.model import WAYS, Way
 from studies.processes.sizes import META, NETWORKS, sizes_of
 from tengrad_triton import TENGraD
+from tengrad_triton.capture.blocks import LayerParams
+from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions
-from tengrad_triton.distributed.exchange import Message, packed
+from tengrad_triton.distributed.exchange import Message, joined_parts, packed, unpacked
 from tengrad_triton.distributed.ranks import Gram
 
 COUNTS = Path("/proc/self/io")
 """Linux counts here what a process writes, into sockets too."""
 EVERY = 2  # steps: a refresh and one that reuses
 CLASSES = 10
+Gathered = tuple[Contributions, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -149,38 +153,42 @@ def header_seconds(name: str, repeats: int = 20, rounds: int = 15) -> float:
     )
 
 
-PARTS = (8, 40)
+PARTS = (8, 24)
 """The numbers of processes whose parts one process works on to measure what a part takes."""
+PIXELS, TOKENS = (3, 9, 9), (4,)  # so few that calls take the time, and copies next to none
 
 
-def part_seconds(rounds: int = 15) -> float:
-    """Return the CPU seconds that one more process's part adds to a refresh, for each parameter.
+def part_seconds(name: str, rounds: int = 60) -> float:
+    """Return the CPU seconds that one more process's part takes in the exchange of a refresh, for each parameter.
 
-    The parts of other processes stay apart until J is made, so that each takes calls of its own. Here one process
-    gets its own part several times, in place of the exchange. The model is so small that calls take all of the time.
-    The least of the rounds counts: other programs only add to it.
+    One process gets its own part several times, in place of messages: it takes each apart, and joins all. What follows
+    has one micro-batch, whatever R is, so that its calls do not grow with R; its arithmetic, which does, is the
+    device's. The least of the rounds counts: other programs only add to it.
     """
-    model = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.Tanh())))
-    x, y = torch.randn(1, 4), torch.randint(4, (1,))
-    seconds = {parts: min(_refresh_seconds(model, x, y, parts, rounds)) for parts in PARTS}
-    parameters = sum(1 for _ in model.parameters())
-    return (seconds[PARTS[1]] - seconds[PARTS[0]]) / (PARTS[1] - PARTS[0]) / parameters
+    torch.manual_seed(0)
+    network = NETWORKS[name]
+    model = network.build()
+    x = torch.randint(256, (1, *TOKENS)) if network.tokens else torch.randn(1, *PIXELS)
+    optimizer = TENGraD(model, seed=0)
+    alone, seconds = optimizer._processes.gather, []
+
+    def timed(layers: Sequence[LayerParams], capture: Capture, release_calls: bool) -> Gathered:
+        own, missing = alone(layers, capture, release_calls)
+        few, many = (
+            min(timeit.repeat(partial(_exchange, own, layers, x, n), timer=time.process_time, number=1, repeat=rounds))
+            for n in PARTS
+        )
+        seconds.append((many - few) / (PARTS[1] - PARTS[0]) / len(list(model.parameters())))
+        return own, missing
+
+    optimizer._processes.gather = timed
+    F.cross_entropy(model(x), torch.randint(CLASSES, (1,))).backward()
+    optimizer.step()
+    return seconds[0]
 
 
-def _refresh_seconds(model: nn.Module, x: Tensor, y: Tensor, parts: int, rounds: int) -> Sequence[float]:
-    optimizer = TENGraD(model, lr=0.0, refresh_every=1, seed=0)
-    alone = optimizer._processes.gather
-
-    def repeated(*arguments: Any) -> tuple[Contributions, dict[str, str]]:
-        own, missing = alone(*arguments)
-        return Contributions({k: {n: [*b] * parts for n, b in v.items()} for k, v in own.by_layer.items()}), missing
-
-    optimizer._processes.gather = repeated
-    found = []
-    for _ in range(rounds + 1):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        since = time.process_time()
-        optimizer.step()
-        found.append(time.process_time() - since)
-    return found[1:]
+def _exchange(own: Contributions, layers: Sequence[LayerParams], x: Tensor, parts: int) -> None:
+    """Do what `gather_from_all` does beside sending."""
+    shapes, flat = packed(own.by_layer, x.device)
+    messages = [Message(None, {}, shapes, own.batch_rows, len(flat))] * parts
+    joined_parts([unpacked(one.by_layer, flat) for one in messages], messages, layers, {})

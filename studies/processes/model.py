@@ -142,17 +142,19 @@ class Held:
     Attributes:
         training: parameters, gradients and momenta, as with SGD; without what forward keeps.
         curvature: J and the inverse factors of L blocks, L n² numbers, from a refresh to the next.
-        exchange: more than that during a refresh: the message of every process, R s, and its own twice.
+        messages: during the exchange: the message of every process, R s, and its own twice.
+        contributions: what J is made from: of all processes, joined while the messages are there.
     """
 
     training: float
     curvature: float
-    exchange: float
+    messages: float
+    contributions: float
 
     @property
     def peak(self) -> float:
-        """The bytes during a refresh: J and K are made while the messages are there."""
-        return self.training + self.curvature + self.exchange
+        """The bytes during a refresh: messages are freed before J and K are made, and the old J before forward."""
+        return self.training + self.contributions + max(self.messages, self.curvature)
 
 
 def held(sizes: Sizes, count: int, way: Way, plans: Plans) -> Held:
@@ -160,10 +162,11 @@ def held(sizes: Sizes, count: int, way: Way, plans: Plans) -> Held:
 
     With FSDP2 it has its part of parameters, gradients and momenta, and during a refresh whole parameters too.
     """
-    model, is_cut = NUMBER * sizes.parameters, way == "FSDP2, global"
-    training = 3 * model / (count if is_cut else 1)
-    messages = 0 if way == "DDP, local" else (count + 2) * sizes.message_bytes + (model if is_cut else 0)
-    return Held(training, plans.j_bytes + NUMBER * len(sizes.layers) * plans.rows**2, messages)
+    model, curvature = NUMBER * sizes.parameters, plans.j_bytes + NUMBER * len(sizes.layers) * plans.rows**2
+    training = 3 * model / count + model if way == "FSDP2, global" else 3 * model
+    if way == "DDP, local" or count == 1:
+        return Held(training, curvature, 0, sizes.message_bytes)
+    return Held(training, curvature, (count + 2) * sizes.message_bytes, count * sizes.joined_bytes)
 
 
 def first_above(limit: float, of_count: Callable[[int], float], most: int = 4096) -> int | None:

@@ -44,12 +44,14 @@ def _of_tables(store: Store, answers: Answers) -> Writers:
     return {
         "sent": lambda _: tables.sent_table(FEW),
         "held": lambda _: tables.held_table(FEW),
-        "times": lambda _: tables.times_table(answers),
+        "times": lambda _: tables.times_table(answers, FEW),
         "refresh": lambda _: tables.refresh_table(answers, FEW),
         "rows": lambda _: tables.rows_table(answers),
         "counted": lambda _: tables.counted_table(store.counted()),
         "alone": lambda _: tables.alone_table(),
         "largest": lambda _: f"{max(abs(ratio - 1) for ratio in counted):.1%}",
+        "cases": lambda _: str(len(store.counted())),
+        "most": lambda _: str(max(one["count"] for one in store.counted())),
         "uncounted": lambda _: tables.uncounted(store.counted()),
     }
 
@@ -118,7 +120,7 @@ def _of_rates(store: Store) -> Writers:
         "network": lambda _: f"{NETWORK / 1e9:g}",
         "ring": lambda _: f"{1e6 * RING.base:g}",
         "hops": lambda _: f"{1e6 * RING.inside:g} or {1e6 * RING.between:g}",
-        "part_us": lambda _: f"{1e6 * host.part:.0f}",
+        "part_us": lambda name: f"{1e6 * host.part[name]:.0f}",
         "header_us": lambda name: f"{1e6 * host.header[name]:.0f}",
         "flops_per_byte": lambda _: f"{product_rate() / bytes_a_second:.1f}",
         "assumed": lambda _: f"{moving_rate() / bytes_a_second:g}",

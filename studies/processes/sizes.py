@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perf.models import MODELS
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, full_name
+from tengrad_triton.capture.outputs import output_tensors
 from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions
@@ -76,6 +77,11 @@ class Sizes:
     def message_bytes(self) -> int:
         """The bytes of the tensors that a process sends to each other one."""
         return packed(self.contributions.by_layer, META)[1].numel()
+
+    @cached_property
+    def joined_bytes(self) -> int:
+        """The bytes of what was received of a process, once it is joined with others: what layers share is copied."""
+        return sum(x.nbytes for x in output_tensors(self.contributions.by_layer))
 
     @cached_property
     def header_bytes(self) -> int:

@@ -24,6 +24,7 @@ from tengrad_triton.recipes.reports.markdown import table
 
 MODELS = (*TIMED, GPT)
 NAMES: dict[Way, str] = {"DDP, global": "global", "DDP, local": "local", "FSDP2, global": "`fully_shard`, global"}
+SHOWN = (8, 512)
 ROW_COUNTS = (8, 16, 32, 64, 128)
 STEP_OF_ROWS = 32
 
@@ -36,7 +37,7 @@ def sent_table(samples: int) -> str:
     )
     lines = []
     for name in MODELS:
-        for count in COUNTS:
+        for count in SHOWN:
             ours, local, sharded = (sent_by(name, samples, count, way) for way in WAYS)
             first = (megabytes(ours.wrapper), gigabytes(ours.refresh), megabytes(local.reuse))
             last = (megabytes(sharded.wrapper), gigabytes(sharded.refresh), megabytes(sharded.reuse))
@@ -54,7 +55,7 @@ def held_table(samples: int) -> str:
     head = ("model", "R", "global: rows", "J and K⁻¹", "peak", "`fully_shard`: rows", "J and K⁻¹", "peak", "local")
     lines = []
     for name in MODELS:
-        for count in COUNTS:
+        for count in SHOWN:
             cells = []
             for way in ("DDP, global", "FSDP2, global"):
                 plans = plans_of(name, samples, count, way)
@@ -75,14 +76,13 @@ def _peak(own: Held) -> str:
     return f"**{text}**" if own.peak > MEMORY else text
 
 
-def times_table(answers: Answers) -> str:
-    """Return the mean step over SGD's for both intervals, by model, N_r and way."""
+def times_table(answers: Answers, samples: int) -> str:
+    """Return the mean step over SGD's for both intervals, by model and way."""
     lines = []
     for name in TIMED:
-        for samples in SAMPLES:
-            for way in WAYS:
-                cells = [_over_sgd(answers, name, samples, count, way) for count in (1, *COUNTS)]
-                lines.append((f"{name}, N_r = {samples}, {NAMES[way]}", *cells))
+        for way in WAYS:
+            cells = [_over_sgd(answers, name, samples, count, way) for count in (1, *COUNTS)]
+            lines.append((f"{name}, {NAMES[way]}", *cells))
     return table(("", *(f"R = {count}" for count in (1, *COUNTS))), lines)
 
 
@@ -164,11 +164,13 @@ def counted_ratios(counted: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def counted_table(counted: Sequence[dict[str, Any]]) -> str:
-    """Return the megabytes that were counted, and their ratios to the model's."""
+    """Return the megabytes that were counted of the most processes, and their ratios to the model's."""
+    most = max(one["count"] for one in counted)
+    shown = [one for one in counted if one["count"] == most or one["fisher_rows"]]
     parts = ("wrapper", "refresh", "other step")
     head = ("", "R", *(title for part in parts for title in (f"{part}: MB", "over the model")))
     lines = []
-    for one in counted:
+    for one in shown:
         cells = [
             text
             for found, expected in pairs_of(one)

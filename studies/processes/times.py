@@ -16,7 +16,7 @@ TIMED = ("ResNet-18", "WRN-28-4", "transformer")
 """The models whose steps were measured on an H200."""
 FEWEST, MOST = MEASURED_SAMPLES[0], MEASURED_SAMPLES[-1]
 BACKWARD = 2 / 3  # of SGD's step: 4 N P K of 6 N P K flops; DDP averages gradients meanwhile
-COPIES = 2  # of what was received: it is read and written once as J is made
+COPIES = 2  # of what was received: it is read and written once as it is joined
 PLAIN_EVERY = 12  # steps: the interval of the measured ones
 
 
@@ -26,11 +26,11 @@ class Host:
 
     Attributes:
         header: to read what one process says of its contributions, by model.
-        part: to work on one process's part of one parameter.
+        part: to take one process's part of one parameter from its message, and to join it with others, by model.
     """
 
     header: Mapping[str, float]
-    part: float
+    part: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def times_of(
         update = reduce_seconds(2 * model, count)
         return Times(alone + late, step + late + update, refresh_seconds(name, samples, plans), 0.0, 0.0)
     exchange = gather_seconds(sizes.message_bytes + sizes.header_bytes, count)
-    parts = count * (host.header[name] + len(plans.work.weights) * host.part) if count > 1 else 0.0
-    joined = COPIES * count * sizes.message_bytes / limits().bytes_per_second if count > 1 else 0.0
+    parts = count * (host.header[name] + len(plans.work.weights) * host.part[name]) if count > 1 else 0.0
+    joined = COPIES * count * sizes.joined_bytes / limits().bytes_per_second if count > 1 else 0.0
     refresh = exchange + joined + refresh_seconds(name, samples, plans, parts)
     if way == "DDP, global":
         return Times(alone + late, step + late, refresh, exchange, parts)
