@@ -15,7 +15,7 @@ from tengrad_triton.curvature.contributions import Contributions, gather
 from tengrad_triton.curvature.target import Target
 from tengrad_triton.distributed.exchange import announce, gather_from_all, gather_own
 from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet, meeting_of
-from tengrad_triton.sharding.modules import reduces_unused
+from tengrad_triton.sharding.modules import gradient_divisor, reduces_unused
 from tengrad_triton.sharding.tensors import is_sharded
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
@@ -147,7 +147,7 @@ class SeveralProcesses(OneProcess):
         check_does_not_mix(model)
         if self.averages:
             return capture.samples
-        capture.loss_samples = samples / self._ranks.count
+        capture.loss_samples = samples / gradient_divisor(model, self._ranks.count)
         return samples
 
     def _unused(self, model: nn.Module, capture: Capture) -> list[str] | None:

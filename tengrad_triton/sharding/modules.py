@@ -45,7 +45,7 @@ def _check_modules(modules: Iterable[Any]) -> None:
 
 
 class WholeParameters:
-    """The whole parameters of a model, for as long as its own hooks leave them there.
+    """The whole parameters of a model, which takes part in forwards, and of which the optimizer has parts.
 
     Args:
         model: the model, whose parameters are at present those that the optimizer has.
@@ -67,6 +67,7 @@ class WholeParameters:
             for name, p in module._parameters.items()
         )
         self._sharded = [(module, name, p) for module, name, p in owned if is_sharded(p)]
+        self._gathered: list[Any] = []
         self._whole: dict[int, Tensor] = {}
         self._parts: dict[int, Tensor] = {}
 
@@ -75,7 +76,8 @@ class WholeParameters:
 
         Every rank must call this. The modules' own backward then sends nothing for it.
         """
-        for module in self._modules:
+        self._gathered = [one for one in self._modules if not all(group.is_unsharded for group in _groups_of(one))]
+        for module in self._gathered:
             module.unshard()
         found = [(p, module._parameters[name]) for module, name, p in self._sharded]
         whole: dict[int, Tensor] = {id(part): one for part, one in found if one is not None}
@@ -85,17 +87,17 @@ class WholeParameters:
         return is_new
 
     @contextmanager
-    def outside(self, needed: bool) -> Iterator[None]:
+    def outside(self, needed: bool = True) -> Iterator[bool]:
         """Return a context outside of forward and backward, in which modules have whole parameters if ``needed``.
 
-        Every rank must enter it.
+        At its end they have what they had before: parameters that stay whole are not those that a step changes. Every
+        rank must enter it. It has what `gather` returned.
         """
-        if needed:
-            self.gather()
+        is_new = needed and self.gather()
         try:
-            yield
+            yield is_new
         finally:
-            for module in self._modules if needed else ():
+            for module in self._gathered if needed else ():
                 module.reshard()
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -134,6 +136,22 @@ def reduces_unused(model: nn.Module) -> bool:
     """Whether gradients of parameters that a rank did not use count as zeros (`set_reduce_scatter_unused_params`)."""
     groups = [group for module in sharded_modules(model) for group in _groups_of(module)]
     return all(getattr(group, "reduce_scatter_unused_params", False) for group in groups)
+
+
+def gradient_divisor(model: nn.Module, count: int) -> float:
+    """Return what the sum of the gradients of ``count`` ranks is divided by (`set_gradient_divide_factor`).
+
+    Raises:
+        ValueError: it is not the same for all modules.
+    """
+    groups = [group for module in sharded_modules(model) for group in _groups_of(module)]
+    factors = {count if group.gradient_divide_factor is None else group.gradient_divide_factor for group in groups}
+    if len(factors) > 1:
+        raise ValueError(
+            f"fully_shard divides the gradients of different modules by {' and '.join(map(str, sorted(factors)))}: "
+            "call set_gradient_divide_factor for every module that fully_shard was called for, not only for the model"
+        )
+    return next(iter(factors), count)
 
 
 def _groups_of(module: Any) -> list[Any]:
