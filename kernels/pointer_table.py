@@ -36,7 +36,7 @@ Columns = Mapping[Any, Sequence[int]]
 """The numbers of a table: for each field, its number for each entry."""
 
 MAX_ENTRIES = 128  # the most entries of one launch
-_WRITE_SIZES = (32, 256)  # how many numbers a launch takes: few sizes, because each is compiled (about a second)
+_FEW, _MANY = 32, 256  # how many numbers a launch takes: few sizes, because each is compiled (about a second)
 
 
 def fields(singles: int, strides: int = 0, after: int = 0) -> Iterator[Any]:
@@ -78,7 +78,7 @@ def _writers(kernel: Any) -> dict[int, Config]:
             tiling(num_warps=1, SIZE=size),
             unaligned=("values", "table_ptr", "count"),
         )
-        for size in _WRITE_SIZES
+        for size in (_FEW, _MANY)
     }
 
 
@@ -89,34 +89,35 @@ _started: dict[Hashable, Repeated] = {}
 # Numbers reach the kernel as large odd ones. Triton compiles a kernel again for arguments that are 1, a multiple of 16,
 # or small enough for 32 bits; these are none of them, so one compiled kernel writes all numbers.
 _CODE_OF_ZERO = (1 << 62) + 1
-_PADDING = (_CODE_OF_ZERO,) * max(_WRITE_SIZES)
+_PADDING = (_CODE_OF_ZERO,) * _MANY
+
+
+def _code(number: int) -> int:
+    return 2 * number + _CODE_OF_ZERO
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Return numbers as an int64 tensor without a copy from the host, which would wait for the device."""
     written = torch.empty(len(numbers), dtype=torch.int64, device=device)
-    for first, part, kernel in _parts(_WRITE, numbers, device):
-        kernel.start((1,), part, written[first:], min(len(numbers) - first, len(part)))
+    _start(_WRITE, [*map(_code, numbers)], written, in_order=True)
     return written
 
 
-def _change(pairs: Sequence[int], table_FE: Tensor) -> None:
-    """Write numbers to addresses on the device of a table; each number follows its address."""
-    for first, part, kernel in _parts(_CHANGE, pairs, table_FE.device):
-        kernel.start((1,), part, table_FE, min(len(pairs) - first, len(part)))
+def _change(codes: Sequence[int], table_FE: Tensor) -> None:
+    """Write numbers to addresses on the device of a table; the code of each number follows that of its address."""
+    _start(_CHANGE, codes, table_FE, in_order=False)
 
 
-def _parts(
-    kernels: Mapping[int, Config], numbers: Sequence[int], device: torch.device
-) -> Iterator[tuple[int, tuple[int, ...], Repeated]]:
-    """Yield, for each launch, the index of its first number, all its numbers as the kernels take them, and a kernel."""
-    size = next((size for size in kernels if len(numbers) <= size), max(kernels))
-    key = (device, id(kernels[size]))
+def _start(kernels: Mapping[int, Config], codes: Sequence[int], tensor: Tensor, in_order: bool) -> None:
+    """Launch as often as it takes; ``in_order`` says whether each number has its place in the tensor."""
+    size = _FEW if len(codes) <= _FEW else _MANY
+    key = (tensor.device, id(kernels[size]))
     if key not in _started:
         _started[key] = Repeated(kernels[size])
-    for first in range(0, len(numbers), size):
-        part = numbers[first : first + size]
-        yield first, (*[2 * value + _CODE_OF_ZERO for value in part], *_PADDING[: size - len(part)]), _started[key]
+    for first in range(0, len(codes), size):
+        part = codes[first : first + size]
+        padded = (*part, *_PADDING[: size - len(part)])
+        _started[key].start((1,), padded, tensor[first:] if in_order else tensor, len(part))
 
 
 def table_of(columns: Columns, device: torch.device) -> Tensor:
@@ -199,15 +200,19 @@ class Addresses:
             addresses: of the tensors.
             table: one of the tables.
         """
-        self._slots, self._table_FE = slots, table.fields_FE
+        self._slot_codes, self._table_FE = [[*map(_code, own)] for own in slots], table.fields_FE
         self._known: Sequence[int | None] = addresses
 
     def become(self, addresses: Sequence[int]) -> None:
         """Write those of the addresses that are others than before."""
         if addresses == self._known:
             return
-        pairs = zip(self._slots, self._known, addresses, strict=True)
-        changes = [number for slots, old, new in pairs if new != old for at in slots for number in (at, new)]
+        changes: list[int] = []
+        for slots, old, new in zip(self._slot_codes, self._known, addresses, strict=True):
+            if new != old:
+                code = _code(new)
+                for slot in slots:
+                    changes += (slot, code)
         self._known = [None] * len(addresses)  # an interrupted write leaves it open what the tables hold
         _change(changes, self._table_FE)
         self._known = addresses

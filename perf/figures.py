@@ -66,7 +66,7 @@ def _steps(device: Device) -> Figure | None:
     if not cases:
         return None
     labels = [f"{case['model']}, {case['samples']}, {case['mode']}{within(case['max_bytes'])}" for case in cases]
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(cases)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.35 * len(cases)), dpi=110, layout="constrained")
     panel = figure.subplots()
     for name, offset in (("refresh", -0.2), ("reuse", 0.2)):
         sgd = [case["seconds"]["sgd"]["median"] for case in cases]
@@ -80,7 +80,7 @@ def _steps(device: Device) -> Figure | None:
     panel.set_yticks(range(len(cases)), labels)
     panel.invert_yaxis()
     panel.set_xlabel("time of a step over SGD's (quartiles as whiskers)")
-    panel.legend()
+    figure.legend(loc="outside upper center", ncols=2)  # within the panel it would cover bars or whiskers
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Steps in several processes under `DistributedDataParallel`: TENGraD's over SGD's, side by side in the same ones."""
+"""Steps in several processes, of whole or of sharded models: TENGraD's over SGD's, side by side in the same ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import multiprocessing
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from perf.loops import plain_step, sgd, tengrad
@@ -17,20 +19,22 @@ from perf.models import MODELS
 from perf.steps import ratios, sgd_timer, tengrad_timer
 from perf.timing import interleaved
 
+Parallel = Literal["DDP", "FSDP2"]
 BLOCK = 5  # steps that are timed together: a process waits for the others in each
 
 
 @dataclass(frozen=True)
 class ProcessesCase:
-    """A model, the batch of each process, how many processes there are, and the number of rounds."""
+    """A model, the batch of each process, how many processes there are, the rounds, and who has the parameters."""
 
     model: str
     samples: int
     count: int
     rounds: int
+    parallel: Parallel = "DDP"
 
     def __str__(self) -> str:
-        return f"{self.model}, N = {self.count} x {self.samples}"
+        return f"{self.model}, N = {self.count} x {self.samples}" + ("" if self.parallel == "DDP" else ", FSDP2")
 
     def measure(self, device: torch.device) -> dict[str, Any]:
         """Return the spreads of SGD's steps and of TENGraD's refresh and reuse steps in the first process, and ratios.
@@ -55,13 +59,22 @@ class ProcessesCase:
         return {**asdict(self), "seconds": times, **ratios(times)}
 
 
+def _sharded(model: nn.Module) -> nn.Module:
+    """Return a model of which each process has a part: each layer alone, as large models have each block."""
+    for layer in model.modules():
+        if any(True for _ in layer.parameters(recurse=False)):
+            fully_shard(layer)
+    return fully_shard(model)
+
+
 def _in_process(case: ProcessesCase, rank: int, store: Path, sender: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.count)
     device = torch.device("cpu")
     made = MODELS[case.model]
     x, y = made.batch(case.samples, device)
-    ours, theirs = (DistributedDataParallel(made.on(device)) for _ in range(2))
+    wrapped = _sharded if case.parallel == "FSDP2" else DistributedDataParallel
+    ours, theirs = (wrapped(made.on(device)) for _ in range(2))
     timers = {
         "sgd": sgd_timer(plain_step(theirs, sgd(theirs)), BLOCK, x, y),
         "tengrad": tengrad_timer(plain_step(ours, tengrad(ours, BLOCK + 2)), BLOCK, x, y),

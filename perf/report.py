@@ -86,8 +86,9 @@ is the mean with a refresh at every 10th step."""
 PROOF_NOTE = """Refreshes that compare rows with autograd (`verify=`), and steps that reuse J, over those with
 `verify="never"`. `change` is a refresh with nothing new, which compares none. The first refresh has no warm-up."""
 
-PROCESSES_NOTE = """Plain steps under `DistributedDataParallel` with gloo, one thread for each process: those of SGD and
-of TENGraD, whose curvature has the rows of all processes, in turn in the same processes. Times are of the first."""
+PROCESSES_NOTE = """Plain steps with gloo, one thread for each process: those of SGD and of TENGraD, whose curvature has
+the rows of all processes, in turn in the same processes. Times are of the first. With `DDP` each process has whole
+parameters (`DistributedDataParallel`), with `FSDP2` its part of each (`fully_shard` of every layer and the model)."""
 
 
 def generate(results: Path, page: Path) -> None:
@@ -251,14 +252,15 @@ def _proof(device: Device) -> Iterator[Sequence[str]]:
         yield case["model"], str(case["samples"]), refresh, *ratios, *firsts
 
 
-_PROCESSES = ("model", "processes", "N of each", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD")
+_PROCESSES = ("model", "processes", "N of each", "parameters", "SGD, ms", "refresh / SGD", "reuse / SGD", "mean / SGD")
 
 
 def _processes(device: Device) -> Iterator[Sequence[str]]:
     for case in device.cases("processes"):
         over = (f"{case[name]:.2f}" for name in ("refresh_over_sgd", "reuse_over_sgd", "mean_over_sgd"))
         sgd = _ms(case["seconds"]["sgd"]["median"])
-        yield case["model"], str(case["count"]), str(case["samples"]), sgd, *over
+        parallel = case.get("parallel", "DDP")
+        yield case["model"], str(case["count"]), str(case["samples"]), parallel, sgd, *over
 
 
 _MEMORY = ("model", "N", "J within, MiB", "SGD, MiB", "TENGraD, MiB", "ratio")

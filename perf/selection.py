@@ -76,7 +76,7 @@ QUICK = Selection(
         "layers": [LayerCase("Conv2d, depthwise", 4, 2), LayerCase("tied embedding and head", 4, 2)],
         "host": [HostCase("MLP", 10)],
         "proof": [ProofCase("tiny 3C1F", 8, 3)],
-        "processes": [ProcessesCase("tiny 3C1F", 8, 2, 3)],
+        "processes": [ProcessesCase("tiny 3C1F", 8, 2, 3), ProcessesCase("tiny 3C1F", 8, 2, 3, "FSDP2")],
         "budget": [BudgetCase("tiny 3C1F", 8, 3), BudgetCase("tiny 3C1F", 8, 3, 0.5)],
     },
 )
@@ -116,7 +116,7 @@ CPU = Selection(
         "layers": [LayerCase(layer, 128, 9) for layer in LAYERS],
         "host": _HOST,
         "proof": _PROOF,
-        "processes": [ProcessesCase("3C1F", 64, 2, 9)],
+        "processes": [ProcessesCase("3C1F", 64, 2, 9), ProcessesCase("3C1F", 64, 2, 9, "FSDP2")],
         "budget": _BUDGET,
     },
     skipped={

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 from perf.gpu.outcomes import error_of_defaults, times_to_sgds_best
@@ -50,8 +51,9 @@ def _step(model: str, mode: str, quantity: str) -> Measure:
     return measure
 
 
-def _processes(device: Device) -> float | None:
-    return max((case["mean_over_sgd"] for case in device.cases("processes")), default=None)
+def _processes(device: Device, parallel: str) -> float | None:
+    found = (case for case in device.cases("processes") if case.get("parallel", "DDP") == parallel)
+    return max((case["mean_over_sgd"] for case in found), default=None)
 
 
 def _memory(model: str, max_bytes: int) -> Measure:
@@ -127,7 +129,16 @@ TARGETS: Sequence[Target] = (
         for model, bound in _HOST_BOUNDS.items()
     ),
     *_of("cuda", (*_STEPS, *_GRAPHS), {"plain": 1.25, "compiled": 1.15, "cuda graphs": 1.10}, refresh=3),
-    Target("mean step over SGD's in two processes: 3C1F, N = 2 x 64", "cpu", 1.15, True, _processes),
+    *(
+        Target(
+            f"mean step over SGD's in two processes: 3C1F, N = 2 x 64, {one}",
+            "cpu",
+            1.15,
+            True,
+            partial(_processes, parallel=one),
+        )
+        for one in ("DDP", "FSDP2")
+    ),
     Target("best torch expression over Cholesky, 30 layers", "cuda", 2, False, _speedup_of("cholesky")),
     Target("best torch expression over gram, 30 layers", "cuda", 3, False, _speedup_of("gram", "gram_rows")),
     Target("error over torch's, most of all kernels by default", "cuda", 2, True, error_of_defaults),

@@ -225,6 +225,23 @@ assert [box["box"] for box in document["boxes"]] == 3 * ["steps"]
 assert list(shortened(["x" * MOST, "y", "z"])) == ["... 3 more lines: see the result files"]
 assert list(shortened(["x", "y" * MOST, "z"])) == ["x", "... 2 more lines: see the result files"]
 """,
+    "the race's table says that a run came down again": """
+from perf.gpu.page import parts
+from perf.results import Device
+curves = {"SGD": (60, 91, 93, 92), "TENGraD, default": (50, 92.5, 40.5, 70)}
+cases = [
+    {"optimizer": name, "seed": 0, "epochs": 2, "curve": [
+        {"steps": 100 * at, "seconds": 0.25 * at, "accuracy": float(accuracy)} for at, accuracy in enumerate(curve, 1)
+    ]} for name, curve in curves.items()
+]
+document = {"suite": "race", "machine_info": {"device_type": "cpu", "started": ""}, "cases": cases}
+race = next(part for part in parts(Device("here", {"race": document})) if part.title == "A race by training time")
+lines = {line[0]: dict(zip(race.titles, line, strict=True)) for line in race.lines}
+percents = {name: [line[key] for key in ("best, %", "lowest after, %", "last, %")] for name, line in lines.items()}
+assert percents == {"SGD": ["93.00", "92.00", "92.00"], "TENGraD, default": ["92.50", "40.50", "70.00"]}, percents
+assert [line["ms a step"] for line in lines.values()] == ["2.5", "2.5"], lines
+assert [line["s to SGD's best"] for line in lines.values()] == ["0.8", "–"], lines
+""",
     "requests that cannot be carried out are one line": """
 import contextlib, io, pathlib, sys, tempfile
 import torch

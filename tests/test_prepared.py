@@ -88,14 +88,14 @@ def written(monkeypatch):
     """Nothing is kept from other tests; count the tables made and the writes of numbers."""
     monkeypatch.setattr(launches, "_kept", type(launches._kept)())
     counts = {"tables": 0, "writes": 0}
-    make, write = pointer_table.Table.__init__, pointer_table._parts
+    make, write = pointer_table.Table.__init__, pointer_table._start
 
-    def counted(name, function, *arguments):
+    def counted(name, function, *arguments, **options):
         counts[name] += 1
-        return function(*arguments)
+        return function(*arguments, **options)
 
     monkeypatch.setattr(pointer_table.Table, "__init__", lambda *given: counted("tables", make, *given))
-    monkeypatch.setattr(pointer_table, "_parts", partial(counted, "writes", write))
+    monkeypatch.setattr(pointer_table, "_start", partial(counted, "writes", write))
     return counts
 
 
@@ -143,8 +143,8 @@ def test_a_table_whose_write_was_interrupted_is_written_again(spec, written, mon
     wanted = result(spec, first)
     change = pointer_table._change
 
-    def interrupted(pairs, table_FE):
-        change([number if at % 2 == 0 else 0 for at, number in enumerate(pairs)], table_FE)
+    def interrupted(codes, table_FE):
+        change([code if at % 2 == 0 else pointer_table._CODE_OF_ZERO for at, code in enumerate(codes)], table_FE)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -275,8 +275,8 @@ def test_an_interrupted_write_is_made_again(monkeypatch):
             run.step(step)
     change = pointer_table._change
 
-    def interrupted(pairs, table_FE):
-        change([number if at % 2 == 0 else 0 for at, number in enumerate(pairs)], table_FE)
+    def interrupted(codes, table_FE):
+        change([code if at % 2 == 0 else pointer_table._CODE_OF_ZERO for at, code in enumerate(codes)], table_FE)
         raise KeyboardInterrupt
 
     runs[1].backward(STEPS)

@@ -25,6 +25,12 @@ def best_accuracy(case: dict[str, Any]) -> float:
     return max(point["accuracy"] for point in case["curve"])
 
 
+def lowest_after_best(case: dict[str, Any]) -> float:
+    """Return the lowest test accuracy of a run from its highest one on, in percent."""
+    accuracies = [point["accuracy"] for point in case["curve"]]
+    return min(accuracies[accuracies.index(max(accuracies)) :])
+
+
 def time_to(accuracy: float, case: dict[str, Any]) -> float | None:
     """Return the seconds of training until the test accuracy was first as high; None if it never was."""
     return next((point["seconds"] for point in case["curve"] if point["accuracy"] >= accuracy), None)

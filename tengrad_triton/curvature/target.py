@@ -41,7 +41,7 @@ class Target(NamedTuple):
 
     @property
     def lr(self) -> Tensor:
-        """Return the learning rate, the first of the settings."""
+        """Return the learning rate."""
         return self.settings[0]
 
     @property
@@ -222,7 +222,8 @@ def places_of_averages(targets: Sequence[Target], averages: Sequence[Average | N
     of_group: dict[int, list[int]] = {}
     for place, target in enumerate(targets):
         of_group.setdefault(target.group, []).append(place)
-    return [(average, places) for group, places in of_group.items() if (average := averages[group]) is not None]
+    pairs = [(averages[group], places) for group, places in of_group.items()]  # Dynamo knows no := in a comprehension
+    return [(average, places) for average, places in pairs if average is not None]
 
 
 def averaged(targets: Sequence[Target], grads: Sequence[Tensor], places_of: PlacesOfAverages) -> Sequence[Tensor]:
@@ -267,10 +268,7 @@ class _Numbers:
 
 
 class GroupSettings:
-    """A parameter group's numbers as tensors that keep their addresses.
-
-    They are in the type of the curvature.
-    """
+    """A parameter group's numbers as tensors that keep their addresses, in the type of the curvature."""
 
     def __init__(self) -> None:
         self._settings, self._average = _Numbers(), _Numbers()

@@ -74,9 +74,10 @@ def factor(
         scales: D of all parameters; those with J have it in their `Jacobian` too.
         shards: the processes among which parameters are cut; their Gram matrices add up.
     """
+    cut = shards if shards.is_cut else None
     if not jacobians:
         numbers = (epsilon_L, epsilon_L, epsilon_L, failures_L)
-        return Curvature(jacobians, {}, (), history, *numbers, moments, scales, shards=shards)
+        return Curvature(jacobians, {}, (), history, *numbers, moments, scales, cut=cut)
     if len(history) == 1 and not shards.is_cut:  # a history keeps its rows, and so does a part of J
         jacobians = {name: layer for names in blocks.values() for name, layer in reduce_rows(jacobians, names).items()}
     n, by_size = sum(history), _grams(jacobians, blocks, shards)
@@ -101,7 +102,7 @@ def factor(
     counts_L = failures_L + ~healthy_L
     stored = store_contiguously(without_factors(jacobians))
     numbers = (used_L, asked_L, divisor_L, counts_L)
-    full = Curvature(stored, blocks, inverses, history, *numbers, moments, scales, shards=shards)
+    full = Curvature(stored, blocks, inverses, history, *numbers, moments, scales, cut=cut)
     return compress(full, k, shifts, tol) if tol else full
 
 
@@ -183,7 +184,7 @@ class Curvature:
         moments: those of which D is made (M17), by the names of layer and parameter; none if D is the identity.
         scales: D of the parameters (M17), also of those without J; none if D is the identity.
         spending: the rows and costs of the refresh, by the optimizer's budget; None for a compiled refresh.
-        shards: the processes among which parameters are cut; J has the columns of this one's outputs then.
+        cut: the processes among which parameters are cut; J has the columns of this one's outputs then.
         last_plan: the plan of the last step with this curvature (see `step`), if there was one.
         projected: after a compiled step, the number of steps, and J D⁻¹ m of dense weights then (M19).
     """
@@ -199,9 +200,14 @@ class Curvature:
     moments: AllMoments
     scales: Scales
     spending: Spending | None = None
-    shards: Whole = WHOLE
+    cut: Whole | None = None
     last_plan: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
     projected: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def shards(self) -> Whole:
+        """Return who adds up products with J."""
+        return self.cut or WHOLE
 
     @property
     def rows(self) -> int:

@@ -70,5 +70,5 @@ class UsedParameters:
 
     def for_rules(self) -> AbstractContextManager[bool]:
         """Return a context in which rules that read parameters find whole ones; every rank must enter it."""
-        reads = any(rule_reads_parameters(one.layer) for one in self.layers.values())
-        return self._whole.outside(self._whole.is_needed and reads)
+        layers = self.layers.values() if self._whole.is_needed else ()
+        return self._whole.outside(any(rule_reads_parameters(one.layer) for one in layers))

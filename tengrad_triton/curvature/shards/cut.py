@@ -90,16 +90,15 @@ def own_scale(scales: Scales, shards: Whole, target: Target) -> Scale | None:
     return Cut(shards, target.whole).of_scale(scale)
 
 
-def divided(scales: Sequence[Scale], tensors: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
-    """Return the processes' own parts of D⁻¹ x, for those of ``tensors`` that ``places`` are the indices of."""
-    own = [scale for place in places if isinstance(scale := scales[place], CoupledScale)]
-    return _of_whole(own, [tensors[place] for place in places], lambda scale: scale.inverse)
+def divided(scales: Sequence[CoupledScale], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the processes' own parts of D⁻¹ x."""
+    return _of_whole(scales, tensors, lambda scale: scale.inverse)
 
 
 def divide(scale: Scale, x: Tensor) -> Tensor:
     """Return D⁻¹ x of one parameter-shaped tensor."""
     if isinstance(scale, CoupledScale):
-        return divided([scale], [x], [0])[0]
+        return divided([scale], [x])[0]
     return scale.inverse.of_parameter(x) if x.numel() else x
 
 

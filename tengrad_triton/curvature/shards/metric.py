@@ -24,7 +24,8 @@ class Metric:
     """
 
     def __init__(self, scales: Sequence[Scale], parameters: Sequence[Tensor]) -> None:
-        self._scales, self._coupled = scales, [at for at, scale in enumerate(scales) if isinstance(scale, CoupledScale)]
+        self._scales = scales
+        self._coupled = {place: scale for place, scale in enumerate(scales) if isinstance(scale, CoupledScale)}
         own = [place for place, x in enumerate(parameters) if x.numel() and place not in self._coupled]
         inverses = {place: scales[place].inverse for place in own}
         self._diagonal = [place for place, inverse in inverses.items() if inverse.is_diagonal]
@@ -37,7 +38,8 @@ class Metric:
     def inverse(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return D⁻¹ x of a parameter-shaped tensor x for each parameter."""
         scaled = dict(enumerate(tensors))  # those without entries stay
-        scaled |= zip(self._coupled, divided(self._scales, tensors, self._coupled), strict=True)
+        coupled = divided(list(self._coupled.values()), [tensors[place] for place in self._coupled])
+        scaled |= zip(self._coupled, coupled, strict=True)
         scaled |= dict(zip(self._diagonal, self._multiplied([tensors[p] for p in self._diagonal]), strict=True))
         for places, inverse in self._batches:
             own = [tensors[place] for place in places]
