@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tengrad_triton.capture.blocks import LayerParams
@@ -181,6 +182,6 @@ def processes_of(model: nn.Module | None, gram: Gram, process_group: Any) -> One
     group = group_of(model, process_group)
     ranks = None if group is None else Ranks(group, gram)
     if ranks is None or ranks.count == 1:
-        return OneProcess(checks=process_group is None)
+        return OneProcess(checks=group is None or group is dist.group.WORLD)
     are_whole = model is None or not any(map(is_sharded, model.parameters()))
     return SeveralProcesses(ranks, are_whole)

@@ -28,6 +28,12 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Give all modules their parts of parameters: those that a forward left whole are no longer the model's own."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
 def plain_type(module: nn.Module) -> type:
     """Return the type of a module, that which it had before `fully_shard` made another one of it."""
     package = sys.modules.get("torch.distributed.fsdp")
