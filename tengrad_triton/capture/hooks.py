@@ -206,6 +206,7 @@ class Capture:
             check_not_checkpointed()
             self._counted.drop_cleared()
             self._on_forward()
+            self.used.before_forward()
             self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:

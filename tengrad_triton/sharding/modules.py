@@ -74,6 +74,9 @@ class WholeParameters:
         )
         self._sharded = [(module, name, p) for module, name, p in owned if is_sharded(p)]
         self._gathered: list[Any] = []
+        self._left: list[
+            tuple[Any, Any]
+        ] = []  # groups that the present forward leaves whole, and their meshes after others
         self._whole: dict[int, Tensor] = {}
         self._parts: dict[int, Tensor] = {}
 
@@ -92,18 +95,39 @@ class WholeParameters:
         self._parts = {id(one): part for part, one in found if one is not None and part is not None}
         return is_new
 
+    def before_forward(self) -> None:
+        """Have a forward leave parameters whole, so that `outside` need not gather them again; every rank must call it.
+
+        The first forward of all says what the modules do after forwards: it is left alone.
+        """
+        if self._left:  # by a forward that has raised an error
+            return
+        known = [module for module in self._modules if module._get_fsdp_state()._is_root is not None]
+        groups = [group for module in known for group in _groups_of(module)]
+        self._left = [(group, mesh) for group in groups if (mesh := group.post_forward_mesh_info) is not None]
+        for group, _ in self._left:
+            group.post_forward_mesh_info = None
+
     @contextmanager
     def outside(self, needed: bool = True) -> Iterator[bool]:
         """Return a context outside of forward and backward, in which modules have whole parameters if ``needed``.
 
-        At its end they have what they had before: parameters that stay whole are not those that a step changes. Every
-        rank must enter it. It has what `gather` returned.
+        At its end they have what they would have without it: parameters that stay whole are not those that a step
+        changes, and the model's own ones are what its caller asks it for. Every rank must enter it. It has what
+        `gather` returned.
         """
+        left, self._left = self._left, []
+        for group, mesh in left:
+            group.post_forward_mesh_info = mesh
+        to_free = {id(group) for group, _ in left}
         is_new = needed and self.gather()
+        freed = [
+            one for one in self._modules if one in self._gathered or any(id(g) in to_free for g in _groups_of(one))
+        ]
         try:
             yield is_new
         finally:
-            for module in self._gathered if needed else ():
+            for module in freed if needed else ():
                 module.reshard()
 
     def of(self, parameter: Tensor) -> Tensor:

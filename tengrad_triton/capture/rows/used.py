@@ -32,6 +32,10 @@ class UsedParameters:
         """Whether the optimizer has the parameters that forwards use, not parts of them."""
         return not self._whole.is_needed
 
+    def before_forward(self) -> None:
+        """Prepare a sharded model for a forward that `after_forward` follows; every rank must call it."""
+        self._whole.before_forward()
+
     @contextmanager
     def after_forward(self) -> Iterator[Mapping[str, CapturedLayer] | None]:
         """Return a context in which a sharded model has whole parameters; it has the layers with these if they are new.
