@@ -1,16 +1,15 @@
-"""Loops as people write them around a model of `fully_shard`: each function returns the model after its steps.
+"""Loops as people write them around a model of `fully_shard`: each returns the model after its steps.
 
 In one process each is the plain loop, with the whole batch and whole parameters.
 """
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from distributed_cases import CLASSES, SAMPLES, Case, batch, made, of, sharded
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +43,11 @@ def by_blocks(model, **settings):
     return fully_shard(model, **settings)
 
 
+def in_one_group(model):
+    fully_shard([model[0], model[2]])
+    return fully_shard(model)
+
+
 def wrapped(model, count, wrap=sharded, **settings):
     return wrap(model, **settings) if count > 1 else model
 
@@ -53,9 +57,9 @@ def part_of(step, rank, count):
     return tuple(x[rank * n : rank * n + n] for x in batch(MLP, step))
 
 
-def steps(called, optimizer, rank, count, before=None, between=None, after=None, loss=None, first=0, last=STEPS):
+def steps(called, optimizer, rank, count, before=None, between=None, after=None, loss=None):
     """Train; the functions are called before each forward, before its backward, and before the step."""
-    for step in range(first, last):
+    for step in range(STEPS):
         if before is not None:
             before(step)
         x, y = part_of(step, rank, count)
@@ -69,124 +73,126 @@ def steps(called, optimizer, rank, count, before=None, between=None, after=None,
         optimizer.step()
 
 
-def layouts(wrap, **settings):
+def plain(model=lambda count: made(MLP), wrap=sharded, groups=None, beside=lambda called, optimizer: {}, **options):
+    """Return a loop of plain steps.
+
+    ``groups`` are made of the wrapped model, and ``beside`` returns what `steps` calls beside them.
+    """
+
     def loop(rank, count):
-        called = wrapped(made(MLP), count, wrap, **settings)
-        steps(called, TENGraD(called, **OPTIONS), rank, count)
+        called = wrapped(model(count), count, wrap)
+        optimizer = TENGraD(called, groups and groups(called), **{**OPTIONS, **options})
+        steps(called, optimizer, rank, count, **beside(called, optimizer))
         return called
 
     return loop
 
 
-def whole_after_forward(rank, count):
-    return layouts(sharded, reshard_after_forward=False)(rank, count)
+def blocks(checkpoints=False):
+    return made(Case(lambda: Blocks(checkpoints)))
 
 
-def in_one_group(rank, count):
-    def wrap(model):
-        fully_shard([model[0], model[2]])
-        return fully_shard(model)
-
-    return layouts(wrap)(rank, count)
-
-
-def root_only(rank, count):
-    return layouts(fully_shard)(rank, count)
+def wrapped_in_checkpoints(count):
+    model = blocks()
+    for place, block in enumerate(model.blocks if count > 1 else ()):
+        model.blocks[place] = checkpoint_wrapper(block)
+    return model
 
 
-def blocks_and_root(rank, count, checkpoints=False):
-    model = made(Case(lambda: Blocks(checkpoints)))
-    called = wrapped(model, count, by_blocks)
-    steps(called, TENGraD(called, **OPTIONS), rank, count)
-    return called
-
-
-def checkpointed(rank, count):
-    return blocks_and_root(rank, count, checkpoints=count > 1)
-
-
-def checkpoint_wrapper_around_blocks(rank, count):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    model = made(Case(Blocks))
-    if count > 1:
-        for i, b in enumerate(model.blocks):
-            model.blocks[i] = checkpoint_wrapper(b)
-    called = wrapped(model, count, by_blocks)
-    steps(called, TENGraD(called, **OPTIONS), rank, count)
-    return called
-
-
-def frozen_and_thawed(rank, count):
-    model = made(MLP)
-    called = wrapped(model, count)
-
-    def freeze(step):
-        model[0].requires_grad_(step < 2 or step > 4)
-
-    steps(called, TENGraD(called, **OPTIONS), rank, count, before=freeze)
-    return called
-
-
-def frozen_from_the_start(rank, count):
-    model = made(Case(Blocks))
+def with_frozen_layers(count):
+    model = blocks()
     model.blocks[0].requires_grad_(False)
     model.head.bias.requires_grad_(False)
-    called = wrapped(model, count, by_blocks)
-    steps(called, TENGraD(called, **OPTIONS), rank, count)
-    return called
+    return model
 
 
-def frozen_in_one_group(rank, count):
+def compiled_layers(count):
     model = made(MLP)
-    model[0].weight.requires_grad_(False)
-    called = wrapped(model, count, fully_shard)
-    steps(called, TENGraD(called, **OPTIONS), rank, count)
-    return called
+    for layer in model if count > 1 else ():
+        layer.compile(backend="aot_eager")
+    return model
 
 
-def of_two_groups(rank, count):
-    model = made(MLP)
-    called = wrapped(model, count)
-    groups = [
-        {"params": list(model[0].parameters()), "lr": 0.01, "damping": 0.2, "momentum": 0.5},
-        {"params": list(model[2].parameters()), "weight_decay": 0.1},
+def compiled_blocks(count):
+    model = blocks(count > 1)
+    for block in model.blocks if count > 1 else ():
+        block.compile(backend="aot_eager")
+    return model
+
+
+def two_groups(called):
+    return [
+        {"params": list(called[0].parameters()), "lr": 0.01, "damping": 0.2, "momentum": 0.5},
+        {"params": list(called[2].parameters()), "weight_decay": 0.1},
     ]
-    steps(called, TENGraD(called, groups, **OPTIONS), rank, count)
-    return called
 
 
-def weights_decay_and_biases_do_not(rank, count):
-    model = made(MLP)
-    called = wrapped(model, count)
-    groups = [
-        {"params": [p for n, p in called.named_parameters() if n.endswith("weight")], "weight_decay": 0.1},
-        {"params": [p for n, p in called.named_parameters() if n.endswith("bias")], "weight_decay": 0.0},
+def weights_and_biases(called):
+    named = list(called.named_parameters())
+    return [
+        {"params": [p for name, p in named if name.endswith(kind)], "weight_decay": decay}
+        for kind, decay in (("weight", 0.1), ("bias", 0.0))
     ]
-    steps(called, TENGraD(called, groups, **OPTIONS), rank, count)
-    return called
 
 
-def a_group_is_added(rank, count):
-    model = made(MLP)
-    called = wrapped(model, count)
-    optimizer = TENGraD(called, model[2].parameters(), **OPTIONS)
-
+def adds_a_group(called, optimizer):
     def add(step):
         if step == 4:
-            optimizer.add_param_group({"params": list(model[0].parameters()), "lr": 0.01})
+            optimizer.add_param_group({"params": list(called[0].parameters()), "lr": 0.01})
 
-    steps(called, optimizer, rank, count, before=add)
-    return called
+    return {"before": add}
 
 
-def clipped(rank, count):
-    called = wrapped(made(MLP), count)
+def freezes(called, optimizer):
+    return {"before": lambda step: called[0].requires_grad_(step < 2 or step > 4)}
 
-    def clip(step):
-        nn.utils.clip_grad_norm_(called.parameters(), 0.1)
 
-    steps(called, TENGraD(called, **OPTIONS), rank, count, after=clip)
-    return called
+def clips(called, optimizer):
+    return {"after": lambda step: nn.utils.clip_grad_norm_(called.parameters(), 0.1)}
+
+
+def schedules(called, optimizer):
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, STEPS + 1, cycle_momentum=False)
+    return {"before": lambda step: scheduler.step() if step else None}
+
+
+def evaluates(*places):
+    def beside(called, optimizer):
+        @torch.no_grad()
+        def evaluate(step):
+            called.eval()
+            called(batch(MLP, 99)[0])
+            called.train()
+
+        return dict.fromkeys(places, evaluate)
+
+    return beside
+
+
+def reads(called, optimizer):
+    def read(step):
+        assert optimizer.stats.steps == step
+        assert len(optimizer.summary().parameters) == 4
+        assert len(optimizer.choices()) == (4 if step else 0)
+
+    return {"before": read}
+
+
+def calls_twice(called, optimizer):
+    def loss(x, y):
+        halves = zip(x.chunk(2), y.chunk(2), strict=True)
+        return sum(F.cross_entropy(called(inputs), labels) for inputs, labels in halves) / 2
+
+    return {"loss": loss}
+
+
+def calls_and_differentiates_twice(called, optimizer):
+    def loss(x, y):
+        first, second = (F.cross_entropy(called(a), b) / 2 for a, b in list(zip(x.chunk(2), y.chunk(2), strict=True)))
+        first.backward()
+        return second
+
+    return {"loss": loss}
 
 
 def damped_by_losses(rank, count):
@@ -205,157 +211,29 @@ def damped_by_losses(rank, count):
     return called
 
 
-def evaluated(when):
-    def loop(rank, count):
-        called = wrapped(made(MLP), count)
-
-        @torch.no_grad()
-        def evaluate(step):
-            called.eval()
-            called(batch(MLP, 99)[0])
-            called.train()
-
-        steps(called, TENGraD(called, **OPTIONS), rank, count, **{when: evaluate})
-        return called
-
-    return loop
-
-
-def evaluated_before_the_forward(rank, count):
-    return evaluated("before")(rank, count)
-
-
-def evaluated_before_the_backward(rank, count):
-    return evaluated("between")(rank, count)
-
-
-def evaluated_before_the_step(rank, count):
-    return evaluated("after")(rank, count)
-
-
-def two_forwards(rank, count):
-    called = wrapped(made(MLP), count)
-
-    def loss(x, y):
-        half = len(x) // 2
-        return (F.cross_entropy(called(x[:half]), y[:half]) + F.cross_entropy(called(x[half:]), y[half:])) / 2
-
-    steps(called, TENGraD(called, **OPTIONS), rank, count, loss=loss)
-    return called
-
-
-def two_forwards_and_backwards(rank, count):
-    called = wrapped(made(MLP), count)
-
-    def loss(x, y):
-        half = len(x) // 2
-        first, second = F.cross_entropy(called(x[:half]), y[:half]) / 2, F.cross_entropy(called(x[half:]), y[half:]) / 2
-        first.backward()
-        return second
-
-    steps(called, TENGraD(called, **OPTIONS), rank, count, loss=loss)
-    return called
-
-
-def zeroed(rank, count, **options):
+def gradients_become_zeros(rank, count):
     called = wrapped(made(MLP), count)
     optimizer = TENGraD(called, **OPTIONS)
     for step in range(STEPS):
         x, y = part_of(step, rank, count)
-        if step % 2:
-            called.zero_grad(set_to_none=False)
-        else:
-            optimizer.zero_grad(set_to_none=False)
+        (called if step % 2 else optimizer).zero_grad(set_to_none=False)
         F.cross_entropy(called(x), y).backward()
         optimizer.step()
-    return called
-
-
-def zeroed_by_the_model(rank, count):
-    called = wrapped(made(MLP), count)
-    optimizer = TENGraD(called, **OPTIONS)
-    for step in range(STEPS):
-        x, y = part_of(step, rank, count)
-        called.zero_grad()
-        F.cross_entropy(called(x), y).backward()
-        optimizer.step()
-    return called
-
-
-def zeroed_after_the_step(rank, count):
-    called = wrapped(made(MLP), count)
-    optimizer = TENGraD(called, **OPTIONS)
-    for step in range(STEPS):
-        x, y = part_of(step, rank, count)
-        F.cross_entropy(called(x), y).backward()
-        optimizer.step()
-        called.zero_grad(set_to_none=False)
+        if step == 6:
+            called.zero_grad()
     return called
 
 
 def an_empty_batch_on_one_rank(rank, count):
+    """Each rank in turn has all samples, and the other one has none."""
     called = wrapped(made(MLP), count)
     optimizer = TENGraD(called, **{**OPTIONS, "refresh_every": 2})
     for step in range(STEPS):
-        x, y = batch(MLP, step)
-        if count > 1:
-            empty = step % 3
-            own = slice(0, SAMPLES) if empty != rank and empty < 2 else slice(0, 0) if empty == rank else slice(rank * 8, rank * 8 + 8)
-            x, y = x[own], y[own]
+        has_all = count == 1 or step // 2 % 2 == rank
+        x, y = (part[: SAMPLES * has_all] for part in batch(MLP, step))
         optimizer.zero_grad()
         (F.cross_entropy(called(x), y, reduction="sum") * count / SAMPLES).backward()
         optimizer.step()
-    return called
-
-
-def with_options(**options):
-    def loop(rank, count):
-        called = wrapped(made(MLP), count)
-        steps(called, TENGraD(called, **{**OPTIONS, **options}), rank, count)
-        return called
-
-    return loop
-
-
-def always_verified(rank, count):
-    return with_options(verify="always")(rank, count)
-
-
-def empirical(rank, count):
-    return with_options(fisher="empirical")(rank, count)
-
-
-def rate_as_a_tensor(rank, count):
-    return with_options(lr=torch.tensor(0.03))(rank, count)
-
-
-def nesterov(rank, count):
-    return with_options(nesterov=True, momentum=0.8, weight_decay=0.1, decoupled_weight_decay=False)(rank, count)
-
-
-def maximized(rank, count):
-    return with_options(maximize=True, lr=0.001)(rank, count)
-
-
-def scheduled(rank, count):
-    called = wrapped(made(MLP), count)
-    optimizer = TENGraD(called, **{**OPTIONS, "damping": lambda step: 0.1 / (1 + step)})
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, STEPS, cycle_momentum=False)
-
-    def advance(step):
-        if step:
-            scheduler.step()
-
-    steps(called, optimizer, rank, count, before=advance)
-    return called
-
-
-def compiled_before(rank, count):
-    model = made(MLP)
-    for layer in model if count > 1 else ():
-        layer.compile(backend="aot_eager")
-    called = wrapped(model, count)
-    steps(called, TENGraD(called, **OPTIONS), rank, count)
     return called
 
 
@@ -364,6 +242,26 @@ def compiled_after(rank, count):
     called = torch.compile(model, backend="aot_eager") if count > 1 else model
     steps(called, TENGraD(called, **OPTIONS), rank, count)
     return model
+
+
+def scaled(rank, count):
+    """The loss of one rank is infinite in one step, in another a gradient of which only the last rank has a part."""
+    called = wrapped(made(MLP), count)
+    optimizer, scaler = TENGraD(called, **OPTIONS), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(STEPS):
+        x, y = part_of(step, rank, count)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(called(x), y)
+        scaler.scale(loss * torch.inf if step == 3 and rank == 0 else loss).backward()
+        if step == 5 and rank == count - 1:
+            grad = called[0].weight.grad
+            (grad if count == 1 else grad.to_local())[-1, 0] = torch.inf
+        if step == 7:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(called.parameters(), 0.1)
+        scaler.step(optimizer)
+        scaler.update()
+    return called
 
 
 def compiled_step(rank, count):
@@ -379,55 +277,36 @@ def compiled_step(rank, count):
     return called
 
 
-def scaled(rank, count):
-    called = wrapped(made(MLP), count)
-    optimizer, scaler = TENGraD(called, **OPTIONS), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(STEPS):
-        x, y = part_of(step, rank, count)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(called(x), y)
-        scaler.scale(loss * torch.inf if step == 3 and rank == 0 else loss).backward()
-        if step == 5:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(called.parameters(), 0.1)
-        scaler.step(optimizer)
-        scaler.update()
-    return called
-
-
-def scaled_with_one_bad_entry(rank, count):
-    """One gradient that only one rank has a part of is infinite."""
-    called = wrapped(made(MLP), count)
-    optimizer, scaler = TENGraD(called, **OPTIONS), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for step in range(STEPS):
-        x, y = part_of(step, rank, count)
-        optimizer.zero_grad()
-        scaler.scale(F.cross_entropy(called(x), y)).backward()
-        if step == 3 and rank == count - 1:
-            grad = called[0].weight.grad
-            (grad if count == 1 else grad._local_tensor)[-1, 0] = torch.inf
-        scaler.step(optimizer)
-        scaler.update()
-    return called
-
-
-def read_in_between(rank, count):
-    called = wrapped(made(MLP), count)
-    optimizer = TENGraD(called, **OPTIONS)
-
-    def read(step):
-        str(optimizer.stats), str(optimizer.summary()), optimizer.choices()
-
-    steps(called, optimizer, rank, count, before=read, between=read, after=read)
-    read(0)
-    return called
-
-
-LOOPS = [
-    whole_after_forward, in_one_group, root_only, blocks_and_root, checkpointed, checkpoint_wrapper_around_blocks,
-    frozen_and_thawed, frozen_from_the_start, frozen_in_one_group, of_two_groups, weights_decay_and_biases_do_not,
-    a_group_is_added, clipped, damped_by_losses, evaluated_before_the_forward, evaluated_before_the_backward,
-    evaluated_before_the_step, two_forwards, two_forwards_and_backwards, zeroed, zeroed_by_the_model,
-    zeroed_after_the_step, an_empty_batch_on_one_rank, always_verified, empirical, rate_as_a_tensor, nesterov, maximized,
-    scheduled, compiled_before, compiled_after, compiled_step, scaled, scaled_with_one_bad_entry, read_in_between,
-]
+LOOPS = {
+    "parameters stay whole after forwards": plain(wrap=lambda model: sharded(model, reshard_after_forward=False)),
+    "two layers are one group": plain(wrap=in_one_group),
+    "the root only": plain(wrap=fully_shard),
+    "blocks": plain(lambda count: blocks(), by_blocks),
+    "checkpoints": plain(lambda count: blocks(count > 1), by_blocks),
+    "checkpoint_wrapper": plain(wrapped_in_checkpoints, by_blocks),
+    "frozen layers": plain(with_frozen_layers, by_blocks),
+    "frozen and thawed": plain(beside=freezes),
+    "two groups": plain(groups=two_groups),
+    "weights and biases": plain(groups=weights_and_biases),
+    "a group is added": plain(groups=lambda called: called[2].parameters(), beside=adds_a_group),
+    "clipped": plain(beside=clips),
+    "LevenbergMarquardt": damped_by_losses,
+    "evaluated everywhere": plain(beside=evaluates("before", "between", "after")),
+    "two forwards, one backward": plain(beside=calls_twice),
+    "two forwards, then two backwards": plain(beside=calls_and_differentiates_twice),
+    "zeros for None": gradients_become_zeros,
+    "a rank without samples": an_empty_batch_on_one_rank,
+    "verified always": plain(verify="always"),
+    "empirical": plain(fisher="empirical"),
+    "empirical, one backward of two forwards": plain(beside=calls_twice, fisher="empirical"),
+    "a rate as a tensor": plain(lr=torch.tensor(0.03)),
+    "Nesterov, other decay": plain(nesterov=True, weight_decay=0.1, decoupled_weight_decay=False),
+    "maximized": plain(maximize=True, lr=0.001),
+    "schedules": plain(beside=schedules, damping=lambda step: 0.1 / (1 + step)),
+    "compiled layers": plain(compiled_layers),
+    "compiled and checkpointed blocks": plain(compiled_blocks, by_blocks),
+    "compiled after fully_shard": compiled_after,
+    "compile_train_step": compiled_step,
+    "GradScaler": scaled,
+    "read": plain(beside=reads),
+}

@@ -27,6 +27,7 @@ from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.state.saved import StatefulOptimizer
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.whole_step import WholeStep
+from tengrad_triton.sharding.modules import reshard
 from tengrad_triton.sharding.shards import check_still_served, shards_of
 from tengrad_triton.sharding.tensors import local
 
@@ -140,6 +141,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
 
     def _rebuild(self) -> None:
         """Find the layers of all parameters, and arm a capture for them: the next step refreshes the curvature."""
+        reshard(self._module)
         layers = self._find_layers()
         capture = self._new_capture(layers)
         if self._built:

@@ -74,9 +74,7 @@ class WholeParameters:
         )
         self._sharded = [(module, name, p) for module, name, p in owned if is_sharded(p)]
         self._gathered: list[Any] = []
-        self._left: list[
-            tuple[Any, Any]
-        ] = []  # groups that the present forward leaves whole, and their meshes after others
+        self._left: list[tuple[Any, Any]] = []  # groups that this forward leaves whole, and their meshes after others
         self._whole: dict[int, Tensor] = {}
         self._parts: dict[int, Tensor] = {}
 

@@ -1,0 +1,65 @@
+"""Loops around models of `fully_shard` end as in one process with the whole batch and whole parameters."""
+
+import warnings
+
+import pytest
+import several_processes
+import sharded_loop_cases
+import sharded_mesh_cases
+import torch
+from distributed_cases import whole
+from torch.distributed.fsdp import FSDPModule
+
+TOLERANCE = 1e-10
+ROUNDED = 1e-5  # gradients were rounded to float32, and parameters change by 0.1 to 1
+LOOPS = {**sharded_loop_cases.LOOPS, **sharded_mesh_cases.LOOPS}
+IN_FOUR = {**LOOPS, **sharded_mesh_cases.IN_FOUR}
+
+
+def ends_of(rank, count, names):
+    """Return the parameters after each loop, or the error that it ended with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch.compile, and that a frozen layer has no rows
+        return {name: end_of(IN_FOUR[name], rank, count) for name in names}
+
+
+def end_of(loop, rank, count):
+    try:
+        model = loop(rank, count)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return torch.cat([whole(p).flatten() for p in model.parameters()])
+
+
+def wrong_loops(count, names, tolerance=TOLERANCE):
+    alone, of_ranks = ends_of(0, 1, names), several_processes.run(count, ends_of, count, names)
+    found = {}
+    for name in names:
+        ends = [alone[name], *(own[name] for own in of_ranks)]
+        said = [x for x in ends if isinstance(x, str)]
+        error = float("nan") if said else max((x - ends[0]).abs().max().item() for x in ends)
+        if not error <= tolerance:
+            found[name] = said[0] if said else f"{error:.1e}"
+    return found
+
+
+def test_loops_in_two_processes_end_as_in_one():
+    assert wrong_loops(2, list(LOOPS)) == {}
+
+
+@pytest.mark.slow
+def test_loops_in_four_processes_end_as_in_one():
+    assert wrong_loops(4, [name for name in IN_FOUR if name != "a rank without samples"]) == {}
+
+
+def of_one_loop(rank, count):
+    return end_of(sharded_mesh_cases.accumulated_in_float32, rank, count)
+
+
+def test_gradients_that_are_added_up_in_float32_change_steps_by_its_rounding():
+    alone, (first, second) = of_one_loop(0, 1), several_processes.run(2, of_one_loop, 2)
+    assert torch.equal(first, second)
+    assert 0 < (first - alone).abs().max() <= ROUNDED
