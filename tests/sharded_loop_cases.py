@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from tengrad_triton import LevenbergMarquardt, TENGraD, compile_train_step
+from tengrad_triton import LevenbergMarquardt, TENGraD
 
 STEPS = 10
 MLP = Case()
@@ -110,13 +110,6 @@ def compiled_layers(count):
     model = made(MLP)
     for layer in model if count > 1 else ():
         layer.compile(backend="aot_eager")
-    return model
-
-
-def compiled_blocks(count):
-    model = blocks(count > 1)
-    for block in model.blocks if count > 1 else ():
-        block.compile(backend="aot_eager")
     return model
 
 
@@ -237,13 +230,6 @@ def an_empty_batch_on_one_rank(rank, count):
     return called
 
 
-def compiled_after(rank, count):
-    model = wrapped(made(MLP), count)
-    called = torch.compile(model, backend="aot_eager") if count > 1 else model
-    steps(called, TENGraD(called, **OPTIONS), rank, count)
-    return model
-
-
 def scaled(rank, count):
     """The loss of one rank is infinite in one step, in another a gradient of which only the last rank has a part."""
     called = wrapped(made(MLP), count)
@@ -261,19 +247,6 @@ def scaled(rank, count):
             nn.utils.clip_grad_norm_(called.parameters(), 0.1)
         scaler.step(optimizer)
         scaler.update()
-    return called
-
-
-def compiled_step(rank, count):
-    called = wrapped(made(MLP), count)
-    optimizer = TENGraD(called, **OPTIONS)
-    if count == 1:
-        steps(called, optimizer, rank, count)
-        return called
-    take = compile_train_step(called, F.cross_entropy, optimizer, backend="aot_eager")
-    for step in range(STEPS):
-        take(*part_of(step, rank, count))
-    assert "several processes" in take.why_plain
     return called
 
 
@@ -304,9 +277,6 @@ LOOPS = {
     "maximized": plain(maximize=True, lr=0.001),
     "schedules": plain(beside=schedules, damping=lambda step: 0.1 / (1 + step)),
     "compiled layers": plain(compiled_layers),
-    "compiled and checkpointed blocks": plain(compiled_blocks, by_blocks),
-    "compiled after fully_shard": compiled_after,
-    "compile_train_step": compiled_step,
     "GradScaler": scaled,
     "read": plain(beside=reads),
 }

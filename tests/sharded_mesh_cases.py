@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from distributed_cases import SAMPLES, Case, batch, made, of, sharded
-from sharded_loop_cases import MLP, OPTIONS, STEPS, Blocks, by_blocks, part_of, steps, wrapped
+from sharded_loop_cases import MLP, OPTIONS, STEPS, Blocks, blocks, by_blocks, part_of, plain, steps, wrapped
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -231,14 +231,41 @@ def made_parameters(called, count):
     return list(called.parameters())
 
 
+def compiled_blocks(count):
+    model = blocks(count > 1)
+    for block in model.blocks if count > 1 else ():
+        block.compile(backend="aot_eager")
+    return model
+
+
+def compiled_after(rank, count):
+    model = wrapped(made(MLP), count)
+    called = torch.compile(model, backend="aot_eager") if count > 1 else model
+    steps(called, TENGraD(called, **OPTIONS), rank, count)
+    return model
+
+
+def compiled_step(rank, count):
+    called = wrapped(made(MLP), count)
+    optimizer = TENGraD(called, **OPTIONS)
+    if count == 1:
+        steps(called, optimizer, rank, count)
+        return called
+    take = compile_train_step(called, F.cross_entropy, optimizer, backend="aot_eager")
+    for step in range(STEPS):
+        take(*part_of(step, rank, count))
+    assert "several processes" in take.why_plain
+    return called
+
+
 LOOPS = {
+    "compiled after fully_shard": compiled_after,
+    "compile_train_step": compiled_step,
     "each micro-batch sends": accumulated_in_parts,
     "the last micro-batch sends": accumulated_whole,
-    "micro-batches keep the parameters": accumulated_with_parameters_kept,
     "one rank in each mesh": one_rank_in_each_mesh,
     "one rank in each mesh, compile_train_step": one_rank_in_each_mesh_by_the_compiled_step,
     "copies only": copies_only,
-    "prefetched": prefetched,
     "unshard": whole_by_hand,
     "gradients are added up": added_up_gradients("exact"),
     "gradients are added up, empirical": added_up_gradients("empirical"),
@@ -251,6 +278,11 @@ LOOPS = {
     "gradients of inputs": gradients_of_inputs_first,
     "parameters are loaded": parameters_are_loaded,
     "made and enlarged after forwards": made_while_the_model_is_whole,
+}
+SLOW = {
+    "compiled and checkpointed blocks": plain(compiled_blocks, by_blocks),
+    "micro-batches keep the parameters": accumulated_with_parameters_kept,
+    "prefetched": prefetched,
 }
 IN_FOUR = {
     "copies": among_copies,

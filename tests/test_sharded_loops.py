@@ -13,14 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 TOLERANCE = 1e-10
 ROUNDED = 1e-5  # gradients were rounded to float32, and parameters change by 0.1 to 1
 LOOPS = {**sharded_loop_cases.LOOPS, **sharded_mesh_cases.LOOPS}
-IN_FOUR = {**LOOPS, **sharded_mesh_cases.IN_FOUR}
+ALL = {**LOOPS, **sharded_mesh_cases.SLOW, **sharded_mesh_cases.IN_FOUR}
 
 
 def ends_of(rank, count, names):
     """Return the parameters after each loop, or the error that it ended with."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.compile, and that a frozen layer has no rows
-        return {name: end_of(IN_FOUR[name], rank, count) for name in names}
+        return {name: end_of(ALL[name], rank, count) for name in names}
 
 
 def end_of(loop, rank, count):
@@ -51,8 +51,13 @@ def test_loops_in_two_processes_end_as_in_one():
 
 
 @pytest.mark.slow
+def test_slow_loops_in_two_processes_end_as_in_one():
+    assert wrong_loops(2, list(sharded_mesh_cases.SLOW)) == {}
+
+
+@pytest.mark.slow
 def test_loops_in_four_processes_end_as_in_one():
-    assert wrong_loops(4, [name for name in IN_FOUR if name != "a rank without samples"]) == {}
+    assert wrong_loops(4, [name for name in ALL if name != "a rank without samples"]) == {}
 
 
 def of_one_loop(rank, count):
