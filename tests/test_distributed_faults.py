@@ -141,12 +141,6 @@ def with_batch_norm_of_all_ranks(rank):
     optimizer.step()
 
 
-def with_sharded_parameters(rank):
-    model = nn.Linear(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    TENGraD(model)
-
-
 def with_some_sharded_parameters(rank):
     whole, sharded = nn.Linear(4, 4), nn.Linear(4, 4)
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
@@ -184,8 +178,7 @@ BAD = {
         "RuntimeError: rank 0 could not refresh the curvature, so no rank does: RuntimeError: the curvature is due",
     ),
     with_batch_norm_of_all_ranks: "ValueError: the SyncBatchNorm '1' is in training",
-    with_sharded_parameters: "ValueError: the parameters are DTensors",
-    with_some_sharded_parameters: "ValueError: the parameters are DTensors",
+    with_some_sharded_parameters: "ValueError: parameter 0 is sharded, but the model's parameters are not",
 }
 
 

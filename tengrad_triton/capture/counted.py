@@ -19,7 +19,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 from tengrad_triton.capture.hook import Hook
+from tengrad_triton.capture.loss_grads import as_rounded
 from tengrad_triton.capture.record import Record
+from tengrad_triton.likelihoods import why_loss_differs
 
 
 @dataclass
@@ -91,6 +93,18 @@ class CountedRecords:
                 "this loss depends on derivatives of the output only: return from the model's forward what the loss is "
                 "a mean over, or use fisher='sampled' or 'exact'"
             )
+
+    def why_loss_differs(self, factor: float) -> str | None:
+        """Return why the caller's loss is not the mean of the likelihood's negative logarithm, as far as is known.
+
+        Only forwards whose rows are compared with autograd show it. ``factor`` gives each sample's own loss.
+        """
+        for record in self.records:
+            if record.seen is not None and record.cotangents is not None and record.cotangents[0] is not None:
+                why = why_loss_differs(*record.seen, as_rounded(record.cotangents[0]) * factor)
+                if why is not None:
+                    return why
+        return None
 
     def reached(self, record: Record, parameters: Sequence[Tensor], undo: Callable[[], None]) -> None:
         """Note that the present backward pass has reached the output of a forward.

@@ -36,10 +36,10 @@ from tengrad_triton.capture.blocks import CapturedLayer
 from tengrad_triton.capture.counted import CountedRecords
 from tengrad_triton.capture.hook import Hook, check_not_checkpointed, forget_retained, is_transformed, note_retained
 from tengrad_triton.capture.likelihood_grads import LikelihoodGrads
-from tengrad_triton.capture.loss_grads import LossGrads, as_rounded, loss_cotangents
+from tengrad_triton.capture.loss_grads import LossGrads, loss_cotangents
 from tengrad_triton.capture.options import CaptureOptions
 from tengrad_triton.capture.output_grads import OutputGrads
-from tengrad_triton.capture.outputs import Seen, call_on_backward, count_samples, differentiable, map_tensors
+from tengrad_triton.capture.outputs import Seen, call_on_backward, constants_of, count_samples, differentiable
 from tengrad_triton.capture.record import LayerCall, Record
 from tengrad_triton.capture.rows.attribution import Attribution
 from tengrad_triton.capture.rows.explicit import ExplicitRows
@@ -55,7 +55,6 @@ from tengrad_triton.layers import (
     rng_state,
     tensors_in,
 )
-from tengrad_triton.likelihoods import why_loss_differs
 from tengrad_triton.profiling import phase
 
 
@@ -171,19 +170,10 @@ class Capture:
             self._counted.check_loss_seen()
 
     def why_loss_differs(self) -> str | None:
-        """Return why the caller's loss is not the mean of the likelihood's negative logarithm, as far as is known.
-
-        Only forwards whose rows are compared with autograd show it.
-        """
+        """Return why the caller's loss is not the mean of the likelihood's negative logarithm, as far as is known."""
         if self._options.fisher == "empirical" or self.loss_scale is None:
             return None
-        samples = self.loss_samples or self.samples
-        for record in self.records:
-            if record.seen is not None and record.cotangents is not None and record.cotangents[0] is not None:
-                why = why_loss_differs(*record.seen, as_rounded(record.cotangents[0]) * (samples / self.loss_scale))
-                if why is not None:
-                    return why
-        return None
+        return self._counted.why_loss_differs((self.loss_samples or self.samples) / self.loss_scale)
 
     @property
     def samples(self) -> int:
@@ -216,6 +206,7 @@ class Capture:
             check_not_checkpointed()
             self._counted.drop_cleared()
             self._on_forward()
+            self.used.before_forward()
             self._open = Record(Call(*tree_map_only(Tensor, Tensor.detach, (args, kwargs))))
 
     def _before_layer(self, name: str, layer: nn.Module, args: Any) -> None:
@@ -248,36 +239,48 @@ class Capture:
         record, self._open = self._open, None
         if record is None:
             return None
-        if (layers := self.used.follow()) is not None:
-            self.layers, self._counted.parts = layers, self.used.parts
-            self._attribution.follow(layers)
+        with self.used.after_forward() as layers:
+            if layers is not None:
+                self.layers, self._counted.parts = layers, self.used.parts
+                self._attribution.follow(layers)
+            starts, counts = self._rows_of_likelihood(record, output, (args, kwargs))
+        results = differentiable(output) or starts
+        if not results or (not counts and self.used.are_whole):
+            return None
+        # From here on only the graph refers to the record, until a backward reaches it.
+        callback = Hook(self._on_backward, record if counts else None, constants_of(output))
+        return call_on_backward(output, results, callback)
+
+    def _rows_of_likelihood(self, record: Record, output: Any, inputs: Any) -> tuple[Sequence[Tensor], bool]:
+        """Return the tensors of an output that rows are derivatives of, and whether its record may count."""
         likelihood = None if self._options.fisher == "empirical" else self._options.likelihood
         seen = Seen(self._options.output, likelihood)
-        selected, returned = seen.part_of(output), differentiable(output)
+        selected = seen.part_of(output)
         if not (starts := differentiable(selected)):
-            return None
-        record.samples, record.pick = count_samples(starts, (args, kwargs)), seen.tensors_of
+            return starts, False
+        record.samples, record.pick = count_samples(starts, inputs), seen.tensors_of
         self.was_empty = not record.samples
         if self.was_empty:
-            return None
+            return starts, False
         with self._flags.ours(), self.used.kept(), phase("capture"):
             if not self._attribution.check(record, starts):
-                return None
+                return starts, False
             if likelihood is None:
                 self._of_loss.after_forward(record)
             else:
                 self._of_likelihood.after_forward(record, selected, starts)
                 if record.proves and isinstance(selected, Tensor):  # its targets may be those of this batch
                     record.seen = (copy.copy(likelihood), selected.detach())
-        # From here on only the graph refers to the record, until a backward reaches it.
-        callback = Hook(self._on_backward, record, map_tensors(_without_graph, output))
-        return call_on_backward(output, returned or starts, callback)
+        return starts, True
 
     def _on_backward(
-        self, record: Record, output: Any, results: Sequence[Tensor], grads: Sequence[Tensor | None]
+        self, record: Record | None, output: Any, results: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> None:
         """Handle a backward pass of the caller; ``grads`` are the derivatives with respect to ``results``."""
         if not self.armed or self._flags.own.is_set:
+            return
+        self.used.gather()  # on every rank, whatever its passes are
+        if record is None:
             return
         trained = self._attribution.trained()
         self._counted.reached(record, trained, record.undo())
@@ -294,7 +297,3 @@ class Capture:
                 self.through_output.reached(record, starts, cotangents, trained)
             if self._options.fisher == "empirical":
                 self._of_loss.on_backward(record, starts)
-
-
-def _without_graph(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.requires_grad)

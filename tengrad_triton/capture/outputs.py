@@ -160,6 +160,11 @@ def call_on_backward(output: Any, results: Sequence[Tensor], callback: Callback)
     return map_tensors(lambda x: copies.get(id(x), x), output)
 
 
+def constants_of(output: Any) -> Any:
+    """Return an output with constants of the same numbers, which require gradients where its tensors do."""
+    return map_tensors(lambda x: x.detach().requires_grad_(x.requires_grad), output)
+
+
 def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value)
 

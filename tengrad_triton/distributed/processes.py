@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tengrad_triton.capture.blocks import LayerParams
@@ -16,7 +17,7 @@ from tengrad_triton.curvature.target import Target
 from tengrad_triton.distributed.exchange import announce, gather_from_all, gather_own
 from tengrad_triton.distributed.loading import check_loads
 from tengrad_triton.distributed.ranks import Gram, Ranks, agree, check_still_alone, group_of, meet, meeting_of
-from tengrad_triton.sharding.modules import reduces_unused
+from tengrad_triton.sharding.modules import gradient_divisor, reduces_unused
 from tengrad_triton.sharding.tensors import is_sharded
 
 Gather = Callable[[Sequence[LayerParams], Capture, bool], tuple[Contributions, dict[str, str]]]
@@ -171,7 +172,7 @@ class SeveralProcesses(OneProcess):
         check_does_not_mix(model)
         if self.averages:
             return capture.samples
-        capture.loss_samples = samples / self._ranks.count
+        capture.loss_samples = samples / gradient_divisor(model, self._ranks.count)
         return samples
 
     def _unused(self, model: nn.Module, capture: Capture) -> list[str] | None:
@@ -205,6 +206,6 @@ def processes_of(model: nn.Module | None, gram: Gram, process_group: Any) -> One
     group = group_of(model, process_group)
     ranks = None if group is None else Ranks(group, gram)
     if ranks is None or ranks.count == 1:
-        return OneProcess(checks=process_group is None)
+        return OneProcess(checks=group is None or group is dist.group.WORLD)
     are_whole = model is None or not any(map(is_sharded, model.parameters()))
     return SeveralProcesses(ranks, are_whole)

@@ -62,14 +62,21 @@ def group_of(model: nn.Module | None, process_group: Any) -> Any:
     It is the given one, the wrapper's, that of the mesh on which the parameters are, or the default one.
 
     Raises:
-        ValueError: the mesh has several dimensions, and other ranks than the default group.
+        ValueError: the mesh has other ranks than the given group, or several dimensions, and other ranks than the
+            default group.
     """
     wrapper = _not_compiled(model)
+    mesh = next((p.device_mesh for p in ([] if wrapper is None else wrapper.parameters()) if is_sharded(p)), None)
     if process_group is None and isinstance(wrapper, DistributedDataParallel):
         process_group = wrapper.process_group
     if process_group is not None:
+        ranks = sorted(dist.get_process_group_ranks(process_group))
+        if mesh is not None and sorted(mesh.mesh.flatten().tolist()) != ranks:
+            raise ValueError(
+                f"process_group= has the ranks {ranks}, but the parameters are sharded among "
+                f"{sorted(mesh.mesh.flatten().tolist())}: leave it out"
+            )
         return process_group
-    mesh = next((p.device_mesh for p in ([] if wrapper is None else wrapper.parameters()) if is_sharded(p)), None)
     if mesh is not None and mesh.ndim == 1:
         return mesh.get_group()
     if mesh is not None and mesh.size() != dist.get_world_size():

@@ -43,8 +43,8 @@ class CurvatureViews:
     ``name`` is the name of a Fisher block in the column ``block`` of `TENGraD.summary`, ``"."`` for that of the model
     itself. All methods raise:
 
-    - `ValueError`: no block has this name, its parameters take the SGD step, or the result is larger than
-      ``max_bytes``;
+    - `ValueError`: no block has this name, its parameters take the SGD step, the result is larger than ``max_bytes``,
+      or, except for `block`, each process has a part of J (`fully_shard`);
     - `TypeError`: ``max_bytes`` is no number;
     - `RuntimeError`: no refresh was made yet, or the memory was freed for the one that is due.
 
@@ -113,16 +113,25 @@ class CurvatureViews:
 
         In bfloat16 they are the rounded rows.
         """
-        held = self._held(name)
+        held = self._whole(name)
         instead = "have fewer rows by fisher_rows="
         held.check_size(held.stored_rows * held.entries, "its rows", max_bytes, instead)
         return {one.name: one.rows().to(held.dtype) for one in held.parameters}
 
     def _small(self, name: str, max_bytes: float) -> HeldBlock:
-        held = self._held(name)
+        held = self._whole(name)
         numbers = held.entries * (held.entries + held.stored_rows)
         instead = "multiply by the rows instead, F v = Jᵀ (J v) / N with J of optimizer.rows(name)"
         held.check_size(numbers, "a matrix of all pairs and the rows", max_bytes, instead)
+        return held
+
+    def _whole(self, name: str) -> HeldBlock:
+        held = self._held(name)
+        if held.curvature.shards.is_cut:
+            raise ValueError(
+                f"of block {name!r} each process has a part, as of the model's parameters (fully_shard): look at it in "
+                "one process, or with DistributedDataParallel"
+            )
         return held
 
     def _held(self, name: str) -> HeldBlock:

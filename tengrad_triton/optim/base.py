@@ -27,7 +27,8 @@ from tengrad_triton.optim.reports import Reports
 from tengrad_triton.optim.state.saved import StatefulOptimizer
 from tengrad_triton.optim.summary import Summary
 from tengrad_triton.optim.whole_step import WholeStep
-from tengrad_triton.sharding.shards import shards_of
+from tengrad_triton.sharding.modules import reshard
+from tengrad_triton.sharding.shards import check_still_served, shards_of
 from tengrad_triton.sharding.tensors import local
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         schedule, group["damping"] = schedule_of(group["damping"])
         self._damping_schedules.append(schedule)
         try:
-            validation.check_parameters(self.param_groups, self.takes_shards)
+            validation.check_parameters(self.param_groups, self.takes_shards, self._shards.is_cut)
             self._check_group(group, schedule)
             if callable(schedule):
                 group["damping"] = schedule(self._steps)
@@ -141,6 +142,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
 
     def _rebuild(self) -> None:
         """Find the layers of all parameters, and arm a capture for them: the next step refreshes the curvature."""
+        reshard(self._module)
         layers = self._find_layers()
         capture = self._new_capture(layers)
         if self._built:
@@ -158,6 +160,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
     def _before_forward(self) -> None:
         """Prepare for a forward that is recorded: follow changes of the model, and free memory."""
         if structure_of(self._module) != self._structure:
+            check_still_served(self._module, self._shards)
             self._layers = self._find_layers()
             self._capture.follow(find_captured_layers(self._module, self._layers))
         self._release()
@@ -209,6 +212,8 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
                 finally:
                     self._wide.write_back()
                 self._advance(*taken)
+            elif not scale.skips:
+                check_still_served(self._module, self._shards)
         return loss
 
     def _advance(self, curvature: C, age: int) -> None:

@@ -70,8 +70,8 @@ class StepAccess:
 
     @property
     def trains_together(self) -> bool:
-        """Whether several processes train the model."""
-        return self._optimizer._processes.several
+        """Whether several processes train the model, or it is made for several (`fully_shard`)."""
+        return self._optimizer._processes.several or self._optimizer._shards.is_cut
 
     @property
     def ops_for(self) -> OpsFor:

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 from tengrad_triton.curvature.target import Trained
 from tengrad_triton.layers import require_exact_gradient
 from tengrad_triton.misspellings import did_you_mean
-from tengrad_triton.sharding.tensors import check_not_sharded, check_placements
+from tengrad_triton.sharding.modules import reshard
+from tengrad_triton.sharding.tensors import check_not_sharded, check_of_model, check_placements
 
 INFINITY = float("inf")
 
@@ -91,6 +92,8 @@ def check_model(model: Any, advice: str = _MODEL_FIRST, takes_shards: bool = Fal
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; {advice}")
+    if takes_shards:
+        reshard(model)
     (check_placements if takes_shards else check_not_sharded)(model.named_parameters())
     device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
     if device is None:
@@ -265,13 +268,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def check_parameters(param_groups: Sequence[Mapping[str, Any]], takes_shards: bool = False) -> None:
-    """Raise unless the trainable parameters of all groups are real floating point, and on one device.
+def check_parameters(
+    param_groups: Sequence[Mapping[str, Any]], takes_shards: bool = False, is_cut: bool = False
+) -> None:
+    """Raise unless the trainable parameters of all groups are real floating point, on one device, and like the model's.
 
     Frozen parameters may be of any type, such as the integers of a quantized model.
     """
     named = [(f"parameter {k}", p) for k, p in enumerate(p for group in param_groups for p in group["params"])]
     (check_placements if takes_shards else check_not_sharded)(named)
+    check_of_model(named, is_cut)
     trained = [p for group in param_groups for p in group["params"] if p.requires_grad]
     check_dtypes(trained)
     devices = dict.fromkeys(str(p.device) for p in trained)

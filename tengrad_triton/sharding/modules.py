@@ -28,6 +28,12 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
+def reshard(model: nn.Module) -> None:
+    """Give all modules their parts of parameters: those that a forward left whole are no longer the model's own."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
 def plain_type(module: nn.Module) -> type:
     """Return the type of a module, that which it had before `fully_shard` made another one of it."""
     package = sys.modules.get("torch.distributed.fsdp")
@@ -45,7 +51,7 @@ def _check_modules(modules: Iterable[Any]) -> None:
 
 
 class WholeParameters:
-    """The whole parameters of a model, for as long as its own hooks leave them there.
+    """The whole parameters of a model, which takes part in forwards, and of which the optimizer has parts.
 
     Args:
         model: the model, whose parameters are at present those that the optimizer has.
@@ -67,6 +73,8 @@ class WholeParameters:
             for name, p in module._parameters.items()
         )
         self._sharded = [(module, name, p) for module, name, p in owned if is_sharded(p)]
+        self._gathered: list[Any] = []
+        self._left: list[tuple[Any, Any]] = []  # groups that this forward leaves whole, and their meshes after others
         self._whole: dict[int, Tensor] = {}
         self._parts: dict[int, Tensor] = {}
 
@@ -75,7 +83,8 @@ class WholeParameters:
 
         Every rank must call this. The modules' own backward then sends nothing for it.
         """
-        for module in self._modules:
+        self._gathered = [one for one in self._modules if not all(group.is_unsharded for group in _groups_of(one))]
+        for module in self._gathered:
             module.unshard()
         found = [(p, module._parameters[name]) for module, name, p in self._sharded]
         whole: dict[int, Tensor] = {id(part): one for part, one in found if one is not None}
@@ -84,18 +93,39 @@ class WholeParameters:
         self._parts = {id(one): part for part, one in found if one is not None and part is not None}
         return is_new
 
+    def before_forward(self) -> None:
+        """Have a forward leave parameters whole, so that `outside` need not gather them again; every rank must call it.
+
+        The first forward of all says what the modules do after forwards: it is left alone.
+        """
+        if self._left:  # by a forward that has raised an error
+            return
+        known = [module for module in self._modules if module._get_fsdp_state()._is_root is not None]
+        groups = [group for module in known for group in _groups_of(module)]
+        self._left = [(group, mesh) for group in groups if (mesh := group.post_forward_mesh_info) is not None]
+        for group, _ in self._left:
+            group.post_forward_mesh_info = None
+
     @contextmanager
-    def outside(self, needed: bool) -> Iterator[None]:
+    def outside(self, needed: bool = True) -> Iterator[bool]:
         """Return a context outside of forward and backward, in which modules have whole parameters if ``needed``.
 
-        Every rank must enter it.
+        At its end they have what they would have without it: parameters that stay whole are not those that a step
+        changes, and the model's own ones are what its caller asks it for. Every rank must enter it. It has what
+        `gather` returned.
         """
-        if needed:
-            self.gather()
+        left, self._left = self._left, []
+        for group, mesh in left:
+            group.post_forward_mesh_info = mesh
+        to_free = {id(group) for group, _ in left}
+        is_new = needed and self.gather()
+        freed = [
+            one for one in self._modules if one in self._gathered or any(id(g) in to_free for g in _groups_of(one))
+        ]
         try:
-            yield
+            yield is_new
         finally:
-            for module in self._modules if needed else ():
+            for module in freed if needed else ():
                 module.reshard()
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -134,6 +164,22 @@ def reduces_unused(model: nn.Module) -> bool:
     """Whether gradients of parameters that a rank did not use count as zeros (`set_reduce_scatter_unused_params`)."""
     groups = [group for module in sharded_modules(model) for group in _groups_of(module)]
     return all(getattr(group, "reduce_scatter_unused_params", False) for group in groups)
+
+
+def gradient_divisor(model: nn.Module, count: int) -> float:
+    """Return what the sum of the gradients of ``count`` ranks is divided by (`set_gradient_divide_factor`).
+
+    Raises:
+        ValueError: it is not the same for all modules.
+    """
+    groups = [group for module in sharded_modules(model) for group in _groups_of(module)]
+    factors = {count if group.gradient_divide_factor is None else group.gradient_divide_factor for group in groups}
+    if len(factors) > 1:
+        raise ValueError(
+            f"fully_shard divides the gradients of different modules by {' and '.join(map(str, sorted(factors)))}: "
+            "call set_gradient_divide_factor for every module that fully_shard was called for, not only for the model"
+        )
+    return next(iter(factors), count)
 
 
 def _groups_of(module: Any) -> list[Any]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from tengrad_triton.sharding.modules import sharded_modules
 from tengrad_triton.sharding.tensors import is_sharded
 
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -121,6 +122,17 @@ def check_served(shards: Whole, history: int, gram: str) -> None:
         raise ValueError(
             f"gram={gram!r} takes steps of each process's own samples, but after fully_shard a process has a part of "
             'every parameter: use gram="global", or DistributedDataParallel'
+        )
+
+
+def check_still_served(model: nn.Module, shards: Whole) -> None:
+    """Raise `RuntimeError` if a model was sharded after its optimizer, which has parameters that are no longer its own.
+
+    torch's optimizers train nothing then.
+    """
+    if sharded_modules(model) and not shards.is_cut:
+        raise RuntimeError(
+            "fully_shard has replaced the model's parameters since the optimizer was made: make it after fully_shard"
         )
 
 

@@ -32,6 +32,17 @@ def check_not_sharded(named: Iterable[tuple[str, Any]]) -> None:
         )
 
 
+def check_of_model(named: Iterable[tuple[str, Any]], is_cut: bool) -> None:
+    """Raise `ValueError` if parameters are sharded, but those of the model are not (``is_cut``), or the reverse."""
+    for name, p in named:
+        if is_sharded(p) != is_cut:
+            own, others = ("sharded", "are not") if is_sharded(p) else ("not sharded", "are")
+            raise ValueError(
+                f"{name} is {own}, but the model's parameters {others}: give the optimizer those that the model has "
+                "after fully_shard, and not in a forward"
+            )
+
+
 def check_placements(named: Iterable[tuple[str, Any]]) -> None:
     """Raise `ValueError` unless no parameter is a `DTensor`, or all are, cut along their first dimension.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -27,17 +27,33 @@ class UsedParameters:
     def __init__(self, model: nn.Module, layers: Mapping[str, CapturedLayer]) -> None:
         self._whole, self.layers = WholeParameters(model), layers
 
-    def follow(self) -> Mapping[str, CapturedLayer] | None:
-        """After a forward, give a sharded model whole parameters; return the layers with these if they are new.
+    @property
+    def are_whole(self) -> bool:
+        """Whether the optimizer has the parameters that forwards use, not parts of them."""
+        return not self._whole.is_needed
 
-        Every rank must call this for the same forwards.
+    def before_forward(self) -> None:
+        """Prepare a sharded model for a forward that `after_forward` follows; every rank must call it."""
+        self._whole.before_forward()
+
+    @contextmanager
+    def after_forward(self) -> Iterator[Mapping[str, CapturedLayer] | None]:
+        """Return a context in which a sharded model has whole parameters; it has the layers with these if they are new.
+
+        Every rank must enter it for the same forwards.
         """
-        if not self._whole.is_needed or not self._whole.gather():
-            return None
-        return {
-            name: replace(layer, parameters={key: self.of(p) for key, p in layer.parameters.items()})
-            for name, layer in self.layers.items()
-        }
+        with self._whole.outside(self._whole.is_needed) as is_new:
+            layers = self.layers.items() if is_new else ()
+            found = {
+                name: replace(layer, parameters={key: self.of(p) for key, p in layer.parameters.items()})
+                for name, layer in layers
+            }
+            yield found if is_new else None
+
+    def gather(self) -> None:
+        """As a backward begins, give a sharded model whole parameters; every rank must call this for the same ones."""
+        if self._whole.is_needed:
+            self._whole.gather()
 
     def of(self, parameter: Tensor) -> Tensor:
         """Return the parameter that a forward used, of one that the optimizer has."""
@@ -56,7 +72,7 @@ class UsedParameters:
         """Return a context for backward passes of our own, which change nothing of a sharded model."""
         return self._whole.kept()
 
-    def for_rules(self) -> AbstractContextManager[None]:
+    def for_rules(self) -> AbstractContextManager[bool]:
         """Return a context in which rules that read parameters find whole ones; every rank must enter it."""
         layers = self.layers.values() if self._whole.is_needed else ()
         return self._whole.outside(any(rule_reads_parameters(one.layer) for one in layers))
