@@ -254,6 +254,7 @@ LOOPS = {
     "parameters stay whole after forwards": plain(wrap=lambda model: sharded(model, reshard_after_forward=False)),
     "two layers are one group": plain(wrap=in_one_group),
     "the root only": plain(wrap=fully_shard),
+    "the root only, evaluated everywhere": plain(wrap=fully_shard, beside=evaluates("before", "between", "after")),
     "blocks": plain(lambda count: blocks(), by_blocks),
     "checkpoints": plain(lambda count: blocks(count > 1), by_blocks),
     "checkpoint_wrapper": plain(wrapped_in_checkpoints, by_blocks),

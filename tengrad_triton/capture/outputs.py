@@ -20,7 +20,7 @@ Callback = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
 """Takes the tensors that the model returned, and the derivatives with respect to them."""
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Return nested tuples, lists and dictionaries with ``function`` applied to every tensor in them.
 
     The attributes of objects, such as dataclasses, count too; the objects are copied.

@@ -7,6 +7,7 @@ layout, and compute the same curvature. A step needs no further messages.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -35,14 +36,14 @@ class Message:
     Attributes:
         failure: what went wrong on the rank; None if nothing did.
         missing: why some of its layers have no rows, by name.
-        by_layer: its contributions, as `Contributions.by_layer`, with tensors that have sizes but no entries.
+        form: what is equal for contributions of the same layers, types and sizes.
         batch_rows: the rows of each of its micro-batches.
         size: how many bytes it sends.
     """
 
     failure: str | None
     missing: Mapping[str, str]
-    by_layer: ByLayer
+    form: str
     batch_rows: Sequence[int]
     size: int
 
@@ -61,15 +62,18 @@ def gather_from_all(
     if capture.records or not capture.was_empty:
         contributions, missing, error = _attempted(layers, capture, release_calls)
     shapes, own = packed(contributions.by_layer, next(p.device for one in layers for p in one.parameters.values()))
-    messages = ranks.gathered(Message(_text_of(error), missing, shapes, contributions.batch_rows, len(own)))
+    messages = ranks.gathered(Message(_text_of(error), missing, form_of(shapes), contributions.batch_rows, len(own)))
     _raise_failures(messages, error)
     if not any(message.batch_rows for message in messages):
         raise RuntimeError(
             "the curvature is due for a refresh, but the batches of all ranks have 0 samples: take no step for them"
         )
-    parts = ranks.gathered_bytes(own, [message.size for message in messages])
-    found = [unpacked(message.by_layer, part) for message, part in zip(messages, parts, strict=True)]
     all_missing = {name: why for message in messages for name, why in message.missing.items()}
+    sizes = [message.size for message in messages]
+    if len({message.form for message in messages}) == 1:  # one copy of each tensor joins the ranks
+        return Contributions(dict(unpacked(shapes, ranks.gathered_bytes(own, max(sizes))))), all_missing
+    of_ranks = zip(ranks.gathered(shapes), ranks.gathered_bytes(own, max(sizes)).split(1), strict=True)
+    found = [unpacked(by_layer, flat_1B) for by_layer, flat_1B in of_ranks]
     return Contributions(joined_parts(found, messages, layers, all_missing)), all_missing
 
 
@@ -82,14 +86,14 @@ def gather_own(
         RuntimeError: a rank could not gather its contributions. Every rank raises: the others would wait for its step.
     """
     contributions, missing, error = _attempted(layers, capture, release_calls)
-    messages = ranks.gathered(Message(_text_of(error), {}, {}, contributions.batch_rows, 0))
+    messages = ranks.gathered(Message(_text_of(error), {}, "", contributions.batch_rows, 0))
     _raise_failures(messages, error)
     return contributions, missing
 
 
 def announce(ranks: Ranks, error: Exception) -> None:
     """Tell the ranks that wait in one of the functions above that this one has failed before."""
-    ranks.gathered(Message(_text_of(error), {}, {}, [], 0))
+    ranks.gathered(Message(_text_of(error), {}, "", [], 0))
 
 
 def _attempted(
@@ -137,15 +141,25 @@ def packed(by_layer: ByLayer, device: torch.device) -> tuple[ByLayer, Tensor]:
     return skeleton, flat
 
 
-def unpacked(by_layer: ByLayer, flat: Tensor) -> ByLayer:
-    """Return the contributions that `packed` described, as views of the bytes."""
+def form_of(by_layer: ByLayer) -> str:
+    """Return a text that is equal for contributions that `packed` described alike, with the same tensors shared."""
+    places: dict[int, str] = {}
+
+    def described(x: Tensor) -> str:
+        return places.setdefault(id(x), f"{len(places)} {x.dtype} {list(x.shape)}")
+
+    return hashlib.sha256(repr(map_tensors(described, by_layer)).encode()).hexdigest()
+
+
+def unpacked(by_layer: ByLayer, flat_RB: Tensor) -> ByLayer:
+    """Return the contributions that `packed` described, of some ranks in turn, from the bytes of each of them."""
     known: dict[int, Tensor] = {}
     at = 0
 
     def with_entries(x: Tensor) -> Tensor:
         nonlocal at
         if id(x) not in known:
-            known[id(x)] = flat[at : at + x.nbytes].view(x.dtype).view(x.shape)
+            known[id(x)] = flat_RB[:, at : at + x.nbytes].view(x.dtype).unflatten(1, x.shape).flatten(0, 1)
             at += _room_of(x)
         return known[id(x)]
 

@@ -122,16 +122,14 @@ class Ranks:
         dist.all_gather_object(values, value, self._group)
         return values
 
-    def gathered_bytes(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Return the bytes of each rank, one-dimensional tensors of the given sizes on the device of ``own``."""
-        most = max(sizes)
-        if not most:
-            return [own] * self.count
+    def gathered_bytes(self, own: Tensor, most: int) -> Tensor:
+        """Return the bytes of each rank [R, most], filled up with zeros, on the device of ``own``."""
         padded = own.new_zeros(most)
         padded[: len(own)] = own
         found = own.new_empty(self.count * most)
-        getattr(dist, _ALL_GATHER)(found, padded, self._group)
-        return [part[:size] for part, size in zip(found.split(most), sizes, strict=True)]
+        if most:
+            getattr(dist, _ALL_GATHER)(found, padded, self._group)
+        return found.view(self.count, most)
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one device by their means over the ranks, in one message for each dtype."""

@@ -170,7 +170,7 @@ def has_rule_of_linear(layer: nn.Module) -> bool:
 
 
 def rule_reads_parameters(layer: nn.Module) -> bool:
-    """Return whether the layer's rule may read its parameters: a user's rule, or one that repeats the call or a part."""
+    """Return whether the layer's rule may read its parameters: a user's rule, or one that repeats some of the call."""
     module = canonical.dispatch(type(layer)).__module__ or ""
     finds_largest = isinstance(layer, nn.EmbeddingBag) and layer.mode == "max"
     return not module.startswith(__package__) or isinstance(layer, _SEQUENTIAL) or finds_largest

@@ -127,7 +127,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
         schedule, group["damping"] = schedule_of(group["damping"])
         self._damping_schedules.append(schedule)
         try:
-            validation.check_parameters(self.param_groups, self.takes_shards, self._shards.is_cut)
+            validation.check_parameters(self.param_groups, self._shards.is_cut)
             self._check_group(group, schedule)
             if callable(schedule):
                 group["damping"] = schedule(self._steps)
@@ -211,6 +211,7 @@ class CurvatureOptimizer(StatefulOptimizer[C], Generic[C]):
                     taken = self._take_step(targets, grads, closure, loss)
                 finally:
                     self._wide.write_back()
+                self._capture.used.free()
                 self._advance(*taken)
             elif not scale.skips:
                 check_still_served(self._module, self._shards)

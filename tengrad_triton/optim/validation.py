@@ -88,17 +88,16 @@ _MODEL_FIRST = (
 def check_model(model: Any, advice: str = _MODEL_FIRST, takes_shards: bool = False) -> torch.device:
     """Raise unless the model is a module with trainable parameters; return the device of the first one.
 
-    ``advice`` is for who gave something else; ``takes_shards`` says whether each process may have a part of them.
+    ``advice`` is for who gave something else; ``takes_shards`` says whether a process may have a part of each.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; {advice}")
-    if takes_shards:
-        reshard(model)
+    reshard(model)
     (check_placements if takes_shards else check_not_sharded)(model.named_parameters())
-    device = next((parameter.device for parameter in model.parameters() if parameter.requires_grad), None)
-    if device is None:
+    devices = [parameter.device for parameter in model.parameters() if parameter.requires_grad]
+    if not devices:
         raise ValueError(f"{type(model).__name__} has no trainable parameters: nothing to optimize")
-    return device
+    return devices[0]
 
 
 def check_interval(steps: Any) -> None:
@@ -268,17 +267,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def check_parameters(
-    param_groups: Sequence[Mapping[str, Any]], takes_shards: bool = False, is_cut: bool = False
-) -> None:
-    """Raise unless the trainable parameters of all groups are real floating point, on one device, and like the model's.
-
-    Frozen parameters may be of any type, such as the integers of a quantized model.
-    """
+def check_parameters(param_groups: Sequence[Mapping[str, Any]], is_cut: bool = False) -> None:
+    """Raise unless the trainable parameters of all groups are real floating point, on one device, like the model's."""
     named = [(f"parameter {k}", p) for k, p in enumerate(p for group in param_groups for p in group["params"])]
-    (check_placements if takes_shards else check_not_sharded)(named)
     check_of_model(named, is_cut)
-    trained = [p for group in param_groups for p in group["params"] if p.requires_grad]
+    trained = [p for _, p in named if p.requires_grad]  # frozen ones may be of any type, such as integers
     check_dtypes(trained)
     devices = dict.fromkeys(str(p.device) for p in trained)
     if len(devices) > 1:

@@ -93,6 +93,11 @@ class WholeParameters:
         self._parts = {id(one): part for part, one in found if one is not None and part is not None}
         return is_new
 
+    def free(self) -> None:
+        """Give all modules their parts; nothing is sent."""
+        for module in self._modules:
+            module.reshard()
+
     def before_forward(self) -> None:
         """Have a forward leave parameters whole, so that `outside` need not gather them again; every rank must call it.
 

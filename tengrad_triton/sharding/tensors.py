@@ -33,7 +33,9 @@ def check_not_sharded(named: Iterable[tuple[str, Any]]) -> None:
 
 
 def check_of_model(named: Iterable[tuple[str, Any]], is_cut: bool) -> None:
-    """Raise `ValueError` if parameters are sharded, but those of the model are not (``is_cut``), or the reverse."""
+    """Raise `ValueError` for placements that are not served, or parameters that are sharded unlike the model's."""
+    named = list(named)
+    check_placements(named)
     for name, p in named:
         if is_sharded(p) != is_cut:
             own, others = ("sharded", "are not") if is_sharded(p) else ("not sharded", "are")

@@ -55,6 +55,10 @@ class UsedParameters:
         if self._whole.is_needed:
             self._whole.gather()
 
+    def free(self) -> None:
+        """Free whole parameters, which a step has made old ones: a module that kept them would use them once more."""
+        self._whole.free()
+
     def of(self, parameter: Tensor) -> Tensor:
         """Return the parameter that a forward used, of one that the optimizer has."""
         return self._whole.of(parameter)
