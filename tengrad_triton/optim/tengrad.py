@@ -115,7 +115,7 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
             ``logits``, or the only tensor with a batch.
         gram: with several processes, whose rows the curvature has: ``"global"``, those of all, so that the step is that
             of one process with the whole batch, or ``"local"``, each its own; the steps are averaged then (M21).
-        process_group: the processes; by default those of `DistributedDataParallel`, or of the default group.
+        process_group: the processes; by default those that wrap or shard the model, or those of the default group.
         verify: when a further backward pass compares rows with autograd: ``"change"`` (at the first refresh, at some
             later ones and whenever the model has changed), ``"always"`` or ``"never"``.
         include_curvature: whether a state has the curvature (never with `fully_shard`); without it, resuming refreshes.
