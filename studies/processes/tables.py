@@ -94,15 +94,15 @@ def _over_sgd(answers: Answers, name: str, samples: int, count: int, way: Way) -
 
 
 def refresh_table(answers: Answers, samples: int, rows: int = 128) -> str:
-    """Return the milliseconds that a refresh adds, and those of its parts that grow with R."""
+    """Return the milliseconds that a refresh adds, and those of its messages."""
     lines = []
     for name in TIMED:
         for count in COUNTS:
             if fits_memory(name, samples, count, "DDP, global"):
                 found = answers.times(name, samples, count, "DDP, global", rows)
-                parts = (found.refresh, found.exchange, found.host)
+                parts = (found.refresh, found.exchange)
                 lines.append((name, str(count), *(f"{1e3 * seconds:,.0f}" for seconds in parts)))
-    return table(("model", "R", "a refresh adds", "of which the exchange", "and the host, for the parts"), lines)
+    return table(("model", "R", "a refresh adds", "of which the exchange"), lines)
 
 
 def rows_table(answers: Answers) -> str:
