@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from studies.processes import __main__ as study  # noqa: E402
 from studies.processes import hardware, measured, model, page, tables, times  # noqa: E402
-from studies.processes.answers import ADDED, COUNTS, INTERVALS, SAMPLES, Answers, plans_of  # noqa: E402
+from studies.processes.answers import ADDED, COUNTS, FEW_ROWS, INTERVALS, SAMPLES, Answers, plans_of, powers  # noqa: E402
 from studies.processes.sizes import META, NETWORKS, Network, Sizes, sizes_of  # noqa: E402
 from studies.processes.store import Store  # noqa: E402
 from tengrad_triton.capture.outputs import output_tensors  # noqa: E402
@@ -206,7 +206,7 @@ def test_more_processes_send_more_and_take_longer(answers):
             assert [one.refresh for one in sent] == sorted(one.refresh for one in sent)
             assert [one.wrapper for one in sent] == sorted(one.wrapper for one in sent)
     for name in times.TIMED:
-        refreshes = [answers.times(name, 32, count, "DDP, global", 128).refresh for count in (1, *COUNTS)]
+        refreshes = [answers.times(name, 32, count, "DDP, global", FEW_ROWS).refresh for count in (1, *COUNTS)]
         assert refreshes == sorted(refreshes)
 
 
@@ -225,16 +225,26 @@ def test_one_process_is_above_the_limit_that_nobody_can_blame_on_others(answers,
 @pytest.mark.parametrize("name", times.TIMED)
 def test_what_a_refresh_adds_grows_no_faster_than_the_processes_where_no_row_is_few_enough(answers, name):
     counts = (16, 32, 64, 128, 256, 512, 1024)
-    refreshes = [answers.times(name, 32, count, "DDP, global", 128).refresh for count in counts]
+    refreshes = [answers.times(name, 32, count, "DDP, global", FEW_ROWS).refresh for count in counts]
     assert all(1 < many / few < 2 for few, many in pairwise(refreshes))
 
 
 @pytest.mark.parametrize("name", times.TIMED)
 def test_most_of_what_grows_with_the_processes_is_the_exchange_and_half_of_it_later(answers, name):
-    found = [answers.times(name, 32, count, "DDP, global", 128) for count in (8, 64, 512)]
+    found = [answers.times(name, 32, count, "DDP, global", FEW_ROWS) for count in (8, 64, 512)]
     first, later = ((many.exchange - few.exchange) / (many.refresh - few.refresh) for few, many in pairwise(found))
     assert first > 0.5
     assert later == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_advised_rows_are_within_the_limit_as_far_as_any_are(answers):
+    assert tables.advice(answers) == FEW_ROWS
+    for every in INTERVALS:
+        lasts = [
+            max(count for count in powers() if count == 1 or answers.most_rows(name, 32, count, every) >= FEW_ROWS)
+            for name in times.TIMED
+        ]
+        assert (min(lasts), max(lasts)) == tables.last_with_rows(answers, every, 32)
 
 
 @pytest.mark.parametrize("name", times.TIMED)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from studies.processes import tables
-from studies.processes.answers import ADDED, COUNTS, INTERVALS, SAMPLES, Answers, last_that_fits, plans_of
+from studies.processes.answers import ADDED, COUNTS, FEW_ROWS, INTERVALS, SAMPLES, Answers, last_that_fits, plans_of
 from studies.processes.figures import answers_of
 from studies.processes.hardware import MEMORY, NETWORK, NVLINK, RING, limits, measured_steps
 from studies.processes.sizes import sizes_of
@@ -95,6 +95,7 @@ def _of_answers(answers: Answers) -> Writers:
         "last_sharded": last_sharded,
         "beyond": beyond,
         "advice": lambda _: str(tables.advice(answers)),
+        "few_rows": lambda _: str(FEW_ROWS),
         "added": lambda _: f"{ADDED:g}",
         "t_short": lambda _: str(SHORT),
         "t_long": lambda _: str(LONG),
