@@ -9,7 +9,7 @@ from cyclopts import App
 from rich.console import Console
 
 from studies.processes import figures, page
-from studies.processes.measured import count, header_seconds, part_seconds
+from studies.processes.measured import count, exchange_seconds
 from studies.processes.store import Store, machine
 from studies.processes.times import TIMED, Host
 
@@ -44,8 +44,7 @@ def measure(store: Store) -> None:
         console.print(f"{case.network}, {case.way}, {case.count} processes: counted", highlight=False)
     if store.host is None:
         torch.set_num_threads(1)
-        of_models = ({name: measured(name) for name in TIMED} for measured in (header_seconds, part_seconds))
-        store.keep_host(Host(*of_models), where)
+        store.keep_host(Host({name: exchange_seconds(name) for name in TIMED}), where)
 
 
 def write(store: Store, out: Path) -> None:

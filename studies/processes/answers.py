@@ -18,6 +18,8 @@ INTERVALS = (Growing().most, 100)
 """T: the longest interval of the default, and that of the paper."""
 ADDED = 0.15
 """The share of SGD's step that many processes may add to TENGraD's mean step in one process."""
+FEW_ROWS = 64
+"""`fisher_rows` in the figure and in the table of refreshes: as many as the page advises."""
 
 
 class Answers:

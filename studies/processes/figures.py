@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from studies.processes.answers import INTERVALS, SAMPLES, Answers, fits_memory, powers
+from studies.processes.answers import FEW_ROWS, INTERVALS, SAMPLES, Answers, fits_memory, powers
 from studies.processes.model import Way
 from studies.processes.store import Store
 from studies.processes.times import TIMED
@@ -16,10 +16,9 @@ from tengrad_triton.files import replacing
 from tengrad_triton.recipes.reports.styles import style_at
 
 FILE = "scaling-steps.png"
-FEW = 128
 LINES: dict[str, tuple[Way, int | None]] = {
     "global, all rows": ("DDP, global", None),
-    f"global, fisher_rows={FEW}": ("DDP, global", FEW),
+    f"global, fisher_rows={FEW_ROWS}": ("DDP, global", FEW_ROWS),
     "local": ("DDP, local", None),
     "fully_shard, global, all rows": ("FSDP2, global", None),
 }

@@ -1,16 +1,14 @@
-"""What is measured of several processes: the bytes that they send, counted, and the host's time for a part."""
+"""What is measured of several processes: the bytes that they send, counted, and the host's time for an exchange."""
 
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import re
 import tempfile
 import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from studies.processes.model import WAYS, Way
-from studies.processes.sizes import META, NETWORKS, sizes_of
+from studies.processes.sizes import NETWORKS
 from tengrad_triton import TENGraD
 from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.capture.hooks import Capture
 from tengrad_triton.curvature.contributions import Contributions
-from tengrad_triton.distributed.exchange import Message, joined_parts, packed, unpacked
+from tengrad_triton.distributed.exchange import form_of, packed, unpacked
 from tengrad_triton.distributed.ranks import Gram
 
 COUNTS = Path("/proc/self/io")
@@ -143,52 +141,40 @@ def _run(rank: int, number: int, store: Path, sender: Any, function: Callable[..
     dist.destroy_process_group()
 
 
-def header_seconds(name: str, repeats: int = 20, rounds: int = 15) -> float:
-    """Return the CPU seconds that reading what one process says of its contributions takes: the least of the rounds."""
-    sizes = sizes_of(name, 32)
-    shapes = packed(sizes.contributions.by_layer, META)[0]
-    text = pickle.dumps(Message(None, {}, shapes, [sizes.samples], sizes.message_bytes))
-    return (
-        min(timeit.repeat(lambda: pickle.loads(text), timer=time.process_time, number=repeats, repeat=rounds)) / repeats
-    )
+PARTS = 2
+"""The number of processes whose parts are taken to measure the host: more of them take no more calls."""
+SAMPLES, PIXELS, TOKENS = 2, (3, 9, 9), (4,)  # so few that calls take the time, and copies next to none
 
 
-PARTS = (8, 24)
-"""The numbers of processes whose parts one process works on to measure what a part takes."""
-PIXELS, TOKENS = (3, 9, 9), (4,)  # so few that calls take the time, and copies next to none
+def exchange_seconds(name: str, rounds: int = 60) -> float:
+    """Return the CPU seconds that the exchange of a refresh takes beside sending, for each parameter and whatever R is.
 
-
-def part_seconds(name: str, rounds: int = 60) -> float:
-    """Return the CPU seconds that one more process's part takes in the exchange of a refresh, for each parameter.
-
-    One process gets its own part several times, in place of messages: it takes each apart, and joins all. What follows
-    has one micro-batch, whatever R is, so that its calls do not grow with R; its arithmetic, which does, is the
-    device's. The least of the rounds counts: other programs only add to it.
+    One process gets its own message in place of those of several. The copies grow with R, and are the device's work.
+    With one sample a process there would be no copies: tensors are then parts of the messages. The least of the rounds
+    counts: other programs only add to it.
     """
     torch.manual_seed(0)
     network = NETWORKS[name]
     model = network.build()
-    x = torch.randint(256, (1, *TOKENS)) if network.tokens else torch.randn(1, *PIXELS)
+    x = torch.randint(256, (SAMPLES, *TOKENS)) if network.tokens else torch.randn(SAMPLES, *PIXELS)
     optimizer = TENGraD(model, seed=0)
     alone, seconds = optimizer._processes.gather, []
 
     def timed(layers: Sequence[LayerParams], capture: Capture, release_calls: bool) -> Gathered:
         own, missing = alone(layers, capture, release_calls)
-        few, many = (
-            min(timeit.repeat(partial(_exchange, own, layers, x, n), timer=time.process_time, number=1, repeat=rounds))
-            for n in PARTS
-        )
-        seconds.append((many - few) / (PARTS[1] - PARTS[0]) / len(list(model.parameters())))
+        flat_RB = packed(own.by_layer, x.device)[1].repeat(PARTS, 1)
+        least = min(timeit.repeat(lambda: _exchange(own, flat_RB), timer=time.process_time, number=1, repeat=rounds))
+        seconds.append(least / len(list(model.parameters())))
         return own, missing
 
     optimizer._processes.gather = timed
-    F.cross_entropy(model(x), torch.randint(CLASSES, (1,))).backward()
+    F.cross_entropy(model(x), torch.randint(CLASSES, (SAMPLES,))).backward()
     optimizer.step()
     return seconds[0]
 
 
-def _exchange(own: Contributions, layers: Sequence[LayerParams], x: Tensor, parts: int) -> None:
+def _exchange(own: Contributions, flat_RB: Tensor) -> None:
     """Do what `gather_from_all` does beside sending."""
-    shapes, flat = packed(own.by_layer, x.device)
-    messages = [Message(None, {}, shapes, own.batch_rows, len(flat))] * parts
-    joined_parts([unpacked(one.by_layer, flat) for one in messages], messages, layers, {})
+    shapes, _ = packed(own.by_layer, flat_RB.device)
+    form_of(shapes)
+    unpacked(shapes, flat_RB)

@@ -102,14 +102,14 @@ def sent(sizes: Sizes, count: int, way: Way, rows: int, scatters: bool = True) -
 
     Without ``scatters`` the library takes an all-reduce in place of a reduce-scatter, as torch does with gloo.
 
-    DDP, global: the gradients are reduced; a refresh gathers contributions, and what each process says of them.
+    DDP, global: the gradients are reduced; a refresh gathers contributions.
     DDP, local: every step reduces parameters and momenta too.
     FSDP2, global: two all-gathers of parameters and a reduce-scatter of gradients in every step; a refresh gathers
     contributions and reduces L Gram matrices; another step reduces J V and a square for each block, L (n + 1) numbers,
     and gathers the gradients of weights with a matrix for their outputs in D.
     """
     model = NUMBER * sizes.parameters
-    exchange = gathered(sizes.message_bytes + sizes.header_bytes, count)
+    exchange = gathered(sizes.message_bytes, count)
     blocks = len(sizes.layers)
     if way == "DDP, global":
         return Sent(reduced(model, count), exchange, 0.0)
@@ -142,8 +142,8 @@ class Held:
     Attributes:
         training: parameters, gradients and momenta, as with SGD; without what forward keeps.
         curvature: J and the inverse factors of L blocks, L n² numbers, from a refresh to the next.
-        messages: during the exchange: the message of every process, R s, and its own twice.
-        contributions: what J is made from: of all processes, joined while the messages are there.
+        messages: during the exchange: the message of every process, R s, its own, and what that was made from.
+        contributions: what J is made from: of all processes, copied from the messages, and once if layers share it.
     """
 
     training: float
@@ -166,7 +166,7 @@ def held(sizes: Sizes, count: int, way: Way, plans: Plans) -> Held:
     training = 3 * model / count + model if way == "FSDP2, global" else 3 * model
     if way == "DDP, local" or count == 1:
         return Held(training, curvature, 0, sizes.message_bytes)
-    return Held(training, curvature, (count + 2) * sizes.message_bytes, count * sizes.joined_bytes)
+    return Held(training, curvature, (count + 2) * sizes.message_bytes, count * sizes.message_bytes)
 
 
 def first_above(limit: float, of_count: Callable[[int], float], most: int = 4096) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from studies.processes import tables
-from studies.processes.answers import ADDED, COUNTS, INTERVALS, SAMPLES, Answers, last_that_fits, plans_of
+from studies.processes.answers import ADDED, COUNTS, FEW_ROWS, INTERVALS, SAMPLES, Answers, last_that_fits, plans_of
 from studies.processes.figures import answers_of
 from studies.processes.hardware import MEMORY, NETWORK, NVLINK, RING, limits, measured_steps
 from studies.processes.sizes import sizes_of
@@ -95,6 +95,7 @@ def _of_answers(answers: Answers) -> Writers:
         "last_sharded": last_sharded,
         "beyond": beyond,
         "advice": lambda _: str(tables.advice(answers)),
+        "few_rows": lambda _: str(FEW_ROWS),
         "added": lambda _: f"{ADDED:g}",
         "t_short": lambda _: str(SHORT),
         "t_long": lambda _: str(LONG),
@@ -120,8 +121,7 @@ def _of_rates(store: Store) -> Writers:
         "network": lambda _: f"{NETWORK / 1e9:g}",
         "ring": lambda _: f"{1e6 * RING.base:g}",
         "hops": lambda _: f"{1e6 * RING.inside:g} or {1e6 * RING.between:g}",
-        "part_us": lambda name: f"{1e6 * host.part[name]:.0f}",
-        "header_us": lambda name: f"{1e6 * host.header[name]:.0f}",
+        "host_us": lambda name: f"{1e6 * host.exchange[name]:.0f}",
         "flops_per_byte": lambda _: f"{product_rate() / bytes_a_second:.1f}",
         "assumed": lambda _: f"{moving_rate() / bytes_a_second:g}",
         "machine": lambda _: f"{machine['device']} with torch {machine['torch']}",

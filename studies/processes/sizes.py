@@ -6,7 +6,6 @@ The rules, the message and the second moments are those of the optimizer itself.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from perf.models import MODELS
 from tengrad_triton.capture.blocks import LayerParams, find_captured_layers, find_layer_params, full_name
-from tengrad_triton.capture.outputs import output_tensors
 from tengrad_triton.capture.rows.rule import Pairs, contributions_of
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.curvature.moments.running import SIDE_SHARE
 from tengrad_triton.curvature.moments.second import LARGEST, Form, form_of
-from tengrad_triton.distributed.exchange import Message, packed
+from tengrad_triton.distributed.exchange import packed
 from tengrad_triton.layers import PerSampleGrads
 from tengrad_triton.recipes.models.transformer import gpt
 from tengrad_triton.tuning.budget import Work
@@ -75,19 +73,8 @@ class Sizes:
 
     @cached_property
     def message_bytes(self) -> int:
-        """The bytes of the tensors that a process sends to each other one."""
+        """The bytes of the tensors that a process sends to each other one: what several layers share counts once."""
         return packed(self.contributions.by_layer, META)[1].numel()
-
-    @cached_property
-    def joined_bytes(self) -> int:
-        """The bytes of what was received of a process, once it is joined with others: what layers share is copied."""
-        return sum(x.nbytes for x in output_tensors(self.contributions.by_layer))
-
-    @cached_property
-    def header_bytes(self) -> int:
-        """The bytes of what it says of them, as a pickle: names, shapes and types."""
-        shapes = packed(self.contributions.by_layer, META)[0]
-        return len(pickle.dumps(Message(None, {}, shapes, [self.samples], self.message_bytes)))
 
     def _work(self, count: int) -> Work:
         weights = {**self.contributions.geometries(), **self.contributions.explicit()}

@@ -42,7 +42,7 @@ class Store:
     def host(self) -> Host | None:
         """The host's seconds, if they were measured."""
         kept = self._read(HOST)
-        return Host(kept["header"], kept["part"]) if kept else None
+        return Host(kept["exchange"]) if kept else None
 
     def keep_host(self, host: Host, machine: dict[str, Any]) -> None:
         """Write the host's seconds; ``machine`` says where they were measured."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from studies.processes.answers import (
     COUNTS,
+    FEW_ROWS,
     INTERVALS,
     SAMPLES,
     Answers,
@@ -93,16 +94,16 @@ def _over_sgd(answers: Answers, name: str, samples: int, count: int, way: Way) -
     return ", ".join(f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in values)
 
 
-def refresh_table(answers: Answers, samples: int, rows: int = 128) -> str:
-    """Return the milliseconds that a refresh adds, and those of its parts that grow with R."""
+def refresh_table(answers: Answers, samples: int) -> str:
+    """Return the milliseconds that a refresh adds, and those of its messages."""
     lines = []
     for name in TIMED:
         for count in COUNTS:
             if fits_memory(name, samples, count, "DDP, global"):
-                found = answers.times(name, samples, count, "DDP, global", rows)
-                parts = (found.refresh, found.exchange, found.host)
+                found = answers.times(name, samples, count, "DDP, global", FEW_ROWS)
+                parts = (found.refresh, found.exchange)
                 lines.append((name, str(count), *(f"{1e3 * seconds:,.0f}" for seconds in parts)))
-    return table(("model", "R", "a refresh adds", "of which the exchange", "and the host, for the parts"), lines)
+    return table(("model", "R", "a refresh adds", "of which the exchange"), lines)
 
 
 def rows_table(answers: Answers) -> str:

@@ -16,21 +16,19 @@ TIMED = ("ResNet-18", "WRN-28-4", "transformer")
 """The models whose steps were measured on an H200."""
 FEWEST, MOST = MEASURED_SAMPLES[0], MEASURED_SAMPLES[-1]
 BACKWARD = 2 / 3  # of SGD's step: 4 N P K of 6 N P K flops; DDP averages gradients meanwhile
-COPIES = 2  # of what was received: it is read and written once as it is joined
+COPIES = 2  # of what was received: it is read and written once as it is taken from the messages
 PLAIN_EVERY = 12  # steps: the interval of the measured ones
 
 
 @dataclass(frozen=True)
 class Host:
-    """The host's seconds for what the other processes sent, measured here.
+    """The host's seconds, measured here.
 
     Attributes:
-        header: to read what one process says of its contributions, by model.
-        part: to take one process's part of one parameter from its message, and to join it with others, by model.
+        exchange: of a refresh, beside sending, for each parameter and however many processes there are, by model.
     """
 
-    header: Mapping[str, float]
-    part: Mapping[str, float]
+    exchange: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,12 @@ class Times:
         reuse: a step that reuses the curvature.
         refresh: what a refresh adds to that.
         exchange: of this, the time of the messages.
-        host: of this, the host's time for the parts of all processes.
     """
 
     sgd: float
     reuse: float
     refresh: float
     exchange: float
-    host: float
 
     def over_sgd(self, every: int) -> float:
         """Return the mean step with a refresh every T steps, reuse + refresh / T, over SGD's."""
@@ -145,18 +141,18 @@ def times_of(
     step = step_seconds(name, samples, plans)
     if way == "DDP, local":
         update = reduce_seconds(2 * model, count)
-        return Times(alone + late, step + late + update, refresh_seconds(name, samples, plans), 0.0, 0.0)
-    exchange = gather_seconds(sizes.message_bytes + sizes.header_bytes, count)
-    parts = count * (host.header[name] + len(plans.work.weights) * host.part[name]) if count > 1 else 0.0
-    joined = COPIES * count * sizes.joined_bytes / limits().bytes_per_second if count > 1 else 0.0
-    refresh = exchange + joined + refresh_seconds(name, samples, plans, parts)
+        return Times(alone + late, step + late + update, refresh_seconds(name, samples, plans), 0.0)
+    exchange = gather_seconds(sizes.message_bytes, count)
+    calls = len(plans.work.weights) * host.exchange[name] if count > 1 else 0.0
+    copied = COPIES * count * sizes.message_bytes / limits().bytes_per_second if count > 1 else 0.0
+    refresh = exchange + copied + refresh_seconds(name, samples, plans, calls)
     if way == "DDP, global":
-        return Times(alone + late, step + late, refresh, exchange, parts)
+        return Times(alone + late, step + late, refresh, exchange)
     step += max(
         0.0, 3 * gather_seconds(NUMBER * part_of(sizes.shapes.values(), count), count) - alone
     ) + sharded_seconds(sizes, count, plans)
     grams = reduce_seconds(NUMBER * len(sizes.layers) * plans.rows**2, count)
-    return Times(alone + late, step, refresh + grams, exchange, parts)
+    return Times(alone + late, step, refresh + grams, exchange)
 
 
 def sharded_seconds(sizes: Sizes, count: int, plans: Plans) -> float:
