@@ -159,7 +159,8 @@ def unpacked(by_layer: ByLayer, flat_RB: Tensor) -> ByLayer:
     def with_entries(x: Tensor) -> Tensor:
         nonlocal at
         if id(x) not in known:
-            known[id(x)] = flat_RB[:, at : at + x.nbytes].view(x.dtype).unflatten(1, x.shape).flatten(0, 1)
+            rows = flat_RB[:, at : at + x.nbytes].view(x.dtype).unflatten(1, x.shape)
+            known[id(x)] = rows.flatten(0, 1).contiguous()
             at += _room_of(x)
         return known[id(x)]
 
