@@ -216,7 +216,10 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
         curvature, age = self._curvature, self._age
         if curvature is None or self._refresh_is_due():
             with self._processes.announced():
-                curvature, age = self._refreshed(targets, grads), 0
+                groups = self.param_groups
+                samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads, groups)
+                with self._capture.used.for_rules():
+                    curvature, age = self._refreshed(samples, targets, grads), 0
         self._reports.idle(self._layers, targets, curvature, curvature.jacobians)
         averages = [Average.of_group(group, self._steps) for group in self.param_groups if self._scaling != "none"]
         bounds = self._options.trust_region, averages, self._options.clip_threshold
@@ -247,13 +250,8 @@ class TENGraD(CurvatureViews, CurvatureOptimizer[Curvature]):
     def _paid_interval(self) -> int | Callable[[int], int]:
         return paid_interval(self.refresh_every, None if self._curvature is None else self._curvature.spending)
 
-    def _refreshed(self, targets: Sequence[Target], grads: Sequence[Tensor]) -> Curvature:
-        """Return the curvature of the batches since the last step."""
-        samples = self._processes.begin(self._module, self._capture, self._steps, targets, grads, self.param_groups)
-        with self._capture.used.for_rules():
-            return self._refreshed_of(samples, targets, grads)
-
-    def _refreshed_of(self, samples: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> Curvature:
+    def _refreshed(self, samples: int, targets: Sequence[Target], grads: Sequence[Tensor]) -> Curvature:
+        """Return the curvature of the batches since the last step, which have so many samples in all processes."""
         o, every = self._options, self.refresh_every
         steps = every.most if isinstance(every, Growing) else interval_at(every, self._steps)
         self._follow_schedules()
