@@ -127,6 +127,17 @@ def of(fisher="sampled", **options):
     return {"lr": 0.03, "refresh_every": 3, "fisher": fisher, "likelihood": likelihood, "seed": 0, **options}
 
 
+def fails_after_its_first_step(rank):
+    """Return a schedule of the damping that raises on all ranks but the first."""
+
+    def damping(step):
+        if rank and step:
+            raise ArithmeticError("no damping here")
+        return 1.0
+
+    return damping
+
+
 UNEVEN = (1, 3)
 CASES = {
     "MLP": Case(options=of()),

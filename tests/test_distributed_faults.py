@@ -9,7 +9,7 @@ import several_processes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_cases import CASES, batch, made, of, trained, wrapped
+from distributed_cases import CASES, batch, fails_after_its_first_step, made, of, trained, wrapped
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -113,13 +113,8 @@ def with_another_rate(rank):
 
 
 def with_a_schedule_that_fails(rank):
-    def damping(step):
-        if rank and step:
-            raise ArithmeticError("no damping here")
-        return 1.0
-
     called = DistributedDataParallel(made(CASES["MLP"]))
-    optimizer = TENGraD(called, **{**of(), "damping": damping, "refresh_every": 1})
+    optimizer = TENGraD(called, **{**of(), "damping": fails_after_its_first_step(rank), "refresh_every": 1})
     for _ in range(2):
         optimizer.zero_grad()
         step_of(called, optimizer, rank)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import several_processes
 import torch
-import torch.nn.functional as F
 from helpers.pages import blocks_of
 from torch.nn.parallel import DistributedDataParallel
-from traffic import COUNTS, numbers_of_factors, sent_so_far
+from traffic import numbers_of_factors
 
+from studies.processes import counting
 from tengrad_triton import TENGraD
 from tengrad_triton.recipes.models import conv_3c1f
 
@@ -26,19 +26,11 @@ def sent_by_steps(rank):
     called = DistributedDataParallel(model)
     optimizer = TENGraD(called, refresh_every=EVERY)
     x, y = torch.randn(SAMPLES, 1, 28, 28), torch.randint(10, (SAMPLES,))
-    found = []
-    for _ in range(2 * EVERY):
-        optimizer.zero_grad()
-        counts = [sent_so_far()]
-        F.cross_entropy(called(x), y).backward()
-        counts.append(sent_so_far())
-        optimizer.step()
-        counts.append(sent_so_far())
-        found.append((counts[1] - counts[0], counts[2] - counts[1]))
+    found = counting.sent_by_steps(called, optimizer, x, y, 2 * EVERY)
     return found, sum(p.nbytes for p in model.parameters()), 4 * SAMPLES * numbers_of_factors(model)
 
 
-@pytest.mark.skipif(not COUNTS.exists(), reason="the system counts no bytes")
+@pytest.mark.skipif(not counting.COUNTS.exists(), reason="the system counts no bytes")
 @pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_steps_send_what_the_equations_say(count):
     for found, parameters, factors in several_processes.run(count, sent_by_steps):

@@ -8,7 +8,7 @@ import several_processes
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed_cases import CASES, FixedLabels, batch, made, of, sharded
+from distributed_cases import CASES, FixedLabels, batch, fails_after_its_first_step, made, of, sharded
 from sharded_loop_cases import OPTIONS, part_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -137,12 +137,7 @@ def with_a_rate_of_its_own(rank):
 
 
 def with_a_schedule_that_fails(rank):
-    def damping(number):
-        if rank and number:
-            raise ArithmeticError("no damping here")
-        return 1.0
-
-    trained(rank, damping=damping, refresh_every=1)
+    trained(rank, damping=fails_after_its_first_step(rank), refresh_every=1)
 
 
 def divided_by_other_numbers(rank):

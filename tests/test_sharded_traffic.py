@@ -3,10 +3,10 @@
 import pytest
 import several_processes
 import torch
-import torch.nn.functional as F
 from distributed_cases import sharded
-from traffic import COUNTS, numbers_of_factors, sent_so_far
+from traffic import numbers_of_factors
 
+from studies.processes import counting
 from tengrad_triton import TENGraD
 from tengrad_triton.recipes.models import conv_3c1f
 
@@ -20,15 +20,7 @@ def sent_by_steps(rank, count, options):
     refresh = 4 * (count - 1) * SAMPLES * numbers_of_factors(model)
     optimizer = TENGraD(sharded(model), refresh_every=EVERY, **options)
     x, y = torch.randn(SAMPLES, 1, 28, 28), torch.randint(10, (SAMPLES,))
-    found = []
-    for _ in range(2 * EVERY):
-        optimizer.zero_grad()
-        counts = [sent_so_far()]
-        F.cross_entropy(model(x), y).backward()
-        counts.append(sent_so_far())
-        optimizer.step()
-        counts.append(sent_so_far())
-        found.append((counts[1] - counts[0], counts[2] - counts[1]))
+    found = counting.sent_by_steps(model, optimizer, x, y, 2 * EVERY)
     blocks, rows = len(optimizer._curvature.blocks), optimizer._curvature.rows
     coupled = [
         -(-p.shape[0] // count) * p.shape[1:].numel()
@@ -45,7 +37,7 @@ def has_matrix_of_outputs(curvature, name):
     return curvature.scales[layer][param_name].rows.basis_Gnn is not None
 
 
-@pytest.mark.skipif(not COUNTS.exists(), reason="the system counts no bytes")
+@pytest.mark.skipif(not counting.COUNTS.exists(), reason="the system counts no bytes")
 @pytest.mark.parametrize("options", [{}, {"scaling": "none", "damping": 0.1}], ids=["defaults", "no D"])
 @pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_steps_send_what_the_equations_say(count, options):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from studies.processes import __main__ as study  # noqa: E402
-from studies.processes import hardware, measured, model, page, tables, times  # noqa: E402
+from studies.processes import counting, hardware, measured, model, page, tables, times  # noqa: E402
 from studies.processes.answers import ADDED, COUNTS, FEW_ROWS, INTERVALS, SAMPLES, Answers, plans_of, powers  # noqa: E402
 from studies.processes.sizes import META, NETWORKS, Network, Sizes, sizes_of  # noqa: E402
 from studies.processes.store import Store  # noqa: E402
@@ -162,7 +162,7 @@ def sent_by_rank(rank, cases):
     return [measured.sent_in_steps(case) for case in cases]
 
 
-@pytest.mark.skipif(not measured.COUNTS.exists(), reason="the system counts no bytes")
+@pytest.mark.skipif(not counting.COUNTS.exists(), reason="the system counts no bytes")
 def test_two_processes_send_what_the_model_says():
     cases = [measured.Case("small 3C1F", 8, 2, way) for way in model.WAYS]
     for of_rank in several_processes.run(2, sent_by_rank, cases):

@@ -1,16 +1,6 @@
-"""What processes send, counted by the system, and what a model's refresh has to send."""
-
-import re
-from pathlib import Path
+"""What a model's refresh has to send."""
 
 import torch
-
-COUNTS = Path("/proc/self/io")  # Linux counts what a process writes into sockets too
-
-
-def sent_so_far():
-    """Return how many bytes this process has written."""
-    return int(re.search(r"wchar: (\d+)", COUNTS.read_text())[1])
 
 
 def numbers_of_factors(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 import tempfile
 import time
 import timeit
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from studies.processes.counting import sent_by_steps
 from studies.processes.model import WAYS, Way
 from studies.processes.sizes import NETWORKS
 from tengrad_triton import TENGraD
@@ -27,8 +27,6 @@ from tengrad_triton.curvature.contributions import Contributions
 from tengrad_triton.distributed.exchange import form_of, packed, unpacked
 from tengrad_triton.distributed.ranks import Gram
 
-COUNTS = Path("/proc/self/io")
-"""Linux counts here what a process writes, into sockets too."""
 EVERY = 2  # steps: a refresh and one that reuses
 CLASSES = 10
 Gathered = tuple[Contributions, dict[str, str]]
@@ -69,13 +67,6 @@ def wrapped(model: nn.Module, way: Way) -> Any:
     return DistributedDataParallel(model)
 
 
-def sent_so_far() -> int:
-    """Return the bytes that this process has written since it began."""
-    found = re.search(r"wchar: (\d+)", COUNTS.read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1])
-
-
 def sent_in_steps(case: Case) -> dict[str, list[int]]:
     """Return what this process sends in forward and backward, and in the optimizer's step, for both kinds of steps.
 
@@ -90,15 +81,7 @@ def sent_in_steps(case: Case) -> dict[str, list[int]]:
     shape = (case.samples, *network.sample)
     x = torch.randint(256, shape, generator=generator) if network.tokens else torch.randn(shape, generator=generator)
     y = torch.randint(CLASSES, (case.samples,), generator=generator)
-    found = []
-    for _ in range(2 * EVERY):
-        optimizer.zero_grad()
-        counts = [sent_so_far()]
-        F.cross_entropy(called(x), y).backward()
-        counts.append(sent_so_far())
-        optimizer.step()
-        counts.append(sent_so_far())
-        found.append([counts[1] - counts[0], counts[2] - counts[1]])
+    found = sent_by_steps(called, optimizer, x, y, 2 * EVERY)
     return {"refresh": found[EVERY], "reuse": found[EVERY + 1], "rows": [optimizer.stats.rows or 0]}
 
 

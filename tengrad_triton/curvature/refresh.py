@@ -22,7 +22,7 @@ from tengrad_triton.curvature.jacobians.no_entries import NoEntries
 from tengrad_triton.curvature.jacobians.per_sample import PerSample
 from tengrad_triton.curvature.moments import AllMoments, Grads, Scaling, scales_of, updated_moments
 from tengrad_triton.curvature.scaling import Multiplier, Scale, Scales, explicit_rows
-from tengrad_triton.curvature.shards.cut import CoupledScale, Cut, cut_calls
+from tengrad_triton.curvature.shards.cut import CoupledScale, Cut, cut_calls, cuts_of
 from tengrad_triton.curvature.woodbury import Curvature, FisherBlocks, factor
 from tengrad_triton.kernels.dispatch import widen
 from tengrad_triton.layers import EmbeddingGrads, OuterProducts, PerSampleGrads, tensors_in
@@ -107,8 +107,7 @@ def refresh(
     tol = {block: options.tol for block, names in blocks.items() if compressed.intersection(names)}
     with phase("curvature"):
         scales = scales_of(moments, layers)
-        shapes = {layer.name: {name: p.shape for name, p in layer.parameters.items()} for layer in layers}
-        own = jacobians_of(contributions, choices, options.ops_for, scales, options.shards, shapes)
+        own = jacobians_of(contributions, choices, options.ops_for, scales, cuts_of(layers, options.shards))
         jacobians, history = append_history(own, rows, before, options.history)
         failures_L = failures_of(list(blocks), before)
         curvature = factor(
@@ -123,13 +122,11 @@ def jacobians_of(
     choices: Choices,
     ops_for: OpsFor,
     scales: Scales,
-    shards: Whole = WHOLE,
-    shapes: Mapping[str, Mapping[str, torch.Size]] | None = None,
+    cuts: Mapping[str, Mapping[str, Cut]] | None = None,
 ) -> dict[str, LayerJacobian]:
     """Return every layer's J, each parameter in the representation and with the kernels chosen for it.
 
-    With ``scales`` it is J D⁻¹ (M17). Where ``shards`` cut the parameters, whose sizes are ``shapes``, it is that of
-    this process's outputs.
+    With ``scales`` it is J D⁻¹ (M17). With ``cuts`` it is that of this process's outputs.
 
     ``contributions`` is emptied: a layer's inputs are freed as soon as its J is there, unless J consists of them.
     """
@@ -142,11 +139,9 @@ def jacobians_of(
             ops, scale = known.get(choice.kernel_overrides), own.get(param_name)
             if ops is None:
                 ops = known[choice.kernel_overrides] = ops_for(choice.kernel_overrides)
-            if shapes is None or not shards.is_cut:
-                jacobians[param_name] = jacobian_of(batches, choice.representation, ops, scale)
-            else:
-                cut = Cut(shards, shapes[name][param_name])
-                jacobians[param_name] = _own_jacobian(batches, choice.representation, ops, scale, cut)
+            arguments = batches, choice.representation, ops, scale
+            own_cut = None if cuts is None else cuts[name][param_name]
+            jacobians[param_name] = jacobian_of(*arguments) if own_cut is None else _own_jacobian(*arguments, own_cut)
         return jacobians
 
     return {name: of_layer(name) for name in contributions.layers}

@@ -18,7 +18,7 @@ from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.geometry import Spending
 from tengrad_triton.curvature.jacobians.base import Jacobian, Jacobians
 from tengrad_triton.curvature.jacobians.embedding import EmbeddingJacobian
-from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously, without_factors
+from tengrad_triton.curvature.jacobians.per_sample import reduce_rows, store_contiguously
 from tengrad_triton.curvature.moments import AllMoments
 from tengrad_triton.curvature.products import grams
 from tengrad_triton.curvature.scaling import Scales
@@ -100,7 +100,9 @@ def factor(
     used_L = torch.where(healthy_L, alpha_L, alpha_L + trace_L)
     divisor_L = used_L / wanted_L if scales else used_L  # a step that is damped more is no longer
     counts_L = failures_L + ~healthy_L
-    stored = store_contiguously(without_factors(jacobians))
+    stored = store_contiguously(
+        {name: {key: one.without_what_makes_k() for key, one in layer.items()} for name, layer in jacobians.items()}
+    )
     numbers = (used_L, asked_L, divisor_L, counts_L)
     full = Curvature(stored, blocks, inverses, history, *numbers, moments, scales, cut=cut)
     return compress(full, k, shifts, tol) if tol else full

@@ -69,11 +69,10 @@ def gather_from_all(
             "the curvature is due for a refresh, but the batches of all ranks have 0 samples: take no step for them"
         )
     all_missing = {name: why for message in messages for name, why in message.missing.items()}
-    sizes = [message.size for message in messages]
+    flat_RB = ranks.gathered_bytes(own, max(message.size for message in messages))
     if len({message.form for message in messages}) == 1:  # one copy of each tensor joins the ranks
-        return Contributions(dict(unpacked(shapes, ranks.gathered_bytes(own, max(sizes))))), all_missing
-    of_ranks = zip(ranks.gathered(shapes), ranks.gathered_bytes(own, max(sizes)).split(1), strict=True)
-    found = [unpacked(by_layer, flat_1B) for by_layer, flat_1B in of_ranks]
+        return Contributions(dict(unpacked(shapes, flat_RB))), all_missing
+    found = [unpacked(*of_rank) for of_rank in zip(ranks.gathered(shapes), flat_RB.split(1), strict=True)]
     return Contributions(joined_parts(found, messages, layers, all_missing)), all_missing
 
 

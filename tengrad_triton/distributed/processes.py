@@ -179,7 +179,8 @@ class SeveralProcesses(OneProcess):
         """Return the parameters that no forward of this rank used, if `fully_shard` depends on that."""
         if self._are_whole or not capture.records or reduces_unused(model):
             return None
-        return capture.used.names_among(model, set.intersection(*(record.unused for record in capture.records)))
+        unused = set.intersection(*(record.unused for record in capture.records))
+        return list(capture.used.names(model, unused).values())
 
     def end(self, targets: Sequence[Target]) -> None:
         """Average the updates of ``gram="local"``."""

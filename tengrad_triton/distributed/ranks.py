@@ -12,14 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from tengrad_triton.sharding.shards import all_gathered
 from tengrad_triton.sharding.tensors import is_sharded
 
 T = TypeVar("T")
 Gram = Literal["global", "local"]
 """Whose rows the curvature has: those of all ranks, or the rank's own."""
 GRAMS: tuple[Gram, ...] = ("global", "local")
-# Before torch 2.13 it has the second name.
-_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _SAME = 1e-6  # the relative difference up to which the ranks' sums count as equal
 
 
@@ -126,10 +125,7 @@ class Ranks:
         """Return the bytes of each rank [R, most], filled up with zeros, on the device of ``own``."""
         padded = own.new_zeros(most)
         padded[: len(own)] = own
-        found = own.new_empty(self.count * most)
-        if most:
-            getattr(dist, _ALL_GATHER)(found, padded, self._group)
-        return found.view(self.count, most)
+        return all_gathered(padded, self.count, self._group)
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one device by their means over the ranks, in one message for each dtype."""

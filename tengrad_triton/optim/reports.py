@@ -169,11 +169,10 @@ class Reports:
 
     def refreshes(self, capture: Capture, model: nn.Module) -> None:
         """Note what is apart, and warn once of each way in which the caller's loss is not the one of the rows."""
-        used = [(name, id(capture.used.of(p))) for name, p in model.named_parameters()]
         apart = {key: how for record in capture.records for key, how in _ways(record).items()}
-        self.apart = {name: apart[key] for name, key in used if key in apart}
+        self.apart = {name: apart[key] for key, name in capture.used.names(model, apart).items()}
         if beside := capture.through_output.take():
-            names = {key: name for name, key in used}
+            names = capture.used.names(model, {id(p) for p in beside})
             listed = ", ".join(names.get(id(p), "?") for p in beside[:3]) + (", …" if len(beside) > 3 else "")
             self._once(
                 "beside",

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from tengrad_triton.sharding.modules import sharded_modules
 from tengrad_triton.sharding.tensors import is_sharded
 
+# Before torch 2.13 it has the second name.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
+def all_gathered(own: Tensor, count: int, group: Any) -> Tensor:
+    """Return the one-dimensional tensors of ``count`` ranks, all of one size, as [count, size]."""
+    found = own.new_empty(count, len(own))
+    if len(own):
+        getattr(dist, _ALL_GATHER)(found.view(-1), own, group)
+    return found
 
 
 class Whole:
@@ -102,9 +111,7 @@ class Shards(Whole):
         own = parts[0].new_zeros(sum(each))
         for place, x in zip(own.split(each), parts, strict=True):
             place[: x.numel()] = x.flatten()
-        found = own.new_empty(self.count, len(own))
-        getattr(dist, _ALL_GATHER)(found.view(-1), own, self._group)
-        of_tensors = zip(found.split(each, 1), parts, outputs, strict=True)
+        of_tensors = zip(all_gathered(own, self.count, self._group).split(each, 1), parts, outputs, strict=True)
         return [
             of_ranks.reshape(-1)[: total * x.shape[1:].numel()].view(total, *x.shape[1:])
             for of_ranks, x, total in of_tensors

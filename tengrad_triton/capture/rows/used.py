@@ -68,9 +68,9 @@ class UsedParameters:
         """Return the parameters that the optimizer has, by the ids of the whole ones; none if it has those itself."""
         return self._whole.parts
 
-    def names_among(self, model: nn.Module, ids: Collection[int]) -> list[str]:
-        """Return the names of the parameters whose ids are among these."""
-        return [name for name, p in model.named_parameters() if id(self.of(p)) in ids]
+    def names(self, model: nn.Module, ids: Collection[int]) -> dict[int, str]:
+        """Return the names of those used parameters whose ids are among these, by their ids."""
+        return {id(self.of(p)): name for name, p in model.named_parameters() if id(self.of(p)) in ids} if ids else {}
 
     def kept(self) -> AbstractContextManager[None]:
         """Return a context for backward passes of our own, which change nothing of a sharded model."""

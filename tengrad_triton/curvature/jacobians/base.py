@@ -110,6 +110,10 @@ class Jacobian(ABC):
         """Return rows whose Gram matrix is J D⁻¹ Jᵀ: those of J D^-½, up to a rotation of each."""
         return self if self.scale is None else self._times(self.scale.root())
 
+    def without_what_makes_k(self) -> Jacobian:
+        """Return the same rows without what only K is formed from."""
+        return self
+
     def append_history(self, older: Jacobian, rows: int) -> Jacobian | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``; None where the two do not fit."""
         fitting = older.in_scale(self.scale)

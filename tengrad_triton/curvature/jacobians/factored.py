@@ -52,6 +52,11 @@ class Factored(Jacobian):
         """Return rows of the Gram matrix."""
         return super().for_gram() if self.for_k is None else self.for_k
 
+    @override
+    def without_what_makes_k(self) -> Factored:
+        """Return the factors alone."""
+        return self if self.for_k is None else replace(self, for_k=None)
+
     def prefers_sample_space(self, samples: int) -> bool:
         """Whether J is dense, and it takes fewer flops to project V from that many factors than V itself (M19).
 

@@ -118,6 +118,11 @@ class PerSample(Jacobian):
         return replace(self, j_NK=self.scale.root().of_rows(j_NK).to(j_NK.dtype))
 
     @override
+    def without_what_makes_k(self) -> PerSample:
+        """Return the same rows alone."""
+        return self if self.factors is None and self.for_k is None else replace(self, factors=None, for_k=None)
+
+    @override
     def _append(self, older: Jacobian, rows: int) -> PerSample | None:
         """Return these rows, followed by the first ``rows`` rows of ``older``, if that has the same dtype."""
         if not isinstance(older, PerSample) or older.j_NK.dtype != self.j_NK.dtype:
@@ -142,17 +147,6 @@ class PerSample(Jacobian):
     def nbytes(self) -> int:
         """Return the bytes stored."""
         return self.j_NK.nbytes
-
-
-def without_factors(jacobians: Jacobians) -> Jacobians:
-    """Return the same J without what only K is formed from."""
-
-    def stored(one: Any) -> Jacobian:
-        if getattr(one, "factors", None) is not None and isinstance(one, PerSample):
-            one = replace(one, factors=None)
-        return one if getattr(one, "for_k", None) is None else replace(one, for_k=None)
-
-    return {name: {param_name: stored(one) for param_name, one in layer.items()} for name, layer in jacobians.items()}
 
 
 def store_contiguously(jacobians: Jacobians) -> Jacobians:

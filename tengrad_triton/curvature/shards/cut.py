@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tengrad_triton.capture.blocks import LayerParams
 from tengrad_triton.curvature.choices import Ops
 from tengrad_triton.curvature.concat import MicroBatches
 from tengrad_triton.curvature.scaling import Multiplier, Scale, Scales, explicit_rows
@@ -73,6 +74,13 @@ class Cut:
         if basis_Gnn is not None or len(values_Gn) > 1:
             return CoupledScale(scale.rows, scale.columns, self)
         return Scale(Side(values_Gn[:, first:end], None, inverse[:, first:end]), scale.columns)
+
+
+def cuts_of(layers: Sequence[LayerParams], shards: Whole) -> dict[str, dict[str, Cut]] | None:
+    """Return what cuts every parameter, by its layer's name and its own; None where the process has whole ones."""
+    if not shards.is_cut:
+        return None
+    return {layer.name: {name: Cut(shards, p.shape) for name, p in layer.parameters.items()} for layer in layers}
 
 
 @dataclass(frozen=True)
